@@ -1,0 +1,75 @@
+#include "dispatch.h"
+
+#include <atomic>
+
+namespace sbert_fast::cpu {
+
+namespace generic {
+const KernelTable& kernel_table();
+}
+
+#if defined(__x86_64__)
+namespace avx2 {
+const KernelTable& kernel_table();
+}
+namespace avx512 {
+const KernelTable& kernel_table();
+}
+namespace avx512_bf16 {
+const KernelTable& kernel_table();
+}
+#endif
+
+namespace {
+
+// Tables that this CPU runs, best first. A table is named here only once its features are known, so
+// no instruction of a foreign set runs before.
+std::vector<const KernelTable*> detect() {
+  std::vector<const KernelTable*> tables;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("f16c");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                          __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (has_avx512 && __builtin_cpu_supports("avx512bf16")) {
+    tables.push_back(&avx512_bf16::kernel_table());
+  }
+  if (has_avx512) tables.push_back(&avx512::kernel_table());
+  if (has_avx2) tables.push_back(&avx2::kernel_table());
+#endif
+  tables.push_back(&generic::kernel_table());
+  return tables;
+}
+
+const std::vector<const KernelTable*>& available() {
+  static const std::vector<const KernelTable*> tables = detect();
+  return tables;
+}
+
+std::atomic<const KernelTable*>& active() {
+  static std::atomic<const KernelTable*> table{available().front()};
+  return table;
+}
+
+}  // namespace
+
+const KernelTable& kernels() { return *active().load(std::memory_order_relaxed); }
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const KernelTable* table : available()) names.emplace_back(table->isa);
+  return names;
+}
+
+bool select_isa(const std::string& isa) {
+  for (const KernelTable* table : available()) {
+    if (isa != table->isa) continue;
+    active().store(table, std::memory_order_relaxed);
+    return true;
+  }
+  return false;
+}
+
+}  // namespace sbert_fast::cpu

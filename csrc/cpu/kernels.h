@@ -1,0 +1,95 @@
+// Parameter structs and the table of kernels: the seam between the ops and the kernels.
+//
+// Plain data only. No torch header may be included here or by a kernel, and the ops never see an
+// instruction set: they fill a struct and call through the table of the active one (dispatch.h).
+// Kernels trust their arguments; every check is in the op. Sizes use the project's alphabet: B
+// sequences, T packed tokens, H heads, D head dim, E hidden, F FFN width. Pointers to activations
+// are void; the entry of the table fixes their dtype.
+#pragma once
+
+#include <cstdint>
+
+namespace sbert_fast::cpu {
+
+enum Dtype { kFloat32 = 0, kBFloat16 = 1, kNumDtypes = 2 };
+
+struct AttentionParams {
+  const void* qkv;            // [T, 3, H, D]
+  void* out;                  // [T, H, D]
+  const int32_t* cu_seqlens;  // [B + 1]
+  int64_t T, B, H, D;
+  float scale;
+  const float* bias;        // [H, 2R + 1], or null
+  int64_t R;                // reach of the bias
+  int64_t window;           // -1: none
+  const float* rotary_cos;  // [T, D / 2], or null
+  const float* rotary_sin;  // [T, D / 2], or null
+};
+
+struct EmbedNormParams {
+  const int32_t* ids;          // [T]
+  const int32_t* positions;    // [T]
+  const int32_t* types;        // [T], or null: type 0
+  const void* word;            // [V, E]
+  const void* position_table;  // [P, E]
+  const void* type_table;      // [Y, E], or null
+  const float* weight;         // [E]
+  const float* bias;           // [E]
+  void* out;                   // [T, E]
+  int64_t E;
+  float eps;
+};
+
+struct AddNormParams {
+  const void* x;         // [T, E]
+  const float* bias;     // [E], or null
+  const void* residual;  // [T, E], or null
+  const float* weight;   // [E]
+  const float* ln_bias;  // [E]
+  void* out;             // [T, E]
+  int64_t E;
+  float eps;
+};
+
+struct BiasGeluParams {
+  const void* x;      // [T, F]
+  const float* bias;  // [F], or null
+  void* out;          // [T, F]
+  int64_t F;
+  bool tanh;
+};
+
+enum class PoolMode : int64_t { kMean, kCls, kMax, kMeanSqrtLen, kWeightedMean, kLastToken };
+inline constexpr int64_t kNumPoolModes = 6;
+
+// Segment i covers the packed tokens [starts[i * step], ends[i * step]).
+struct SegmentPoolParams {
+  const void* x;             // [T, E], rows x_stride elements apart
+  const int32_t* starts;     // cu_seqlens, or the first column of spans
+  const int32_t* ends;       // cu_seqlens + 1, or the second column of spans
+  const int32_t* out_rows;   // [segments], or null: row i
+  float* out;                // rows out_stride elements apart
+  int64_t step;              // 1 for cu_seqlens, 2 for spans
+  int64_t x_stride;
+  int64_t out_stride;
+  int64_t E;
+  int64_t skip;
+  PoolMode mode;
+  bool normalize;
+};
+
+/// A kernel over the half-open range [begin, end) of its rows or work items.
+template <class Params>
+using RangeKernel = void (*)(const Params&, int64_t begin, int64_t end);
+
+/// The kernels of one instruction set, indexed by the dtype of the activations.
+struct KernelTable {
+  const char* isa;
+  RangeKernel<AttentionParams> varlen_attention[kNumDtypes];      // items: sequence * H + head
+  RangeKernel<EmbedNormParams> embed_norm[kNumDtypes][kNumDtypes];  // rows; [tables][out]
+  RangeKernel<AddNormParams> add_norm[kNumDtypes];                // rows
+  RangeKernel<BiasGeluParams> bias_gelu[kNumDtypes];              // rows
+  RangeKernel<SegmentPoolParams> segment_pool[kNumDtypes];        // segments
+};
+
+}  // namespace sbert_fast::cpu

@@ -1,0 +1,134 @@
+// embed_norm and add_norm: a row source, summed in fp32, and one LayerNorm over it.
+//
+//   y = (v - mean(v)) / sqrt(mean((v - mean(v))^2) + eps) * weight + bias
+//
+// Statistics take two passes over a row that stays in L1: the mean first, then the centred variance.
+// Each sum runs through kLanes accumulators in an order that depends on E alone.
+#pragma once
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace sbert_fast::cpu::SBF_ISA {
+
+/// Elements v[0, E) of one row of add_norm.
+template <class T, bool kHasBias, bool kHasResidual>
+struct AddRow {
+  const T* x;
+  const float* bias;
+  const T* residual;
+
+  SBF_INLINE VecF load(int64_t e) const {
+    VecF v = load_as<T>(x + e);
+    if constexpr (kHasBias) v = v + VecF::load(bias + e);
+    if constexpr (kHasResidual) v = v + load_as<T>(residual + e);
+    return v;
+  }
+  SBF_INLINE VecF load_partial(int64_t e, int n) const {
+    VecF v = load_as_partial<T>(x + e, n);
+    if constexpr (kHasBias) v = v + VecF::load_partial(bias + e, n);
+    if constexpr (kHasResidual) v = v + load_as_partial<T>(residual + e, n);
+    return v;
+  }
+};
+
+/// Elements v[0, E) of one row of embed_norm.
+template <class T, bool kHasType>
+struct EmbedRow {
+  const T* word;
+  const T* position;
+  const T* type;
+
+  SBF_INLINE VecF load(int64_t e) const {
+    VecF v = load_as<T>(word + e) + load_as<T>(position + e);
+    if constexpr (kHasType) v = v + load_as<T>(type + e);
+    return v;
+  }
+  SBF_INLINE VecF load_partial(int64_t e, int n) const {
+    VecF v = load_as_partial<T>(word + e, n) + load_as_partial<T>(position + e, n);
+    if constexpr (kHasType) v = v + load_as_partial<T>(type + e, n);
+    return v;
+  }
+};
+
+/// Sum of term(v[e]) over a row.
+template <class Row, class Term>
+SBF_INLINE float sum_row(const Row& row, int64_t E, Term term) {
+  constexpr int64_t N = VecF::N;
+  VecF a = VecF::zero(), b = a, c = a, d = a;
+  int64_t e = 0;
+  for (; e + 4 * N <= E; e += 4 * N) {
+    a = a + term(row.load(e));
+    b = b + term(row.load(e + N));
+    c = c + term(row.load(e + 2 * N));
+    d = d + term(row.load(e + 3 * N));
+  }
+  for (; e + N <= E; e += N) a = a + term(row.load(e));
+  if (e < E) {
+    const int n = static_cast<int>(E - e);
+    b = b + blend_first(n, term(row.load_partial(e, n)), VecF::zero());
+  }
+  return reduce_add((a + b) + (c + d));
+}
+
+template <class Out, class Row>
+SBF_INLINE void layer_norm_row(const Row& row, const float* weight, const float* bias, int64_t E,
+                               float eps, Out* out) {
+  constexpr int64_t N = VecF::N;
+  const float size = static_cast<float>(E);
+  const VecF mean = VecF::set1(sum_row(row, E, [](VecF v) { return v; }) / size);
+  const float variance = sum_row(row, E, [mean](VecF v) { return (v - mean) * (v - mean); }) / size;
+  const VecF rstd = VecF::set1(1.0f / __builtin_sqrtf(variance + eps));
+
+  int64_t e = 0;
+  for (; e + N <= E; e += N) {
+    const VecF v = (row.load(e) - mean) * rstd;
+    store_as<Out>(out + e, fma(v, VecF::load(weight + e), VecF::load(bias + e)));
+  }
+  if (e < E) {
+    const int n = static_cast<int>(E - e);
+    const VecF v = (row.load_partial(e, n) - mean) * rstd;
+    const VecF scale = VecF::load_partial(weight + e, n);
+    store_as_partial<Out>(out + e, fma(v, scale, VecF::load_partial(bias + e, n)), n);
+  }
+}
+
+template <class T, bool kHasBias, bool kHasResidual>
+void add_norm_rows(const AddNormParams& p, int64_t begin, int64_t end) {
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t offset = t * p.E;
+    const AddRow<T, kHasBias, kHasResidual> row{
+        static_cast<const T*>(p.x) + offset, p.bias,
+        kHasResidual ? static_cast<const T*>(p.residual) + offset : nullptr};
+    layer_norm_row(row, p.weight, p.ln_bias, p.E, p.eps, static_cast<T*>(p.out) + offset);
+  }
+}
+
+template <class T>
+void add_norm(const AddNormParams& p, int64_t begin, int64_t end) {
+  if (p.bias != nullptr && p.residual != nullptr) return add_norm_rows<T, true, true>(p, begin, end);
+  if (p.bias != nullptr) return add_norm_rows<T, true, false>(p, begin, end);
+  if (p.residual != nullptr) return add_norm_rows<T, false, true>(p, begin, end);
+  add_norm_rows<T, false, false>(p, begin, end);
+}
+
+template <class T, class Out, bool kHasType>
+void embed_norm_rows(const EmbedNormParams& p, int64_t begin, int64_t end) {
+  const auto* word = static_cast<const T*>(p.word);
+  const auto* position_table = static_cast<const T*>(p.position_table);
+  const auto* type_table = static_cast<const T*>(p.type_table);
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t type = p.types != nullptr ? p.types[t] : 0;
+    const EmbedRow<T, kHasType> row{word + p.ids[t] * p.E, position_table + p.positions[t] * p.E,
+                                    kHasType ? type_table + type * p.E : nullptr};
+    layer_norm_row(row, p.weight, p.bias, p.E, p.eps, static_cast<Out*>(p.out) + t * p.E);
+  }
+}
+
+template <class T, class Out>
+void embed_norm(const EmbedNormParams& p, int64_t begin, int64_t end) {
+  if (p.type_table != nullptr) return embed_norm_rows<T, Out, true>(p, begin, end);
+  embed_norm_rows<T, Out, false>(p, begin, end);
+}
+
+}  // namespace sbert_fast::cpu::SBF_ISA

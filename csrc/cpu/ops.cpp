@@ -1,0 +1,60 @@
+// Registration of the CPU ops, and the two ops that tell and choose the instruction set.
+#include "ops.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "dispatch.h"
+
+namespace sbert_fast::cpu {
+
+Dtype kernel_dtype(const char* op, const char* name, ScalarType dtype) {
+  SBF_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op, name,
+            " must be float32 or bfloat16, got ", dtype_name(dtype));
+  return dtype == ScalarType::Float ? kFloat32 : kBFloat16;
+}
+
+Dtype check_activation(const char* op, const char* name, const Tensor& tensor, const char* dims,
+                       std::initializer_list<int64_t> sizes) {
+  const Dtype dtype = kernel_dtype(op, name, tensor.scalar_type());
+  check_tensor(op, name, tensor, tensor.scalar_type(), dims, sizes);
+  return dtype;
+}
+
+namespace {
+
+std::string cpu_isa() { return kernels().isa; }
+
+// Best first, comma separated.
+std::string cpu_isas() {
+  std::string names;
+  for (const std::string& name : available_isas()) names += names.empty() ? name : ',' + name;
+  return names;
+}
+
+void set_cpu_isa(std::string isa) {
+  SBF_CHECK(select_isa(isa), "set_cpu_isa", "isa must be one of ", cpu_isas(), ", got ", isa);
+}
+
+}  // namespace
+}  // namespace sbert_fast::cpu
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sbert_fast, m) {
+  m.def("cpu_isa() -> str");
+  m.def("cpu_isas() -> str");
+  m.def("set_cpu_isa(str isa) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sbert_fast, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&sbert_fast::cpu::cpu_isa));
+  m.impl("cpu_isas", TORCH_BOX(&sbert_fast::cpu::cpu_isas));
+  m.impl("set_cpu_isa", TORCH_BOX(&sbert_fast::cpu::set_cpu_isa));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sbert_fast, CPU, m) {
+  m.impl("varlen_attention.cpu", TORCH_BOX(&sbert_fast::cpu::varlen_attention));
+  m.impl("embed_norm.cpu", TORCH_BOX(&sbert_fast::cpu::embed_norm));
+  m.impl("add_norm.cpu", TORCH_BOX(&sbert_fast::cpu::add_norm));
+  m.impl("bias_gelu.cpu", TORCH_BOX(&sbert_fast::cpu::bias_gelu));
+  m.impl("segment_pool.cpu", TORCH_BOX(&sbert_fast::cpu::segment_pool));
+  m.impl("segment_pool_out.cpu", TORCH_BOX(&sbert_fast::cpu::segment_pool_out));
+}

@@ -1,0 +1,59 @@
+// The API layer of the CPU ops: checks, allocation and scheduling; the arguments are those of the
+// schemas in sbert_fast/ops/schemas.py. Registered in ops.cpp.
+#pragma once
+
+#include "checks.h"
+#include "kernels.h"
+
+namespace sbert_fast::cpu {
+
+Tensor varlen_attention(const Tensor& qkv,                        // [T, 3, H, D]
+                        const Tensor& cu_seqlens,                 // [B + 1] int32
+                        int64_t max_seqlen, double scale,         //
+                        const std::optional<Tensor>& bias,        // [H, 2R + 1] fp32
+                        int64_t window,                           // -1: none
+                        const std::optional<Tensor>& rotary_cos,  // [T, D / 2] fp32
+                        const std::optional<Tensor>& rotary_sin,  // [T, D / 2] fp32
+                        const std::optional<Tensor>& tiles);      // [n, 4] int32
+
+Tensor embed_norm(const Tensor& ids,                        // [T] int32
+                  const Tensor& positions,                  // [T] int32
+                  const std::optional<Tensor>& types,       // [T] int32
+                  const Tensor& word,                       // [V, E]
+                  const Tensor& position_table,             // [P, E]
+                  const std::optional<Tensor>& type_table,  // [Y, E]
+                  const Tensor& weight,                     // [E] fp32
+                  const Tensor& bias,                       // [E] fp32
+                  double eps, ScalarType out_dtype);
+
+Tensor add_norm(const Tensor& x,                        // [T, E]
+                const std::optional<Tensor>& bias,      // [E] fp32
+                const std::optional<Tensor>& residual,  // [T, E]
+                const Tensor& weight,                   // [E] fp32
+                const Tensor& ln_bias,                  // [E] fp32
+                double eps);
+
+Tensor bias_gelu(const Tensor& x,                    // [T, F]
+                 const std::optional<Tensor>& bias,  // [F] fp32
+                 bool tanh);
+
+Tensor segment_pool(const Tensor& x,           // [T, E], unit inner stride
+                    const Tensor& cu_seqlens,  // [B + 1] int32
+                    int64_t mode, bool normalize, int64_t skip,
+                    const std::optional<Tensor>& spans);  // [P, 2] int32
+
+void segment_pool_out(const Tensor& x,           // [T, E], unit inner stride
+                      const Tensor& cu_seqlens,  // [B + 1] int32
+                      int64_t mode, bool normalize, int64_t skip,
+                      const std::optional<Tensor>& spans,      // [P, 2] int32
+                      const Tensor& out,                       // [N, E] fp32, unit inner stride
+                      const std::optional<Tensor>& out_rows);  // [B] or [P] int32
+
+/// The kernels' dtype of a torch dtype; refuses those they do not take.
+Dtype kernel_dtype(const char* op, const char* name, ScalarType dtype);
+
+/// Requires contiguous activations with `sizes`, named by `dims`; returns their dtype.
+Dtype check_activation(const char* op, const char* name, const Tensor& tensor, const char* dims,
+                       std::initializer_list<int64_t> sizes);
+
+}  // namespace sbert_fast::cpu

@@ -1,0 +1,27 @@
+// API layer of bias_gelu.
+#include <torch/csrc/stable/ops.h>
+
+#include "dispatch.h"
+#include "ops.h"
+#include "parallel.h"
+
+namespace sbert_fast::cpu {
+
+Tensor bias_gelu(const Tensor& x, const std::optional<Tensor>& bias, bool tanh) {
+  constexpr const char* op = "bias_gelu";
+  const Dtype dtype = check_activation(op, "x", x, "[T, F]", {kAnySize, kAnySize});
+  const int64_t T = x.size(0), F = x.size(1);
+  check_tensor(op, "bias", bias, ScalarType::Float, "[F]", {F});
+
+  Tensor out = torch::stable::new_empty(x, {T, F});
+  BiasGeluParams params{};
+  params.x = x.const_data_ptr();
+  params.bias = data_or_null<float>(bias);
+  params.out = out.mutable_data_ptr();
+  params.F = F;
+  params.tanh = tanh;
+  parallel_rows(kernels().bias_gelu[dtype], params, T, F);
+  return out;
+}
+
+}  // namespace sbert_fast::cpu

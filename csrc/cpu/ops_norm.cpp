@@ -1,0 +1,85 @@
+// API layer of embed_norm and add_norm.
+#include <torch/csrc/stable/ops.h>
+
+#include "dispatch.h"
+#include "ops.h"
+#include "parallel.h"
+#include "value_checks.h"
+
+namespace sbert_fast::cpu {
+
+Tensor embed_norm(const Tensor& ids, const Tensor& positions, const std::optional<Tensor>& types,
+                  const Tensor& word, const Tensor& position_table,
+                  const std::optional<Tensor>& type_table, const Tensor& weight,
+                  const Tensor& bias, double eps, ScalarType out_dtype) {
+  constexpr const char* op = "embed_norm";
+  check_tensor(op, "ids", ids, ScalarType::Int, "[T]", {kAnySize});
+  const int64_t T = ids.size(0);
+  check_tensor(op, "positions", positions, ScalarType::Int, "[T]", {T});
+  check_tensor(op, "types", types, ScalarType::Int, "[T]", {T});
+
+  const Dtype dtype = check_activation(op, "word", word, "[V, E]", {kAnySize, kAnySize});
+  const int64_t E = word.size(1);
+  const ScalarType table_dtype = word.scalar_type();
+  check_tensor(op, "position_table", position_table, table_dtype, "[P, E]", {kAnySize, E});
+  check_tensor(op, "type_table", type_table, table_dtype, "[Y, E]", {kAnySize, E});
+  check_tensor(op, "weight", weight, ScalarType::Float, "[E]", {E});
+  check_tensor(op, "bias", bias, ScalarType::Float, "[E]", {E});
+  const auto kernel = kernels().embed_norm[dtype][kernel_dtype(op, "out_dtype", out_dtype)];
+  SBF_CHECK(kernel != nullptr, op, "out_dtype must be ", dtype_name(table_dtype),
+            ", the dtype of the tables, got ", dtype_name(out_dtype));
+  SBF_CHECK(type_table.has_value() || !types.has_value(), op,
+            "types must be None where there is no type_table, got ", describe(*types));
+
+  EmbedNormParams params{};
+  params.ids = static_cast<const int32_t*>(ids.const_data_ptr());
+  params.positions = static_cast<const int32_t*>(positions.const_data_ptr());
+  params.types = data_or_null<int32_t>(types);
+  check_indices(op, "ids", params.ids, T, word.size(0), "word");
+  check_indices(op, "positions", params.positions, T, position_table.size(0), "position_table");
+  if (params.types != nullptr) {
+    check_indices(op, "types", params.types, T, type_table->size(0), "type_table");
+  } else {
+    SBF_CHECK(!type_table.has_value() || type_table->size(0) > 0, op,
+              "type_table must have a row for type 0, got ", describe(*type_table));
+  }
+
+  Tensor out = torch::stable::new_empty(word, {T, E}, out_dtype);
+  params.word = word.const_data_ptr();
+  params.position_table = position_table.const_data_ptr();
+  params.type_table = data_or_null<void>(type_table);
+  params.weight = static_cast<const float*>(weight.const_data_ptr());
+  params.bias = static_cast<const float*>(bias.const_data_ptr());
+  params.out = out.mutable_data_ptr();
+  params.E = E;
+  params.eps = static_cast<float>(eps);
+  parallel_rows(kernel, params, T, E);
+  return out;
+}
+
+Tensor add_norm(const Tensor& x, const std::optional<Tensor>& bias,
+                const std::optional<Tensor>& residual, const Tensor& weight, const Tensor& ln_bias,
+                double eps) {
+  constexpr const char* op = "add_norm";
+  const Dtype dtype = check_activation(op, "x", x, "[T, E]", {kAnySize, kAnySize});
+  const int64_t T = x.size(0), E = x.size(1);
+  check_tensor(op, "bias", bias, ScalarType::Float, "[E]", {E});
+  check_tensor(op, "residual", residual, x.scalar_type(), "[T, E]", {T, E});
+  check_tensor(op, "weight", weight, ScalarType::Float, "[E]", {E});
+  check_tensor(op, "ln_bias", ln_bias, ScalarType::Float, "[E]", {E});
+
+  Tensor out = torch::stable::new_empty(x, {T, E});
+  AddNormParams params{};
+  params.x = x.const_data_ptr();
+  params.bias = data_or_null<float>(bias);
+  params.residual = data_or_null<void>(residual);
+  params.weight = static_cast<const float*>(weight.const_data_ptr());
+  params.ln_bias = static_cast<const float*>(ln_bias.const_data_ptr());
+  params.out = out.mutable_data_ptr();
+  params.E = E;
+  params.eps = static_cast<float>(eps);
+  parallel_rows(kernels().add_norm[dtype], params, T, E);
+  return out;
+}
+
+}  // namespace sbert_fast::cpu

@@ -1,0 +1,49 @@
+// Checks of the values of index tensors: what a kernel would otherwise read or write out of bounds.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "checks.h"
+
+namespace sbert_fast::cpu {
+
+/// Requires 0 <= indices[i] < limit for all i; the message names the first index that is not.
+inline void check_indices(const char* op, const char* name, const int32_t* indices, int64_t count,
+                          int64_t limit, const char* what) {
+  uint32_t largest = 0;  // a negative index becomes a large one
+  for (int64_t i = 0; i < count; ++i) {
+    largest = std::max(largest, static_cast<uint32_t>(indices[i]));
+  }
+  if (count == 0 || largest < static_cast<uint64_t>(limit)) return;
+  int64_t i = 0;
+  while (indices[i] >= 0 && indices[i] < limit) ++i;
+  fail(op, name, '[', i, "] must be in [0, ", limit, "), the rows of ", what, ", got ", indices[i]);
+}
+
+/// Requires cu_seqlens [B + 1] to start at 0, never decrease, and end at or before T. Returns the
+/// longest sequence.
+inline int64_t check_cu_seqlens(const char* op, const int32_t* cu_seqlens, int64_t B, int64_t T) {
+  SBF_CHECK(cu_seqlens[0] == 0, op, "cu_seqlens must start at 0, got ", cu_seqlens[0]);
+  int64_t longest = 0;
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t length = static_cast<int64_t>(cu_seqlens[b + 1]) - cu_seqlens[b];
+    SBF_CHECK(length >= 0, op, "cu_seqlens must never decrease, got ", cu_seqlens[b], " then ",
+              cu_seqlens[b + 1], " at ", b + 1);
+    longest = std::max(longest, length);
+  }
+  SBF_CHECK(cu_seqlens[B] <= T, op, "cu_seqlens must end at or before T = ", T, ", got ",
+            cu_seqlens[B]);
+  return longest;
+}
+
+/// Requires 0 <= start <= end <= limit for every row of spans [P, 2].
+inline void check_spans(const char* op, const int32_t* spans, int64_t P, int64_t limit) {
+  for (int64_t p = 0; p < P; ++p) {
+    const int32_t start = spans[2 * p], end = spans[2 * p + 1];
+    SBF_CHECK(0 <= start && start <= end && end <= limit, op, "spans[", p,
+              "] must be 0 <= start <= end <= ", limit, ", got [", start, ", ", end, "]");
+  }
+}
+
+}  // namespace sbert_fast::cpu

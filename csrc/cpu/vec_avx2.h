@@ -1,0 +1,94 @@
+// VecF on AVX2 with FMA. Included by vec.h, which says what each function promises.
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+
+namespace sbert_fast::cpu::SBF_ISA {
+
+struct VecF {
+  static constexpr int N = 8;
+  __m256 v;
+
+  static SBF_INLINE __m256i first(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  static SBF_INLINE VecF load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static SBF_INLINE VecF load_partial(const float* p, int n) {
+    return {_mm256_maskload_ps(p, first(n))};
+  }
+  static SBF_INLINE VecF set1(float x) { return {_mm256_set1_ps(x)}; }
+  static SBF_INLINE VecF zero() { return {_mm256_setzero_ps()}; }
+  SBF_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
+  SBF_INLINE void store_partial(float* p, int n) const { _mm256_maskstore_ps(p, first(n), v); }
+};
+
+SBF_INLINE VecF operator+(VecF a, VecF b) { return {_mm256_add_ps(a.v, b.v)}; }
+SBF_INLINE VecF operator-(VecF a, VecF b) { return {_mm256_sub_ps(a.v, b.v)}; }
+SBF_INLINE VecF operator*(VecF a, VecF b) { return {_mm256_mul_ps(a.v, b.v)}; }
+SBF_INLINE VecF operator/(VecF a, VecF b) { return {_mm256_div_ps(a.v, b.v)}; }
+SBF_INLINE VecF fma(VecF a, VecF b, VecF c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+SBF_INLINE VecF max(VecF a, VecF b) { return {_mm256_max_ps(a.v, b.v)}; }
+SBF_INLINE VecF min(VecF a, VecF b) { return {_mm256_min_ps(a.v, b.v)}; }
+SBF_INLINE VecF sqrt(VecF a) { return {_mm256_sqrt_ps(a.v)}; }
+SBF_INLINE VecF abs(VecF a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+
+SBF_INLINE VecF select_lt(VecF a, VecF b, VecF x, VecF y) {
+  return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
+}
+SBF_INLINE VecF blend_first(int n, VecF a, VecF b) {
+  return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(VecF::first(n)))};
+}
+SBF_INLINE VecF copysign(VecF magnitude, VecF sign) {
+  const __m256 bit = _mm256_set1_ps(-0.0f);
+  return {_mm256_or_ps(_mm256_andnot_ps(bit, magnitude.v), _mm256_and_ps(bit, sign.v))};
+}
+SBF_INLINE VecF add_exponent(VecF a, VecF t) {
+  const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(t.v), 23);
+  return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.v), n))};
+}
+
+SBF_INLINE float reduce_add(VecF a) {
+  const __m128 c = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  const __m128 d = _mm_add_ps(c, _mm_movehl_ps(c, c));
+  return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
+}
+SBF_INLINE float reduce_max(VecF a) {
+  const __m128 c = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  const __m128 d = _mm_max_ps(c, _mm_movehl_ps(c, c));
+  return _mm_cvtss_f32(_mm_max_ss(d, _mm_movehdup_ps(d)));
+}
+
+SBF_INLINE VecF widen(__m128i b) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(b), 16))};
+}
+SBF_INLINE __m128i narrow(VecF a) {
+  const __m256i bits = _mm256_castps_si256(a.v);
+  const __m256i top = _mm256_srli_epi32(bits, 16);
+  const __m256i odd = _mm256_and_si256(top, _mm256_set1_epi32(1));
+  const __m256i bias = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, bias), 16);
+  const __m256i quiet = _mm256_or_si256(top, _mm256_set1_epi32(0x40));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  const __m256i lanes = _mm256_blendv_epi8(rounded, quiet, nan);
+  return _mm_packus_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
+}
+SBF_INLINE VecF load_bf16(const bf16* p) {
+  return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+SBF_INLINE void store_bf16(bf16* p, VecF a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(a));
+}
+
+SBF_INLINE VecF load_bf16_partial(const bf16* p, int n) {
+  bf16 lanes[VecF::N] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = p[i];
+  return load_bf16(lanes);
+}
+SBF_INLINE void store_bf16_partial(bf16* p, VecF a, int n) {
+  bf16 lanes[VecF::N];
+  store_bf16(lanes, a);
+  for (int i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+}  // namespace sbert_fast::cpu::SBF_ISA

@@ -1,0 +1,91 @@
+// VecF on AVX-512 (F, BW, DQ, VL). Included by vec.h, which says what each function promises.
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+
+namespace sbert_fast::cpu::SBF_ISA {
+
+struct VecF {
+  static constexpr int N = 16;
+  __m512 v;
+
+  static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+  static SBF_INLINE VecF load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static SBF_INLINE VecF load_partial(const float* p, int n) {
+    return {_mm512_maskz_loadu_ps(first(n), p)};
+  }
+  static SBF_INLINE VecF set1(float x) { return {_mm512_set1_ps(x)}; }
+  static SBF_INLINE VecF zero() { return {_mm512_setzero_ps()}; }
+  SBF_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
+  SBF_INLINE void store_partial(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), v); }
+};
+
+SBF_INLINE VecF operator+(VecF a, VecF b) { return {_mm512_add_ps(a.v, b.v)}; }
+SBF_INLINE VecF operator-(VecF a, VecF b) { return {_mm512_sub_ps(a.v, b.v)}; }
+SBF_INLINE VecF operator*(VecF a, VecF b) { return {_mm512_mul_ps(a.v, b.v)}; }
+SBF_INLINE VecF operator/(VecF a, VecF b) { return {_mm512_div_ps(a.v, b.v)}; }
+SBF_INLINE VecF fma(VecF a, VecF b, VecF c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+SBF_INLINE VecF max(VecF a, VecF b) { return {_mm512_max_ps(a.v, b.v)}; }
+SBF_INLINE VecF min(VecF a, VecF b) { return {_mm512_min_ps(a.v, b.v)}; }
+SBF_INLINE VecF sqrt(VecF a) { return {_mm512_sqrt_ps(a.v)}; }
+SBF_INLINE VecF abs(VecF a) { return {_mm512_abs_ps(a.v)}; }
+
+SBF_INLINE VecF select_lt(VecF a, VecF b, VecF x, VecF y) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
+}
+
+SBF_INLINE VecF blend_first(int n, VecF a, VecF b) {
+  return {_mm512_mask_blend_ps(VecF::first(n), b.v, a.v)};
+}
+
+SBF_INLINE VecF copysign(VecF magnitude, VecF sign) {
+  const __m512 bit = _mm512_set1_ps(-0.0f);
+  return {_mm512_or_ps(_mm512_andnot_ps(bit, magnitude.v), _mm512_and_ps(bit, sign.v))};
+}
+
+SBF_INLINE VecF add_exponent(VecF a, VecF t) {
+  const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(t.v), 23);
+  return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.v), n))};
+}
+
+SBF_INLINE float reduce_add(VecF a) {
+  const __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  const __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+  const __m128 d = _mm_add_ps(c, _mm_movehl_ps(c, c));
+  return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
+}
+SBF_INLINE float reduce_max(VecF a) {
+  const __m256 b = _mm256_max_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  const __m128 c = _mm_max_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+  const __m128 d = _mm_max_ps(c, _mm_movehl_ps(c, c));
+  return _mm_cvtss_f32(_mm_max_ss(d, _mm_movehdup_ps(d)));
+}
+
+SBF_INLINE VecF widen(__m256i b) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16))};
+}
+SBF_INLINE __m256i narrow(VecF a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i top = _mm512_srli_epi32(bits, 16);
+  const __m512i odd = _mm512_and_si512(top, _mm512_set1_epi32(1));
+  const __m512i bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(
+      _mm512_mask_or_epi32(rounded, nan, top, _mm512_set1_epi32(0x40)));
+}
+SBF_INLINE VecF load_bf16(const bf16* p) {
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+SBF_INLINE VecF load_bf16_partial(const bf16* p, int n) {
+  return widen(_mm256_maskz_loadu_epi16(VecF::first(n), p));
+}
+SBF_INLINE void store_bf16(bf16* p, VecF a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a));
+}
+SBF_INLINE void store_bf16_partial(bf16* p, VecF a, int n) {
+  _mm256_mask_storeu_epi16(p, VecF::first(n), narrow(a));
+}
+
+}  // namespace sbert_fast::cpu::SBF_ISA

@@ -1,0 +1,126 @@
+// VecF as two 16-byte vectors of the compiler: native to SSE and NEON. Included by vec.h, which says
+// what each function promises.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace sbert_fast::cpu::SBF_ISA {
+
+typedef float Float4 __attribute__((vector_size(16)));
+typedef int32_t Int4 __attribute__((vector_size(16)));
+
+struct VecF {
+  static constexpr int N = 8;
+  Float4 lo, hi;
+
+  static SBF_INLINE VecF load(const float* p) {
+    VecF r;
+    __builtin_memcpy(&r, p, sizeof(r));
+    return r;
+  }
+  static SBF_INLINE VecF load_partial(const float* p, int n) {
+    float lanes[N] = {};
+    for (int i = 0; i < n; ++i) lanes[i] = p[i];
+    return load(lanes);
+  }
+  static SBF_INLINE VecF set1(float x) { return {Float4{x, x, x, x}, Float4{x, x, x, x}}; }
+  static SBF_INLINE VecF zero() { return set1(0.0f); }
+  SBF_INLINE void store(float* p) const { __builtin_memcpy(p, this, sizeof(*this)); }
+  SBF_INLINE void store_partial(float* p, int n) const {
+    float lanes[N];
+    store(lanes);
+    for (int i = 0; i < n; ++i) p[i] = lanes[i];
+  }
+};
+
+SBF_INLINE Float4 fma(Float4 a, Float4 b, Float4 c) {
+#if defined(__ARM_NEON)
+  return (Float4)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+SBF_INLINE Int4 bits(Float4 a) { return (Int4)a; }
+
+SBF_INLINE VecF operator+(VecF a, VecF b) { return {a.lo + b.lo, a.hi + b.hi}; }
+SBF_INLINE VecF operator-(VecF a, VecF b) { return {a.lo - b.lo, a.hi - b.hi}; }
+SBF_INLINE VecF operator*(VecF a, VecF b) { return {a.lo * b.lo, a.hi * b.hi}; }
+SBF_INLINE VecF operator/(VecF a, VecF b) { return {a.lo / b.lo, a.hi / b.hi}; }
+SBF_INLINE VecF fma(VecF a, VecF b, VecF c) { return {fma(a.lo, b.lo, c.lo), fma(a.hi, b.hi, c.hi)}; }
+SBF_INLINE VecF max(VecF a, VecF b) {
+  return {a.lo > b.lo ? a.lo : b.lo, a.hi > b.hi ? a.hi : b.hi};
+}
+SBF_INLINE VecF min(VecF a, VecF b) {
+  return {a.lo < b.lo ? a.lo : b.lo, a.hi < b.hi ? a.hi : b.hi};
+}
+SBF_INLINE VecF sqrt(VecF a) {
+  for (int i = 0; i < 4; ++i) {
+    a.lo[i] = __builtin_sqrtf(a.lo[i]);
+    a.hi[i] = __builtin_sqrtf(a.hi[i]);
+  }
+  return a;
+}
+SBF_INLINE VecF abs(VecF a) {
+  return {(Float4)(bits(a.lo) & 0x7fffffff), (Float4)(bits(a.hi) & 0x7fffffff)};
+}
+SBF_INLINE VecF select_lt(VecF a, VecF b, VecF x, VecF y) {
+  return {a.lo < b.lo ? x.lo : y.lo, a.hi < b.hi ? x.hi : y.hi};
+}
+SBF_INLINE VecF blend_first(int n, VecF a, VecF b) {
+  const Int4 lane = {0, 1, 2, 3};
+  return {lane < n ? a.lo : b.lo, lane < n - 4 ? a.hi : b.hi};
+}
+SBF_INLINE VecF copysign(VecF m, VecF sign) {
+  const Int4 bit = Int4{} + INT32_MIN;
+  return {(Float4)((bits(m.lo) & ~bit) | (bits(sign.lo) & bit)),
+          (Float4)((bits(m.hi) & ~bit) | (bits(sign.hi) & bit))};
+}
+SBF_INLINE VecF add_exponent(VecF a, VecF t) {
+  return {(Float4)(bits(a.lo) + (bits(t.lo) << 23)), (Float4)(bits(a.hi) + (bits(t.hi) << 23))};
+}
+
+SBF_INLINE float reduce_add(VecF a) {
+  const Float4 c = a.lo + a.hi;
+  return (c[0] + c[2]) + (c[1] + c[3]);
+}
+SBF_INLINE float reduce_max(VecF a) {
+  const Float4 c = max(a, VecF{a.hi, a.lo}).lo;
+  const float even = c[0] > c[2] ? c[0] : c[2];
+  const float odd = c[1] > c[3] ? c[1] : c[3];
+  return even > odd ? even : odd;
+}
+
+SBF_INLINE VecF load_bf16(const bf16* p) {
+  uint32_t lanes[VecF::N];
+  for (int i = 0; i < VecF::N; ++i) lanes[i] = static_cast<uint32_t>(p[i].bits) << 16;
+  VecF r;
+  __builtin_memcpy(&r, lanes, sizeof(r));
+  return r;
+}
+SBF_INLINE void store_bf16(bf16* p, VecF a) {
+  uint32_t lanes[VecF::N];
+  __builtin_memcpy(lanes, &a, sizeof(a));
+  for (int i = 0; i < VecF::N; ++i) {
+    const uint32_t top = lanes[i] >> 16;
+    const bool nan = (lanes[i] & 0x7fffffffu) > 0x7f800000u;
+    const uint32_t rounded = (lanes[i] + 0x7fffu + (top & 1u)) >> 16;
+    p[i].bits = static_cast<uint16_t>(nan ? top | 0x40u : rounded);
+  }
+}
+
+SBF_INLINE VecF load_bf16_partial(const bf16* p, int n) {
+  bf16 lanes[VecF::N] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = p[i];
+  return load_bf16(lanes);
+}
+SBF_INLINE void store_bf16_partial(bf16* p, VecF a, int n) {
+  bf16 lanes[VecF::N];
+  store_bf16(lanes, a);
+  for (int i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+}  // namespace sbert_fast::cpu::SBF_ISA

@@ -1,0 +1,336 @@
+"""PackedEncoder: prepared weights of a model, and its forward pass over packed batches."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sbert_fast import models, ops
+from sbert_fast.models.base import Linear, Norm, check_finite
+from sbert_fast.packing import PackedBatch
+
+# Rows oneDNN lays prepacked weights out for; any other number of rows works too.
+_PREPACK_ROWS = 512
+
+
+def onednn_linear_available(dtype: torch.dtype) -> bool:
+    """Whether torch's prepacked oneDNN linears run in `dtype` on this CPU."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(
+        torch.ops.mkldnn, "_linear_pointwise"
+    ):
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
+
+
+class PreparedLinear:
+    """A linear layer with an optional fused GELU: `gelu(x @ weight.T + bias)`.
+
+    Prepacked through oneDNN on a CPU that has it, `F.linear` elsewhere. Rows of `x` should be a multiple
+    of 16: then a row of the result depends on no other row, bit for bit.
+    """
+
+    def __init__(
+        self,
+        linears: tuple[Linear, ...],
+        dtype: torch.dtype,
+        gelu: ops.Kernel | None = None,
+        tanh: bool = False,
+    ) -> None:
+        """Fuse `linears` (same input, outputs side by side) into one, in `dtype`."""
+        weight = torch.cat([part.weight.detach().to(dtype) for part in linears])
+        biases = [part.bias for part in linears]
+        self.bias = None
+        if any(bias is not None for bias in biases):
+            self.bias = torch.cat(
+                [
+                    part.weight.new_zeros(part.weight.shape[0]).to(dtype)
+                    if part.bias is None
+                    else part.bias.detach().to(dtype)
+                    for part in linears
+                ]
+            )
+        self.gelu, self.tanh = gelu, tanh
+        self.prepacked = weight.device.type == "cpu" and onednn_linear_available(dtype)
+        self.weight = (
+            torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PREPACK_ROWS)
+            if self.prepacked
+            else weight.contiguous()
+        )
+        self._attributes = (
+            ("none", [], "") if gelu is None else ("gelu", [], "tanh" if tanh else "none")
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.prepacked:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self._attributes)
+        y = F.linear(x, self.weight, self.bias)
+        return y if self.gelu is None else self.gelu(y, None, self.tanh)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedNorm:
+    """LayerNorm parameters in fp32."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, norm: Norm) -> PreparedNorm:
+        return cls(norm.weight.detach().float(), norm.bias.detach().float(), norm.eps)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedLayer:
+    qkv: PreparedLinear
+    attention_output: PreparedLinear
+    attention_norm: PreparedNorm
+    up: PreparedLinear
+    down: PreparedLinear
+    output_norm: PreparedNorm
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything one forward pass needs, derived from the parameters it was `built_from`."""
+
+    architecture: models.Architecture
+    dtype: torch.dtype
+    device: torch.device
+    word: Tensor
+    position: Tensor
+    token_type: Tensor | None
+    embedding_norm: PreparedNorm
+    projection: PreparedLinear | None
+    layers: tuple[PreparedLayer, ...]
+    embed: ops.Kernel
+    attend: ops.Kernel
+    add_norm: ops.Kernel
+
+
+class _Fingerprint:
+    """Tells whether any parameter or submodule of a model was replaced or written to.
+
+    It keeps the tensors it was taken from alive, so that an address cannot be used again unseen.
+    """
+
+    def __init__(self, model: nn.Module, tensors: list[Tensor]) -> None:
+        self._links = [
+            (module._modules, name, child)
+            for module in model.modules()
+            for name, child in module._modules.items()
+        ]
+        self._slots = [
+            (module._parameters, name)
+            for module in model.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        self._held = [tensor.detach() for tensor in tensors]
+        self._values = self._read()
+
+    def _read(self) -> list[tuple[Any, ...] | None]:
+        return [_state(slots.get(name)) for slots, name in self._slots]
+
+    def is_current(self) -> bool:
+        return (
+            all(children.get(name) is child for children, name, child in self._links)
+            and self._read() == self._values
+        )
+
+
+def _state(parameter: Tensor | None) -> tuple[Any, ...] | None:
+    if parameter is None:
+        return None
+    version = 0 if parameter.is_inference() else parameter._version
+    return parameter.data_ptr(), version, parameter.dtype, parameter.device
+
+
+def compute_dtype(model: nn.Module, requested: torch.dtype | None) -> torch.dtype:
+    """The dtype the engine computes in: the one asked for, else that of the model.
+
+    A float16 model on a CPU computes in float32, which holds every float16 value exactly.
+    """
+    if requested is not None:
+        return requested
+    parameter = next(model.parameters())
+    if parameter.device.type == "cpu" and parameter.dtype == torch.float16:
+        return torch.float32
+    return parameter.dtype
+
+
+class PackedEncoder:
+    """The packed forward pass of one base model.
+
+    Prepared weights are derived state: built at the first batch, rebuilt when a parameter changed, and
+    left behind by `copy.deepcopy` and `pickle`, whose results prepare the weights of their own model.
+
+    Args:
+        model: a base model of a supported family (see :data:`sbert_fast.models.FAMILIES`).
+        dtype: dtype to compute in; None is the dtype of the model.
+        impl: implementation of the ops, see :mod:`sbert_fast.ops`.
+
+    Raises:
+        UnsupportedModelError: the model cannot be run packed; the message says why.
+        ValueError, ImplementationError: `impl` is unknown, or cannot run here.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, dtype: torch.dtype | None = None, impl: str = "auto"
+    ) -> None:
+        self.model = model
+        self.requested_dtype = dtype
+        self.impl = impl
+        self.architecture, _ = models.read(model)
+        ops.resolve(self.device, self.compute_dtype, impl)
+        self._prepared: Prepared | None = None
+        self._fingerprint: _Fingerprint | None = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        for derived in ("_prepared", "_fingerprint", "_lock"):
+            del state[derived]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._prepared = self._fingerprint = None
+        self._lock = threading.Lock()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return compute_dtype(self.model, self.requested_dtype)
+
+    @property
+    def implementation(self) -> str:
+        """The implementation of the ops that a forward pass uses now."""
+        return ops.resolve(self.device, self.compute_dtype, self.impl)
+
+    def refresh(self) -> None:
+        """Forget the prepared weights: needed after writes torch does not count (`param.data[...] = x`)."""
+        with self._lock:
+            self._prepared = self._fingerprint = None
+
+    def prepared(self) -> Prepared:
+        """The prepared weights of the model as it is now."""
+        prepared, fingerprint = self._prepared, self._fingerprint
+        if prepared is not None and fingerprint is not None and fingerprint.is_current():
+            return prepared
+        with self._lock:
+            if (
+                self._prepared is None
+                or self._fingerprint is None
+                or not self._fingerprint.is_current()
+            ):
+                self._prepared = self._fingerprint = None
+                self.architecture, weights = models.read(self.model)
+                check_finite(self.model)
+                fingerprint = _Fingerprint(self.model, list(weights.tensors()))
+                with torch.inference_mode(False), torch.no_grad():
+                    self._prepared = self._prepare(weights)
+                self._fingerprint = fingerprint
+            return self._prepared
+
+    def _prepare(self, weights: models.EncoderWeights) -> Prepared:
+        architecture, device, dtype = self.architecture, self.device, self.compute_dtype
+        kernel = {
+            op: ops.bind(op, device, dtype, self.impl)
+            for op in ("embed_norm", "varlen_attention", "add_norm", "bias_gelu")
+        }
+
+        def prepare(*parts: Linear, gelu: ops.Kernel | None = None) -> PreparedLinear:
+            return PreparedLinear(parts, dtype, gelu, architecture.tanh_gelu)
+
+        embeddings = weights.embeddings
+        tables = [
+            t if t is None else t.detach()
+            for t in (embeddings.word, embeddings.position, embeddings.token_type)
+        ]
+        if any(t is not None and t.dtype != torch.float32 for t in tables):
+            tables = [t if t is None else t.to(dtype) for t in tables]
+        return Prepared(
+            architecture=architecture,
+            dtype=dtype,
+            device=device,
+            word=tables[0],
+            position=tables[1],
+            token_type=tables[2],
+            embedding_norm=PreparedNorm.of(embeddings.norm),
+            projection=None if embeddings.projection is None else prepare(embeddings.projection),
+            layers=tuple(
+                PreparedLayer(
+                    qkv=prepare(layer.query, layer.key, layer.value),
+                    attention_output=prepare(layer.attention_output),
+                    attention_norm=PreparedNorm.of(layer.attention_norm),
+                    up=prepare(layer.up, gelu=kernel["bias_gelu"]),
+                    down=prepare(layer.down),
+                    output_norm=PreparedNorm.of(layer.output_norm),
+                )
+                for layer in weights.layers
+            ),
+            embed=kernel["embed_norm"],
+            attend=kernel["varlen_attention"],
+            add_norm=kernel["add_norm"],
+        )
+
+    def __call__(self, batch: PackedBatch, prepared: Prepared | None = None) -> Tensor:
+        """Last hidden states of a packed batch.
+
+        Args:
+            batch: on the host, made by :func:`sbert_fast.packing.pack` with this architecture's
+                `position_offset` and `uncounted_id`.
+            prepared: result of :meth:`prepared`, where a caller of many batches has it at hand.
+
+        Returns:
+            `[T, E]` in :attr:`compute_dtype`, rows in packed order; the dead tail means nothing.
+        """
+        p = self.prepared() if prepared is None else prepared
+        heads, dim = p.architecture.num_heads, p.architecture.head_dim
+        with torch.no_grad():
+            x = p.embed(
+                batch.input_ids,
+                batch.position_ids,
+                batch.token_type_ids,
+                p.word,
+                p.position,
+                p.token_type,
+                p.embedding_norm.weight,
+                p.embedding_norm.bias,
+                p.embedding_norm.eps,
+                p.dtype,
+            )
+            if p.projection is not None:
+                x = p.projection(x)
+            tokens = x.shape[0]
+            for layer in p.layers:
+                qkv = layer.qkv(x).view(tokens, 3, heads, dim)
+                attended = p.attend(
+                    qkv,
+                    batch.cu_seqlens,
+                    batch.max_seqlen,
+                    dim**-0.5,
+                    None,
+                    -1,
+                    None,
+                    None,
+                    batch.tiles,
+                ).view(tokens, -1)
+                norm = layer.attention_norm
+                x = p.add_norm(
+                    layer.attention_output(attended), None, x, norm.weight, norm.bias, norm.eps
+                )
+                norm = layer.output_norm
+                x = p.add_norm(layer.down(layer.up(x)), None, x, norm.weight, norm.bias, norm.eps)
+        return x

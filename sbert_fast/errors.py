@@ -1,0 +1,36 @@
+"""The exceptions of sbert_fast. Each is also the built-in type a caller would expect to catch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class SbertFastError(Exception):
+    """Base class of every error raised on purpose by this package."""
+
+
+class InputError(SbertFastError, TypeError):
+    """An input that is not a text: the message names its index, its type and what was expected."""
+
+
+class UnsupportedModelError(SbertFastError, ValueError):
+    """A model whose architecture, options or weights the packed engine does not run."""
+
+
+class ImplementationError(SbertFastError, RuntimeError):
+    """An explicitly requested implementation that cannot run here."""
+
+
+class NonFiniteEmbeddingError(SbertFastError, ValueError):
+    """NaN or infinity in a result.
+
+    Attributes:
+        indices: positions, in the caller's input, of the texts concerned.
+    """
+
+    def __init__(self, message: str, indices: Sequence[int]) -> None:
+        super().__init__(message)
+        self.indices = list(indices)
+
+    def __reduce__(self) -> tuple[type[NonFiniteEmbeddingError], tuple[str, list[int]]]:
+        return type(self), (str(self), self.indices)

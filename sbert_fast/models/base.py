@@ -1,0 +1,196 @@
+"""What the packed engine needs to know of a model, and the checks every family shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+from sbert_fast.errors import UnsupportedModelError
+
+# HF activation names; the value says whether the tanh approximation is meant.
+_GELUS = {
+    "gelu": False,
+    "gelu_python": False,
+    "gelu_new": True,
+    "gelu_pytorch_tanh": True,
+    "gelu_python_tanh": True,
+    "gelu_fast": True,
+    "gelu_accurate": True,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """`y = x @ weight.T + bias`, weight `[N, K]`, bias `[N]` or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """LayerNorm over the last dimension."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One post-norm transformer layer."""
+
+    query: Linear
+    key: Linear
+    value: Linear
+    attention_output: Linear
+    attention_norm: Norm
+    up: Linear
+    down: Linear
+    output_norm: Norm
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """Embedding tables; `projection` widens them to the hidden size (ELECTRA)."""
+
+    word: Tensor
+    position: Tensor
+    token_type: Tensor | None
+    norm: Norm
+    projection: Linear | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderWeights:
+    """The live parameters of a model, by role. Nothing here is a copy."""
+
+    embeddings: Embeddings
+    layers: tuple[Layer, ...]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every parameter, in a fixed order."""
+        yield from _tensors(self.embeddings)
+        for layer in self.layers:
+            yield from _tensors(layer)
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """Sizes and conventions of a model.
+
+    Attributes:
+        family: name of the family, as in `config.model_type`.
+        hidden_size, num_heads, num_layers, intermediate_size, vocab_size: as usual.
+        tanh_gelu: the feed-forward activation is the tanh approximation of GELU.
+        position_offset: position of the first token.
+        uncounted_id: token id that does not advance positions, or None.
+        max_tokens: tokens the position table has room for.
+        type_vocab_size: token types, 0 where the family has none.
+    """
+
+    family: str
+    hidden_size: int
+    num_heads: int
+    num_layers: int
+    intermediate_size: int
+    vocab_size: int
+    tanh_gelu: bool
+    position_offset: int
+    uncounted_id: int | None
+    max_tokens: int
+    type_vocab_size: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+def _tensors(node: object) -> Iterator[Tensor]:
+    for field in fields(node):  # type: ignore[arg-type]
+        value = getattr(node, field.name)
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (Linear, Norm)):
+            yield from _tensors(value)
+
+
+def linear(module: nn.Module) -> Linear:
+    if type(module) is not nn.Linear:
+        raise UnsupportedModelError(
+            f"expected torch.nn.Linear, got {type(module).__module__}.{type(module).__qualname__}"
+        )
+    return Linear(module.weight, module.bias)
+
+
+def norm(module: nn.Module) -> Norm:
+    if type(module) is not nn.LayerNorm or module.weight is None or module.bias is None:
+        raise UnsupportedModelError(
+            f"expected torch.nn.LayerNorm with weight and bias, got {type(module).__qualname__}"
+        )
+    return Norm(module.weight, module.bias, module.eps)
+
+
+def is_tanh_gelu(activation: object) -> bool:
+    if not isinstance(activation, str) or activation not in _GELUS:
+        raise UnsupportedModelError(
+            f"activation must be one of {', '.join(_GELUS)}, got {activation!r}"
+        )
+    return _GELUS[activation]
+
+
+def check(model: nn.Module, architecture: Architecture, weights: EncoderWeights) -> None:
+    """Refuse what the packed engine would compute differently from the model itself.
+
+    Raises:
+        UnsupportedModelError: with the reason.
+    """
+    config = model.config
+    for flag in ("is_decoder", "add_cross_attention"):
+        if getattr(config, flag, False):
+            raise UnsupportedModelError(f"config.{flag} is set: only encoders are supported")
+    kind = getattr(config, "position_embedding_type", "absolute") or "absolute"
+    if kind != "absolute":
+        raise UnsupportedModelError(
+            f"config.position_embedding_type must be 'absolute', got {kind!r}"
+        )
+    if architecture.hidden_size % architecture.num_heads:
+        raise UnsupportedModelError(
+            f"hidden size {architecture.hidden_size} is no multiple of {architecture.num_heads} heads"
+        )
+    if not 8 <= architecture.head_dim <= 128:
+        raise UnsupportedModelError(f"head dim must be 8 to 128, got {architecture.head_dim}")
+    _check_parameters(model, weights)
+
+
+def _check_parameters(model: nn.Module, weights: EncoderWeights) -> None:
+    known = {id(tensor) for tensor in weights.tensors()}
+    dtypes: set[torch.dtype] = set()
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in known:
+            if name.startswith("pooler."):
+                continue
+            raise UnsupportedModelError(f"unknown parameter {name!r} (an adapter?)")
+        if not parameter.is_floating_point():
+            raise UnsupportedModelError(
+                f"{name} must be a floating-point tensor, got {parameter.dtype} (quantised?)"
+            )
+        if parameter.device.type == "meta":
+            raise UnsupportedModelError(f"{name} is on the meta device: load its weights first")
+        dtypes.add(parameter.dtype)
+    if len({tensor.device for tensor in weights.tensors()}) > 1:
+        raise UnsupportedModelError("parameters are spread over several devices")
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse weights that hold NaN or infinity, naming the tensor.
+
+    Raises:
+        UnsupportedModelError: a parameter is not finite.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise UnsupportedModelError(f"weights hold NaN or infinity: {name}")

@@ -1,0 +1,122 @@
+"""Which implementation of an op runs, why, and how often it ran."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sbert_fast.errors import ImplementationError
+from sbert_fast.ops import extension, schemas
+
+logger = logging.getLogger("sbert_fast")
+
+_launches: Counter[tuple[str, str]] = Counter()
+_launches_lock = threading.Lock()
+_REFERENCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_CPU_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One implementation of one op, callable with the arguments of its schema."""
+
+    op: str
+    implementation: str
+    overload: Any
+
+    def __call__(self, *args: Any) -> Any:  # noqa: ANN401
+        if not torch.compiler.is_compiling():
+            with _launches_lock:
+                _launches[self.op, self.implementation] += 1
+        return self.overload(*args)
+
+
+def rejection(implementation: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `implementation` cannot run on `device` in `dtype`; None where it can."""
+    if implementation == "cpu":
+        if not extension.CPU.available:
+            return extension.CPU.reason
+        if device.type != "cpu":
+            return f"the C++ ops run on cpu, not on {device.type}"
+        if dtype not in _CPU_DTYPES:
+            return f"the C++ ops take float32 and bfloat16, not {dtype}"
+        return None
+    if dtype not in _REFERENCE_DTYPES:
+        return f"no op takes {dtype}"
+    return None
+
+
+def preference(device: torch.device) -> tuple[str, ...]:
+    """Implementations that `auto` tries on `device`, best first."""
+    return ("cpu", "reference") if device.type == "cpu" else ("reference",)
+
+
+def resolve(device: torch.device, dtype: torch.dtype, impl: str = "auto") -> str:
+    """The implementation that will run.
+
+    Args:
+        device: where the tensors are.
+        dtype: dtype of the activations.
+        impl: "auto", or the name of an implementation, which is then used or refused, never
+            replaced. `SBERT_FAST_IMPL` takes the place of "auto".
+
+    Raises:
+        ValueError: `impl` names no implementation.
+        ImplementationError: the named implementation cannot run here.
+    """
+    if impl == "auto":
+        impl = os.environ.get("SBERT_FAST_IMPL", "auto")
+    if impl == "auto":
+        for name in preference(device):
+            if rejection(name, device, dtype) is None:
+                return name
+        raise ImplementationError(f"no implementation runs on {device} in {dtype}")
+    if impl not in schemas.IMPLEMENTATIONS:
+        expected = ", ".join(("auto", *schemas.IMPLEMENTATIONS))
+        raise ValueError(f"impl must be one of {expected}, got {impl!r}")
+    reason = rejection(impl, device, dtype)
+    if reason is not None:
+        raise ImplementationError(f"impl={impl!r} was asked for, but {reason}")
+    return impl
+
+
+def bind(op: str, device: torch.device, dtype: torch.dtype, impl: str = "auto") -> Kernel:
+    """The kernel of `op` that runs on `device` in `dtype`: resolved once, called many times."""
+    name = resolve(device, dtype, impl)
+    packet = getattr(torch.ops.sbert_fast, op)
+    return Kernel(op, name, getattr(packet, name))
+
+
+def explain_ops() -> str:
+    """A table: device, dtype, the implementation `auto` picks, and why the others were passed over."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    lines = []
+    for device in map(torch.device, devices):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            chosen = resolve(device, dtype)
+            passed = [
+                f"{name}: {why}"
+                for name in preference(device)
+                if (why := rejection(name, device, dtype)) is not None
+            ]
+            note = f"  ({'; '.join(passed)})" if passed else ""
+            lines.append(f"{device.type:5} {str(dtype)[6:]:9} {chosen}{note}")
+    return "\n".join(lines)
+
+
+def launches() -> dict[tuple[str, str], int]:
+    """How often each (op, implementation) ran in this process: the proof of which side ran."""
+    with _launches_lock:
+        return dict(_launches)
+
+
+def reset_launches() -> None:
+    """Set every launch counter to zero."""
+    with _launches_lock:
+        _launches.clear()

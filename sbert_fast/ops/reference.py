@@ -1,0 +1,184 @@
+"""Plain-torch reference of every op: the specification, and the oracle of the tests in fp64.
+
+Every function takes the arguments of the op schema in :mod:`sbert_fast.ops.schemas` and runs on any
+device. Accumulation is fp32, or fp64 for fp64 inputs; results are rounded once, at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+POOLING_MODES = ("mean", "cls", "max", "mean_sqrt_len", "weighted_mean", "last_token")
+NORMALIZE_EPS = 1e-12
+
+# Scores held at once by attention, in elements: bounds memory, changes no result.
+_SCORE_BUDGET = 1 << 24
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _rows_by_length(cu_seqlens: Tensor) -> Iterator[Tensor]:
+    """Yield, for each distinct sequence length L > 0, the packed rows `[n, L]` of its sequences."""
+    cu = cu_seqlens.to(torch.int64)
+    lengths = cu[1:] - cu[:-1]
+    for length in torch.unique(lengths).tolist():
+        if length > 0:
+            starts = cu[:-1][lengths == length]
+            yield starts[:, None] + torch.arange(length, device=cu.device)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary tables `[T, D/2]` to `x` `[T, H, D]`, first half against second half."""
+    cos, sin = cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None]
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+def _position_terms(
+    queries: Tensor, length: int, bias: Tensor | None, window: int, dtype: torch.dtype
+) -> Tensor | None:
+    """The additive terms `[H or 1, len(queries), length]` that depend on positions only."""
+    if bias is None and window < 0:
+        return None
+    distance = torch.arange(length, device=queries.device)[None] - queries[:, None]
+    terms = torch.zeros(1, *distance.shape, dtype=dtype, device=queries.device)
+    if bias is not None:
+        reach = bias.shape[1] // 2
+        terms = bias.to(dtype)[:, distance.clamp(-reach, reach) + reach]
+    if window >= 0:
+        terms = terms.masked_fill(distance.abs() > window, float("-inf"))
+    return terms
+
+
+def varlen_attention(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    bias: Tensor | None,
+    window: int,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    tiles: Tensor | None,
+) -> Tensor:
+    q, k, v = qkv.to(_accumulator(qkv.dtype)).unbind(1)
+    if rotary_cos is not None and rotary_sin is not None:
+        q, k = _rotate(q, rotary_cos, rotary_sin), _rotate(k, rotary_cos, rotary_sin)
+    out = qkv.new_zeros(qkv.shape[0], *qkv.shape[2:])
+    heads = qkv.shape[2]
+    for rows in _rows_by_length(cu_seqlens):
+        length = rows.shape[1]
+        block = max(1, min(length, _SCORE_BUDGET // (heads * length)))
+        group = max(1, _SCORE_BUDGET // (heads * length * block))
+        for some in rows.split(group):
+            keys, values = k[some].permute(0, 2, 3, 1), v[some].transpose(1, 2)
+            for queries in torch.arange(length, device=rows.device).split(block):
+                target = some[:, queries]
+                scores = (q[target].transpose(1, 2) @ keys) * scale  # [n, H, block, L]
+                terms = _position_terms(queries, length, bias, window, scores.dtype)
+                if terms is not None:
+                    scores = scores + terms
+                result = (torch.softmax(scores, dim=-1) @ values).transpose(1, 2)
+                out[target] = result.to(qkv.dtype)
+    return out
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+
+
+def embed_norm(
+    ids: Tensor,
+    positions: Tensor,
+    types: Tensor | None,
+    word: Tensor,
+    position_table: Tensor,
+    type_table: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    dtype = _accumulator(word.dtype)
+    x = F.embedding(ids, word).to(dtype) + F.embedding(positions, position_table).to(dtype)
+    if type_table is not None:
+        row = type_table[0] if types is None else F.embedding(types, type_table)
+        x = x + row.to(dtype)
+    return _layer_norm(x, weight, bias, eps).to(out_dtype)
+
+
+def add_norm(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+) -> Tensor:
+    total = x.to(_accumulator(x.dtype))
+    for term in (bias, residual):
+        if term is not None:
+            total = total + term.to(total.dtype)
+    return _layer_norm(total, weight, ln_bias, eps).to(x.dtype)
+
+
+def bias_gelu(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
+    total = x.to(_accumulator(x.dtype))
+    if bias is not None:
+        total = total + bias.to(total.dtype)
+    return F.gelu(total, approximate="tanh" if tanh else "none").to(x.dtype)
+
+
+def segment_pool(
+    x: Tensor, cu_seqlens: Tensor, mode: int, normalize: bool, skip: int, spans: Tensor | None
+) -> Tensor:
+    dtype = _accumulator(x.dtype)
+    ranges = torch.stack((cu_seqlens[:-1], cu_seqlens[1:]), dim=1) if spans is None else spans
+    out = x.new_zeros((ranges.shape[0], x.shape[1]), dtype=dtype)
+    for row, (start, end) in enumerate(ranges.tolist()):
+        pooled = _pool_one(x[start:end].to(dtype), POOLING_MODES[mode], skip)
+        if pooled is not None:
+            out[row] = pooled
+    return F.normalize(out, dim=1, eps=NORMALIZE_EPS) if normalize else out
+
+
+def _pool_one(x: Tensor, mode: str, skip: int) -> Tensor | None:
+    """Pool one sequence `[L, E]`; None where nothing is left to pool."""
+    length = x.shape[0]
+    if mode == "cls":
+        return None if length == 0 else x[skip if length > skip else 0]
+    if length <= skip:
+        return None
+    if mode == "last_token":
+        return x[-1]
+    kept = x[skip:]
+    if mode == "max":
+        return kept.amax(0)
+    if mode == "weighted_mean":
+        weights = torch.arange(skip + 1, length + 1, device=x.device, dtype=x.dtype)
+        return (kept * weights[:, None]).sum(0) / weights.sum()
+    count = length - skip
+    return kept.sum(0) / (count if mode == "mean" else count**0.5)
+
+
+def segment_pool_out(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    mode: int,
+    normalize: bool,
+    skip: int,
+    spans: Tensor | None,
+    out: Tensor,
+    out_rows: Tensor | None,
+) -> None:
+    pooled = segment_pool(x, cu_seqlens, mode, normalize, skip, spans).to(out.dtype)
+    if out_rows is None:
+        out[: pooled.shape[0]] = pooled
+    else:
+        out[out_rows.to(torch.int64)] = pooled

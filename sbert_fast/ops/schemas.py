@@ -1,0 +1,97 @@
+"""Schemas, fakes, reference kernels and the autograd refusal of every op.
+
+Each op has one overload per implementation, all with the same arguments. They are defined here, in
+Python, before any compiled library is loaded, so that graph capture sees them on every machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from sbert_fast.ops import reference
+
+NAMESPACE = "sbert_fast"
+IMPLEMENTATIONS = ("reference", "cpu")
+
+SCHEMAS = {
+    "varlen_attention": "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale, Tensor? bias,"
+    " int window, Tensor? rotary_cos, Tensor? rotary_sin, Tensor? tiles) -> Tensor",
+    "embed_norm": "(Tensor ids, Tensor positions, Tensor? types, Tensor word, Tensor position_table,"
+    " Tensor? type_table, Tensor weight, Tensor bias, float eps, ScalarType out_dtype) -> Tensor",
+    "add_norm": "(Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor ln_bias, float eps)"
+    " -> Tensor",
+    "bias_gelu": "(Tensor x, Tensor? bias, bool tanh) -> Tensor",
+    "segment_pool": "(Tensor x, Tensor cu_seqlens, int mode, bool normalize, int skip, Tensor? spans)"
+    " -> Tensor",
+    "segment_pool_out": "(Tensor x, Tensor cu_seqlens, int mode, bool normalize, int skip,"
+    " Tensor? spans, Tensor(a!) out, Tensor? out_rows) -> ()",
+}
+
+# Kept alive for the life of the process: dropping it would unregister the ops.
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def _fake_varlen_attention(qkv: Tensor, *_: Any) -> Tensor:
+    return qkv.new_empty(qkv.shape[0], qkv.shape[2], qkv.shape[3])
+
+
+def _fake_embed_norm(ids: Tensor, *args: Any) -> Tensor:
+    word, out_dtype = args[2], args[-1]
+    return word.new_empty(ids.shape[0], word.shape[1], dtype=out_dtype)
+
+
+def _fake_elementwise(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _fake_segment_pool(
+    x: Tensor, cu_seqlens: Tensor, mode: int, normalize: bool, skip: int, spans: Tensor | None
+) -> Tensor:
+    rows = cu_seqlens.shape[0] - 1 if spans is None else spans.shape[0]
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty((rows, x.shape[1]), dtype=dtype)
+
+
+def _fake_nothing(*_: Any) -> None:
+    return None
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "varlen_attention": _fake_varlen_attention,
+    "embed_norm": _fake_embed_norm,
+    "add_norm": _fake_elementwise,
+    "bias_gelu": _fake_elementwise,
+    "segment_pool": _fake_segment_pool,
+    "segment_pool_out": _fake_nothing,
+}
+
+
+def _refuse_backward(name: str) -> Callable[..., NoReturn]:
+    def backward(ctx: Any, *grads: Any) -> NoReturn:  # noqa: ANN401
+        raise NotImplementedError(
+            f"sbert_fast.{name} has no backward yet: run it under torch.inference_mode(), or train "
+            "with the original model (sbert_fast.restore(model))"
+        )
+
+    return backward
+
+
+def _register() -> None:
+    for op, schema in SCHEMAS.items():
+        for implementation in IMPLEMENTATIONS:
+            name = f"{op}.{implementation}"
+            _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+            torch.library.register_fake(f"{NAMESPACE}::{name}", _FAKES[op], lib=_library)
+            if op != "segment_pool_out":
+                torch.library.register_autograd(
+                    f"{NAMESPACE}::{name}", _refuse_backward(op), lib=_library
+                )
+        for key in ("CPU", "CUDA"):
+            _library.impl(f"{op}.reference", getattr(reference, op), key)
+
+
+_register()

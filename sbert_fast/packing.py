@@ -1,0 +1,212 @@
+"""Packed batches and the planner that cuts them; the only place that makes `cu_seqlens`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+try:
+    from sbert_fast import _host  # type: ignore[attr-defined]
+except ImportError:
+    _host = None
+
+# Row counts of every linear are multiples of this, so that a row's bits do not depend on its batch.
+ROW_ALIGNMENT = 16
+TILE_TOKENS = 128
+
+
+def _check_lengths(lengths: NDArray[np.int32], name: str, limit: int) -> NDArray[np.int32]:
+    lengths = np.ascontiguousarray(lengths)
+    if lengths.ndim != 1 or lengths.dtype != np.int32:
+        raise ValueError(
+            f"lengths must be int32 [N], got {lengths.dtype} with shape {list(lengths.shape)}"
+        )
+    if limit <= 0:
+        raise ValueError(f"{name} must be at least 1, got {limit}")
+    if lengths.size and lengths.min() < 0:
+        at = int(np.argmin(lengths))
+        raise ValueError(f"lengths must be at least 0, got {int(lengths[at])} at index {at}")
+    return lengths
+
+
+def plan_batches_numpy(
+    lengths: NDArray[np.int32], budget: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The numpy planner; see :func:`plan_batches`."""
+    lengths = _check_lengths(lengths, "budget", budget)
+    order = np.argsort(-lengths.astype(np.int64), kind="stable")
+    ends = np.cumsum(lengths[order], dtype=np.int64)
+    starts, position, used = [0], 0, 0
+    while position < order.size:
+        position = max(int(np.searchsorted(ends, used + budget, side="right")), position + 1)
+        used = int(ends[position - 1])
+        starts.append(position)
+    return order.astype(np.int64), np.array(starts, dtype=np.int64)
+
+
+def plan_tiles_numpy(lengths: NDArray[np.int32], tile: int) -> NDArray[np.int32]:
+    """The numpy planner; see :func:`plan_tiles`."""
+    lengths = _check_lengths(lengths, "tile", tile)
+    ends = np.cumsum(lengths, dtype=np.int64)
+    rows: list[tuple[int, int, int, int]] = []
+    sequence = 0
+    while sequence < lengths.size:
+        start = int(ends[sequence]) - int(lengths[sequence])
+        if lengths[sequence] > tile:
+            stop = int(ends[sequence])
+            rows += [(q, min(q + tile, stop), sequence, 1) for q in range(start, stop, tile)]
+            sequence += 1
+            continue
+        after = int(np.searchsorted(ends, start + tile, side="right"))
+        if ends[after - 1] > start:
+            rows.append((start, int(ends[after - 1]), sequence, after - sequence))
+        sequence = after
+    return np.array(rows, dtype=np.int32).reshape(-1, 4)
+
+
+def plan_batches(
+    lengths: NDArray[np.int32], budget: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Cut texts into batches of at most `budget` tokens, longest texts first.
+
+    Args:
+        lengths: int32 `[N]`, tokens of each text.
+        budget: tokens of a batch, at least 1; a longer text becomes a batch of its own.
+
+    Returns:
+        `order` int64 `[N]`, a stable sort by decreasing length, and `starts` int64 `[batches + 1]`:
+        batch b holds `order[starts[b]:starts[b + 1]]`.
+
+    Raises:
+        ValueError: `lengths` is not int32 `[N]` or negative somewhere, or `budget` is below 1.
+    """
+    planner = plan_batches_numpy if _host is None else _host.plan_batches
+    return planner(lengths, budget)
+
+
+def plan_tiles(lengths: NDArray[np.int32], tile: int = TILE_TOKENS) -> NDArray[np.int32]:
+    """Group the consecutive sequences of a batch into tiles of at most `tile` tokens.
+
+    Args:
+        lengths: int32 `[B]`, tokens of each sequence, in packed order.
+        tile: tokens of a tile, at least 1.
+
+    Returns:
+        int32 `[n, 4]`, rows `(q_start, q_end, first_sequence, sequences)` in packed token offsets.
+        Whole sequences share a tile while they fit, empty ones join for free and alone make no
+        tile; a sequence longer than `tile` is cut into tiles of its own.
+
+    Raises:
+        ValueError: as :func:`plan_batches`.
+    """
+    planner = plan_tiles_numpy if _host is None else _host.plan_tiles
+    return planner(lengths, tile)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Some sequences, one after the other, without padding between them.
+
+    Attributes:
+        input_ids, position_ids: int32 `[T]`; `T` is a multiple of 16, the rest is a dead tail.
+        token_type_ids: int32 `[T]`, or None where all are 0.
+        cu_seqlens: int32 `[B + 1]`; `cu_seqlens[B]` is `num_tokens`.
+        tiles: int32 `[n, 4]`, see :func:`plan_tiles`.
+        lengths: int32 `[B]`, on the host.
+        num_tokens: tokens that belong to a sequence.
+        max_seqlen: tokens of the longest sequence.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    token_type_ids: Tensor | None
+    cu_seqlens: Tensor
+    tiles: Tensor
+    lengths: NDArray[np.int32]
+    num_tokens: int
+    max_seqlen: int
+
+    @property
+    def num_sequences(self) -> int:
+        return int(self.lengths.shape[0])
+
+    def split_rows(self, x: Tensor) -> Iterator[Tensor]:
+        """The rows `[L, E]` of each sequence in `x` `[T, E]`."""
+        yield from x[: self.num_tokens].split(self.lengths.tolist())
+
+
+def _positions(
+    ids: NDArray[np.int32],
+    starts: NDArray[np.int64],
+    lengths: NDArray[np.int32],
+    offset: int,
+    uncounted_id: int | None,
+) -> NDArray[np.int32]:
+    """Position of each token in its sequence.
+
+    `uncounted_id` is the padding id of RoBERTa-like families: there, such a token inside a text
+    stands at position `offset - 1` and does not advance the counter.
+    """
+    positions = np.arange(ids.shape[0], dtype=np.int64) - np.repeat(starts, lengths) + offset
+    if uncounted_id is None or not (ids == uncounted_id).any():
+        return positions.astype(np.int32)
+    counted = ids != uncounted_id
+    running = np.concatenate(([0], np.cumsum(counted)))
+    positions = running[1:] - np.repeat(running[starts], lengths) + offset - 1
+    return np.where(counted, positions, offset - 1).astype(np.int32)
+
+
+def pack(
+    ids: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    *,
+    token_types: NDArray[np.int32] | None = None,
+    position_offset: int = 0,
+    uncounted_id: int | None = None,
+) -> PackedBatch:
+    """Pack the texts `rows` of one token array into a batch on the host.
+
+    Args:
+        ids: int32, the tokens of all texts, one text after the other.
+        offsets: int64 `[N + 1]`, where each text starts in `ids`.
+        rows: int64 `[B]`, the texts to pack, in packed order.
+        token_types: int32, parallel to `ids`; None where all are 0.
+        position_offset: position of the first token of a text.
+        uncounted_id: token id that does not advance positions (padding id of RoBERTa-like
+            families), or None.
+
+    Returns:
+        The packed batch, `T` padded to a multiple of 16 with tokens 0 at position 0.
+    """
+    lengths = (offsets[rows + 1] - offsets[rows]).astype(np.int32)
+    cu_seqlens = np.zeros(rows.shape[0] + 1, dtype=np.int32)
+    np.cumsum(lengths, out=cu_seqlens[1:])
+    tokens = int(cu_seqlens[-1])
+    padded = max(ROW_ALIGNMENT, -(-tokens // ROW_ALIGNMENT) * ROW_ALIGNMENT)
+    starts = cu_seqlens[:-1].astype(np.int64)
+    source = np.arange(tokens, dtype=np.int64) + np.repeat(offsets[rows] - starts, lengths)
+
+    packed = np.zeros((2 if token_types is None else 3, padded), dtype=np.int32)
+    np.take(ids, source, out=packed[0, :tokens])
+    packed[1, :tokens] = _positions(
+        packed[0, :tokens], starts, lengths, position_offset, uncounted_id
+    )
+    if token_types is not None:
+        np.take(token_types, source, out=packed[2, :tokens])
+    host = torch.from_numpy(packed)
+    return PackedBatch(
+        input_ids=host[0],
+        position_ids=host[1],
+        token_type_ids=None if token_types is None else host[2],
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+        tiles=torch.from_numpy(plan_tiles(lengths)),
+        lengths=lengths,
+        num_tokens=tokens,
+        max_seqlen=int(lengths.max(initial=0)),
+    )

@@ -1,0 +1,158 @@
+"""Numerical policy of the tests: one oracle, one peer, one bound.
+
+An implementation passes when `max|out - oracle| <= 2 * (max|peer - oracle| + eps * max|oracle|)`, the
+oracle being the reference in fp64 and the peer the same formula in plain torch in the tested dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sbert_fast.ops import reference
+
+
+def assert_close_to_oracle(
+    out: Tensor, oracle: Tensor, peer: Tensor, eps_dtype: torch.dtype
+) -> None:
+    """The 2x rule.
+
+    Args:
+        out: the result under test.
+        oracle: the same result in fp64.
+        peer: the same result by plain torch in the tested dtype.
+        eps_dtype: dtype whose machine epsilon makes the rounding band.
+
+    Raises:
+        AssertionError: with the figures and the coordinate of the worst element.
+    """
+    assert out.shape == oracle.shape, f"shape {tuple(out.shape)} != {tuple(oracle.shape)}"
+    assert torch.isfinite(out).all(), "the result holds NaN or infinity"
+    if out.numel() == 0:
+        return
+    error = (out.double() - oracle.double()).abs()
+    band = torch.finfo(eps_dtype).eps * oracle.abs().max().item()
+    bound = 2 * ((peer.double() - oracle.double()).abs().max().item() + band)
+    worst = error.max().item()
+    at = tuple(int(i) for i in np.unravel_index(int(error.argmax()), tuple(error.shape)))
+    assert worst <= bound, f"error {worst:.3e} at {at} is over the bound {bound:.3e}"
+
+
+def to_fp64(args: Sequence[Any]) -> list[Any]:
+    """The floating tensors of `args` in fp64, everything else as it is."""
+    return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+
+
+def oracle(op: str, *args: Any) -> Any:
+    """The reference of `op` evaluated in fp64 on the schema's arguments."""
+    args64 = to_fp64(args)
+    if op == "embed_norm":
+        args64[-1] = torch.float64
+    return getattr(reference, op)(*args64)
+
+
+def peer_varlen_attention(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    bias: Tensor | None,
+    window: int,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    tiles: Tensor | None,
+) -> Tensor:
+    """Attention as plain torch does it in the dtype of `qkv`, sequence by sequence."""
+    q, k, v = qkv.unbind(1)
+    if rotary_cos is not None and rotary_sin is not None:
+        q = reference._rotate(q, rotary_cos, rotary_sin)
+        k = reference._rotate(k, rotary_cos, rotary_sin)
+    out = qkv.new_zeros(qkv.shape[0], *qkv.shape[2:])
+    bounds = cu_seqlens.tolist()
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        if end == start:
+            continue
+        qs, ks, vs = (t[start:end].transpose(0, 1) for t in (q, k, v))
+        positions = torch.arange(end - start)
+        terms = reference._position_terms(positions, end - start, bias, window, qkv.dtype)
+        scores = (qs @ ks.transpose(-1, -2)) * scale
+        if terms is not None:
+            scores = scores + terms
+        out[start:end] = (torch.softmax(scores, dim=-1) @ vs).transpose(0, 1)
+    return out
+
+
+def peer_embed_norm(
+    ids: Tensor,
+    positions: Tensor,
+    types: Tensor | None,
+    word: Tensor,
+    position_table: Tensor,
+    type_table: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    x = F.embedding(ids, word.to(out_dtype)) + F.embedding(positions, position_table.to(out_dtype))
+    if type_table is not None:
+        table = type_table.to(out_dtype)
+        x = x + (table[0] if types is None else F.embedding(types, table))
+    return F.layer_norm(x, x.shape[-1:], weight.to(out_dtype), bias.to(out_dtype), eps)
+
+
+def peer_add_norm(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+) -> Tensor:
+    for term in (bias, residual):
+        x = x if term is None else x + term.to(x.dtype)
+    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), ln_bias.to(x.dtype), eps)
+
+
+def peer_bias_gelu(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
+    x = x if bias is None else x + bias.to(x.dtype)
+    return F.gelu(x, approximate="tanh" if tanh else "none")
+
+
+def peer_segment_pool(
+    x: Tensor, cu_seqlens: Tensor, mode: int, normalize: bool, skip: int, spans: Tensor | None
+) -> Tensor:
+    """The reference in fp32: pooling returns fp32 whatever the activations are."""
+    return reference.segment_pool(x.float(), cu_seqlens, mode, normalize, skip, spans)
+
+
+PEERS: dict[str, Callable[..., Tensor]] = {
+    "varlen_attention": peer_varlen_attention,
+    "embed_norm": peer_embed_norm,
+    "add_norm": peer_add_norm,
+    "bias_gelu": peer_bias_gelu,
+    "segment_pool": peer_segment_pool,
+}
+
+
+def check_op(op: str, out: Tensor, args: Sequence[Any], eps_dtype: torch.dtype) -> None:
+    """Compare `out` of `op` on the schema's `args` with the oracle by the 2x rule."""
+    expected = oracle(op, *args)
+    assert_close_to_oracle(out, expected, PEERS[op](*args), eps_dtype)
+
+
+def pack_lengths(lengths: Sequence[int]) -> Tensor:
+    """`cu_seqlens` int32 `[B + 1]` of the given lengths."""
+    return torch.tensor([0, *np.cumsum(lengths, dtype=np.int64).tolist()], dtype=torch.int32)
+
+
+def worst_cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """The smallest cosine between matching rows of two `[N, E]` arrays, in fp64."""
+    a64, b64 = a.astype(np.float64), b.astype(np.float64)
+    norms = np.linalg.norm(a64, axis=1) * np.linalg.norm(b64, axis=1)
+    return float(((a64 * b64).sum(1) / norms).min())

@@ -1,1 +1,34 @@
-"""Sentence embeddings several times faster, by changing one line."""
+"""Sentence embeddings several times faster, by changing one line.
+
+from sbert_fast import FastEncoder        # instead of SentenceTransformer
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["FastEncoder", "accelerate", "explain", "restore"]
+
+if TYPE_CHECKING:
+    from sbert_fast.encoder import FastEncoder
+    from sbert_fast.explain import explain
+    from sbert_fast.patching import accelerate, restore
+
+# Imported on first use, so that `import sbert_fast` alone stays cheap.
+_HOMES = {
+    "FastEncoder": "encoder",
+    "accelerate": "patching",
+    "restore": "patching",
+    "explain": "explain",
+    "ops": "ops",
+    "errors": "errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sbert_fast' has no attribute {name!r}")
+    module = importlib.import_module(f"sbert_fast.{_HOMES[name]}")
+    return module if name in ("ops", "errors") else getattr(module, name)

@@ -7,84 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sbert_fast import models, ops
-from sbert_fast.models.base import Linear, Norm, check_finite
+from sbert_fast.models.base import Linear, check_finite
 from sbert_fast.packing import PackedBatch
-
-# Rows oneDNN lays prepacked weights out for; any other number of rows works too.
-_PREPACK_ROWS = 512
-
-
-def onednn_linear_available(dtype: torch.dtype) -> bool:
-    """Whether torch's prepacked oneDNN linears run in `dtype` on this CPU."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(
-        torch.ops.mkldnn, "_linear_pointwise"
-    ):
-        return False
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return dtype == torch.float32
-
-
-class PreparedLinear:
-    """A linear layer with an optional fused GELU: `gelu(x @ weight.T + bias)`.
-
-    Prepacked through oneDNN on a CPU that has it, `F.linear` elsewhere. Rows of `x` should be a multiple
-    of 16: then a row of the result depends on no other row, bit for bit.
-    """
-
-    def __init__(
-        self,
-        linears: tuple[Linear, ...],
-        dtype: torch.dtype,
-        gelu: ops.Kernel | None = None,
-        tanh: bool = False,
-    ) -> None:
-        """Fuse `linears` (same input, outputs side by side) into one, in `dtype`."""
-        weight = torch.cat([part.weight.detach().to(dtype) for part in linears])
-        biases = [part.bias for part in linears]
-        self.bias = None
-        if any(bias is not None for bias in biases):
-            self.bias = torch.cat(
-                [
-                    part.weight.new_zeros(part.weight.shape[0]).to(dtype)
-                    if part.bias is None
-                    else part.bias.detach().to(dtype)
-                    for part in linears
-                ]
-            )
-        self.gelu, self.tanh = gelu, tanh
-        self.prepacked = weight.device.type == "cpu" and onednn_linear_available(dtype)
-        self.weight = (
-            torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PREPACK_ROWS)
-            if self.prepacked
-            else weight.contiguous()
-        )
-        self._attributes = (
-            ("none", [], "") if gelu is None else ("gelu", [], "tanh" if tanh else "none")
-        )
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.prepacked:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self._attributes)
-        y = F.linear(x, self.weight, self.bias)
-        return y if self.gelu is None else self.gelu(y, None, self.tanh)
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedNorm:
-    """LayerNorm parameters in fp32."""
-
-    weight: Tensor
-    bias: Tensor
-    eps: float
-
-    @classmethod
-    def of(cls, norm: Norm) -> PreparedNorm:
-        return cls(norm.weight.detach().float(), norm.bias.detach().float(), norm.eps)
+from sbert_fast.prepare import Fingerprint, PreparedLinear, PreparedNorm
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,44 +41,6 @@ class Prepared:
     embed: ops.Kernel
     attend: ops.Kernel
     add_norm: ops.Kernel
-
-
-class _Fingerprint:
-    """Tells whether any parameter or submodule of a model was replaced or written to.
-
-    It keeps the tensors it was taken from alive, so that an address cannot be used again unseen.
-    """
-
-    def __init__(self, model: nn.Module, tensors: list[Tensor]) -> None:
-        self._links = [
-            (module._modules, name, child)
-            for module in model.modules()
-            for name, child in module._modules.items()
-        ]
-        self._slots = [
-            (module._parameters, name)
-            for module in model.modules()
-            for name, parameter in module._parameters.items()
-            if parameter is not None
-        ]
-        self._held = [tensor.detach() for tensor in tensors]
-        self._values = self._read()
-
-    def _read(self) -> list[tuple[Any, ...] | None]:
-        return [_state(slots.get(name)) for slots, name in self._slots]
-
-    def is_current(self) -> bool:
-        return (
-            all(children.get(name) is child for children, name, child in self._links)
-            and self._read() == self._values
-        )
-
-
-def _state(parameter: Tensor | None) -> tuple[Any, ...] | None:
-    if parameter is None:
-        return None
-    version = 0 if parameter.is_inference() else parameter._version
-    return parameter.data_ptr(), version, parameter.dtype, parameter.device
 
 
 def compute_dtype(model: nn.Module, requested: torch.dtype | None) -> torch.dtype:
@@ -191,7 +81,7 @@ class PackedEncoder:
         self.architecture, _ = models.read(model)
         ops.resolve(self.device, self.compute_dtype, impl)
         self._prepared: Prepared | None = None
-        self._fingerprint: _Fingerprint | None = None
+        self._fingerprint: Fingerprint | None = None
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -237,7 +127,7 @@ class PackedEncoder:
                 self._prepared = self._fingerprint = None
                 self.architecture, weights = models.read(self.model)
                 check_finite(self.model)
-                fingerprint = _Fingerprint(self.model, list(weights.tensors()))
+                fingerprint = Fingerprint(self.model)
                 with torch.inference_mode(False), torch.no_grad():
                     self._prepared = self._prepare(weights)
                 self._fingerprint = fingerprint

@@ -34,3 +34,7 @@ class NonFiniteEmbeddingError(SbertFastError, ValueError):
 
     def __reduce__(self) -> tuple[type[NonFiniteEmbeddingError], tuple[str, list[int]]]:
         return type(self), (str(self), self.indices)
+
+
+class InvalidWeightsError(UnsupportedModelError):
+    """Weights that hold NaN or infinity: no engine can give a meaningful vector."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -141,7 +142,7 @@ class PackedBatch:
 
 
 def _positions(
-    ids: NDArray[np.int32],
+    ids: NDArray[np.integer[Any]],
     starts: NDArray[np.int64],
     lengths: NDArray[np.int32],
     offset: int,
@@ -185,28 +186,87 @@ def pack(
         The packed batch, `T` padded to a multiple of 16 with tokens 0 at position 0.
     """
     lengths = (offsets[rows + 1] - offsets[rows]).astype(np.int32)
-    cu_seqlens = np.zeros(rows.shape[0] + 1, dtype=np.int32)
-    np.cumsum(lengths, out=cu_seqlens[1:])
+    packed, cu_seqlens = _allocate(lengths, 2 if token_types is None else 3)
     tokens = int(cu_seqlens[-1])
-    padded = max(ROW_ALIGNMENT, -(-tokens // ROW_ALIGNMENT) * ROW_ALIGNMENT)
     starts = cu_seqlens[:-1].astype(np.int64)
     source = np.arange(tokens, dtype=np.int64) + np.repeat(offsets[rows] - starts, lengths)
 
-    packed = np.zeros((2 if token_types is None else 3, padded), dtype=np.int32)
     np.take(ids, source, out=packed[0, :tokens])
     packed[1, :tokens] = _positions(
         packed[0, :tokens], starts, lengths, position_offset, uncounted_id
     )
     if token_types is not None:
         np.take(token_types, source, out=packed[2, :tokens])
+    return _batch(packed, lengths, cu_seqlens)
+
+
+def padded_positions(
+    ids: NDArray[np.int64], *, position_offset: int = 0, uncounted_id: int | None = None
+) -> NDArray[np.int32]:
+    """Positions of the tokens of a padded batch, as the model itself numbers them.
+
+    Args:
+        ids: int64 `[B, S]`.
+        position_offset, uncounted_id: as in :func:`pack`.
+
+    Returns:
+        int32 `[B, S]`: the column plus `position_offset`, or the running count of tokens that are
+        not `uncounted_id`, whatever the attention mask says.
+    """
+    rows, width = ids.shape
+    starts = np.arange(rows, dtype=np.int64) * width
+    lengths = np.full(rows, width, dtype=np.int32)
+    flat = _positions(ids.reshape(-1), starts, lengths, position_offset, uncounted_id)
+    return flat.reshape(rows, width)
+
+
+def pack_padded(
+    ids: NDArray[np.int64],
+    keep: NDArray[np.bool_],
+    positions: NDArray[np.integer[Any]],
+    token_types: NDArray[np.int64] | None = None,
+) -> tuple[PackedBatch, NDArray[np.int64]]:
+    """Pack the kept tokens of a padded batch, row by row, on the host.
+
+    Args:
+        ids: int64 `[B, S]`, each fits in int32.
+        keep: bool `[B, S]`, the tokens to pack, anywhere in their row.
+        positions: integers `[B, S]`, see :func:`padded_positions`.
+        token_types: int64 `[B, S]`; None where all are 0.
+
+    Returns:
+        The packed batch, and int64 `[num_tokens]`: the index of each packed token in `[B * S]`.
+    """
+    lengths = keep.sum(axis=1, dtype=np.int32)
+    source = np.flatnonzero(keep)
+    columns = [c for c in (ids, positions, token_types) if c is not None]
+    packed, cu_seqlens = _allocate(lengths, len(columns))
+    for row, column in zip(packed, columns, strict=True):
+        row[: source.size] = column.reshape(-1)[source]
+    return _batch(packed, lengths, cu_seqlens), source
+
+
+def _allocate(
+    lengths: NDArray[np.int32], columns: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Zeros `[columns, T]` for ids, positions and perhaps types, and `cu_seqlens` `[B + 1]`."""
+    cu_seqlens = np.zeros(lengths.shape[0] + 1, dtype=np.int32)
+    np.cumsum(lengths, out=cu_seqlens[1:])
+    aligned = max(ROW_ALIGNMENT, -(-int(cu_seqlens[-1]) // ROW_ALIGNMENT) * ROW_ALIGNMENT)
+    return np.zeros((columns, aligned), dtype=np.int32), cu_seqlens
+
+
+def _batch(
+    packed: NDArray[np.int32], lengths: NDArray[np.int32], cu_seqlens: NDArray[np.int32]
+) -> PackedBatch:
     host = torch.from_numpy(packed)
     return PackedBatch(
         input_ids=host[0],
         position_ids=host[1],
-        token_type_ids=None if token_types is None else host[2],
+        token_type_ids=host[2] if host.shape[0] == 3 else None,
         cu_seqlens=torch.from_numpy(cu_seqlens),
         tiles=torch.from_numpy(plan_tiles(lengths)),
         lengths=lengths,
-        num_tokens=tokens,
+        num_tokens=int(cu_seqlens[-1]),
         max_seqlen=int(lengths.max(initial=0)),
     )

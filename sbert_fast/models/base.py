@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from sbert_fast.errors import UnsupportedModelError
+from sbert_fast.errors import InvalidWeightsError, UnsupportedModelError
 
 # HF activation names; the value says whether the tanh approximation is meant.
 _GELUS = {
@@ -189,8 +189,8 @@ def check_finite(model: nn.Module) -> None:
     """Refuse weights that hold NaN or infinity, naming the tensor.
 
     Raises:
-        UnsupportedModelError: a parameter is not finite.
+        InvalidWeightsError: a parameter is not finite.
     """
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not torch.isfinite(parameter).all():
-            raise UnsupportedModelError(f"weights hold NaN or infinity: {name}")
+            raise InvalidWeightsError(f"weights hold NaN or infinity: {name}")

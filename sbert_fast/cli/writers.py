@@ -1,0 +1,263 @@
+"""Embeddings into files of several formats, chunk by chunk; a file appears once it is whole."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import struct
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from sentence_transformers.util import quantize_embeddings
+
+from sbert_fast.cli.readers import Row, import_pyarrow
+
+# Of the whole header: the next multiple of 64 that holds any number of rows.
+_NPY_HEADER_BYTES = 128
+Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
+SCALED_PRECISIONS = ("int8", "uint8")
+# What a write to a full disk or quota fails with, without saying where.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Writer(ABC):
+    """Writes rows and their embeddings to an open file.
+
+    Args:
+        stream: the output, open in binary mode.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream = stream
+
+    @abstractmethod
+    def write(self, rows: Sequence[Row], embeddings: NDArray[Any]) -> None:
+        """Append a chunk.
+
+        Args:
+            rows: n rows; the first call may have none, it tells the width.
+            embeddings: `[n, dim]`, float32, int8 or uint8, the same dtype and dim in every call.
+        """
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Complete the file; called once, after the last chunk."""
+
+
+class NpyWriter(Writer):
+    """A `[N, dim]` array in numpy's format. The texts are not stored: row i is text i."""
+
+    _rows = 0
+    _dtype: np.dtype[Any]
+    _width: int
+
+    def write(self, rows: Sequence[Row], embeddings: NDArray[Any]) -> None:
+        if self._rows == 0:
+            self._dtype, self._width = embeddings.dtype, embeddings.shape[1]
+            self.stream.seek(0)
+            self.stream.write(self._header())
+        self._rows += len(rows)
+        self.stream.write(np.ascontiguousarray(embeddings).tobytes())
+
+    def finish(self) -> None:
+        self.stream.seek(0)
+        self.stream.write(self._header())
+        self.stream.seek(0, os.SEEK_END)
+
+    def _header(self) -> bytes:
+        """Format 1.0, padded to one size for any number of rows: it is written twice."""
+        shape = (self._rows, self._width)
+        text = f"{{'descr': {self._dtype.str!r}, 'fortran_order': False, 'shape': {shape}, }}"
+        start = b"\x93NUMPY\x01\x00" + struct.pack("<H", _NPY_HEADER_BYTES - 10)
+        return (start + text.encode("latin1")).ljust(_NPY_HEADER_BYTES - 1) + b"\n"
+
+
+class JsonlWriter(Writer):
+    """A JSON object a line: the input's own, or `{"text": ...}`, with "embedding" last."""
+
+    def write(self, rows: Sequence[Row], embeddings: NDArray[Any]) -> None:
+        # Nine significant digits give every float32 back exactly.
+        number = "%.9g" if embeddings.dtype.kind == "f" else "%d"
+        vector = ", ".join([number] * embeddings.shape[1])
+        for row, embedding in zip(rows, embeddings, strict=True):
+            record = {"text": row.text} if row.record is None else dict(row.record)
+            record.pop("embedding", None)
+            tail = f', "embedding": [{vector % tuple(embedding.tolist())}]}}\n'
+            self.stream.write(_dump(record)[:-1] + tail.encode())
+
+    def finish(self) -> None:
+        self.stream.flush()
+
+
+def _dump(record: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        # A lone surrogate in one of the other fields: only its escape can be written.
+        return json.dumps(record).encode()
+
+
+class ParquetWriter(Writer):
+    """Columns "text" (string) and "embedding" (fixed-size list), a row group a chunk."""
+
+    _writer: Any = None
+
+    def write(self, rows: Sequence[Row], embeddings: NDArray[Any]) -> None:
+        pyarrow = import_pyarrow()
+        width = embeddings.shape[1]
+        values = pyarrow.array(np.ascontiguousarray(embeddings).reshape(-1))
+        columns = {
+            "text": pyarrow.array([row.text for row in rows], pyarrow.string()),
+            "embedding": pyarrow.FixedSizeListArray.from_arrays(values, width),
+        }
+        table = pyarrow.table(columns)
+        if self._writer is None:
+            # Embeddings have nothing to look up or to compress.
+            self._writer = pyarrow.parquet.ParquetWriter(
+                self.stream,
+                table.schema,
+                use_dictionary=False,
+                write_statistics=False,
+                compression={"text": "snappy", "embedding.list.element": "none"},
+            )
+        self._writer.write_table(table)
+
+    def finish(self) -> None:
+        self._writer.close()
+
+
+FORMATS: dict[str, type[Writer]] = {
+    "npy": NpyWriter,
+    "jsonl": JsonlWriter,
+    "parquet": ParquetWriter,
+}
+
+
+class Quantizer:
+    """Float embeddings to the precision of the output.
+
+    int8 and uint8 split the range of each dimension into 256 steps. The range must be the same in
+    every chunk, so it is taken from the first one unless it is given.
+
+    Args:
+        precision: "float32", "int8", "uint8", "binary" or "ubinary", as in sentence-transformers.
+        ranges_path: .npy file of float32 `[2, dim]`: lowest and highest value of each dimension.
+
+    Attributes:
+        calibrates: whether the ranges come from the first chunk.
+        ranges: float32 `[2, dim]`; None before they are taken, and where there are none.
+
+    Raises:
+        OSError, ValueError: the file cannot be read, or holds something else.
+    """
+
+    def __init__(self, precision: Precision, ranges_path: str | None = None) -> None:
+        self.precision = precision
+        self.calibrates = precision in SCALED_PRECISIONS and ranges_path is None
+        self.ranges: NDArray[np.float32] | None = None
+        if ranges_path is not None:
+            ranges = np.load(ranges_path)
+            if ranges.dtype != np.float32 or ranges.ndim != 2 or len(ranges) != 2:
+                got = f"{ranges.dtype} {ranges.shape}"
+                raise ValueError(f"{ranges_path}: expected ranges, float32 (2, dim), got {got}")
+            self.ranges = ranges
+
+    def __call__(self, embeddings: NDArray[Any]) -> NDArray[Any]:
+        """Quantise `[n, dim]`.
+
+        Returns:
+            `[n, dim]` float32, int8 or uint8; for "binary" (int8) and "ubinary" (uint8) the signs as
+            bits, `[n, ceil(dim / 8)]`.
+
+        Raises:
+            ValueError: the ranges do not fit, or one text is all there is to take them from.
+        """
+        if self.calibrates and self.ranges is None and len(embeddings) > 0:
+            if len(embeddings) == 1:
+                raise ValueError(
+                    f"{self.precision} needs at least 2 texts to take the ranges from, got 1: "
+                    "name ranges with --ranges"
+                )
+            limits = (embeddings.min(axis=0), embeddings.max(axis=0))
+            self.ranges = np.stack(limits).astype(np.float32)
+        expected = (2, embeddings.shape[1])
+        if self.ranges is not None and self.ranges.shape != expected:
+            raise ValueError(f"ranges must have shape {expected}, got {self.ranges.shape}")
+        quantized = quantize_embeddings(embeddings, self.precision, ranges=self.ranges)
+        return cast("NDArray[Any]", quantized)
+
+
+def check_target(path: Path, overwrite: bool) -> None:
+    """Raise unless a file may be written at `path`.
+
+    Raises:
+        FileExistsError: there is a file, and `overwrite` is not set.
+        OSError: there is something else, or no folder.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist")
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: expected a regular file, got something else of that name")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists already: --overwrite replaces it")
+
+
+@contextmanager
+def atomic_file(path: Path, overwrite: bool) -> Iterator[BinaryIO]:
+    """A file that appears at `path` when the block ends well, and leaves nothing when it does not.
+
+    It is written under a temporary name in the same folder.
+
+    Raises:
+        FileExistsError, OSError: see :func:`check_target`; or the system refuses.
+    """
+    path = Path(os.path.realpath(path))
+    check_target(path, overwrite)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with open(temporary, "x+b") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        check_target(path, overwrite)
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None and error.errno in _FULL:
+            error.filename = str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def open_output(target: str, overwrite: bool, quantizer: Quantizer) -> Iterator[BinaryIO]:
+    """The stream to write embeddings to.
+
+    Args:
+        target: path, or "-" for standard output.
+        overwrite: replace what is there.
+        quantizer: ranges that it has taken by the end go to `<target>.ranges.npy`.
+
+    Raises:
+        FileExistsError, OSError: see :func:`atomic_file`.
+    """
+    if target == "-":
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    ranges_path = Path(f"{target}.ranges.npy")
+    if quantizer.calibrates:
+        check_target(ranges_path, overwrite)
+    with atomic_file(Path(target), overwrite) as stream:
+        yield stream
+        if quantizer.calibrates and quantizer.ranges is not None:
+            with atomic_file(ranges_path, overwrite) as ranges_stream:
+                np.save(ranges_stream, quantizer.ranges)

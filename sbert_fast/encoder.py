@@ -1,0 +1,494 @@
+"""FastEncoder: a SentenceTransformer whose `encode` runs packed."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import quantize_embeddings
+from torch import Tensor, nn
+from tqdm.autonotebook import tqdm
+
+from sbert_fast import inference, models, ops
+from sbert_fast.engine import PackedEncoder
+from sbert_fast.errors import InputError, InvalidWeightsError, UnsupportedModelError
+from sbert_fast.inference import Pipeline, Request
+from sbert_fast.pooling import PoolingHead, is_module, read_pooling
+from sbert_fast.stats import Counters, EncoderStats
+from sbert_fast.tokenization import TextTokenizer, check_texts
+
+logger = logging.getLogger("sbert_fast")
+
+PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
+OUTPUT_VALUES = ("sentence_embedding", "token_embeddings", None)
+_DTYPES = {
+    "auto": None,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+# transformers' stand-in for "no limit" is far above this.
+_NO_LIMIT = 1_000_000_000
+
+
+class _DefaultBatchSize(int):
+    """The default of `batch_size`: it reads 32 and limits nothing, unlike a 32 somebody asked for."""
+
+
+DEFAULT_BATCH_SIZE = _DefaultBatchSize(32)
+
+
+def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    if isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():
+        return dtype
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        expected = ", ".join(map(repr, _DTYPES))
+        raise ValueError(f"dtype must be one of {expected} or the torch dtype, got {dtype!r}")
+    return _DTYPES[dtype]
+
+
+def _check_positive(name: str, value: object, alternative: str | None = None) -> None:
+    if value == alternative and alternative is not None:
+        return
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+        wanted = "a positive integer" + (f" or {alternative!r}" if alternative else "")
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def _as_list(inputs: object) -> list[Any]:
+    """The elements of anything iterable that is not itself one input."""
+    if isinstance(inputs, list):
+        return inputs
+    if isinstance(inputs, np.ndarray):
+        listed = inputs.tolist()
+        if isinstance(listed, list):
+            return listed
+    elif isinstance(inputs, Iterable) and not isinstance(inputs, (bytes, bytearray, dict, Tensor)):
+        return list(inputs)
+    raise InputError(f"inputs must be a str or an iterable of str, got {type(inputs).__name__}")
+
+
+def _arguments_of(model: SentenceTransformer) -> dict[str, Any]:
+    return {
+        "prompts": model.prompts,
+        "default_prompt_name": model.default_prompt_name,
+        "similarity_fn_name": model._similarity_fn_name,
+        "truncate_dim": model.truncate_dim,
+        "trust_remote_code": model.trust_remote_code,
+        "model_card_data": model.model_card_data,
+        "backend": model.backend,
+    }
+
+
+class FastEncoder(SentenceTransformer):
+    """A `SentenceTransformer` that embeds text several times faster, with the same results.
+
+    It takes the same arguments, gives the same vectors and passes wherever a `SentenceTransformer` is
+    asked for. Text runs packed: tokenised once, cut into batches by tokens, never padded. What the
+    packed engine does not support runs in sentence-transformers, with one warning that says why.
+
+    Args:
+        model_name_or_path: name or path of a model, or a loaded `SentenceTransformer`, whose modules
+            are then shared, not copied.
+        modules: modules to build the model from, as in `SentenceTransformer`.
+        device: where to run; default as in `SentenceTransformer`.
+        dtype: dtype to compute in: "auto", "float32", "bfloat16", "float16", or the torch dtype.
+            "auto" is the dtype of the model (float32 for a float16 model on a CPU). It governs the
+            engine's prepared weights, not the parameters of the modules; embeddings are float32.
+        impl: implementation of the ops, see :mod:`sbert_fast.ops`.
+        batch_tokens: most tokens of a batch; "auto" picks by model and device.
+        **kwargs: further arguments of `SentenceTransformer`.
+
+    Raises:
+        ValueError: `dtype`, `impl` or `batch_tokens` is invalid, or `max_seq_length` is beyond the
+            position table.
+        InvalidWeightsError: weights hold NaN or infinity; the message names the tensor.
+
+    Example:
+        >>> encoder = FastEncoder("sentence-transformers/all-MiniLM-L6-v2")
+        >>> embeddings = encoder.encode(["The weather is lovely today."])
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str | SentenceTransformer | None = None,
+        *,
+        modules: Iterable[nn.Module] | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+        impl: str = "auto",
+        batch_tokens: int | Literal["auto"] = "auto",
+        **kwargs: Any,
+    ) -> None:
+        requested_dtype = _parse_dtype(dtype)
+        _check_positive("batch_tokens", batch_tokens, "auto")
+        if impl != "auto" and impl not in ops.IMPLEMENTATIONS:
+            expected = ", ".join(("auto", *ops.IMPLEMENTATIONS))
+            raise ValueError(f"impl must be one of {expected}, got {impl!r}")
+        source = None
+        if isinstance(model_name_or_path, SentenceTransformer):
+            source, model_name_or_path = model_name_or_path, None
+            if modules is not None:
+                raise ValueError("modules must be None where a SentenceTransformer is given")
+            modules = OrderedDict(source._modules)
+            kwargs = _arguments_of(source) | kwargs
+            device = source.device if device is None else device
+        super().__init__(model_name_or_path, modules=modules, device=device, **kwargs)
+        if source is not None:
+            self.module_kwargs = source.module_kwargs
+        self.batch_tokens = batch_tokens
+        self._requested_dtype = requested_dtype
+        self._impl = impl
+        self._counters = Counters()
+        self._derived = _Derived()
+        self._announce()
+
+    def _announce(self) -> None:
+        pipeline = self._pipeline()
+        if isinstance(pipeline, str):
+            warnings.warn(
+                f"FastEncoder runs this model in sentence-transformers, unaccelerated: {pipeline}",
+                stacklevel=3,
+            )
+            return
+        engine = pipeline.engine
+        logger.info(
+            "packed %s in %s on %s, ops: %s, at most %d tokens a batch",
+            engine.architecture.family,
+            engine.compute_dtype,
+            engine.device,
+            engine.implementation,
+            self._token_budget(pipeline, DEFAULT_BATCH_SIZE),
+        )
+
+    @property
+    def stats(self) -> EncoderStats:
+        """A snapshot of what this encoder has done."""
+        return self._counters.snapshot()
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """The dtype the packed engine computes in; None where the model runs unaccelerated."""
+        pipeline = self._pipeline()
+        return None if isinstance(pipeline, str) else pipeline.engine.compute_dtype
+
+    @property
+    def unsupported_reason(self) -> str | None:
+        """Why the packed engine does not run this model; None where it does."""
+        pipeline = self._pipeline()
+        return pipeline if isinstance(pipeline, str) else None
+
+    @property
+    def packed_engine(self) -> PackedEncoder | None:
+        """The engine behind `encode`; None where the model runs unaccelerated."""
+        pipeline = self._pipeline()
+        return None if isinstance(pipeline, str) else pipeline.engine
+
+    def refresh(self) -> None:
+        """Forget prepared weights: needed after writes torch does not count (`p.data[...] = x`)."""
+        self._derived.clear()
+
+    def _signature(self) -> tuple[Any, ...]:
+        """What the pipeline was built from, cheap enough to look at on every call."""
+        children = list(self.children())
+        first = children[0] if children else None
+        tokenizer = getattr(first, "tokenizer", None)
+        pooling = children[1] if len(children) > 1 else None
+        return (
+            tuple(map(id, children)),
+            id(getattr(first, "auto_model", None)),
+            id(tokenizer),
+            getattr(tokenizer, "model_max_length", None),
+            getattr(tokenizer, "truncation_side", None),
+            getattr(pooling, "pooling_mode", None),
+            getattr(pooling, "include_prompt", None),
+            self._requested_dtype,
+        )
+
+    def _pipeline(self) -> Pipeline | str:
+        """What runs `encode` for the modules as they are now, or why nothing of ours does."""
+        signature = self._signature()
+        pipeline = self._derived.get(signature)
+        if pipeline is None:
+            try:
+                pipeline = self._build_pipeline()
+                pipeline.engine.prepared()
+            except InvalidWeightsError:
+                raise
+            except UnsupportedModelError as error:
+                pipeline = str(error)
+            self._derived.set(signature, pipeline)
+        return pipeline
+
+    def _build_pipeline(self) -> Pipeline:
+        children = list(self.children())
+        if not children or not is_module(children[0], "Transformer"):
+            found = type(children[0]).__name__ if children else "nothing"
+            raise UnsupportedModelError(f"the first module must be Transformer, got {found}")
+        transformer = children[0]
+        if self.get_backend() != "torch":
+            raise UnsupportedModelError(f"backend must be 'torch', got {self.get_backend()!r}")
+        if getattr(self, "_placement_is_delegated", False):
+            raise UnsupportedModelError("a device_map or Accelerate hooks control placement")
+        for name in ("processing_kwargs", "query_expansion", "query_length", "document_length"):
+            if getattr(transformer, name, None):
+                raise UnsupportedModelError(f"the Transformer module sets {name}")
+        if transformer.tokenizer is None:
+            raise UnsupportedModelError("the Transformer module has no tokenizer")
+        model = transformer.auto_model
+        architecture, _ = models.read(model)
+        spec = read_pooling(children[1:], architecture.hidden_size)
+        max_length = self._max_length(architecture.max_tokens)
+        engine = PackedEncoder(model, dtype=self._requested_dtype, impl=self._impl)
+        return Pipeline(TextTokenizer(transformer.tokenizer, max_length), engine, PoolingHead(spec))
+
+    def _max_length(self, room: int) -> int:
+        """Tokens kept of a text, given the room of the position table."""
+        value = self[0].tokenizer.model_max_length
+        # sentence-transformers falls back to the size of the whole table, offset rows included.
+        table = self[0].auto_model.config.max_position_embeddings
+        if value is None or value >= _NO_LIMIT or room < value == table:
+            return room
+        if not 1 <= value <= room:
+            raise ValueError(
+                f"max_seq_length must be 1 to {room}, the room of the position table, got {value}"
+            )
+        return int(value)
+
+    def _token_budget(self, pipeline: Pipeline, batch_size: int) -> int:
+        budget = self.batch_tokens
+        if budget == "auto":
+            budget = pipeline.default_batch_tokens()
+        if not isinstance(batch_size, _DefaultBatchSize):
+            budget = min(budget, batch_size * pipeline.tokenizer.max_length)
+        return int(budget)
+
+    def _call_reason(self, kwargs: dict[str, Any]) -> str | None:
+        """Why a call runs in sentence-transformers; None where it runs packed."""
+        pipeline = self._pipeline()
+        if isinstance(pipeline, str):
+            return pipeline
+        model = pipeline.engine.model
+        if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+            return "the base model has forward hooks"
+        given = [name for name, value in kwargs.items() if name != "task" and value]
+        return f"argument {given[0]!r}" if given else None
+
+    @torch.inference_mode()
+    def encode(  # type: ignore[override]
+        self,
+        inputs: Any = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        show_progress_bar: bool | None = None,
+        output_value: Literal["sentence_embedding", "token_embeddings"]
+        | None = "sentence_embedding",
+        precision: Literal["float32", "int8", "uint8", "binary", "ubinary"] = "float32",
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        device: str | torch.device | list[str | torch.device] | None = None,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        pool: dict[Literal["input", "output", "processes"], Any] | None = None,
+        chunk_size: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Embed texts; arguments and results as in `SentenceTransformer.encode`.
+
+        Args:
+            inputs: a text, or a list, tuple, generator, numpy array or pandas column of texts.
+            prompt_name: name of a prompt in `self.prompts` to prepend.
+            prompt: text to prepend.
+            batch_size: limits memory, not rows: a batch holds at most `batch_size * max_seq_length`
+                tokens, and never more than `batch_tokens`. The default limits nothing.
+            show_progress_bar: default: shown where the logger of sentence-transformers says INFO.
+            output_value: "sentence_embedding", "token_embeddings", or None for a dict a text.
+            precision: "float32", "int8", "uint8", "binary" or "ubinary".
+            convert_to_numpy: a numpy array instead of a list of tensors.
+            convert_to_tensor: one tensor; overrides `convert_to_numpy`.
+            device: where to run; a list runs one worker process a device.
+            normalize_embeddings: L2-normalise.
+            truncate_dim: components to keep.
+            pool: worker processes of :meth:`start_multi_process_pool`.
+            chunk_size: texts sent to a worker at once.
+            **kwargs: further arguments of `SentenceTransformer.encode`.
+
+        Returns:
+            float32 `[N, dimension]` in the order of `inputs` by default, `[dimension]` for a single
+            text, an empty array for no text.
+
+        Raises:
+            InputError: an input is no text; names its index.
+            ValueError: an argument is invalid; names it.
+            NonFiniteEmbeddingError: an embedding holds NaN or infinity; names the texts.
+        """
+        if "sentences" in kwargs:
+            inputs = kwargs.pop("sentences") if inputs is None else inputs
+        _check_positive("batch_size", batch_size)
+        if output_value not in OUTPUT_VALUES:
+            raise ValueError(f"output_value must be one of {OUTPUT_VALUES}, got {output_value!r}")
+        if precision is not None and precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+        if truncate_dim is not None:
+            _check_positive("truncate_dim", truncate_dim)
+        in_workers = pool is not None or (isinstance(device, list) and len(device) > 0)
+        in_workers = in_workers or (
+            getattr(self, "_distributed_inference", None) is not None and device is None
+        )
+        reason = self._call_reason(kwargs)
+        single = isinstance(inputs, str)
+        if reason is None:
+            texts = [inputs] if single else _as_list(inputs)
+            check_texts(texts)
+            inputs = texts[0] if single else texts
+        if reason is not None or in_workers:
+            if reason is not None:
+                self._count_fallback(reason)
+            return super().encode(
+                inputs,
+                prompt_name=prompt_name,
+                prompt=prompt,
+                batch_size=batch_size,
+                show_progress_bar=show_progress_bar,
+                output_value=output_value,
+                precision=precision,
+                convert_to_numpy=convert_to_numpy,
+                convert_to_tensor=convert_to_tensor,
+                device=device,
+                normalize_embeddings=normalize_embeddings,
+                truncate_dim=truncate_dim,
+                pool=pool,
+                chunk_size=chunk_size,
+                **kwargs,
+            )
+        if show_progress_bar is None:
+            level = logging.getLogger("sentence_transformers").getEffectiveLevel()
+            show_progress_bar = level in (logging.INFO, logging.DEBUG)
+        result = self._inference(
+            texts,
+            prompt=self._resolve_prompt(prompt, prompt_name),
+            batch_size=batch_size,
+            show_progress_bar=show_progress_bar,
+            output_value=output_value,
+            save_to_cpu=convert_to_numpy,
+            normalize_embeddings=normalize_embeddings,
+            truncate_dim=self.truncate_dim if truncate_dim is None else truncate_dim,
+            device=device,
+            **kwargs,
+        )
+        if output_value == "sentence_embedding":
+            result = _convert(result, precision, convert_to_numpy, convert_to_tensor)
+        return result[0] if single else result
+
+    def _count_fallback(self, reason: str) -> None:
+        if self._counters.add_fallback(reason):
+            logger.warning("encode runs in sentence-transformers, unaccelerated: %s", reason)
+
+    @torch.inference_mode()
+    def _inference(  # type: ignore[override]
+        self,
+        inputs: list[str],
+        *,
+        prompt: str | None,
+        batch_size: int,
+        show_progress_bar: bool,
+        output_value: str | None,
+        normalize_embeddings: bool,
+        truncate_dim: int | None,
+        device: str | torch.device | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run checked texts in this process; worker processes enter here."""
+        save_to_cpu = kwargs.pop("save_to_cpu", True)
+        reason = self._call_reason(kwargs)
+        if reason is not None:
+            return super()._inference(
+                inputs,
+                prompt=prompt,
+                batch_size=batch_size,
+                show_progress_bar=show_progress_bar,
+                output_value=output_value,
+                save_to_cpu=save_to_cpu,
+                normalize_embeddings=normalize_embeddings,
+                truncate_dim=truncate_dim,
+                device=device,
+                **kwargs,
+            )
+        if device is not None and torch.device(device) != self.device:
+            self.to(device)
+        if self.training:
+            self.eval()
+        pipeline = self._pipeline()
+        assert isinstance(pipeline, Pipeline)
+        spec = pipeline.head.spec
+        request = Request(
+            prompt=prompt or "",
+            skip=0 if spec.include_prompt or not prompt else self._prompt_tokens(pipeline, prompt),
+            batch_tokens=self._token_budget(pipeline, batch_size),
+            normalize=normalize_embeddings and output_value == "sentence_embedding",
+            dimension=min(truncate_dim or spec.dimension, spec.dimension),
+        )
+        with tqdm(
+            total=len(inputs), unit="text", desc="Encoding", disable=not show_progress_bar
+        ) as bar:
+            arguments = (inputs, pipeline, request, self._counters, bar.update)
+            if output_value == "sentence_embedding":
+                return inference.sentence_embeddings(*arguments)
+            if output_value == "token_embeddings":
+                return inference.token_embeddings(*arguments)
+            return inference.features(*arguments)
+
+    def _prompt_tokens(self, pipeline: Pipeline, prompt: str) -> int:
+        """Tokens of the prompt, without a trailing special token."""
+        ids = pipeline.tokenizer([prompt]).ids
+        return len(ids) - int(ids[-1] in self.tokenizer.all_special_ids)
+
+
+def _convert(
+    embeddings: Tensor, precision: str, convert_to_numpy: bool, convert_to_tensor: bool
+) -> Any:
+    """The type the caller asked for, of fp32 `[N, dimension]`."""
+    if not len(embeddings):
+        empty = torch.tensor([], device=embeddings.device)
+        if convert_to_tensor:
+            return empty
+        return np.array([]) if convert_to_numpy else []
+    result: Any = embeddings
+    if precision not in (None, "float32"):
+        result = quantize_embeddings(embeddings, precision=precision)
+    if convert_to_tensor:
+        return torch.as_tensor(result)
+    if convert_to_numpy:
+        return result if isinstance(result, np.ndarray) else result.cpu().numpy()
+    return list(torch.as_tensor(result))
+
+
+class _Derived:
+    """The pipeline of an encoder: rebuilt on demand, left behind by copies and pickles."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._entry: tuple[tuple[Any, ...], Pipeline | str] | None = None
+
+    def __reduce__(self) -> tuple[type[_Derived], tuple[()]]:
+        return type(self), ()
+
+    def get(self, signature: tuple[Any, ...]) -> Pipeline | str | None:
+        entry = self._entry
+        return entry[1] if entry is not None and entry[0] == signature else None
+
+    def set(self, signature: tuple[Any, ...], pipeline: Pipeline | str) -> None:
+        with self._lock:
+            self._entry = signature, pipeline
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entry = None

@@ -1,0 +1,154 @@
+"""accelerate and restore: packed inference inside models that are already loaded.
+
+`accelerate` puts a :class:`PackedForward` in place of `forward` on each supported base model inside
+a module, on that instance only. Inputs and outputs stay padded: tokens are packed once before the
+first layer and unpacked once after the last. Poolers and heads run as they are.
+"""
+
+from __future__ import annotations
+
+import types
+from collections import Counter
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from sbert_fast import models
+from sbert_fast.engine import PackedEncoder
+from sbert_fast.errors import UnsupportedModelError
+from sbert_fast.packed_forward import PackedForward
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def forward_of(module: nn.Module) -> PackedForward | None:
+    """The :class:`PackedForward` of a base model, or None where it is not accelerated."""
+    forward = module.__dict__.get("forward")
+    return forward if isinstance(forward, PackedForward) else None
+
+
+def candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """The base models inside `model` by name: transformers' models that hold no further one."""
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel)
+    }
+    return {
+        name: module
+        for name, module in found.items()
+        if not any(
+            part is not module and isinstance(part, PreTrainedModel) for part in module.modules()
+        )
+    }
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why a base model cannot be accelerated; None where it can."""
+    forward = module.__dict__.get("forward")
+    own = types.MethodType(type(module).forward, module)
+    if forward is not None and forward != own and not isinstance(forward, PackedForward):
+        return f"{type(module).__name__}.forward was replaced on this instance by {forward!r}"
+    return models.refusal(module)
+
+
+def accelerate(
+    model: nn.Module, *, dtype: torch.dtype | None = None, impl: str = "auto"
+) -> nn.Module:
+    """Make every supported base model inside `model` run packed, in place and reversibly.
+
+    Results stay what they were, but for two things: sums round in another order, and the hidden
+    states of masked tokens are zeros. `state_dict`, parameters and saving are untouched, changed
+    weights are followed, and copies serve their own. What the packed path does not do (attention
+    weights, hidden states of all layers, masks that are not `[B, S]` or mask the first token,
+    training, hooks inside the model, tracing) goes to the original forward; :func:`counts` tells
+    how often, and why.
+
+    Args:
+        model: a loaded model of transformers or sentence-transformers, or any module that holds
+            some. Already accelerated, it takes on the new `dtype` and `impl`.
+        dtype: dtype to compute in: float32, bfloat16 or float16. None is the dtype of the model.
+            Outputs have the dtype of the model either way.
+        impl: implementation of the ops, see :mod:`sbert_fast.ops`.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: `model` is not a torch.nn.Module.
+        ValueError: `dtype` or `impl` is none of the above.
+        UnsupportedModelError: nothing inside `model` is supported; the message says why not.
+        ImplementationError: `impl` cannot run here.
+    """
+    _check_module("accelerate", model)
+    if dtype is not None and dtype not in _DTYPES:
+        expected = ", ".join(str(d) for d in _DTYPES)
+        raise ValueError(f"dtype must be None or one of {expected}, got {dtype!r}")
+    found = candidates(model)
+    reasons = {name: refusal(module) for name, module in found.items()}
+    if all(reasons.values()):
+        why = (
+            "; ".join(dict.fromkeys(filter(None, reasons.values())))
+            or "it holds no model of transformers"
+        )
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be accelerated: {why}")
+    encoders = [
+        PackedEncoder(module, dtype=dtype, impl=impl)
+        for name, module in found.items()
+        if reasons[name] is None
+    ]
+    for encoder in encoders:
+        current = forward_of(encoder.model)
+        if current is None:
+            encoder.model.__dict__["forward"] = PackedForward(encoder)
+        else:
+            current.use(encoder)
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo :func:`accelerate`: every base model inside `model` has its own forward again.
+
+    Args:
+        model: any module; one that was not accelerated is left alone.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: `model` is not a torch.nn.Module.
+    """
+    _check_module("restore", model)
+    for module in model.modules():
+        forward = forward_of(module)
+        if forward is None:
+            continue
+        if forward.shadowed:
+            module.__dict__["forward"] = forward.original
+        else:
+            del module.__dict__["forward"]
+    return model
+
+
+def counts(model: nn.Module) -> dict[str, int]:
+    """How the calls of the accelerated base models inside `model` ran.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Calls that ran packed under "packed", and calls of the original forward by reason.
+    """
+    _check_module("counts", model)
+    total: Counter[str] = Counter()
+    for module in model.modules():
+        forward = forward_of(module)
+        if forward is not None:
+            total.update(forward.counts)
+    return dict(total)
+
+
+def _check_module(function: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")

@@ -1,0 +1,194 @@
+"""From the modules of a SentenceTransformer to pooling: modes, prompt handling, and what follows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sbert_fast import ops
+from sbert_fast.errors import UnsupportedModelError
+from sbert_fast.models.base import Linear, check_finite
+from sbert_fast.packing import ROW_ALIGNMENT, PackedBatch
+from sbert_fast.prepare import Fingerprint, PreparedLinear
+
+# sentence-transformers' names of the modes, and ours.
+_MODES = {
+    "mean": "mean",
+    "cls": "cls",
+    "max": "max",
+    "mean_sqrt_len_tokens": "mean_sqrt_len",
+    "weightedmean": "weighted_mean",
+    "lasttoken": "last_token",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingSpec:
+    """What happens between the last hidden state and the embedding.
+
+    Attributes:
+        modes: names of :data:`sbert_fast.ops.POOLING_MODES`, concatenated in this order.
+        include_prompt: False leaves the prompt's tokens out.
+        tail: the `Dense` and `Normalize` modules that follow, in order.
+        width: hidden size of the tokens.
+    """
+
+    modes: tuple[str, ...]
+    include_prompt: bool
+    tail: tuple[nn.Module, ...]
+    width: int
+
+    @property
+    def dimension(self) -> int:
+        """Components of an embedding, before truncation."""
+        for module in reversed(self.tail):
+            if is_module(module, "Dense"):
+                return module.linear.out_features
+        return self.width * len(self.modes)
+
+    @property
+    def has_dense(self) -> bool:
+        return any(is_module(module, "Dense") for module in self.tail)
+
+
+def is_module(module: nn.Module, name: str) -> bool:
+    """Whether `module` is sentence-transformers' own class `name`, not a subclass."""
+    cls = type(module)
+    return cls.__name__ == name and cls.__module__.startswith("sentence_transformers.")
+
+
+def read_pooling(modules: list[nn.Module], width: int) -> PoolingSpec:
+    """The pooling spec of the modules that follow the transformer.
+
+    Args:
+        modules: everything after the first module.
+        width: hidden size of the transformer.
+
+    Raises:
+        UnsupportedModelError: a module, or an option of one, that is not supported.
+    """
+    if not modules or not is_module(modules[0], "Pooling"):
+        found = type(modules[0]).__name__ if modules else "nothing"
+        raise UnsupportedModelError(f"the second module must be Pooling, got {found}")
+    pooling, tail = modules[0], tuple(modules[1:])
+    modes = pooling.pooling_mode
+    modes = (modes,) if isinstance(modes, str) else tuple(modes)
+    unknown = [mode for mode in modes if mode not in _MODES]
+    if unknown:
+        raise UnsupportedModelError(
+            f"pooling mode must be one of {', '.join(_MODES)}, got {unknown}"
+        )
+    for module in tail:
+        _check_tail(module)
+    return PoolingSpec(tuple(_MODES[mode] for mode in modes), pooling.include_prompt, tail, width)
+
+
+def _check_tail(module: nn.Module) -> None:
+    name = type(module).__name__
+    if not (is_module(module, "Dense") or is_module(module, "Normalize")):
+        raise UnsupportedModelError(f"modules after Pooling must be Dense or Normalize, got {name}")
+    for attribute in ("module_input_name", "module_output_name"):
+        key = getattr(module, attribute, "sentence_embedding")
+        if key != "sentence_embedding":
+            raise UnsupportedModelError(
+                f"{name}.{attribute} must be 'sentence_embedding', got {key!r}"
+            )
+
+
+class PoolingHead:
+    """Pools packed hidden states into rows of an output array.
+
+    The weights of `Dense` modules are prepared like those of the encoder: derived state, rebuilt when
+    they change, never copied or pickled. All of it computes in fp32.
+    """
+
+    def __init__(self, spec: PoolingSpec) -> None:
+        self.spec = spec
+        self._dense: list[tuple[Fingerprint, PreparedLinear, PreparedLinear | None] | None] = [
+            None
+        ] * len(spec.tail)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"spec": self.spec}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["spec"])  # type: ignore[misc]
+
+    def refresh(self) -> None:
+        """Forget the prepared weights."""
+        self._dense = [None] * len(self.spec.tail)
+
+    def __call__(
+        self,
+        x: Tensor,
+        batch: PackedBatch,
+        out: Tensor,
+        rows: Tensor,
+        *,
+        normalize: bool,
+        skip: int,
+        impl: str,
+    ) -> None:
+        """Write one embedding a sequence.
+
+        Args:
+            x: `[T, E]` hidden states of `batch`.
+            batch: the packed batch.
+            out: fp32 `[N, dimension]`, or fewer columns where embeddings are truncated.
+            rows: int32 `[B]`: sequence i goes to `out[rows[i]]`.
+            normalize: L2-normalise at the end, after truncation.
+            skip: tokens of the prompt to leave out.
+            impl: implementation of the ops.
+        """
+        spec, dimension = self.spec, out.shape[1]
+        ends_normalized = any(is_module(module, "Normalize") for module in spec.tail)
+        pool = ops.bind("segment_pool_out", x.device, x.dtype, impl)
+        if len(spec.modes) == 1 and not spec.has_dense and dimension == spec.dimension:
+            mode = ops.POOLING_MODES.index(spec.modes[0])
+            pool(x, batch.cu_seqlens, mode, ends_normalized or normalize, skip, None, out, rows)
+            return
+        pooled = torch.empty(
+            (batch.num_sequences, spec.width * len(spec.modes)),
+            device=x.device,
+            dtype=torch.float32,
+        )
+        for i, mode_name in enumerate(spec.modes):
+            part = pooled[:, i * spec.width : (i + 1) * spec.width]
+            mode = ops.POOLING_MODES.index(mode_name)
+            pool(x, batch.cu_seqlens, mode, False, skip, None, part, None)
+        for i, module in enumerate(spec.tail):
+            if is_module(module, "Normalize"):
+                pooled = F.normalize(pooled, dim=1)
+            else:
+                pooled = self._apply_dense(i, module, pooled, impl)
+        pooled = pooled[:, :dimension]
+        out[rows.long()] = F.normalize(pooled, dim=1) if normalize else pooled
+
+    def _apply_dense(self, index: int, module: nn.Module, x: Tensor, impl: str) -> Tensor:
+        """`Dense` on rows padded to a multiple of 16, so that a row depends on no other row."""
+        entry = self._dense[index]
+        if entry is None or not entry[0].is_current():
+            entry = self._dense[index] = _prepare_dense(module)
+        _, linear, residual = entry
+        count = x.shape[0]
+        padded = F.pad(x, (0, 0, 0, -count % ROW_ALIGNMENT))
+        y = module.activation_function(linear(padded))
+        if getattr(module, "use_residual", False):
+            y = y + (padded if residual is None else residual(padded))
+        return y[:count]
+
+
+def _prepare_dense(module: nn.Module) -> tuple[Fingerprint, PreparedLinear, PreparedLinear | None]:
+    check_finite(module)
+    fingerprint = Fingerprint(module)
+    with torch.inference_mode(False), torch.no_grad():
+        linear = PreparedLinear((Linear(module.linear.weight, module.linear.bias),), torch.float32)
+        projection = getattr(module, "residual", None)
+        residual = None
+        if projection is not None:
+            residual = PreparedLinear((Linear(projection.weight, None),), torch.float32)
+    return fingerprint, linear, residual

@@ -1,0 +1,54 @@
+"""Counters of an encoder."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field, replace
+
+
+@dataclass
+class EncoderStats:
+    """What an encoder has done so far.
+
+    Attributes:
+        texts: texts encoded by the packed engine.
+        tokens: tokens computed, special tokens included; padding never exists.
+        batches: packed batches run.
+        truncated: texts cut at `max_seq_length`.
+        fallbacks: calls handed to sentence-transformers, by reason.
+    """
+
+    texts: int = 0
+    tokens: int = 0
+    batches: int = 0
+    truncated: int = 0
+    fallbacks: dict[str, int] = field(default_factory=dict)
+
+
+class Counters:
+    """Thread-safe counters behind :class:`EncoderStats`; a copy starts from zero."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._stats = EncoderStats()
+
+    def __reduce__(self) -> tuple[type[Counters], tuple[()]]:
+        return type(self), ()
+
+    def snapshot(self) -> EncoderStats:
+        with self._lock:
+            return replace(self._stats, fallbacks=dict(self._stats.fallbacks))
+
+    def add(self, *, texts: int, tokens: int, batches: int, truncated: int) -> None:
+        with self._lock:
+            self._stats.texts += texts
+            self._stats.tokens += tokens
+            self._stats.batches += batches
+            self._stats.truncated += truncated
+
+    def add_fallback(self, reason: str) -> bool:
+        """Count a fallback; True the first time this reason occurs."""
+        with self._lock:
+            count = self._stats.fallbacks.get(reason, 0)
+            self._stats.fallbacks[reason] = count + 1
+            return count == 0

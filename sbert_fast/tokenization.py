@@ -1,0 +1,166 @@
+"""Texts to token ids: checked, tokenised once, into one int32 array."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sbert_fast.errors import InputError
+
+# Characters per token of `max_length` beyond which a text is cut before it is tokenised.
+_CHARACTERS_PER_TOKEN = 64
+# A cut text stands for the whole one only if its last kept token ends this far before the cut.
+_CUT_MARGIN = 1024
+# Texts tokenised at once: bounds the memory of the tokenizer's own objects.
+_CHUNK = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedTexts:
+    """The tokens of some texts, one text after the other.
+
+    Attributes:
+        ids: int32 `[sum of lengths]`.
+        lengths: int32 `[N]`, tokens of each text, special tokens included.
+        offsets: int64 `[N + 1]`, where each text starts in `ids`.
+        types: int32, parallel to `ids`, or None where all are 0.
+        truncated: how many of the texts were cut.
+    """
+
+    ids: NDArray[np.int32]
+    lengths: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    types: NDArray[np.int32] | None
+    truncated: int
+
+
+def check_texts(texts: Sequence[Any], name: str = "inputs") -> None:
+    """Refuse anything that is not a text, before anything is computed.
+
+    Raises:
+        InputError: names the index, what was expected and what came.
+    """
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(
+                f"{name}[{index}] must be a str, got {type(text).__name__}"
+                + (f" ({text!r})" if text is None or isinstance(text, (int, float)) else "")
+            )
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise InputError(
+                    f"{name}[{index}] must be valid Unicode, got a lone surrogate "
+                    f"{text[error.start]!r} at character {error.start}"
+                ) from None
+
+
+class TextTokenizer:
+    """A private copy of a Hugging Face tokenizer with fixed truncation and no padding.
+
+    The copy belongs to one encoder and its settings never change after construction, so that
+    concurrent calls cannot truncate to each other's lengths.
+
+    Args:
+        tokenizer: a `transformers` tokenizer.
+        max_length: tokens kept of a text, special tokens included.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:  # noqa: ANN401
+        self.max_length = max_length
+        self._backend = None
+        self._slow = None
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            # A Python tokenizer keeps per-call state: one call at a time.
+            self._slow, self._lock = tokenizer, threading.Lock()
+            self._keeps_types = False
+            return
+        private = type(backend).from_str(backend.to_str())
+        private.encode_special_tokens = backend.encode_special_tokens
+        private.no_padding()
+        self._right = tokenizer.truncation_side == "right"
+        private.enable_truncation(
+            max_length, strategy="longest_first", direction=tokenizer.truncation_side
+        )
+        self._backend = private
+        # A few tokenizers number the segments of a single text other than 0.
+        self._keeps_types = "token_type_ids" in tokenizer.model_input_names and any(
+            private.encode("a").type_ids
+        )
+
+    def __call__(self, texts: Sequence[str]) -> TokenizedTexts:
+        """Tokenise checked texts.
+
+        Args:
+            texts: as :func:`check_texts` accepts them.
+        """
+        parts = [self._chunk(texts[i : i + _CHUNK]) for i in range(0, len(texts), _CHUNK)]
+        lengths = np.concatenate([part[1] for part in parts] or [np.zeros(0, dtype=np.int32)])
+        ids = np.concatenate([part[0] for part in parts] or [np.zeros(0, dtype=np.int32)])
+        types = None
+        if self._keeps_types:
+            types = np.concatenate([part[2] for part in parts if part[2] is not None])
+        offsets = np.zeros(lengths.shape[0] + 1, dtype=np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        return TokenizedTexts(ids, lengths, offsets, types, sum(part[3] for part in parts))
+
+    def _chunk(
+        self, texts: Sequence[str]
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32] | None, int]:
+        if self._backend is None:
+            return self._slow_chunk(texts)
+        encodings = self._encode(texts)
+        lengths = np.fromiter(map(len, encodings), dtype=np.int32, count=len(encodings))
+        total = int(lengths.sum())
+        ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int32, total)
+        types = None
+        if self._keeps_types:
+            types = np.fromiter(chain.from_iterable(e.type_ids for e in encodings), np.int32, total)
+        full = np.flatnonzero(lengths == self.max_length)
+        return ids, lengths, types, sum(1 for i in full if encodings[i].overflowing)
+
+    def _encode(self, texts: Sequence[str]) -> list[Any]:
+        assert self._backend is not None
+        limit = self.max_length * _CHARACTERS_PER_TOKEN
+        if not self._right or max(map(len, texts), default=0) <= limit:
+            return _tokenize(self._backend.encode_batch_fast, texts)
+        encodings = _tokenize(self._backend.encode_batch, [text[:limit] for text in texts])
+        for index, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
+            if len(text) > limit and not (
+                len(encoding) == self.max_length
+                and max(end for _, end in encoding.offsets) <= limit - _CUT_MARGIN
+            ):
+                encodings[index] = _tokenize(self._backend.encode_batch_fast, [text])[0]
+        return encodings
+
+    def _slow_chunk(
+        self, texts: Sequence[str]
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32], None, int]:
+        assert self._slow is not None
+        with self._lock:
+            whole = self._slow(list(texts), truncation=False, verbose=False)["input_ids"]
+            kept = self._slow(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+        lengths = np.fromiter(map(len, kept), dtype=np.int32, count=len(kept))
+        ids = np.fromiter(chain.from_iterable(kept), np.int32, int(lengths.sum()))
+        cut = sum(len(a) > len(b) for a, b in zip(whole, kept, strict=True))
+        return ids, lengths, None, cut
+
+
+def _tokenize(encode: Any, texts: Sequence[str]) -> list[Any]:  # noqa: ANN401
+    try:
+        return encode(texts)
+    except BaseException as error:
+        # A panic of the Rust side is a BaseException that no `except Exception` of a caller stops.
+        if type(error).__name__ == "PanicException":
+            raise InputError(
+                f"the tokenizer failed on one of {len(texts)} texts: {error}"
+            ) from error
+        raise

@@ -13,7 +13,7 @@ __all__ = ["FastEncoder", "accelerate", "explain", "restore"]
 
 if TYPE_CHECKING:
     from sbert_fast.encoder import FastEncoder
-    from sbert_fast.explain import explain
+    from sbert_fast.explanation import explain
     from sbert_fast.patching import accelerate, restore
 
 # Imported on first use, so that `import sbert_fast` alone stays cheap.
@@ -21,7 +21,7 @@ _HOMES = {
     "FastEncoder": "encoder",
     "accelerate": "patching",
     "restore": "patching",
-    "explain": "explain",
+    "explain": "explanation",
     "ops": "ops",
     "errors": "errors",
 }

@@ -22,7 +22,7 @@ from sbert_fast.errors import InputError, InvalidWeightsError, UnsupportedModelE
 from sbert_fast.inference import Pipeline, Request
 from sbert_fast.pooling import PoolingHead, is_module, read_pooling
 from sbert_fast.stats import Counters, EncoderStats
-from sbert_fast.tokenization import TextTokenizer, check_texts
+from sbert_fast.tokenization import TextTokenizer, check_texts, tokenizer_state
 
 logger = logging.getLogger("sbert_fast")
 
@@ -199,14 +199,11 @@ class FastEncoder(SentenceTransformer):
         """What the pipeline was built from, cheap enough to look at on every call."""
         children = list(self.children())
         first = children[0] if children else None
-        tokenizer = getattr(first, "tokenizer", None)
         pooling = children[1] if len(children) > 1 else None
         return (
             tuple(map(id, children)),
             id(getattr(first, "auto_model", None)),
-            id(tokenizer),
-            getattr(tokenizer, "model_max_length", None),
-            getattr(tokenizer, "truncation_side", None),
+            tokenizer_state(getattr(first, "tokenizer", None)),
             getattr(pooling, "pooling_mode", None),
             getattr(pooling, "include_prompt", None),
             self._requested_dtype,
@@ -278,7 +275,12 @@ class FastEncoder(SentenceTransformer):
         model = pipeline.engine.model
         if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
             return "the base model has forward hooks"
-        given = [name for name, value in kwargs.items() if name != "task" and value]
+        # sentence-transformers refuses the names it does not know, whatever their value.
+        given = [
+            name
+            for name, value in kwargs.items()
+            if name != "task" and (name != "processing_kwargs" or value)
+        ]
         return f"argument {given[0]!r}" if given else None
 
     @torch.inference_mode()
@@ -330,13 +332,14 @@ class FastEncoder(SentenceTransformer):
             ValueError: an argument is invalid; names it.
             NonFiniteEmbeddingError: an embedding holds NaN or infinity; names the texts.
         """
-        if "sentences" in kwargs:
-            inputs = kwargs.pop("sentences") if inputs is None else inputs
+        sentences = kwargs.pop("sentences", None)
+        inputs = sentences if inputs is None else inputs
         _check_positive("batch_size", batch_size)
         if output_value not in OUTPUT_VALUES:
             raise ValueError(f"output_value must be one of {OUTPUT_VALUES}, got {output_value!r}")
         if precision is not None and precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+        truncate_dim = self.truncate_dim if truncate_dim is None else truncate_dim
         if truncate_dim is not None:
             _check_positive("truncate_dim", truncate_dim)
         in_workers = pool is not None or (isinstance(device, list) and len(device) > 0)
@@ -380,7 +383,7 @@ class FastEncoder(SentenceTransformer):
             output_value=output_value,
             save_to_cpu=convert_to_numpy,
             normalize_embeddings=normalize_embeddings,
-            truncate_dim=self.truncate_dim if truncate_dim is None else truncate_dim,
+            truncate_dim=truncate_dim,
             device=device,
             **kwargs,
         )
@@ -422,16 +425,17 @@ class FastEncoder(SentenceTransformer):
                 device=device,
                 **kwargs,
             )
-        if device is not None and torch.device(device) != self.device:
-            self.to(device)
+        if device is not None:
+            self._move(device)
         if self.training:
             self.eval()
         pipeline = self._pipeline()
         assert isinstance(pipeline, Pipeline)
         spec = pipeline.head.spec
+        asks_prompt = output_value is None or not spec.include_prompt
         request = Request(
             prompt=prompt or "",
-            skip=0 if spec.include_prompt or not prompt else self._prompt_tokens(pipeline, prompt),
+            prompt_tokens=self._prompt_tokens(pipeline, prompt) if prompt and asks_prompt else 0,
             batch_tokens=self._token_budget(pipeline, batch_size),
             normalize=normalize_embeddings and output_value == "sentence_embedding",
             dimension=min(truncate_dim or spec.dimension, spec.dimension),
@@ -445,6 +449,12 @@ class FastEncoder(SentenceTransformer):
             if output_value == "token_embeddings":
                 return inference.token_embeddings(*arguments)
             return inference.features(*arguments)
+
+    @torch.inference_mode(False)
+    def _move(self, device: str | torch.device) -> None:
+        """Move to `device`, which may be an alias of the present one: "cpu:0" is "cpu"."""
+        if torch.empty(0, device=device).device != self.device:
+            self.to(device)
 
     def _prompt_tokens(self, pipeline: Pipeline, prompt: str) -> int:
         """Tokens of the prompt, without a trailing special token."""

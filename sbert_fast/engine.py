@@ -126,9 +126,9 @@ class PackedEncoder:
             ):
                 self._prepared = self._fingerprint = None
                 self.architecture, weights = models.read(self.model)
-                check_finite(self.model)
                 fingerprint = Fingerprint(self.model)
                 with torch.inference_mode(False), torch.no_grad():
+                    check_finite(self.model)
                     self._prepared = self._prepare(weights)
                 self._fingerprint = fingerprint
             return self._prepared

@@ -25,7 +25,8 @@ class NonFiniteEmbeddingError(SbertFastError, ValueError):
     """NaN or infinity in a result.
 
     Attributes:
-        indices: positions, in the caller's input, of the texts concerned.
+        indices: positions, in the caller's input, of the texts concerned: those of the first batch
+            with any, sorted.
     """
 
     def __init__(self, message: str, indices: Sequence[int]) -> None:

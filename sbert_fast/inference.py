@@ -49,14 +49,14 @@ class Request:
 
     Attributes:
         prompt: prepended to every text.
-        skip: tokens of the prompt that pooling leaves out.
+        prompt_tokens: tokens of the prompt; 0 where neither pooling nor the caller asks for it.
         batch_tokens: most tokens of a batch.
         normalize: L2-normalise at the end.
         dimension: components kept of an embedding.
     """
 
     prompt: str
-    skip: int
+    prompt_tokens: int
     batch_tokens: int
     normalize: bool
     dimension: int
@@ -142,7 +142,7 @@ def pool_batch(
         out,
         rows,
         normalize=request.normalize,
-        skip=request.skip,
+        skip=0 if pipeline.head.spec.include_prompt else request.prompt_tokens,
         impl=pipeline.engine.impl,
     )
     finite = torch.isfinite(out[rows.long()]).all(dim=1)
@@ -209,6 +209,7 @@ def token_embeddings(
 
 
 def _raise_non_finite(indices: Sequence[int], dtype: torch.dtype) -> None:
+    indices = sorted(indices)
     shown = ", ".join(map(str, indices[:10])) + (", ..." if len(indices) > 10 else "")
     raise NonFiniteEmbeddingError(
         f"{len(indices)} embeddings hold NaN or infinity, for inputs[{shown}] computed in {dtype}; "
@@ -227,7 +228,8 @@ def features(
     """What sentence-transformers returns for `output_value=None`: one dict a text, unpadded.
 
     Returns:
-        `input_ids` and `attention_mask` int64 `[L]`, `token_embeddings` fp32 `[L, E]`,
+        `input_ids`, `token_type_ids` (where the tokenizer gives them) and `attention_mask` int64
+        `[L]`, `modality`, `prompt_length` (where there is a prompt), `token_embeddings` fp32 `[L, E]`,
         `sentence_embedding` fp32 `[dimension]`.
     """
     embeddings = torch.empty((len(texts), request.dimension), dtype=torch.float32)
@@ -236,17 +238,20 @@ def features(
     def collect(first: int, rows: NDArray[np.int64], batch: PackedBatch, x: Tensor) -> None:
         where = torch.from_numpy((rows + first).astype(np.int32))
         pool_batch(pipeline, request, batch, x, embeddings, where)
-        parts = zip(
-            where.tolist(), batch.split_rows(x), batch.split_rows(batch.input_ids), strict=True
-        )
-        for index, states, ids in parts:
-            result[index] = {
-                "input_ids": ids.long(),
-                "attention_mask": torch.ones(len(ids), dtype=torch.int64),
-                "modality": "text",
-                "token_embeddings": states.to(torch.float32, copy=True),
-                "sentence_embedding": embeddings[index],
-            }
+        types = batch.token_type_ids
+        types = torch.zeros_like(batch.input_ids) if types is None else types
+        columns = (x, batch.input_ids, types)
+        parts = zip(where.tolist(), *map(batch.split_rows, columns), strict=True)
+        for index, states, ids, kinds in parts:
+            entry: dict[str, Any] = {"input_ids": ids.long()}
+            if pipeline.tokenizer.returns_types:
+                entry["token_type_ids"] = kinds.long()
+            entry |= {"attention_mask": torch.ones_like(entry["input_ids"]), "modality": "text"}
+            if request.prompt:
+                entry["prompt_length"] = request.prompt_tokens
+            entry["token_embeddings"] = states.to(torch.float32, copy=True)
+            entry["sentence_embedding"] = embeddings[index]
+            result[index] = entry
 
     run(texts, pipeline, request, counters, collect, progress)
     return result

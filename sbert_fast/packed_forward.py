@@ -87,6 +87,8 @@ class PackedForward:
         self._warned = False
         functools.update_wrapper(self, self.original, updated=())
         self.__signature__ = inspect.signature(self.original)
+        # torch.export names the source of what it traces by this.
+        self.__code__ = type(self.encoder.model).forward.__code__
 
     def __getstate__(self) -> dict[str, Any]:
         return {"encoder": self.encoder, "shadowed": self.shadowed}
@@ -110,7 +112,7 @@ class PackedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-            return self.original(*args, **kwargs)
+            return self._run_original(*args, **kwargs)
         try:
             self._check_modes()
             arguments = self._arguments(args, kwargs)
@@ -124,7 +126,11 @@ class PackedForward:
         else:
             self._count(PACKED, logging.DEBUG)
             return self._run(call, prepared)
-        return self.original(*args, **kwargs)
+        return self._run_original(*args, **kwargs)
+
+    def _run_original(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        model = self.encoder.model
+        return type(model).forward(model, *args, **kwargs)
 
     def _count(self, outcome: str, level: int = logging.INFO) -> None:
         with self._lock:
@@ -173,8 +179,9 @@ class PackedForward:
                 raise _UseOriginalError("training mode with dropout")
             if "forward" in module.__dict__:
                 raise _UseOriginalError("forward of a submodule was replaced")
-            for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                if any(getattr(h, "__module__", "") != _IDLE_HOOKS for h in hooks.values()):
+            if module._forward_pre_hooks or module._forward_hooks:
+                hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+                if any(getattr(hook, "__module__", "") != _IDLE_HOOKS for hook in hooks):
                     raise _UseOriginalError("a submodule has forward hooks")
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -86,35 +86,28 @@ class PreparedNorm:
 
 
 class Fingerprint:
-    """Tells whether any parameter or submodule of a model was replaced or written to.
+    """Tells whether any parameter or submodule of a model was added, replaced or written to.
 
     It keeps the tensors it was taken from alive, so that an address cannot be used again unseen.
     """
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
-        self._links = [
-            (module._modules, name, child)
-            for module in modules
-            for name, child in module._modules.items()
-        ]
-        self._slots = [
-            (module._parameters, name)
-            for module in modules
-            for name, parameter in module._parameters.items()
-            if parameter is not None
-        ]
+        self._children = [(module._modules, dict(module._modules)) for module in modules]
+        self._parameters = [module._parameters for module in modules]
         self._held = [parameter.detach() for parameter in model.parameters()]
         self._values = self._read()
 
-    def _read(self) -> list[tuple[Any, ...] | None]:
-        return [_state(slots.get(name)) for slots, name in self._slots]
+    def _read(self) -> list[tuple[str, tuple[Any, ...] | None]]:
+        return [
+            (name, _state(parameter))
+            for parameters in self._parameters
+            for name, parameter in parameters.items()
+        ]
 
     def is_current(self) -> bool:
-        return (
-            all(children.get(name) is child for children, name, child in self._links)
-            and self._read() == self._values
-        )
+        # Modules compare by identity.
+        return all(now == then for now, then in self._children) and self._read() == self._values
 
 
 def _state(parameter: Tensor | None) -> tuple[Any, ...] | None:

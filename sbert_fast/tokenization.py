@@ -62,6 +62,20 @@ def check_texts(texts: Sequence[Any], name: str = "inputs") -> None:
                 ) from None
 
 
+def tokenizer_state(tokenizer: Any) -> tuple[Any, ...]:  # noqa: ANN401
+    """What a private copy of a tokenizer was made from, cheap enough to look at on every call."""
+    if tokenizer is None:
+        return ()
+    return (
+        id(tokenizer),
+        id(getattr(tokenizer, "backend_tokenizer", None)),
+        len(tokenizer),
+        tokenizer.model_max_length,
+        tokenizer.truncation_side,
+        tokenizer.split_special_tokens,
+    )
+
+
 class TextTokenizer:
     """A private copy of a Hugging Face tokenizer with fixed truncation and no padding.
 
@@ -71,10 +85,14 @@ class TextTokenizer:
     Args:
         tokenizer: a `transformers` tokenizer.
         max_length: tokens kept of a text, special tokens included.
+
+    Attributes:
+        returns_types: the tokenizer's own output holds `token_type_ids`.
     """
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:  # noqa: ANN401
         self.max_length = max_length
+        self.returns_types = "token_type_ids" in tokenizer.model_input_names
         self._backend = None
         self._slow = None
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -84,7 +102,7 @@ class TextTokenizer:
             self._keeps_types = False
             return
         private = type(backend).from_str(backend.to_str())
-        private.encode_special_tokens = backend.encode_special_tokens
+        private.encode_special_tokens = tokenizer.split_special_tokens
         private.no_padding()
         self._right = tokenizer.truncation_side == "right"
         private.enable_truncation(
@@ -92,9 +110,7 @@ class TextTokenizer:
         )
         self._backend = private
         # A few tokenizers number the segments of a single text other than 0.
-        self._keeps_types = "token_type_ids" in tokenizer.model_input_names and any(
-            private.encode("a").type_ids
-        )
+        self._keeps_types = self.returns_types and any(private.encode("a").type_ids)
 
     def __call__(self, texts: Sequence[str]) -> TokenizedTexts:
         """Tokenise checked texts.

@@ -31,8 +31,10 @@ template <class... Args>
 }
 
 /// Throws "op: ..." unless `condition` holds; the message is built only then.
-#define SBF_CHECK(condition, op, ...) \
-  if (!(condition)) ::sbert_fast::fail(op, __VA_ARGS__)
+#define SBF_CHECK(condition, op, ...)                      \
+  do {                                                     \
+    if (!(condition)) ::sbert_fast::fail(op, __VA_ARGS__); \
+  } while (false)
 
 /// The name of a dtype as torch prints it in Python.
 inline const char* dtype_name(ScalarType dtype) {

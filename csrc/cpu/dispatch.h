@@ -8,7 +8,8 @@
 
 namespace sbert_fast::cpu {
 
-/// Kernels of the active instruction set: the best one of this CPU unless select_isa() chose another.
+/// Kernels of the active instruction set: the best one of this CPU unless select_isa() chose
+/// another.
 const KernelTable& kernels();
 
 /// Names of the instruction sets that this CPU runs, best first; "generic" is always the last.

@@ -64,12 +64,12 @@ inline constexpr int64_t kNumPoolModes = 6;
 
 // Segment i covers the packed tokens [starts[i * step], ends[i * step]).
 struct SegmentPoolParams {
-  const void* x;             // [T, E], rows x_stride elements apart
-  const int32_t* starts;     // cu_seqlens, or the first column of spans
-  const int32_t* ends;       // cu_seqlens + 1, or the second column of spans
-  const int32_t* out_rows;   // [segments], or null: row i
-  float* out;                // rows out_stride elements apart
-  int64_t step;              // 1 for cu_seqlens, 2 for spans
+  const void* x;            // [T, E], rows x_stride elements apart
+  const int32_t* starts;    // cu_seqlens, or the first column of spans
+  const int32_t* ends;      // cu_seqlens + 1, or the second column of spans
+  const int32_t* out_rows;  // [segments], or null: row i
+  float* out;               // rows out_stride elements apart
+  int64_t step;             // 1 for cu_seqlens, 2 for spans
   int64_t x_stride;
   int64_t out_stride;
   int64_t E;
@@ -85,11 +85,11 @@ using RangeKernel = void (*)(const Params&, int64_t begin, int64_t end);
 /// The kernels of one instruction set, indexed by the dtype of the activations.
 struct KernelTable {
   const char* isa;
-  RangeKernel<AttentionParams> varlen_attention[kNumDtypes];      // items: sequence * H + head
+  RangeKernel<AttentionParams> varlen_attention[kNumDtypes];        // items: sequence * H + head
   RangeKernel<EmbedNormParams> embed_norm[kNumDtypes][kNumDtypes];  // rows; [tables][out]
-  RangeKernel<AddNormParams> add_norm[kNumDtypes];                // rows
-  RangeKernel<BiasGeluParams> bias_gelu[kNumDtypes];              // rows
-  RangeKernel<SegmentPoolParams> segment_pool[kNumDtypes];        // segments
+  RangeKernel<AddNormParams> add_norm[kNumDtypes];                  // rows
+  RangeKernel<BiasGeluParams> bias_gelu[kNumDtypes];                // rows
+  RangeKernel<SegmentPoolParams> segment_pool[kNumDtypes];          // segments
 };
 
 }  // namespace sbert_fast::cpu

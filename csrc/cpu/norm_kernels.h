@@ -2,14 +2,17 @@
 //
 //   y = (v - mean(v)) / sqrt(mean((v - mean(v))^2) + eps) * weight + bias
 //
-// Statistics take two passes over a row that stays in L1: the mean first, then the centred variance.
-// Each sum runs through kLanes accumulators in an order that depends on E alone.
+// Statistics take two passes over a row that stays in L1: the mean first, then the centred
+// variance. Each sum runs through kLanes accumulators in an order that depends on E alone.
 #pragma once
 
 #include "kernels.h"
 #include "vec.h"
 
 namespace sbert_fast::cpu::SBF_ISA {
+
+/// Longest row, in elements, that is kept in fp32 between the passes.
+constexpr int64_t kMaxSummed = 4096;
 
 /// Elements v[0, E) of one row of add_norm.
 template <class T, bool kHasBias, bool kHasResidual>
@@ -51,33 +54,51 @@ struct EmbedRow {
   }
 };
 
-/// Sum of term(v[e]) over a row.
-template <class Row, class Term>
-SBF_INLINE float sum_row(const Row& row, int64_t E, Term term) {
+/// A row that is already summed, in fp32.
+struct SummedRow {
+  const float* v;
+
+  SBF_INLINE VecF load(int64_t e) const { return VecF::load(v + e); }
+  SBF_INLINE VecF load_partial(int64_t e, int n) const { return VecF::load_partial(v + e, n); }
+};
+
+/// Sum of term(v[e]) over a row; `keep(e, v, n)` sees the n elements at e on the way.
+template <class Row, class Term, class Keep>
+SBF_INLINE float sum_row(const Row& row, int64_t E, Term term, Keep keep) {
+  constexpr int kBlock = 4;
   constexpr int64_t N = VecF::N;
-  VecF a = VecF::zero(), b = a, c = a, d = a;
+  VecF total[kBlock] = {VecF::zero(), VecF::zero(), VecF::zero(), VecF::zero()};
   int64_t e = 0;
-  for (; e + 4 * N <= E; e += 4 * N) {
-    a = a + term(row.load(e));
-    b = b + term(row.load(e + N));
-    c = c + term(row.load(e + 2 * N));
-    d = d + term(row.load(e + 3 * N));
+  for (; e + kBlock * N <= E; e += kBlock * N) {
+    for (int i = 0; i < kBlock; ++i) {
+      const VecF v = row.load(e + i * N);
+      keep(e + i * N, v);
+      total[i] = total[i] + term(v);
+    }
   }
-  for (; e + N <= E; e += N) a = a + term(row.load(e));
+  for (; e + N <= E; e += N) {
+    const VecF v = row.load(e);
+    keep(e, v);
+    total[0] = total[0] + term(v);
+  }
   if (e < E) {
     const int n = static_cast<int>(E - e);
-    b = b + blend_first(n, term(row.load_partial(e, n)), VecF::zero());
+    const VecF v = row.load_partial(e, n);
+    keep(e, v);
+    total[1] = total[1] + blend_first(n, term(v), VecF::zero());
   }
-  return reduce_add((a + b) + (c + d));
+  return reduce_add((total[0] + total[1]) + (total[2] + total[3]));
 }
 
+/// The second half of LayerNorm, once the mean is known.
 template <class Out, class Row>
-SBF_INLINE void layer_norm_row(const Row& row, const float* weight, const float* bias, int64_t E,
-                               float eps, Out* out) {
+SBF_INLINE void normalize_row(const Row& row, float mean_value, const float* weight,
+                              const float* bias, int64_t E, float eps, Out* out) {
   constexpr int64_t N = VecF::N;
-  const float size = static_cast<float>(E);
-  const VecF mean = VecF::set1(sum_row(row, E, [](VecF v) { return v; }) / size);
-  const float variance = sum_row(row, E, [mean](VecF v) { return (v - mean) * (v - mean); }) / size;
+  const VecF mean = VecF::set1(mean_value);
+  const float squares =
+      sum_row(row, E, [mean](VecF v) { return (v - mean) * (v - mean); }, [](int64_t, VecF) {});
+  const float variance = squares / static_cast<float>(E);
   const VecF rstd = VecF::set1(1.0f / __builtin_sqrtf(variance + eps));
 
   int64_t e = 0;
@@ -93,6 +114,21 @@ SBF_INLINE void layer_norm_row(const Row& row, const float* weight, const float*
   }
 }
 
+template <class Out, class Row>
+SBF_INLINE void layer_norm_row(const Row& row, const float* weight, const float* bias, int64_t E,
+                               float eps, Out* out) {
+  const auto value = [](VecF v) { return v; };
+  const float size = static_cast<float>(E);
+  if (E > kMaxSummed) {  // summed anew in each pass
+    const float mean = sum_row(row, E, value, [](int64_t, VecF) {}) / size;
+    return normalize_row(row, mean, weight, bias, E, eps, out);
+  }
+  float summed[kMaxSummed + VecF::N];
+  const auto keep = [&summed](int64_t e, VecF v) { v.store(summed + e); };
+  const float mean = sum_row(row, E, value, keep) / size;
+  normalize_row(SummedRow{summed}, mean, weight, bias, E, eps, out);
+}
+
 template <class T, bool kHasBias, bool kHasResidual>
 void add_norm_rows(const AddNormParams& p, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t) {
@@ -106,7 +142,8 @@ void add_norm_rows(const AddNormParams& p, int64_t begin, int64_t end) {
 
 template <class T>
 void add_norm(const AddNormParams& p, int64_t begin, int64_t end) {
-  if (p.bias != nullptr && p.residual != nullptr) return add_norm_rows<T, true, true>(p, begin, end);
+  if (p.bias != nullptr && p.residual != nullptr)
+    return add_norm_rows<T, true, true>(p, begin, end);
   if (p.bias != nullptr) return add_norm_rows<T, true, false>(p, begin, end);
   if (p.residual != nullptr) return add_norm_rows<T, false, true>(p, begin, end);
   add_norm_rows<T, false, false>(p, begin, end);

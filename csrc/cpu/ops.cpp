@@ -3,6 +3,9 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "dispatch.h"
 
 namespace sbert_fast::cpu {
@@ -18,6 +21,22 @@ Dtype check_activation(const char* op, const char* name, const Tensor& tensor, c
   const Dtype dtype = kernel_dtype(op, name, tensor.scalar_type());
   check_tensor(op, name, tensor, tensor.scalar_type(), dims, sizes);
   return dtype;
+}
+
+Tensor new_output(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t dim = sizes.size(); dim-- > 0;) {
+    strides[dim] = stride;
+    stride *= std::max<int64_t>(1, sizes.begin()[dim]);
+  }
+  const int32_t code =
+      dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32();
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
+                                                  strides.data(), code,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 namespace {

@@ -1,6 +1,4 @@
 // API layer of bias_gelu.
-#include <torch/csrc/stable/ops.h>
-
 #include "dispatch.h"
 #include "ops.h"
 #include "parallel.h"
@@ -13,7 +11,7 @@ Tensor bias_gelu(const Tensor& x, const std::optional<Tensor>& bias, bool tanh) 
   const int64_t T = x.size(0), F = x.size(1);
   check_tensor(op, "bias", bias, ScalarType::Float, "[F]", {F});
 
-  Tensor out = torch::stable::new_empty(x, {T, F});
+  Tensor out = new_output({T, F}, x.scalar_type());
   BiasGeluParams params{};
   params.x = x.const_data_ptr();
   params.bias = data_or_null<float>(bias);

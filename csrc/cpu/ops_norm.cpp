@@ -1,6 +1,4 @@
 // API layer of embed_norm and add_norm.
-#include <torch/csrc/stable/ops.h>
-
 #include "dispatch.h"
 #include "ops.h"
 #include "parallel.h"
@@ -10,8 +8,8 @@ namespace sbert_fast::cpu {
 
 Tensor embed_norm(const Tensor& ids, const Tensor& positions, const std::optional<Tensor>& types,
                   const Tensor& word, const Tensor& position_table,
-                  const std::optional<Tensor>& type_table, const Tensor& weight,
-                  const Tensor& bias, double eps, ScalarType out_dtype) {
+                  const std::optional<Tensor>& type_table, const Tensor& weight, const Tensor& bias,
+                  double eps, ScalarType out_dtype) {
   constexpr const char* op = "embed_norm";
   check_tensor(op, "ids", ids, ScalarType::Int, "[T]", {kAnySize});
   const int64_t T = ids.size(0);
@@ -44,7 +42,7 @@ Tensor embed_norm(const Tensor& ids, const Tensor& positions, const std::optiona
               "type_table must have a row for type 0, got ", describe(*type_table));
   }
 
-  Tensor out = torch::stable::new_empty(word, {T, E}, out_dtype);
+  Tensor out = new_output({T, E}, out_dtype);
   params.word = word.const_data_ptr();
   params.position_table = position_table.const_data_ptr();
   params.type_table = data_or_null<void>(type_table);
@@ -68,7 +66,7 @@ Tensor add_norm(const Tensor& x, const std::optional<Tensor>& bias,
   check_tensor(op, "weight", weight, ScalarType::Float, "[E]", {E});
   check_tensor(op, "ln_bias", ln_bias, ScalarType::Float, "[E]", {E});
 
-  Tensor out = torch::stable::new_empty(x, {T, E});
+  Tensor out = new_output({T, E}, x.scalar_type());
   AddNormParams params{};
   params.x = x.const_data_ptr();
   params.bias = data_or_null<float>(bias);

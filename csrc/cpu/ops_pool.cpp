@@ -1,6 +1,4 @@
 // API layer of segment_pool and segment_pool_out.
-#include <torch/csrc/stable/ops.h>
-
 #include "dispatch.h"
 #include "ops.h"
 #include "parallel.h"
@@ -21,15 +19,11 @@ Pooling check_pooling(const char* op, const Tensor& x, const Tensor& cu_seqlens,
   const Dtype dtype = kernel_dtype(op, "x", x.scalar_type());
   SBF_CHECK(x.dim() == 2 && (x.stride(1) == 1 || x.size(1) <= 1), op,
             "x must be [T, E] with unit inner stride, got ", describe(x));
-  check_tensor(op, "cu_seqlens", cu_seqlens, ScalarType::Int, "[B + 1]", {kAnySize});
-  const int64_t B = cu_seqlens.size(0) - 1;
-  SBF_CHECK(B >= 0, op, "cu_seqlens must be int32 [B + 1], got ", describe(cu_seqlens));
   check_tensor(op, "spans", spans, ScalarType::Int, "[P, 2]", {kAnySize, 2});
-  SBF_CHECK(0 <= mode && mode < kNumPoolModes, op, "mode must be in [0, ", kNumPoolModes,
-            "), got ", mode);
+  SBF_CHECK(0 <= mode && mode < kNumPoolModes, op, "mode must be in [0, ", kNumPoolModes, "), got ",
+            mode);
   SBF_CHECK(skip >= 0, op, "skip must be at least 0, got ", skip);
-  const auto* cu = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
-  check_cu_seqlens(op, cu, B, x.size(0));
+  const auto [cu, B, longest] = check_cu_seqlens(op, cu_seqlens, x.size(0));
 
   SegmentPoolParams params{};
   params.x = x.const_data_ptr();
@@ -54,11 +48,11 @@ Pooling check_pooling(const char* op, const Tensor& x, const Tensor& cu_seqlens,
 void run(const Pooling& pooling) {
   const SegmentPoolParams& params = pooling.params;
   const bool one_row = params.mode == PoolMode::kCls || params.mode == PoolMode::kLastToken;
-  const auto cost = [&](int64_t i) {
+  const auto segment = [&](int64_t i) {
     const int64_t length = params.ends[i * params.step] - params.starts[i * params.step];
-    return (one_row ? 1 : length + 1) * params.E;
+    return ItemGroup{.items = 1, .cost = (one_row ? 1 : length + 1) * params.E};
   };
-  parallel_items(kernels().segment_pool[pooling.dtype], params, pooling.segments, cost);
+  parallel_items(kernels().segment_pool[pooling.dtype], params, pooling.segments, segment);
 }
 
 }  // namespace
@@ -66,7 +60,7 @@ void run(const Pooling& pooling) {
 Tensor segment_pool(const Tensor& x, const Tensor& cu_seqlens, int64_t mode, bool normalize,
                     int64_t skip, const std::optional<Tensor>& spans) {
   Pooling pooling = check_pooling("segment_pool", x, cu_seqlens, mode, normalize, skip, spans);
-  Tensor out = torch::stable::new_empty(x, {pooling.segments, x.size(1)}, ScalarType::Float);
+  Tensor out = new_output({pooling.segments, x.size(1)}, ScalarType::Float);
   pooling.params.out = static_cast<float*>(out.mutable_data_ptr());
   pooling.params.out_stride = x.size(1);
   run(pooling);
@@ -80,9 +74,9 @@ void segment_pool_out(const Tensor& x, const Tensor& cu_seqlens, int64_t mode, b
   Pooling pooling = check_pooling(op, x, cu_seqlens, mode, normalize, skip, spans);
   const int64_t E = x.size(1);
   SBF_CHECK(out.scalar_type() == ScalarType::Float && has_sizes(out, {kAnySize, E}) &&
-                (out.stride(1) == 1 || E <= 1),
-            op, "out must be float32 [N, E] = [*, ", E, "] with unit inner stride, got ",
-            describe(out));
+                (out.stride(1) == 1 || E <= 1) && (out.stride(0) >= E || out.size(0) <= 1),
+            op, "out must be float32 [N, E] = [*, ", E,
+            "] with unit inner stride and separate rows, got ", describe(out));
   check_tensor(op, "out_rows", out_rows, ScalarType::Int, spans.has_value() ? "[P]" : "[B]",
                {pooling.segments});
   pooling.params.out_rows = data_or_null<int32_t>(out_rows);

@@ -17,42 +17,55 @@ namespace sbert_fast::cpu {
 /// Elements below which waking another thread costs more than it saves.
 inline constexpr int64_t kGrainElements = 1 << 16;
 
-/// Runs `kernel` over `rows` rows of `width` elements, in equal parts; small inputs stay on this thread.
+/// Runs `kernel` over `rows` rows of `width` elements, in equal parts; small inputs stay on this
+/// thread.
 template <class Params>
 void parallel_rows(RangeKernel<Params> kernel, const Params& params, int64_t rows, int64_t width) {
   const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, width));
   if (rows <= grain) return kernel(params, 0, rows);
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    kernel(params, begin, end);
-  });
+  torch::stable::parallel_for(0, rows, grain,
+                              [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
 }
 
-/// Runs `kernel` over `items` items of uneven `cost(item)` (in elements touched).
+/// Neighbouring work items of one cost, in elements touched.
+struct ItemGroup {
+  int64_t items;
+  int64_t cost;  // of each
+};
+
+/// Runs `kernel` over the items of `groups` groups; `group(g)` is the ItemGroup g.
 ///
 /// Neighbouring items are joined into chunks of about equal cost, several per thread, and every
 /// thread takes the next chunk when it is done: one long sequence cannot hold up the others.
-template <class Params, class Cost>
-void parallel_items(RangeKernel<Params> kernel, const Params& params, int64_t items, Cost cost) {
+template <class Params, class Group>
+void parallel_items(RangeKernel<Params> kernel, const Params& params, int64_t groups, Group group) {
   constexpr int64_t kChunksPerThread = 8;
-  int64_t total = 0;
-  for (int64_t item = 0; item < items; ++item) total += cost(item);
+  int64_t items = 0, total = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    const ItemGroup next = group(g);
+    items += next.items;
+    total += next.items * next.cost;
+  }
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t chunk_cost = std::max(kGrainElements / 2, total / (threads * kChunksPerThread) + 1);
   if (threads == 1 || total <= kGrainElements) return kernel(params, 0, items);
 
+  const int64_t chunk_cost = std::max(kGrainElements / 2, total / (threads * kChunksPerThread) + 1);
   std::vector<int64_t> bounds{0};
-  int64_t gathered = 0;
-  for (int64_t item = 0; item < items; ++item) {
-    gathered += cost(item);
-    if (gathered >= chunk_cost || item + 1 == items) {
-      bounds.push_back(item + 1);
+  int64_t gathered = 0, item = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    const ItemGroup next = group(g);
+    for (const int64_t last = item + next.items; item < last;) {
+      ++item;
+      gathered += next.cost;
+      if (gathered < chunk_cost && item < items) continue;
+      bounds.push_back(item);
       gathered = 0;
     }
   }
   const int64_t chunks = static_cast<int64_t>(bounds.size()) - 1;
-  std::atomic<int64_t> next{0};
+  std::atomic<int64_t> next_chunk{0};
   torch::stable::parallel_for(0, std::min(threads, chunks), 1, [&](int64_t, int64_t) {
-    for (int64_t chunk; (chunk = next.fetch_add(1)) < chunks;) {
+    for (int64_t chunk; (chunk = next_chunk.fetch_add(1)) < chunks;) {
       kernel(params, bounds[chunk], bounds[chunk + 1]);
     }
   });

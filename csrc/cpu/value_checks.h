@@ -21,20 +21,28 @@ inline void check_indices(const char* op, const char* name, const int32_t* indic
   fail(op, name, '[', i, "] must be in [0, ", limit, "), the rows of ", what, ", got ", indices[i]);
 }
 
-/// Requires cu_seqlens [B + 1] to start at 0, never decrease, and end at or before T. Returns the
-/// longest sequence.
-inline int64_t check_cu_seqlens(const char* op, const int32_t* cu_seqlens, int64_t B, int64_t T) {
-  SBF_CHECK(cu_seqlens[0] == 0, op, "cu_seqlens must start at 0, got ", cu_seqlens[0]);
+/// The sequences of a packed batch, checked.
+struct Sequences {
+  const int32_t* cu;  // [B + 1]
+  int64_t B;
+  int64_t longest;
+};
+
+/// Requires cu_seqlens to be int32 [B + 1], start at 0, never decrease, and end at or before T.
+inline Sequences check_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t T) {
+  check_tensor(op, "cu_seqlens", cu_seqlens, ScalarType::Int, "[B + 1]", {kAnySize});
+  const int64_t B = cu_seqlens.size(0) - 1;
+  SBF_CHECK(B >= 0, op, "cu_seqlens must be int32 [B + 1], got ", describe(cu_seqlens));
+  const auto* cu = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
+  SBF_CHECK(cu[0] == 0, op, "cu_seqlens must start at 0, got ", cu[0]);
   int64_t longest = 0;
   for (int64_t b = 0; b < B; ++b) {
-    const int64_t length = static_cast<int64_t>(cu_seqlens[b + 1]) - cu_seqlens[b];
-    SBF_CHECK(length >= 0, op, "cu_seqlens must never decrease, got ", cu_seqlens[b], " then ",
-              cu_seqlens[b + 1], " at ", b + 1);
-    longest = std::max(longest, length);
+    SBF_CHECK(cu[b] <= cu[b + 1], op, "cu_seqlens must never decrease, got ", cu[b + 1], " after ",
+              cu[b], " at index ", b + 1);
+    longest = std::max<int64_t>(longest, cu[b + 1] - cu[b]);
   }
-  SBF_CHECK(cu_seqlens[B] <= T, op, "cu_seqlens must end at or before T = ", T, ", got ",
-            cu_seqlens[B]);
-  return longest;
+  SBF_CHECK(cu[B] <= T, op, "cu_seqlens must end at or before T = ", T, ", got ", cu[B]);
+  return {cu, B, longest};
 }
 
 /// Requires 0 <= start <= end <= limit for every row of spans [P, 2].

@@ -1,20 +1,23 @@
 // One fp32 vector type per instruction set, and the few functions the kernels are written in.
 //
-// Every translation unit sees its own copy in namespace sbert_fast::cpu::SBF_ISA, so that the linker
-// can never merge code compiled for different instruction sets. For the same reason neither this
-// header nor one that includes it may instantiate a template or inline function of the standard
-// library.
+// Every translation unit sees its own copy in namespace sbert_fast::cpu::SBF_ISA, so that the
+// linker can never merge code compiled for different instruction sets. For the same reason neither
+// this header nor one that includes it may instantiate a template or inline function of the
+// standard library.
 //
-//   VecF::load, store and their _partial forms need no alignment. A _partial form touches exactly n
-//     elements, 0 <= n <= N, and loads zeros into the other lanes.
+//   VecF::load, store and their _partial forms need no alignment. A _partial form touches exactly
+//     n elements, 0 <= n <= N, and loads zeros into the other lanes.
 //   max(a, b), min(a, b): b where either is NaN.
 //   select_lt(a, b, x, y): x where a < b, else (also where either is NaN) y.
 //   blend_first(n, a, b): lanes [0, n) of a, the others of b; 0 <= n <= N.
 //   copysign(a, b): |a| with the sign of b.
-//   add_exponent(a, t): a * 2^n, n being the integer in the low bits of t; the result must be normal.
+//   add_exponent(a, t): a * 2^n, n being the integer in the low bits of t, by adding to the
+//     exponent of a; the result must be normal, and NaN is lost.
+//   scale_by_power(a, t): the same by a product; 2^n must be normal, and NaN stays.
+//   transpose4(rows, ld, columns, ld_columns): N rows of 4 elements to 4 rows of N elements.
 //   reduce_add, reduce_max: the upper half onto the lower half until one lane is left.
-//   bf16 stores round to nearest even, keep subnormals, and keep NaN. (The hardware conversion flushes
-//     subnormals, and what it would save is hidden behind memory.)
+//   bf16 stores round to nearest even, keep subnormals, and keep NaN. (The hardware conversion
+//     flushes subnormals, and what it would save is hidden behind memory.)
 //   load_as<T>, store_as<T>: T = float or bf16.
 #pragma once
 
@@ -44,7 +47,7 @@ struct bf16 {
 
 namespace sbert_fast::cpu::SBF_ISA {
 
-// At most 2 ulp. Exactly 0 below -87.33, so that no subnormal is produced; inf above 88.72; NaN stays.
+// At most 2 ulp. Exactly 0 below -87.33, so that nothing is subnormal; inf above 88.72; NaN stays.
 SBF_INLINE VecF exp(VecF x) {
   // Adding 1.5 * 2^23 rounds x / ln 2 to an integer n and leaves n in the low bits.
   const VecF magic = VecF::set1(12582912.0f);
@@ -94,31 +97,54 @@ SBF_INLINE VecF erf(VecF x) {
   return select_lt(a, VecF::set1(0.95f), inner, outer);
 }
 
-template <typename T>
-VecF load_as(const T* p);
-template <typename T>
-VecF load_as_partial(const T* p, int n);
-template <typename T>
-void store_as(T* p, VecF a);
-template <typename T>
-void store_as_partial(T* p, VecF a, int n);
+// The larger one; NaN where either is NaN.
+SBF_INLINE VecF max_nan(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q);
+  return {_mm512_mask_add_ps(_mm512_max_ps(a.v, b.v), nan, a.v, b.v)};
+#elif defined(__AVX2__)
+  const __m256 nan = _mm256_cmp_ps(a.v, b.v, _CMP_UNORD_Q);
+  return {_mm256_blendv_ps(_mm256_max_ps(a.v, b.v), _mm256_add_ps(a.v, b.v), nan)};
+#else
+  return {(a.lo > b.lo) | (a.lo != a.lo) ? a.lo : b.lo,
+          (a.hi > b.hi) | (a.hi != a.hi) ? a.hi : b.hi};
+#endif
+}
 
-template <>
-SBF_INLINE VecF load_as<float>(const float* p) { return VecF::load(p); }
-template <>
-SBF_INLINE VecF load_as_partial<float>(const float* p, int n) { return VecF::load_partial(p, n); }
-template <>
-SBF_INLINE void store_as<float>(float* p, VecF a) { a.store(p); }
-template <>
-SBF_INLINE void store_as_partial<float>(float* p, VecF a, int n) { a.store_partial(p, n); }
+template <class T>
+SBF_INLINE VecF load_as(const T* p) {
+  if constexpr (sizeof(T) == sizeof(bf16)) {
+    return load_bf16(p);
+  } else {
+    return VecF::load(p);
+  }
+}
 
-template <>
-SBF_INLINE VecF load_as<bf16>(const bf16* p) { return load_bf16(p); }
-template <>
-SBF_INLINE VecF load_as_partial<bf16>(const bf16* p, int n) { return load_bf16_partial(p, n); }
-template <>
-SBF_INLINE void store_as<bf16>(bf16* p, VecF a) { store_bf16(p, a); }
-template <>
-SBF_INLINE void store_as_partial<bf16>(bf16* p, VecF a, int n) { store_bf16_partial(p, a, n); }
+template <class T>
+SBF_INLINE VecF load_as_partial(const T* p, int n) {
+  if constexpr (sizeof(T) == sizeof(bf16)) {
+    return load_bf16_partial(p, n);
+  } else {
+    return VecF::load_partial(p, n);
+  }
+}
+
+template <class T>
+SBF_INLINE void store_as(T* p, VecF a) {
+  if constexpr (sizeof(T) == sizeof(bf16)) {
+    store_bf16(p, a);
+  } else {
+    a.store(p);
+  }
+}
+
+template <class T>
+SBF_INLINE void store_as_partial(T* p, VecF a, int n) {
+  if constexpr (sizeof(T) == sizeof(bf16)) {
+    store_bf16_partial(p, a, n);
+  } else {
+    a.store_partial(p, n);
+  }
+}
 
 }  // namespace sbert_fast::cpu::SBF_ISA

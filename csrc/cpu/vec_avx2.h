@@ -48,6 +48,30 @@ SBF_INLINE VecF add_exponent(VecF a, VecF t) {
   return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.v), n))};
 }
 
+SBF_INLINE VecF scale_by_power(VecF a, VecF t) {
+  const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(t.v), 23);
+  const __m256i power = _mm256_add_epi32(n, _mm256_set1_epi32(0x3f800000));
+  return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(power))};
+}
+
+// Rows i and i + 4, four columns each.
+SBF_INLINE __m256 load_every_fourth(const float* row, int64_t step) {
+  const __m256 r = _mm256_castps128_ps256(_mm_loadu_ps(row));
+  return _mm256_insertf128_ps(r, _mm_loadu_ps(row + step), 1);
+}
+SBF_INLINE void transpose4(const float* rows, int64_t ld, float* columns, int64_t ld_columns) {
+  const __m256 r0 = load_every_fourth(rows, 4 * ld);
+  const __m256 r1 = load_every_fourth(rows + ld, 4 * ld);
+  const __m256 r2 = load_every_fourth(rows + 2 * ld, 4 * ld);
+  const __m256 r3 = load_every_fourth(rows + 3 * ld, 4 * ld);
+  const __m256 a = _mm256_unpacklo_ps(r0, r1), b = _mm256_unpackhi_ps(r0, r1);
+  const __m256 c = _mm256_unpacklo_ps(r2, r3), d = _mm256_unpackhi_ps(r2, r3);
+  _mm256_storeu_ps(columns, _mm256_shuffle_ps(a, c, 0x44));
+  _mm256_storeu_ps(columns + ld_columns, _mm256_shuffle_ps(a, c, 0xee));
+  _mm256_storeu_ps(columns + 2 * ld_columns, _mm256_shuffle_ps(b, d, 0x44));
+  _mm256_storeu_ps(columns + 3 * ld_columns, _mm256_shuffle_ps(b, d, 0xee));
+}
+
 SBF_INLINE float reduce_add(VecF a) {
   const __m128 c = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   const __m128 d = _mm_add_ps(c, _mm_movehl_ps(c, c));

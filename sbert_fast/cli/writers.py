@@ -174,8 +174,8 @@ class Quantizer:
         """Quantise `[n, dim]`.
 
         Returns:
-            `[n, dim]` float32, int8 or uint8; for "binary" (int8) and "ubinary" (uint8) the signs as
-            bits, `[n, ceil(dim / 8)]`.
+            `[n, dim]` float32, int8 or uint8; "binary" (int8) and "ubinary" (uint8) are signs,
+            eight to a number: `[n, ceil(dim / 8)]`.
 
         Raises:
             ValueError: the ranges do not fit, or one text is all there is to take them from.

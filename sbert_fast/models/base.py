@@ -149,7 +149,7 @@ def check(model: nn.Module, architecture: Architecture, weights: EncoderWeights)
         UnsupportedModelError: with the reason.
     """
     config = model.config
-    for flag in ("is_decoder", "add_cross_attention"):
+    for flag in ("is_decoder", "add_cross_attention", "is_causal"):
         if getattr(config, flag, False):
             raise UnsupportedModelError(f"config.{flag} is set: only encoders are supported")
     kind = getattr(config, "position_embedding_type", "absolute") or "absolute"
@@ -163,12 +163,21 @@ def check(model: nn.Module, architecture: Architecture, weights: EncoderWeights)
         )
     if not 8 <= architecture.head_dim <= 128:
         raise UnsupportedModelError(f"head dim must be 8 to 128, got {architecture.head_dim}")
+    _check_modules(model)
     _check_parameters(model, weights)
+
+
+def _check_modules(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        home = type(module).__module__
+        if name and not home.startswith(("torch.nn.", "transformers.")):
+            raise UnsupportedModelError(
+                f"module {name!r} is a {home}.{type(module).__qualname__}, not one of transformers"
+            )
 
 
 def _check_parameters(model: nn.Module, weights: EncoderWeights) -> None:
     known = {id(tensor) for tensor in weights.tensors()}
-    dtypes: set[torch.dtype] = set()
     for name, parameter in model.named_parameters():
         if id(parameter) not in known:
             if name.startswith("pooler."):
@@ -178,9 +187,12 @@ def _check_parameters(model: nn.Module, weights: EncoderWeights) -> None:
             raise UnsupportedModelError(
                 f"{name} must be a floating-point tensor, got {parameter.dtype} (quantised?)"
             )
+        if type(parameter) is not nn.Parameter:
+            raise UnsupportedModelError(
+                f"{name} must be a torch.nn.Parameter, got {type(parameter).__name__} (quantised?)"
+            )
         if parameter.device.type == "meta":
             raise UnsupportedModelError(f"{name} is on the meta device: load its weights first")
-        dtypes.add(parameter.dtype)
     if len({tensor.device for tensor in weights.tensors()}) > 1:
         raise UnsupportedModelError("parameters are spread over several devices")
 

@@ -99,7 +99,11 @@ def explain_ops() -> str:
     lines = []
     for device in map(torch.device, devices):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            chosen = resolve(device, dtype)
+            try:
+                chosen = resolve(device, dtype)
+            except (ImplementationError, ValueError) as error:
+                lines.append(f"{device.type:5} {str(dtype)[6:]:9} none  ({error})")
+                continue
             passed = [
                 f"{name}: {why}"
                 for name in preference(device)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from sbert_fast.ops import schemas
+
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -23,7 +25,7 @@ class Extension:
         return self.reason is None
 
 
-def _load(name: str) -> Extension:
+def _load(name: str, implementation: str) -> Extension:
     found = sorted(_PACKAGE.glob(f"{name}.*so")) + sorted(_PACKAGE.glob(f"{name}.pyd"))
     if not found:
         return Extension(name, None, f"sbert_fast/{name} was not built (see `sbert-fast doctor`)")
@@ -33,7 +35,18 @@ def _load(name: str) -> Extension:
         return Extension(
             name, found[0], f"{found[0].name} does not load beside this torch: {error}"
         )
+    # A library of another version may lack a kernel, and calling it would crash the process.
+    missing = [
+        op
+        for op in schemas.SCHEMAS
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"{schemas.NAMESPACE}::{op}.{implementation}", "CPU"
+        )
+    ]
+    if missing:
+        reason = f"{found[0].name} has no kernel for {', '.join(missing)}: build it again"
+        return Extension(name, found[0], reason)
     return Extension(name, found[0], None)
 
 
-CPU = _load("_C")
+CPU = _load("_C", "cpu")

@@ -136,13 +136,13 @@ def bias_gelu(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
 
 
 def segment_pool(
-    x: Tensor, cu_seqlens: Tensor, mode: int, normalize: bool, skip: int, spans: Tensor | None
+    x: Tensor, cu_seqlens: Tensor, pooling: int, normalize: bool, skip: int, spans: Tensor | None
 ) -> Tensor:
     dtype = _accumulator(x.dtype)
     ranges = torch.stack((cu_seqlens[:-1], cu_seqlens[1:]), dim=1) if spans is None else spans
     out = x.new_zeros((ranges.shape[0], x.shape[1]), dtype=dtype)
     for row, (start, end) in enumerate(ranges.tolist()):
-        pooled = _pool_one(x[start:end].to(dtype), POOLING_MODES[mode], skip)
+        pooled = _pool_one(x[start:end].to(dtype), POOLING_MODES[pooling], skip)
         if pooled is not None:
             out[row] = pooled
     return F.normalize(out, dim=1, eps=NORMALIZE_EPS) if normalize else out
@@ -170,14 +170,14 @@ def _pool_one(x: Tensor, mode: str, skip: int) -> Tensor | None:
 def segment_pool_out(
     x: Tensor,
     cu_seqlens: Tensor,
-    mode: int,
+    pooling: int,
     normalize: bool,
     skip: int,
     spans: Tensor | None,
     out: Tensor,
     out_rows: Tensor | None,
 ) -> None:
-    pooled = segment_pool(x, cu_seqlens, mode, normalize, skip, spans).to(out.dtype)
+    pooled = segment_pool(x, cu_seqlens, pooling, normalize, skip, spans).to(out.dtype)
     if out_rows is None:
         out[: pooled.shape[0]] = pooled
     else:

@@ -25,9 +25,9 @@ SCHEMAS = {
     "add_norm": "(Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor ln_bias, float eps)"
     " -> Tensor",
     "bias_gelu": "(Tensor x, Tensor? bias, bool tanh) -> Tensor",
-    "segment_pool": "(Tensor x, Tensor cu_seqlens, int mode, bool normalize, int skip, Tensor? spans)"
+    "segment_pool": "(Tensor x, Tensor cu_seqlens, int pooling, bool normalize, int skip, Tensor? spans)"
     " -> Tensor",
-    "segment_pool_out": "(Tensor x, Tensor cu_seqlens, int mode, bool normalize, int skip,"
+    "segment_pool_out": "(Tensor x, Tensor cu_seqlens, int pooling, bool normalize, int skip,"
     " Tensor? spans, Tensor(a!) out, Tensor? out_rows) -> ()",
 }
 
@@ -49,7 +49,7 @@ def _fake_elementwise(x: Tensor, *_: Any) -> Tensor:
 
 
 def _fake_segment_pool(
-    x: Tensor, cu_seqlens: Tensor, mode: int, normalize: bool, skip: int, spans: Tensor | None
+    x: Tensor, cu_seqlens: Tensor, pooling: int, normalize: bool, skip: int, spans: Tensor | None
 ) -> Tensor:
     rows = cu_seqlens.shape[0] - 1 if spans is None else spans.shape[0]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

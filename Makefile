@@ -1,0 +1,60 @@
+# `make help` lists the targets. PYTHON makes the environment VENV; both can be overridden:
+#   make test PYTHON=python3.12 VENV=/tmp/venv
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= -r requirements/torch.txt
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+CXX_SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp)
+REQUIREMENTS := $(VENV)/.requirements
+BUILD := $(VENV)/.build
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test bench lint format clean
+
+help: ## Show this list.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(BUILD) ## Embed sentences, compare with sentence-transformers, time both.
+	$(BIN)/python examples/demo.py
+
+test: $(BUILD) ## Run all tests.
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+bench: $(BUILD) ## Time encoding beside its peers; BENCH_ARGS go to benchmarks/encode.py.
+	$(BIN)/python benchmarks/encode.py $(BENCH_ARGS)
+
+lint: $(BUILD) ## Check style, types and the import rule.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/mypy
+	$(BIN)/pytest -q --noconftest tests/test_imports.py
+
+format: $(REQUIREMENTS) ## Rewrite sources in the house style.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+clean: ## Remove what builds and checks leave behind, but for the environment.
+	rm -rf build dist *.egg-info sbert_fast/*.so sbert_fast/_build_info.py $(BUILD)
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find benchmarks csrc examples kernels sbert_fast tests -name __pycache__ -prune -exec rm -rf {} +
+
+# torch comes first and alone: asked for beside the rest, another build of it could be chosen.
+$(REQUIREMENTS): requirements/torch.txt requirements/dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install $(TORCH)
+	$(PIP) install -r requirements/dev.txt
+	touch $@
+
+# The folders are listed too, so that a removed source counts as a change.
+$(BUILD): $(REQUIREMENTS) setup.py pyproject.toml csrc/native_build.py \
+		csrc/common csrc/cpu csrc/host $(CXX_SOURCES)
+	$(PIP) install --no-build-isolation --no-deps -e .
+	$(PIP) check
+	touch $@

@@ -1,0 +1,213 @@
+// varlen_attention: packed attention, one (sequence, head) per work item.
+//
+// A work item goes through its queries in blocks and, for each of them, through the keys in blocks:
+//
+//   pack       q transposed [slots][kLanes], so that a lane is a query; k and v as rows
+//   scores     keys x queries, in register tiles, with their running maximum
+//   softmax    down the lanes: no reduction across a vector, no mask for the last keys
+//   values     queries x dims, in register tiles; what was gathered before fades by `decay`
+//
+// Everything is fp32, except that on CPUs with bf16 dot products bf16 operands stay bf16 and
+// weights are rounded to it; products, sums and softmax are fp32 there too. Blocks are counted from
+// the start of the sequence and an element adds its terms in key order, so a row's bits depend on
+// nothing but its sequence. Scratch is on the stack and its size does not depend on the sequence.
+#pragma once
+
+#include "attention_pack.h"
+#include "attention_softmax.h"
+#include "kernels.h"
+
+namespace sbert_fast::cpu::SBF_ISA {
+
+// Queries and keys per block, so that the panels of a block stay in the cache.
+constexpr int64_t kMaxBlock = 128;
+constexpr int64_t kPanel = 8192;
+constexpr float kLog2e = 1.44269504f;
+
+struct alignas(64) AttentionScratch {
+  float queries[kPanel];                     // [tile][slots][kLanes]
+  float keys[kPanel];                        // [key][slots]
+  float values[kPanel];                      // [chunk][slots][kLanes]
+  float out[kPanel];                         // [query][chunk * kLanes]
+  float scores[kMaxBlock * kLanes];          // [key][kLanes]
+  float maxima[kMaxBlock], sums[kMaxBlock];  // [query]
+  float previous[kLanes], decay[kLanes];     // [query of the tile]
+  float terms[2 * kMaxBlock + kLanes];       // by distance, see fill_terms
+  bool started[kMaxBlock / VecF::N];         // [tile]
+};
+
+// One head of one sequence.
+template <class T>
+class HeadAttention {
+ public:
+  HeadAttention(const AttentionParams& params, int64_t sequence, int64_t head,
+                AttentionScratch& scratch)
+      : p_(params), s_(scratch), D_(params.D) {
+    const int64_t first = p_.cu_seqlens[sequence];
+    length_ = p_.cu_seqlens[sequence + 1] - first;
+    stride_ = 3 * p_.H * D_;
+    q_ = static_cast<const T*>(p_.qkv) + first * stride_ + head * D_;
+    k_ = q_ + p_.H * D_;
+    v_ = k_ + p_.H * D_;
+    out_ = static_cast<T*>(p_.out) + (first * p_.H + head) * D_;
+    if (p_.rotary_cos != nullptr) {
+      rotary_ = {p_.rotary_cos + first * (D_ / 2), p_.rotary_sin + first * (D_ / 2)};
+    }
+    if (p_.bias != nullptr) bias_ = p_.bias + head * (2 * p_.R + 1) + p_.R;
+    has_terms_ = bias_ != nullptr || p_.window >= 0 || !(p_.scale > 0.0f);
+
+    slots_ = ceil_div(D_, Operand::kValuesPerSlot);
+    chunks_ = ceil_div(D_, kLanes);
+    row_ = chunks_ * kLanes;
+    block_ = row_ <= kPanel / kMaxBlock ? kMaxBlock : kMaxBlock / 2;
+  }
+
+  // Asks for the first block of q, k and v. Always inline: GCC takes a function that only
+  // prefetches for one without effect and drops the call.
+  SBF_INLINE void prefetch() const {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    const int64_t rows = smaller(length_, block_);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t d = 0; d < D_; d += kLine) {
+        __builtin_prefetch(q_ + r * stride_ + d);
+        __builtin_prefetch(k_ + r * stride_ + d);
+        __builtin_prefetch(v_ + r * stride_ + d);
+      }
+    }
+  }
+
+  void run() {
+    for (int64_t q0 = 0; q0 < length_; q0 += block_) attend(q0, smaller(block_, length_ - q0));
+  }
+
+ private:
+  using Operand = typename OperandOf<T>::type;
+
+  // Queries [q0, q0 + queries), one block.
+  void attend(int64_t q0, int64_t queries) {
+    pack_queries(q0, queries);
+    for (int64_t i = 0; i < queries; i += kLanes) {
+      for (int64_t lane = 0; lane < kLanes; lane += VecF::N) {
+        VecF::set1(kLowest).store(s_.maxima + i + lane);
+        VecF::zero().store(s_.sums + i + lane);
+      }
+      s_.started[i / kLanes] = false;
+    }
+    const int64_t reach = p_.window < 0 ? length_ : p_.window;
+    const int64_t last = smaller(length_, q0 + queries + reach);
+    for (int64_t k0 = larger(0, q0 - reach) / block_ * block_; k0 < last; k0 += block_) {
+      const int64_t keys = smaller(block_, last - k0);
+      pack_keys(k0, keys);
+      if (has_terms_) fill_terms(q0 - (k0 + keys - 1), round_up(queries, kLanes) + keys);
+      for (int64_t i = 0; i < queries; i += kLanes) {
+        const int64_t some = smaller(kLanes, queries - i);
+        // Only the keys that a query of the tile can see; the first one shares no slot with others.
+        const int64_t from = larger(0, q0 + i - reach - k0) / 2 * 2;
+        const int64_t to = smaller(keys, q0 + i + some + reach - k0);
+        if (from < to) attend_tile(i, some, from, to, s_.terms + i + keys - 1 - from);
+      }
+    }
+    store_rows(q0, queries);
+  }
+
+  // Queries [i, i + queries) of the block, one tile, against its keys [from, to). `terms` is what
+  // is added to the scores of key `from`.
+  void attend_tile(int64_t i, int64_t queries, int64_t from, int64_t to, const float* terms) {
+    const int64_t vecs = ceil_div(queries, VecF::N), keys = to - from;
+    float* maxima = s_.maxima + i;
+    for (int lane = 0; lane < kLanes; lane += VecF::N) {
+      VecF::load(maxima + lane).store(s_.previous + lane);
+    }
+    for_each_tile(keys, [&](int64_t key, int64_t rows) {
+      run_tile(ScoreTile<Operand>{s_.keys + (from + key) * row_, row_, s_.queries + i * row_,
+                                  slots_, s_.scores + key * kLanes, maxima,
+                                  has_terms_ ? terms - key : nullptr, p_.scale},
+               rows, vecs);
+    });
+    const VecF c = VecF::set1(has_terms_ ? kLog2e : p_.scale * kLog2e);
+    softmax_tile<Operand>(vecs, s_.scores, keys, s_.previous, maxima, s_.sums + i, s_.decay, c);
+
+    constexpr int kPerSlot = Operand::kValuesPerSlot;
+    bool& started = s_.started[i / kLanes];
+    for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+      const int64_t dims = smaller(kLanes, D_ - chunk * kLanes);
+      const float* values = s_.values + (chunk * block_ + from) / kPerSlot * kLanes;
+      for_each_tile(queries, [&](int64_t query, int64_t rows) {
+        run_tile(ValueTile<Operand>{s_.scores + query, values, ceil_div(keys, kPerSlot),
+                                    s_.out + (i + query) * row_ + chunk * kLanes, row_,
+                                    started ? s_.decay + query : nullptr},
+                 rows, ceil_div(dims, VecF::N));
+      });
+    }
+    started = true;
+  }
+
+  Rotary rotary_at(int64_t token) const {
+    if (rotary_.cos == nullptr) return rotary_;
+    return {rotary_.cos + token * (D_ / 2), rotary_.sin + token * (D_ / 2)};
+  }
+
+  void pack_queries(int64_t q0, int64_t count) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const int64_t some = smaller(kLanes, count - i);
+      float* rows = s_.scores;  // free until the first tile
+      pack_rows<Operand>(q_ + (q0 + i) * stride_, stride_, some, D_, rotary_at(q0 + i), rows, row_);
+      transpose_rows(rows, row_, some, slots_, s_.queries + i * row_);
+    }
+  }
+
+  void pack_keys(int64_t k0, int64_t count) {
+    constexpr int kPerSlot = Operand::kValuesPerSlot;
+    pack_rows<Operand>(k_ + k0 * stride_, stride_, count, D_, rotary_at(k0), s_.keys, row_);
+    for (int64_t key = 0; key < count; key += kPerSlot) {
+      pack_values(Operand{}, v_ + (k0 + key) * stride_, stride_, count - key, D_,
+                  s_.values + key / kPerSlot * kLanes, block_ / kPerSlot * kLanes);
+    }
+  }
+
+  // terms[x] is added to a score whose query is x + first positions after its key.
+  void fill_terms(int64_t first, int64_t count) {
+    for (int64_t x = 0; x < count; ++x) {
+      const int64_t ahead = -(x + first);
+      const bool hidden = p_.window >= 0 && (ahead > p_.window || ahead < -p_.window);
+      float term = 0.0f;
+      if (bias_ != nullptr) term = bias_[larger(-p_.R, smaller(p_.R, ahead))];
+      s_.terms[x] = hidden ? -__builtin_inff() : term;
+    }
+  }
+
+  void store_rows(int64_t q0, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i) {
+      const VecF factor = VecF::set1(1.0f / s_.sums[i]);
+      const float* row = s_.out + i * row_;
+      T* to = out_ + (q0 + i) * p_.H * D_;
+      int64_t d = 0;
+      for (; d + VecF::N <= D_; d += VecF::N) store_as<T>(to + d, VecF::load(row + d) * factor);
+      if (d < D_)
+        store_as_partial<T>(to + d, VecF::load(row + d) * factor, static_cast<int>(D_ - d));
+    }
+  }
+
+  const AttentionParams& p_;
+  AttentionScratch& s_;
+  const T *q_, *k_, *v_;  // first token of the sequence
+  T* out_;
+  Rotary rotary_{};
+  const float* bias_ = nullptr;  // at distance 0
+  bool has_terms_;
+  int64_t D_, length_, stride_, slots_, chunks_, row_, block_;
+};
+
+/// Items are sequence * H + head. The next item is on its way from memory while one is computed:
+/// its rows are short and far apart, which no hardware prefetcher follows.
+template <class T>
+void varlen_attention(const AttentionParams& params, int64_t begin, int64_t end) {
+  AttentionScratch scratch;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t next = item + 1;
+    if (next < end) HeadAttention<T>(params, next / params.H, next % params.H, scratch).prefetch();
+    HeadAttention<T>(params, item / params.H, item % params.H, scratch).run();
+  }
+}
+
+}  // namespace sbert_fast::cpu::SBF_ISA

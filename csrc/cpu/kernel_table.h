@@ -1,0 +1,28 @@
+// The kernel table of the instruction set SBF_ISA. Included once by each kernels_<isa>.cpp, which
+// the build compiles with the flags of that instruction set.
+#pragma once
+
+#include "attention_kernel.h"
+#include "gelu_kernel.h"
+#include "norm_kernels.h"
+#include "pool_kernel.h"
+
+#define SBF_STRINGIZE(name) #name
+#define SBF_NAME(isa) SBF_STRINGIZE(isa)
+
+namespace sbert_fast::cpu::SBF_ISA {
+
+// Constant-initialised: loading the library must run no instruction of a foreign set.
+constexpr KernelTable kTable{
+    .isa = SBF_NAME(SBF_ISA),
+    .varlen_attention = {varlen_attention<float>, varlen_attention<bf16>},
+    .embed_norm = {{embed_norm<float, float>, embed_norm<float, bf16>},
+                   {nullptr, embed_norm<bf16, bf16>}},
+    .add_norm = {add_norm<float>, add_norm<bf16>},
+    .bias_gelu = {bias_gelu<float>, bias_gelu<bf16>},
+    .segment_pool = {segment_pool<float>, segment_pool<bf16>},
+};
+
+const KernelTable& kernel_table() { return kTable; }
+
+}  // namespace sbert_fast::cpu::SBF_ISA

@@ -1,0 +1,2 @@
+#define SBF_ISA generic
+#include "kernel_table.h"

@@ -1,0 +1,76 @@
+// API layer of varlen_attention.
+#include <cstring>
+
+#include "dispatch.h"
+#include "ops.h"
+#include "parallel.h"
+#include "value_checks.h"
+
+namespace sbert_fast::cpu {
+namespace {
+
+constexpr const char* op = "varlen_attention";
+constexpr int64_t kMinHeadDim = 8;
+constexpr int64_t kMaxHeadDim = 128;
+
+void check_optional_inputs(int64_t T, int64_t H, int64_t D, const std::optional<Tensor>& bias,
+                           int64_t window, const std::optional<Tensor>& rotary_cos,
+                           const std::optional<Tensor>& rotary_sin,
+                           const std::optional<Tensor>& tiles) {
+  check_tensor(op, "bias", bias, ScalarType::Float, "[H, 2R + 1]", {H, kAnySize});
+  SBF_CHECK(!bias.has_value() || bias->size(1) % 2 == 1, op,
+            "bias must be [H, 2R + 1] with an odd number of columns, got ", describe(*bias));
+  SBF_CHECK(window >= -1, op, "window must be at least -1, got ", window);
+  SBF_CHECK(rotary_cos.has_value() == rotary_sin.has_value(), op,
+            "rotary_cos and rotary_sin must both be given or both be None, got only ",
+            rotary_cos.has_value() ? "rotary_cos" : "rotary_sin");
+  SBF_CHECK(!rotary_cos.has_value() || D % 2 == 0, op, "D must be even with rotary, got ", D);
+  check_tensor(op, "rotary_cos", rotary_cos, ScalarType::Float, "[T, D / 2]", {T, D / 2});
+  check_tensor(op, "rotary_sin", rotary_sin, ScalarType::Float, "[T, D / 2]", {T, D / 2});
+  check_tensor(op, "tiles", tiles, ScalarType::Int, "[n, 4]", {kAnySize, 4});
+}
+
+}  // namespace
+
+Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t max_seqlen,
+                        double scale, const std::optional<Tensor>& bias, int64_t window,
+                        const std::optional<Tensor>& rotary_cos,
+                        const std::optional<Tensor>& rotary_sin,
+                        const std::optional<Tensor>& tiles) {
+  const Dtype dtype =
+      check_activation(op, "qkv", qkv, "[T, 3, H, D]", {kAnySize, 3, kAnySize, kAnySize});
+  const int64_t T = qkv.size(0), H = qkv.size(2), D = qkv.size(3);
+  SBF_CHECK(kMinHeadDim <= D && D <= kMaxHeadDim, op, "D must be in [", kMinHeadDim, ", ",
+            kMaxHeadDim, "], got ", D);
+  check_optional_inputs(T, H, D, bias, window, rotary_cos, rotary_sin, tiles);
+  const auto [cu, B, longest] = check_cu_seqlens(op, cu_seqlens, T);
+  SBF_CHECK(longest <= max_seqlen, op, "max_seqlen must be at least ", longest,
+            ", the longest sequence, got ", max_seqlen);
+
+  Tensor out = new_output({T, H, D}, qkv.scalar_type());
+  AttentionParams params{};
+  params.qkv = qkv.const_data_ptr();
+  params.out = out.mutable_data_ptr();
+  params.cu_seqlens = cu;
+  params.T = T;
+  params.B = B;
+  params.H = H;
+  params.D = D;
+  params.scale = static_cast<float>(scale);
+  params.bias = data_or_null<float>(bias);
+  params.R = bias.has_value() ? bias->size(1) / 2 : 0;
+  params.window = window;
+  params.rotary_cos = data_or_null<float>(rotary_cos);
+  params.rotary_sin = data_or_null<float>(rotary_sin);
+
+  const size_t row_bytes = static_cast<size_t>(H * D) * out.element_size();
+  std::memset(static_cast<char*>(params.out) + cu[B] * row_bytes, 0, (T - cu[B]) * row_bytes);
+  const auto heads = [&](int64_t sequence) {
+    const int64_t length = cu[sequence + 1] - cu[sequence];
+    return ItemGroup{.items = H, .cost = length * (length + 16) * D / 16};
+  };
+  parallel_items(kernels().varlen_attention[dtype], params, B, heads);
+  return out;
+}
+
+}  // namespace sbert_fast::cpu

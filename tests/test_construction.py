@@ -1,0 +1,373 @@
+"""Every way to build an encoder, what it refuses, and what it leaves to sentence-transformers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import (
+    LayerNorm,
+    Pooling,
+    StaticEmbedding,
+    Transformer,
+)
+from torch import nn
+
+from checks import assert_same_result, assert_same_vectors, bits
+from families import (
+    MAX_TOKENS,
+    make_config,
+    make_model,
+    make_sentence_transformer,
+    make_texts,
+    make_tokenizer,
+    randomize,
+)
+from sbert_fast import FastEncoder, ops
+from sbert_fast.errors import ImplementationError, InvalidWeightsError
+
+TEXTS = make_texts(30)
+Launches = Callable[[], dict[tuple[str, str], int]]
+
+
+@pytest.fixture(scope="module")
+def st() -> SentenceTransformer:
+    return make_sentence_transformer(prompts={"query": "find: "})
+
+
+@pytest.fixture(scope="module")
+def saved(st: SentenceTransformer, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("model")
+    st.save_pretrained(str(path))
+    return str(path)
+
+
+# Sources
+
+
+def test_from_path(saved: str, st: SentenceTransformer, launches: Launches) -> None:
+    encoder = FastEncoder(saved, device="cpu")
+    assert isinstance(encoder, SentenceTransformer)
+    assert encoder.prompts["query"] == "find: "
+    ours = encoder.encode(TEXTS, prompt_name="query")
+    assert_same_result(ours, st.encode(TEXTS, prompt_name="query"))
+    assert launches() != {}
+
+
+def test_from_the_name_of_a_plain_transformers_model(tmp_path: Path) -> None:
+    make_model("bert").save_pretrained(tmp_path)
+    make_tokenizer("bert").save_pretrained(tmp_path)
+    st = SentenceTransformer(str(tmp_path), device="cpu")
+    assert_same_result(FastEncoder(str(tmp_path), device="cpu").encode(TEXTS), st.encode(TEXTS))
+
+
+@pytest.mark.parametrize("kind", ["list", "ordered dict"])
+def test_from_modules(st: SentenceTransformer, kind: str, launches: Launches) -> None:
+    modules: Any = list(st)
+    if kind == "ordered dict":
+        modules = OrderedDict(zip(("transformer", "pooling", "normalize"), modules, strict=True))
+    encoder = FastEncoder(modules=modules, device="cpu")
+    assert_same_result(encoder.encode(TEXTS), st.encode(TEXTS))
+    assert launches() != {}
+
+
+def test_from_a_model_shares_its_modules_and_settings(launches: Launches) -> None:
+    source = make_sentence_transformer(
+        prompts={"query": "find: "},
+        default_prompt_name="query",
+        similarity_fn_name="dot",
+        truncate_dim=24,
+    )
+    expected = source.encode(TEXTS)
+    encoder = FastEncoder(source)
+    assert [encoder[i] is source[i] for i in range(3)] == [True] * 3
+    for name in ("default_prompt_name", "prompts", "similarity_fn_name", "truncate_dim", "device"):
+        assert getattr(encoder, name) == getattr(source, name)
+    assert encoder.max_seq_length == source.max_seq_length
+    assert encoder.get_embedding_dimension() == source.get_embedding_dimension() == 24
+    assert_same_result(encoder.encode(TEXTS), expected)
+
+    ops.reset_launches()
+    assert (bits(source.encode(TEXTS)) == bits(expected)).all()
+    assert launches() == {}
+    encoder.prompts["query"] = "changed: "
+    assert source.prompts["query"] == "find: "
+
+
+def test_arguments_win_over_those_of_the_model(st: SentenceTransformer) -> None:
+    encoder = FastEncoder(st, truncate_dim=7, prompts={"query": "my own: "})
+    assert encoder.encode(TEXTS).shape == (len(TEXTS), 7)
+    expected = st.encode(TEXTS, prompt="my own: ", truncate_dim=7)
+    assert_same_result(encoder.encode(TEXTS, prompt_name="query"), expected)
+
+
+def test_from_an_encoder(st: SentenceTransformer) -> None:
+    first = FastEncoder(st)
+    assert (bits(FastEncoder(first).encode(TEXTS)) == bits(first.encode(TEXTS))).all()
+
+
+@pytest.mark.parametrize("saver", [FastEncoder, SentenceTransformer])
+@pytest.mark.parametrize("loader", [FastEncoder, SentenceTransformer])
+def test_save_and_load(st: SentenceTransformer, saver: type, loader: type, tmp_path: Path) -> None:
+    model = FastEncoder(st) if saver is FastEncoder else st
+    before = model.encode(TEXTS, prompt_name="query")
+    model.save_pretrained(str(tmp_path))
+    config = json.loads((tmp_path / "config_sentence_transformers.json").read_text())
+    assert config["model_type"] == "SentenceTransformer"
+    modules = json.loads((tmp_path / "modules.json").read_text())
+    assert all(m["type"].startswith("sentence_transformers.") for m in modules)
+
+    loaded = loader(str(tmp_path), device="cpu")
+    assert_same_result(loaded.encode(TEXTS, prompt_name="query"), before)
+
+
+# dtype, impl, batch_tokens
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16, "float32", torch.float32, "auto"])
+def test_dtype(st: SentenceTransformer, dtype: str | torch.dtype) -> None:
+    encoder = FastEncoder(st, dtype=dtype)
+    wanted = torch.float32 if dtype == "auto" else getattr(torch, str(dtype).split(".")[-1])
+    assert encoder.compute_dtype == wanted
+    assert encoder.dtype == torch.float32
+    assert encoder.encode(TEXTS).dtype == "float32"
+    assert encoder.encode(TEXTS, output_value="token_embeddings")[0].dtype == torch.float32
+    assert {p.dtype for p in encoder.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "computes_in"),
+    [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)],
+)
+def test_auto_dtype_is_that_of_the_model(
+    saved: str, dtype: torch.dtype, computes_in: torch.dtype
+) -> None:
+    encoder = FastEncoder(saved, device="cpu", model_kwargs={"dtype": dtype})
+    assert encoder.dtype == dtype
+    assert encoder.compute_dtype == computes_in
+    # In fp16 too: the weights fit, and fp32 holds them exactly.
+    upcast = SentenceTransformer(saved, device="cpu", model_kwargs={"dtype": dtype}).float()
+    if computes_in == torch.float32:
+        assert_same_result(encoder.encode(TEXTS), upcast.encode(TEXTS))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "float64"}, "dtype must be one of .*, got 'float64'"),
+        ({"dtype": torch.float64}, "dtype must be one of .*, got torch.float64"),
+        ({"dtype": "int8"}, "dtype must be one of .*, got 'int8'"),
+        ({"dtype": None}, "dtype must be one of .*, got None"),
+        ({"dtype": ["bfloat16"]}, "dtype must be one of .*, got \\['bfloat16'\\]"),
+        ({"impl": "fastest"}, "impl must be one of auto, .*, got 'fastest'"),
+        ({"impl": None}, "impl must be one of auto, .*, got None"),
+        ({"batch_tokens": 0}, "batch_tokens must be a positive integer or 'auto', got 0"),
+        ({"batch_tokens": 2.0}, "batch_tokens must be a positive integer or 'auto', got 2.0"),
+        ({"batch_tokens": True}, "batch_tokens must be a positive integer or 'auto', got True"),
+        ({"batch_tokens": "many"}, "batch_tokens must be a positive integer or 'auto', got 'many'"),
+        ({"modules": []}, "modules must be None where a SentenceTransformer is given"),
+    ],
+)
+def test_bad_argument(st: SentenceTransformer, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FastEncoder(st, **arguments)
+
+
+def test_impl_is_used_or_refused(
+    st: SentenceTransformer, launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FastEncoder(st, impl="reference").encode(TEXTS)
+    assert {implementation for _, implementation in launches()} == {"reference"}
+    monkeypatch.setattr(ops.dispatch, "rejection", lambda *_: "it is not there")
+    with pytest.raises(ImplementationError, match="impl='cpu' was asked for, but it is not there"):
+        FastEncoder(st, impl="cpu")
+
+
+def test_log_says_what_runs(st: SentenceTransformer, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="sbert_fast"):
+        encoder = FastEncoder(st, dtype="bfloat16", batch_tokens=100)
+    assert encoder.packed_engine is not None
+    implementation = encoder.packed_engine.implementation
+    assert (
+        f"packed bert in torch.bfloat16 on cpu, ops: {implementation}, at most 100 tokens a batch"
+        in caplog.messages
+    )
+
+
+# max_seq_length
+
+
+def test_max_seq_length_beyond_the_position_table() -> None:
+    st = make_sentence_transformer()
+    st.max_seq_length = MAX_TOKENS + 1
+    message = f"max_seq_length must be 1 to {MAX_TOKENS}, .* got {MAX_TOKENS + 1}"
+    with pytest.raises(ValueError, match=message):
+        FastEncoder(st)
+    st.max_seq_length = MAX_TOKENS
+    encoder = FastEncoder(st)
+    encoder.max_seq_length = MAX_TOKENS + 1
+    with pytest.raises(ValueError, match=message):
+        encoder.encode(TEXTS)
+    encoder.max_seq_length = 0
+    with pytest.raises(ValueError, match=f"must be 1 to {MAX_TOKENS}, .* got 0"):
+        encoder.encode(TEXTS)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_no_max_seq_length_means_the_room_of_the_position_table(family: str) -> None:
+    st = make_sentence_transformer(family)
+    texts = make_texts(4, max_words=400)
+    expected = st.encode(texts)
+    # The values that stand for "none": transformers' own, and the size of RoBERTa's whole table.
+    for value in (None, transformers.tokenization_utils_base.VERY_LARGE_INTEGER, MAX_TOKENS + 2):
+        if value == MAX_TOKENS + 2 and family == "bert":
+            continue
+        st.max_seq_length = value
+        assert_same_vectors(FastEncoder(st).encode(texts), expected)
+
+
+def test_max_seq_length_set_later_is_honoured() -> None:
+    st = make_sentence_transformer()
+    encoder = FastEncoder(st)
+    texts = make_texts(30, max_words=200)
+    for length in (MAX_TOKENS, 3, 17):
+        encoder.max_seq_length = length
+        before = encoder.stats
+        assert_same_result(encoder.encode(texts), st.encode(texts))
+        states = encoder.encode(texts, output_value="token_embeddings")
+        assert max(map(len, states)) == length
+        assert encoder.stats.truncated > before.truncated
+
+
+# Unsupported models
+
+
+def _mpnet(tmp_path: Path) -> list[nn.Module]:
+    sizes = make_config("roberta").to_dict()
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    names += ("intermediate_size", "pad_token_id", "max_position_embeddings")
+    config = transformers.MPNetConfig(**{name: sizes[name] for name in names})
+    randomize(transformers.MPNetModel(config)).save_pretrained(tmp_path)
+    make_tokenizer("roberta").save_pretrained(tmp_path)
+    return [Transformer(str(tmp_path)), Pooling(config.hidden_size)]
+
+
+class TwiceFirst(Pooling):
+    """A user's own pooling module."""
+
+    def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
+        features["sentence_embedding"] = features["token_embeddings"][:, 0] * 2
+        return features
+
+
+def _own_pooling(_: Path) -> list[nn.Module]:
+    st = make_sentence_transformer()
+    return [st[0], TwiceFirst(st[0].get_embedding_dimension())]
+
+
+def _layer_norm_tail(_: Path) -> list[nn.Module]:
+    st = make_sentence_transformer()
+    return [st[0], st[1], LayerNorm(st[0].get_embedding_dimension())]
+
+
+def _static(_: Path) -> list[nn.Module]:
+    return [StaticEmbedding(make_tokenizer("bert").backend_tokenizer, embedding_dim=16)]
+
+
+UNSUPPORTED = {
+    _mpnet: "MPNetModel is not supported",
+    _own_pooling: "the second module must be Pooling, got TwiceFirst",
+    _layer_norm_tail: "modules after Pooling must be Dense or Normalize, got LayerNorm",
+    _static: "the first module must be Transformer, got StaticEmbedding",
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"), UNSUPPORTED.items(), ids=["mpnet", "pooling", "layer norm", "static"]
+)
+def test_unsupported_model_runs_in_sentence_transformers(
+    make: Callable[[Path], list[nn.Module]], reason: str, tmp_path: Path, launches: Launches
+) -> None:
+    st = SentenceTransformer(modules=make(tmp_path), device="cpu").eval()
+    with pytest.warns(UserWarning, match=f"unaccelerated: {reason}") as caught:
+        encoder = FastEncoder(st)
+    assert [w.filename for w in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for arguments in ({}, {"convert_to_tensor": True}, {"output_value": "token_embeddings"}):
+            if "token_embeddings" in arguments.values() and isinstance(st[0], StaticEmbedding):
+                continue
+            assert_same_result(encoder.encode(TEXTS, **arguments), st.encode(TEXTS, **arguments))
+        assert_same_result(encoder.encode(TEXTS[0]), st.encode(TEXTS[0]))
+    assert encoder.unsupported_reason is not None
+    assert encoder.unsupported_reason.startswith(reason)
+    assert encoder.compute_dtype is None
+    assert encoder.packed_engine is None
+    assert sum(encoder.stats.fallbacks.values()) >= 3
+    assert encoder.stats.texts == 0
+    assert launches() == {}
+    assert_same_result(pickle.loads(pickle.dumps(encoder)).encode(TEXTS), st.encode(TEXTS))
+
+
+def test_model_that_becomes_supported(launches: Launches) -> None:
+    st = make_sentence_transformer()
+    with pytest.warns(UserWarning, match="LayerNorm"):
+        encoder = FastEncoder(modules=[st[0], st[1], LayerNorm(64)], device="cpu")
+    encoder.encode(TEXTS)
+    assert launches() == {}
+    del encoder[2]
+    assert encoder.unsupported_reason is None
+    plain = SentenceTransformer(modules=[st[0], st[1]], device="cpu")
+    assert_same_result(encoder.encode(TEXTS), plain.encode(TEXTS))
+    assert launches() != {}
+
+
+def test_hooks_on_the_base_model_are_honoured(launches: Launches) -> None:
+    st = make_sentence_transformer()
+    encoder = FastEncoder(st)
+    calls = []
+    handle = st[0].auto_model.encoder.layer[0].register_forward_hook(lambda *_: calls.append(1))
+    assert_same_result(encoder.encode(TEXTS), st.encode(TEXTS))
+    assert launches() == {}
+    assert len(calls) == 2 * -(-len(TEXTS) // 32)
+    assert encoder.stats.fallbacks == {"the base model has forward hooks": 1}
+    handle.remove()
+    encoder.encode(TEXTS)
+    assert launches() != {}
+
+
+# What is no model
+
+
+def test_folder_that_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no model here")
+    with pytest.raises((OSError, ValueError), match=tmp_path.name):
+        FastEncoder(str(tmp_path))
+
+
+def test_path_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="missing"):
+        FastEncoder(str(tmp_path / "missing"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(value: float) -> None:
+    name = "encoder.layer.1.attention.self.query.weight"
+    st = make_sentence_transformer()
+    encoder = FastEncoder(st)
+    with torch.no_grad():
+        dict(st[0].auto_model.named_parameters())[name][3, 5] = value
+    with pytest.raises(InvalidWeightsError, match=name):
+        FastEncoder(st)
+    with pytest.raises(InvalidWeightsError, match=name):
+        encoder.encode(TEXTS)

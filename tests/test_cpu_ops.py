@@ -1,0 +1,270 @@
+"""The C++ ops on every instruction set this CPU has: figures, isolation, determinism, errors."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sbert_fast.ops import POOLING_MODES, extension
+from sbert_fast.testing import check_op, pack_lengths
+
+OPS = torch.ops.sbert_fast
+ISAS = OPS.cpu_isas().split(",") if extension.CPU.available else []
+DTYPES = [torch.float32, torch.bfloat16]
+# One vector and less, no multiple of any vector, a common width, and longer than the kept row.
+SHAPES = [(1, 8), (3, 1), (7, 37), (33, 384), (2, 4103)]
+LENGTHS = [5, 0, 1, 16, 3, 0, 40]
+DEAD_TAIL = 7
+M_PERTURB = -6  # of glibc's mallopt
+
+pytestmark = pytest.mark.skipif(not extension.CPU.available, reason=str(extension.CPU.reason))
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    active = OPS.cpu_isa()
+    OPS.set_cpu_isa(request.param)
+    yield request.param
+    OPS.set_cpu_isa(active)
+
+
+@pytest.fixture(autouse=True)
+def seeded_and_poisoned() -> Iterator[None]:
+    """Fresh memory holds 0xff bytes, NaN in both dtypes, so that no unwritten output passes."""
+    torch.manual_seed(0)
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(M_PERTURB, 0x100)  # blocks are filled with the low byte of this, inverted
+    assert torch.empty(5000).isnan().all(), (
+        "malloc does not poison: is another allocator preloaded?"
+    )
+    yield
+    mallopt(M_PERTURB, 0)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape) * scale).to(dtype)
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def norm_parameters(E: int) -> tuple[Tensor, Tensor]:
+    return 1 + randn(E, scale=0.1), randn(E, scale=0.1)
+
+
+def embed_args(
+    T: int, E: int, dtype: torch.dtype, out_dtype: torch.dtype, types: str = "given"
+) -> list[Any]:
+    ids, positions = torch.randint(0, 50, (T,)).int(), torch.randint(0, 20, (T,)).int()
+    type_ids = torch.randint(0, 2, (T,)).int() if types == "given" else None
+    type_table = None if types == "no table" else randn(2, E, dtype=dtype)
+    tables = randn(50, E, dtype=dtype), randn(20, E, dtype=dtype), type_table
+    return [ids, positions, type_ids, *tables, *norm_parameters(E), 1e-12, out_dtype]
+
+
+def add_norm_args(T: int, E: int, dtype: torch.dtype) -> list[Any]:
+    x, residual = randn(T, E, dtype=dtype), randn(T, E, dtype=dtype)
+    return [x, randn(E), residual, *norm_parameters(E), 1e-5]
+
+
+def pool_args(E: int, dtype: torch.dtype, mode: str, **options: Any) -> list[Any]:
+    cu_seqlens = pack_lengths(LENGTHS)
+    x = randn(sum(LENGTHS) + DEAD_TAIL, E, dtype=dtype)
+    x[-DEAD_TAIL:] = float("nan")
+    normalize, skip = options.get("normalize", True), options.get("skip", 0)
+    return [x, cu_seqlens, POOLING_MODES.index(mode), normalize, skip, options.get("spans")]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "out_dtype"),
+    [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16,) * 2],
+)
+@pytest.mark.parametrize(("T", "E"), SHAPES)
+def test_embed_norm(isa: str, T: int, E: int, dtype: torch.dtype, out_dtype: torch.dtype) -> None:
+    for types in ("given", "type 0", "no table"):
+        args = embed_args(T, E, dtype, out_dtype, types)
+        check_op("embed_norm", OPS.embed_norm.cpu(*args), args, out_dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "E"), SHAPES)
+def test_add_norm(isa: str, T: int, E: int, dtype: torch.dtype) -> None:
+    x, bias, residual, *norm = add_norm_args(T, E, dtype)
+    for optional in ([bias, residual], [bias, None], [None, residual], [None, None]):
+        args = [x, *optional, *norm]
+        check_op("add_norm", OPS.add_norm.cpu(*args), args, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_norm_of_a_large_mean_keeps_its_variance(isa: str, dtype: torch.dtype) -> None:
+    args = add_norm_args(9, 37, dtype)
+    args[0] = (args[0].float() + 100).to(dtype)
+    check_op("add_norm", OPS.add_norm.cpu(*args), args, dtype)
+
+
+@pytest.mark.parametrize("tanh", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "F"), SHAPES)
+def test_bias_gelu(isa: str, T: int, F: int, dtype: torch.dtype, tanh: bool) -> None:
+    for scale in (1e-3, 0.1, 1.0, 4.0):
+        x = randn(T, F, dtype=dtype, scale=scale)
+        for args in ([x, randn(F, scale=scale), tanh], [x, None, tanh]):
+            check_op("bias_gelu", OPS.bias_gelu.cpu(*args), args, dtype)
+
+
+@pytest.mark.parametrize("tanh", [True, False])
+def test_bias_gelu_of_special_values(isa: str, tanh: bool) -> None:
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor([[0.0, -0.0, inf, -inf, nan, 1e30, -1e30, -200.0, 1e-40]])
+    out = OPS.bias_gelu.cpu(x, None, tanh)[0]
+    assert out[:3].tolist() == [0.0, 0.0, inf]
+    assert out[4].isnan() and out[5] == 1e30
+    # The exact results are -0; the power of two stops at the smallest normal one.
+    assert all(-1e-25 < value <= 0 for value in out[[3, 6, 7]].tolist())
+
+
+@pytest.mark.parametrize("mode", POOLING_MODES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("E", [1, 37, 384])
+def test_segment_pool(isa: str, E: int, dtype: torch.dtype, mode: str) -> None:
+    for skip, normalize in ((0, True), (0, False), (2, True), (5, False), (100, True)):
+        args = pool_args(E, dtype, mode, normalize=normalize, skip=skip)
+        out = OPS.segment_pool.cpu(*args)
+        check_op("segment_pool", out, args, torch.float32)
+        assert not out[[1, 5]].any(), "an empty sequence must give zeros"
+
+
+@pytest.mark.parametrize("mode", POOLING_MODES)
+def test_segment_pool_of_spans(isa: str, mode: str) -> None:
+    spans = torch.tensor([[2, 9], [0, 65], [4, 4], [65, 65], [64, 65]], dtype=torch.int32)
+    args = pool_args(48, torch.float32, mode, spans=spans, skip=1)
+    check_op("segment_pool", OPS.segment_pool.cpu(*args), args, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", POOLING_MODES)
+def test_segment_pool_of_a_strided_view_has_the_same_bits(
+    isa: str, dtype: torch.dtype, mode: str
+) -> None:
+    args = pool_args(37, dtype, mode)
+    wide = torch.full((args[0].shape[0], 100), float("nan"), dtype=dtype)
+    wide[:, 5:42] = args[0]
+    assert torch.equal(OPS.segment_pool.cpu(*args), OPS.segment_pool.cpu(wide[:, 5:42], *args[1:]))
+
+
+def test_segment_pool_out_writes_its_rows_and_no_others(isa: str) -> None:
+    args = pool_args(37, torch.float32, "mean")
+    rows = torch.randperm(12)[: len(LENGTHS)]
+    wide = torch.full((12, 50), -7.0)
+    out = wide[:, 3:40]
+    assert OPS.segment_pool_out.cpu(*args, out, rows.int()) is None
+    expected = torch.full_like(wide, -7.0)
+    expected[rows, 3:40] = OPS.segment_pool.cpu(*args)
+    assert torch.equal(wide, expected)
+    OPS.segment_pool_out.cpu(*args, out, None)
+    assert torch.equal(out[: len(LENGTHS)], OPS.segment_pool.cpu(*args))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("mode", POOLING_MODES)
+@pytest.mark.parametrize("token", [0, 3, 4])
+def test_segment_pool_hides_no_special_value(isa: str, mode: str, value: float, token: int) -> None:
+    for normalize in (False, True):
+        args = pool_args(37, torch.float32, mode, normalize=normalize)
+        args[0][token, 11] = value
+        reference = OPS.segment_pool.reference(*args)
+        torch.testing.assert_close(OPS.segment_pool.cpu(*args), reference, equal_nan=True)
+
+
+def test_kernels_share_no_code_between_instruction_sets() -> None:
+    """A function of the C++ library would be merged over all of them, whichever CPU it needs."""
+    sources = Path(__file__).parent.parent.joinpath("csrc", "cpu")
+    allowed = {"cstdint", "stdint.h", "immintrin.h", "arm_neon.h"}
+    pending, seen = ["kernel_table.h"], set()
+    while pending:
+        seen.add(name := pending.pop())
+        text = sources.joinpath(name).read_text()
+        assert set(re.findall(r"#include <(.+)>", text)) <= allowed, name
+        pending += set(re.findall(r'#include "(.+)"', text)) - seen
+
+
+def row_ops(dtype: torch.dtype, T: int, E: int) -> dict[str, tuple[list[Any], int]]:
+    """Arguments of each op that maps rows to rows, and which of them holds the rows."""
+    return {
+        "add_norm": (add_norm_args(T, E, dtype), 0),
+        "bias_gelu": ([randn(T, E, dtype=dtype), randn(E), False], 0),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", ["add_norm", "bias_gelu"])
+def test_rows_are_isolated(isa: str, op: str, dtype: torch.dtype) -> None:
+    args, rows = row_ops(dtype, 9, 37)[op]
+    kernel = getattr(OPS, op).cpu
+    expected = kernel(*args)[4]
+    poisoned = args[rows].clone()
+    poisoned[torch.arange(9) != 4] = float("nan")
+    args[rows] = poisoned
+    assert torch.equal(kernel(*args)[4], expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", POOLING_MODES)
+def test_segments_are_isolated(isa: str, mode: str, dtype: torch.dtype) -> None:
+    args = pool_args(37, dtype, mode)
+    expected = OPS.segment_pool.cpu(*args)
+    alone = args[0][6:22].clone()
+    args[0][:6] = args[0][22:] = float("nan")
+    assert torch.equal(OPS.segment_pool.cpu(*args)[3], expected[3])
+    args[:2] = [alone, int32(0, 16)]
+    assert torch.equal(OPS.segment_pool.cpu(*args)[0], expected[3])
+
+
+def large_calls(dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
+    """Calls that are large enough to be spread over threads, one long sequence among them."""
+    T, E = 2048, 257
+    x, cu_seqlens = randn(T, E, dtype=dtype), pack_lengths([1500, 3, 0, 200, *[10] * 34])
+    embed = embed_args(T, E, dtype, dtype)
+    rows = row_ops(dtype, T, E)
+    qkv = randn(T, 3, 2, 16, dtype=dtype)
+    attention = (qkv, cu_seqlens, 1500, 0.25, None, -1, None, None, None)
+    return {
+        "embed_norm": lambda: OPS.embed_norm.cpu(*embed),
+        "add_norm": lambda: OPS.add_norm.cpu(*rows["add_norm"][0]),
+        "bias_gelu": lambda: OPS.bias_gelu.cpu(*rows["bias_gelu"][0]),
+        "segment_pool": lambda: OPS.segment_pool.cpu(x, cu_seqlens, 0, True, 0, None),
+        "varlen_attention": lambda: OPS.varlen_attention.cpu(*attention),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_change_no_bit(isa: str, dtype: torch.dtype) -> None:
+    threads = torch.get_num_threads()
+    try:
+        for op, call in large_calls(dtype).items():
+            torch.set_num_threads(1)
+            expected = call()
+            for count in (2, 3):
+                torch.set_num_threads(count)
+                assert torch.equal(call(), expected), f"{op} differs with {count} threads"
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inputs_without_rows(isa: str, dtype: torch.dtype) -> None:
+    assert OPS.embed_norm.cpu(*embed_args(0, 16, dtype, dtype)).shape == (0, 16)
+    assert OPS.add_norm.cpu(*add_norm_args(0, 16, dtype)).shape == (0, 16)
+    assert OPS.bias_gelu.cpu(randn(0, 16, dtype=dtype), None, False).shape == (0, 16)
+    pooled = OPS.segment_pool.cpu(randn(0, 16, dtype=dtype), int32(0), 0, True, 0, None)
+    assert pooled.shape == (0, 16) and pooled.dtype == torch.float32
+    empty = OPS.segment_pool.cpu(randn(0, 16, dtype=dtype), int32(0, 0, 0), 2, True, 0, None)
+    assert torch.equal(empty, torch.zeros(2, 16))

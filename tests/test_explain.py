@@ -1,0 +1,35 @@
+"""explain: what runs, and why."""
+
+from __future__ import annotations
+
+import families
+from patched import LENGTHS
+from sbert_fast import FastEncoder, accelerate, explain
+
+
+def test_explain_the_installation() -> None:
+    text = explain()
+    assert "float32" in text
+    assert "C++ ops" in text
+    assert "batch planner" in text
+
+
+def test_explain_a_model() -> None:
+    model = families.make_sentence_transformer("bert")
+    assert "supported, not accelerated" in explain(model)
+    accelerate(model, impl="reference")
+    model.encode(["one", "two"])
+    model[0].model(**families.make_batch("bert", LENGTHS))
+    text = explain(model)
+    assert "accelerated (bert): float32 on cpu, ops: reference (asked for by impl" in text
+    assert "packed calls: 1" in text
+    assert "1 x gradients are recorded" in text
+
+
+def test_explain_a_fast_encoder() -> None:
+    encoder = FastEncoder(families.make_sentence_transformer("bert"))
+    encoder.encode(["one", "two"])
+    text = explain(encoder)
+    assert "encode: packed, float32 on cpu" in text
+    assert "2 texts" in text
+    assert "accelerate(model)" not in text

@@ -1,0 +1,96 @@
+"""PackedEncoder against the unpatched Hugging Face model, for every family and variant."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import families
+from checks import cosine_distances
+from packed import assert_same, packed_states, reference_states, texts_of
+from sbert_fast import ops
+from sbert_fast.engine import PackedEncoder
+
+CPU = torch.device("cpu")
+RUNNABLE = [i for i in ops.IMPLEMENTATIONS if ops.rejection(i, CPU, torch.float32) is None]
+MAX_HALF_DISTANCE = 5e-4
+LENGTHS = [1, 2, 3, 5, 8, 13, 16, 17, 31, 33, 47, 63, families.MAX_TOKENS]
+OFFSET_FAMILIES = [n for n, v in families.VARIANTS.items() if v.family in families.ROBERTA_LIKE]
+TYPED = [n for n in families.VARIANTS if families.make_config(n).to_dict().get("type_vocab_size")]
+
+
+@pytest.mark.parametrize("impl", RUNNABLE)
+@pytest.mark.parametrize("name", families.VARIANTS)
+def test_fp32_gives_the_vectors_of_the_original(name: str, impl: str) -> None:
+    model = families.make_model(name)
+    batch = families.make_batch(name, LENGTHS)
+    expected = reference_states(model, batch)
+    assert_same(packed_states(PackedEncoder(model, impl=impl), batch), expected)
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_every_length(name: str) -> None:
+    model = families.make_model(name)
+    batch = families.make_batch(name, list(range(1, families.MAX_TOKENS + 1)))
+    expected = reference_states(model, batch)
+    assert_same(packed_states(PackedEncoder(model), batch), expected)
+
+
+@pytest.mark.parametrize("name", OFFSET_FAMILIES)
+def test_literal_pad_tokens_inside_a_text_do_not_advance_positions(name: str) -> None:
+    model = families.make_model(name)
+    batch = families.make_batch(name, [10, 30, 30])
+    padding = model.config.pad_token_id
+    batch["input_ids"][0, 4] = padding
+    batch["input_ids"][1, [3, 4, 20, 29]] = padding
+    expected = reference_states(model, batch)
+    assert_same(packed_states(PackedEncoder(model), batch), expected)
+
+
+@pytest.mark.parametrize("name", TYPED)
+def test_token_types(name: str) -> None:
+    model = families.make_model(name)
+    batch = families.make_batch(name, LENGTHS)
+    generator = torch.Generator().manual_seed(1)
+    types = torch.randint(
+        0, model.config.type_vocab_size, batch["input_ids"].shape, generator=generator
+    )
+    batch["token_type_ids"] = types
+    expected = reference_states(model, batch)
+    assert_same(packed_states(PackedEncoder(model), batch), expected)
+
+
+def assert_no_worse_than_the_original(name: str, impl: str, dtype: torch.dtype) -> None:
+    """At most twice the distance the original loses in `dtype`, for the worst text."""
+    model = families.make_model(name)
+    batch = families.make_batch(name, LENGTHS)
+    expected = texts_of(reference_states(model, batch))
+    peer = texts_of(reference_states(copy.deepcopy(model).to(dtype), batch))
+    ours = texts_of(packed_states(PackedEncoder(model, dtype=dtype, impl=impl), batch))
+    bound = min(2 * cosine_distances(peer, expected).max(), MAX_HALF_DISTANCE)
+    assert cosine_distances(ours, expected).max() <= bound
+
+
+@pytest.mark.parametrize("impl", RUNNABLE)
+@pytest.mark.parametrize("name", families.VARIANTS)
+def test_bfloat16_loses_no_more_than_twice_what_the_original_loses(name: str, impl: str) -> None:
+    assert_no_worse_than_the_original(name, impl, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_float16_loses_no_more_than_twice_what_the_original_loses(name: str) -> None:
+    assert_no_worse_than_the_original(name, "reference", torch.float16)
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_architecture(name: str) -> None:
+    architecture = PackedEncoder(families.make_model(name)).architecture
+    assert architecture.family == name
+    assert architecture.max_tokens == families.MAX_TOKENS
+    assert (architecture.hidden_size, architecture.num_heads, architecture.head_dim) == (64, 4, 16)
+    assert (architecture.num_layers, architecture.intermediate_size) == (3, 96)
+    offset = name in families.ROBERTA_LIKE
+    assert architecture.position_offset == (2 if offset else 0)
+    assert architecture.uncounted_id == (1 if offset else None)

@@ -1,0 +1,183 @@
+"""What every implementation of every op owes PyTorch: opcheck, compile, export, refusals."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from op_cases import RAGGED, arguments
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from sbert_fast import ops
+from sbert_fast.errors import ImplementationError
+from sbert_fast.ops import schemas
+from sbert_fast.testing import check_op, oracle, pack_lengths
+
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.bfloat16)
+IMPLS = [
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(
+            ops.rejection(name, CPU, torch.float32) is not None, reason=f"{name} is not built"
+        ),
+    )
+    for name in schemas.IMPLEMENTATIONS
+]
+every_op = pytest.mark.parametrize("op", schemas.SCHEMAS)
+every_impl = pytest.mark.parametrize("impl", IMPLS)
+
+
+def overload(op: str, impl: str) -> Any:
+    return getattr(getattr(torch.ops.sbert_fast, op), impl)
+
+
+@every_impl
+@every_op
+@pytest.mark.parametrize("lengths", [RAGGED, (), (0, 0)], ids=["ragged", "none", "empty"])
+def test_opcheck(op: str, impl: str, lengths: tuple[int, ...]) -> None:
+    utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(
+        overload(op, impl), arguments(op, torch.float32, lengths), test_utils=utils
+    )
+
+
+@every_impl
+@every_op
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_oracle(op: str, impl: str, dtype: torch.dtype) -> None:
+    args = arguments(op, dtype)
+    if op == "segment_pool_out":
+        pooled = oracle("segment_pool", *args[:6])
+        overload(op, impl)(*args)
+        out, rows = args[6:]
+        check_op("segment_pool", out[rows.long()], args[:6], torch.float32)
+        untouched = set(range(out.shape[0])) - set(rows.tolist())
+        assert out[list(untouched)].isnan().all() and pooled.shape[0] == len(rows)
+        return
+    out = overload(op, impl)(*args)
+    eps_dtype = torch.float32 if op == "segment_pool" else dtype
+    if op == "varlen_attention":
+        end = int(args[1][-1])
+        assert (out[end:] == 0).all()
+    check_op(op, out, args, eps_dtype)
+
+
+def test_2x_rule_can_fail() -> None:
+    args = arguments("add_norm", torch.float32)
+    wrong = ops.add_norm(*args[:5], 1e-2, impl="reference")
+    with pytest.raises(AssertionError, match="over the bound"):
+        check_op("add_norm", wrong, args, torch.float32)
+
+
+@every_impl
+def test_compile_does_not_recompile_for_new_lengths(impl: str) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def forward(qkv: torch.Tensor, cu: torch.Tensor, longest: int) -> torch.Tensor:
+        attended = ops.varlen_attention(qkv, cu, longest, impl=impl)
+        return ops.segment_pool(attended.flatten(1), cu, impl=impl)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(forward, backend=counter, fullgraph=True)
+    generator = random.Random(0)
+    for _ in range(50):
+        lengths = [generator.randint(1, 40) for _ in range(generator.randint(2, 20))]
+        qkv, cu, longest, *_ = arguments("varlen_attention", torch.float32, lengths)
+        torch.testing.assert_close(compiled(qkv, cu, longest), forward(qkv, cu, longest))
+    assert counter.frame_count <= 2
+
+
+@every_impl
+def test_export_round_trip(impl: str) -> None:
+    class Module(torch.nn.Module):
+        def forward(self, x: torch.Tensor, cu: torch.Tensor) -> torch.Tensor:
+            width = x.shape[1]
+            y = ops.add_norm(x, None, x, torch.ones(width), torch.zeros(width), 1e-12, impl=impl)
+            return ops.segment_pool(ops.bias_gelu(y, None, impl=impl), cu, impl=impl)
+
+    x, cu, *_ = arguments("segment_pool", torch.float32)
+    tokens, batch = torch.export.Dim("tokens", min=2), torch.export.Dim("batch", min=3)
+    program = torch.export.export(
+        Module(), (x, cu), dynamic_shapes={"x": {0: tokens}, "cu": {0: batch}}
+    )
+    other, other_cu, *_ = arguments("segment_pool", torch.float32, (9, 30, 2))
+    torch.testing.assert_close(program.module()(other, other_cu), Module()(other, other_cu))
+
+
+@every_impl
+@pytest.mark.parametrize("op", [op for op in schemas.SCHEMAS if not op.endswith("_out")])
+def test_backward_is_refused(op: str, impl: str) -> None:
+    args = list(arguments(op, torch.float32))
+    at = next(i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.is_floating_point())
+    args[at] = args[at].requires_grad_()
+    with pytest.raises(NotImplementedError, match=f"{op} has no backward"):
+        overload(op, impl)(*args).sum().backward()
+
+
+CU = pack_lengths((3, 5))
+QKV = torch.zeros(8, 3, 2, 16)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: ops.varlen_attention(QKV[0], CU, 5), ValueError, r"qkv must have shape \[T, 3"),
+        (lambda: ops.varlen_attention(QKV.long(), CU, 5), TypeError, "qkv must be float32 or"),
+        (lambda: ops.varlen_attention(QKV[..., :4].contiguous(), CU, 5), ValueError, "8 to 128"),
+        (lambda: ops.varlen_attention(QKV.transpose(0, 2), CU, 5), ValueError, "qkv must"),
+        (lambda: ops.varlen_attention(QKV, CU.long(), 5), TypeError, "cu_seqlens must be int32"),
+        (lambda: ops.varlen_attention(QKV, CU + 1, 5), ValueError, "start at 0, got 1"),
+        (
+            lambda: ops.varlen_attention(QKV, torch.tensor([0, 4, 3], dtype=torch.int32), 5),
+            ValueError,
+            "never decrease, got 4 then 3 at index 2",
+        ),
+        (lambda: ops.varlen_attention(QKV, pack_lengths((3, 9)), 9), ValueError, "T = 8, got 12"),
+        (lambda: ops.varlen_attention(QKV, CU, 4), ValueError, r"longest sequence \(5 tokens\)"),
+        (lambda: ops.varlen_attention(QKV, CU, 5, window=-2), ValueError, "window must be None"),
+        (
+            lambda: ops.varlen_attention(QKV, CU, 5, bias=torch.zeros(2, 4)),
+            ValueError,
+            "odd width",
+        ),
+        (lambda: ops.varlen_attention(QKV, CU, 5, impl="cuda"), ValueError, "impl must be one of"),
+        (lambda: ops.segment_pool(QKV.view(8, -1), CU, mode="sum"), ValueError, "mode must be one"),
+        (lambda: ops.segment_pool(QKV.view(8, -1), CU, skip=-1), ValueError, "skip must be at"),
+        (
+            lambda: ops.segment_pool(QKV.view(8, -1), CU, out_rows=CU),
+            ValueError,
+            "out_rows was given without out",
+        ),
+        (
+            lambda: ops.segment_pool(QKV.view(8, -1), CU, out=torch.zeros(1, 96)),
+            ValueError,
+            "out must have at least 2 rows, got 1",
+        ),
+        (
+            lambda: ops.add_norm(QKV.view(8, -1), None, None, torch.ones(3), torch.ones(96), 1e-5),
+            ValueError,
+            r"weight must have shape \[96\], got \[3\]",
+        ),
+        (lambda: ops.bias_gelu([1.0], None), TypeError, "x must be a torch.Tensor, got list"),
+    ],
+)
+def test_refusals_name_the_argument(call: Any, error: type[Exception], message: str) -> None:
+    before = ops.launches()
+    with pytest.raises(error, match=message):
+        call()
+    assert ops.launches() == before
+
+
+def test_explicit_implementation_never_falls_back() -> None:
+    half = torch.zeros(8, 3, 2, 16, dtype=torch.float16)
+    with pytest.raises(ImplementationError, match="impl='cpu' was asked for, but"):
+        ops.varlen_attention(half, CU, 5, impl="cpu")
+
+
+def test_launch_counters_name_the_side_that_ran() -> None:
+    ops.reset_launches()
+    ops.varlen_attention(QKV, CU, 5, impl="reference")
+    assert ops.launches() == {("varlen_attention", "reference"): 1}

@@ -1,0 +1,270 @@
+"""What is built, what is packed, and how a build that cannot be complete says so."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import sbert_fast
+from sbert_fast import _build_info
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(sbert_fast.__file__).parent
+PACKED = ("csrc", "kernels", "sbert_fast", "tests", "examples", "requirements")
+PACKED_FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile")
+
+
+@pytest.fixture(scope="module")
+def build() -> ModuleType:
+    """setup.py as a module; its `setup()` call is guarded."""
+    pytest.importorskip("setuptools")
+    spec = importlib.util.spec_from_file_location("sbert_fast_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def native(build: ModuleType) -> ModuleType:
+    """csrc/native_build.py as a module."""
+    return sys.modules["native_build"]
+
+
+def _run(*command: str | Path, **kwargs: object) -> str:
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, check=False, **kwargs
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def _library(name: str) -> Path:
+    if name not in _build_info.BUILT:
+        pytest.skip(f"{name} is not built: {_build_info.SKIPPED[name]}")
+    return next(PACKAGE.glob(f"{name}.*so"))
+
+
+class TestInstalled:
+    """The package these tests import."""
+
+    def test_metadata(self) -> None:
+        assert metadata.version("sbert-fast") == sbert_fast.__version__
+        (script,) = metadata.entry_points(group="console_scripts", name="sbert-fast")
+        assert callable(script.load())
+        assert (PACKAGE / "py.typed").is_file()
+
+    def test_build_record_tells_the_truth(self) -> None:
+        present = {path.name.partition(".")[0] for path in PACKAGE.glob("_*.*so")}
+        assert present == set(_build_info.BUILT)
+        assert present.isdisjoint(_build_info.SKIPPED)
+        assert all(_build_info.SKIPPED.values())
+
+    def test_kernels_do_not_shadow_hugging_face(self, tmp_path: Path) -> None:
+        assert not (ROOT / "kernels/__init__.py").exists()
+        code = (
+            "import importlib.util as u, sbert_fast.kernels as k; s = u.find_spec('kernels'); "
+            "print(k.__file__); print(s.origin if s else '')"
+        )
+        ours, theirs = _run(sys.executable, "-c", code, cwd=tmp_path).splitlines()
+        assert ours.endswith("__init__.py")
+        assert not theirs.startswith(str(ROOT))
+
+    def test_ops_library_uses_only_the_stable_abi(self) -> None:
+        listing = _run("nm", "-D", "-C", "--undefined-only", _library("_C"))
+        names = [line.split(maxsplit=1)[1] for line in listing.splitlines()]
+        assert any(name.startswith("aoti_torch_") for name in names)
+        assert [name for name in names if re.match(r"(at|c10|torch|caffe2)::", name)] == []
+
+    def test_ops_library_names_no_folder_of_the_build_machine(self) -> None:
+        dynamic = _run("readelf", "-d", _library("_C"))
+        assert "RPATH" not in dynamic
+        assert "RUNPATH" not in dynamic
+        assert re.findall(r"\[(libtorch\S*|libc10\S*)\]", dynamic) == ["libtorch_cpu.so"]
+
+    def test_host_module_needs_no_torch(self) -> None:
+        assert "torch" not in _run("readelf", "-d", _library("_host"))
+
+
+class TestSources:
+    """Rules of the build's own sources."""
+
+    @pytest.mark.parametrize("path", ["setup.py", "csrc/native_build.py"])
+    def test_build_never_imports_torch(self, path: str) -> None:
+        tree = ast.parse((ROOT / path).read_text())
+        names = [
+            name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for name in [getattr(node, "module", None), *(alias.name for alias in node.names)]
+        ]
+        assert [name for name in names if name and name.split(".")[0] == "torch"] == []
+
+    def test_host_has_no_torch_headers(self) -> None:
+        for path in (ROOT / "csrc/host").iterdir():
+            assert not re.search(r'#include ["<](torch|ATen|c10)/', path.read_text()), path
+
+
+class TestPlan:
+    """SBERT_FAST_BUILD: what is built where something is missing."""
+
+    @pytest.fixture
+    def no_torch(self, native: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(native, "_import_path", lambda python: [])
+        monkeypatch.setattr(sys, "path", [str(Path(os.__file__).parent)])
+
+    def test_none_builds_nothing(self, build: ModuleType) -> None:
+        plan = build.make_plan("none")
+        assert plan.toolchains == {}
+        assert set(plan.skipped.values()) == {"SBERT_FAST_BUILD=none"}
+
+    def test_unknown_mode(self, build: ModuleType) -> None:
+        expected = "SBERT_FAST_BUILD must be one of none, cpu, cuda, auto, got 'gpu'"
+        with pytest.raises(SystemExit, match=expected):
+            build.make_plan("gpu")
+
+    @pytest.mark.skipif(any(ROOT.glob("csrc/cuda/*.cu")), reason="there are CUDA sources")
+    def test_cuda_without_sources(self, build: ModuleType) -> None:
+        with pytest.raises(SystemExit, match="this version has no CUDA sources"):
+            build.make_plan("cuda")
+
+    def test_no_compiler(self, build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("pybind11")
+        monkeypatch.setenv("CXX", "no-such-compiler -flag")
+        reason = "the C++ compiler no-such-compiler is not installed"
+        plan = build.make_plan("auto")
+        assert plan.toolchains == {}
+        assert set(plan.skipped.values()) == {reason}
+        with pytest.raises(SystemExit, match=re.escape(f"=cpu cannot build _host: {reason}")):
+            build.make_plan("cpu")
+
+    def test_old_compiler(self, native: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CXX", "false -flag")
+        with pytest.raises(native.Unavailable, match=r"false -flag must compile C\+\+20"):
+            native.find_compiler()
+
+    @pytest.mark.usefixtures("no_torch")
+    def test_no_torch(self, native: ModuleType) -> None:
+        with pytest.raises(native.Unavailable, match="torch is not installed"):
+            native.find_torch()
+
+    @pytest.mark.usefixtures("no_torch")
+    @pytest.mark.parametrize(("version", "accepted"), [("2.10.1+cpu", False), ("2.11.0", True)])
+    def test_oldest_torch(
+        self, native: ModuleType, tmp_path: Path, version: str, accepted: bool
+    ) -> None:
+        torch = tmp_path / "torch"
+        header = torch / "include/torch/csrc/stable/library.h"
+        header.parent.mkdir(parents=True)
+        header.touch()
+        (torch / "version.py").write_text(f"__version__ = '{version}'\n")
+        sys.path.append(str(tmp_path))
+        if accepted:
+            assert native.find_torch() == native.Torch(torch, version)
+            return
+        with pytest.raises(native.Unavailable, match=r"torch must be 2\.11 or later, got 2\.10\.1"):
+            native.find_torch()
+
+    def test_torch_is_found_from_an_isolated_build(
+        self, native: ModuleType, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        expected = native.find_torch()
+        monkeypatch.setattr(sys, "path", [str(Path(os.__file__).parent)])
+        monkeypatch.setenv("PYTHONPATH", "/an/overlay/of/pip")
+        monkeypatch.setenv("PYTHONNOUSERSITE", "1")
+        assert native.find_torch().version == expected.version
+
+    @pytest.mark.skipif(
+        platform.machine() != "x86_64", reason="other machines have one kernel file"
+    )
+    def test_instruction_sets_stay_in_their_files(self, native: ModuleType) -> None:
+        pytest.importorskip("pybind11")
+        toolchain = native.Toolchain(["c++"], native.Torch(Path("/torch"), "2.11.0"))
+        text = native.ninja_file({native.CPU: toolchain}, Path("build"))
+        flags = dict(re.findall(r"build build/_C/(\w+)\.o: .*\n  flags = (.*)", text))
+        wide = {name: re.findall(r"-m(\w+)", line) for name, line in flags.items()}
+        assert {name for name, found in wide.items() if found} == {
+            "kernels_avx2",
+            "kernels_avx512",
+            "kernels_avx512_bf16",
+        }
+        assert "avx512bf16" in wide["kernels_avx512_bf16"]
+        assert "avx512bf16" not in wide["kernels_avx512"]
+        # The linker keeps the first copy of what several objects carry: the narrowest goes first.
+        order = [path.stem for path in native.sources(native.CPU)]
+        kernels = [name for name in order if name.startswith("kernels_")]
+        assert order[-len(kernels) :] == kernels
+        assert kernels == [f"kernels_{isa}" for isa in native.ISA_FLAGS]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources in which earlier builds left files."""
+    pytest.importorskip("pybind11")
+    copy = tmp_path_factory.mktemp("checkout")
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.py")
+    for name in PACKED:
+        shutil.copytree(ROOT / name, copy / name, ignore=ignored)
+    for name in PACKED_FILES:
+        shutil.copy2(ROOT / name, copy / name)
+    for stale in ("sbert_fast/_C.abi3.so", "sbert_fast/_build_info.py"):
+        (copy / stale).write_text("stale")
+    (copy / "build/lib/sbert_fast").mkdir(parents=True)
+    (copy / "build/lib/sbert_fast/removed_long_ago.py").touch()
+    return copy
+
+
+@pytest.mark.slow
+class TestPacked:
+    """Wheel and source archive."""
+
+    def test_pure_wheel(self, checkout: Path, tmp_path: Path) -> None:
+        command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps"]
+        env = {**os.environ, "SBERT_FAST_BUILD": "none"}
+        _run(*command, "--wheel-dir", tmp_path, ".", cwd=checkout, env=env)
+        (wheel,) = tmp_path.glob("*.whl")
+        assert wheel.name == f"sbert_fast-{sbert_fast.__version__}-py3-none-any.whl"
+        with zipfile.ZipFile(wheel) as archive:
+            names = set(archive.namelist())
+            record = archive.read("sbert_fast/_build_info.py").decode()
+        tops = {name.split("/")[0] for name in names}
+        assert {top for top in tops if not top.endswith(".dist-info")} == {"sbert_fast"}
+        sources = {
+            f"sbert_fast/{path.relative_to(ROOT / 'sbert_fast')}"
+            for path in (ROOT / "sbert_fast").rglob("*")
+            if path.is_file() and path.suffix not in (".so", ".pyc")
+        }
+        expected = sources | {"sbert_fast/_build_info.py", "sbert_fast/kernels/__init__.py"}
+        assert {name for name in names if name.startswith("sbert_fast/")} >= expected
+        assert "sbert_fast/removed_long_ago.py" not in names
+        assert [name for name in names if name.endswith((".so", ".cpp", ".h"))] == []
+        assert "MODE: str = 'none'" in record
+
+    def test_source_archive(self, checkout: Path, tmp_path: Path) -> None:
+        code = "import sys; from setuptools import build_meta as b; b.build_sdist(sys.argv[1])"
+        _run(sys.executable, "-c", code, tmp_path, cwd=checkout)
+        (archive,) = tmp_path.glob("*.tar.gz")
+        with tarfile.open(archive) as tar:
+            names = {name.partition("/")[2] for name in tar.getnames()}
+        sources = {
+            str(path.relative_to(ROOT))
+            for folder in ("csrc", "kernels", "sbert_fast")
+            for path in (ROOT / folder).rglob("*")
+            if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh", ".txt", ".typed")
+        }
+        assert sources - {"sbert_fast/_build_info.py"} <= names
+        assert {"LICENSE", "README.md", "requirements/dev.txt", "tests/test_packaging.py"} <= names
+        assert [name for name in names if name.endswith((".so", ".pyc", "_build_info.py"))] == []

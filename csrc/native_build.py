@@ -24,8 +24,9 @@ MIN_TORCH = (2, 11)
 TORCH_ABI = "0x020a000000000000"  # the 2.10 stable ABI, the first with parallel_for
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # GCC warns of uninitialised values inside its own AVX-512 headers.
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-Wno-maybe-uninitialized"]
+AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 # One source per instruction set, narrowest first.
 ISA_FLAGS = {
     "generic": [],

@@ -20,6 +20,7 @@ from sbert_fast import inference, models, ops
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import InputError, InvalidWeightsError, UnsupportedModelError
 from sbert_fast.inference import Pipeline, Request
+from sbert_fast.models.base import has_hooks
 from sbert_fast.pooling import PoolingHead, is_module, read_pooling
 from sbert_fast.stats import Counters, EncoderStats
 from sbert_fast.tokenization import TextTokenizer, check_texts, tokenizer_state
@@ -39,7 +40,7 @@ _NO_LIMIT = 1_000_000_000
 
 
 class _DefaultBatchSize(int):
-    """The default of `batch_size`: it reads 32 and limits nothing, unlike a 32 somebody asked for."""
+    """The default of `batch_size`: it reads 32 and limits nothing, unlike a 32 asked for."""
 
 
 DEFAULT_BATCH_SIZE = _DefaultBatchSize(32)
@@ -90,13 +91,13 @@ def _arguments_of(model: SentenceTransformer) -> dict[str, Any]:
 class FastEncoder(SentenceTransformer):
     """A `SentenceTransformer` that embeds text several times faster, with the same results.
 
-    It takes the same arguments, gives the same vectors and passes wherever a `SentenceTransformer` is
-    asked for. Text runs packed: tokenised once, cut into batches by tokens, never padded. What the
-    packed engine does not support runs in sentence-transformers, with one warning that says why.
+    It takes the same arguments, gives the same vectors and passes wherever a `SentenceTransformer`
+    is asked for. Text runs packed: tokenised once, cut into batches by tokens, never padded. What
+    the packed engine does not support runs in sentence-transformers, with one warning.
 
     Args:
-        model_name_or_path: name or path of a model, or a loaded `SentenceTransformer`, whose modules
-            are then shared, not copied.
+        model_name_or_path: name or path of a model, or a loaded `SentenceTransformer`, whose
+            modules are then shared, not copied.
         modules: modules to build the model from, as in `SentenceTransformer`.
         device: where to run; default as in `SentenceTransformer`.
         dtype: dtype to compute in: "auto", "float32", "bfloat16", "float16", or the torch dtype.
@@ -273,7 +274,7 @@ class FastEncoder(SentenceTransformer):
         if isinstance(pipeline, str):
             return pipeline
         model = pipeline.engine.model
-        if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        if any(map(has_hooks, model.modules())):
             return "the base model has forward hooks"
         # sentence-transformers refuses the names it does not know, whatever their value.
         given = [
@@ -342,17 +343,16 @@ class FastEncoder(SentenceTransformer):
         truncate_dim = self.truncate_dim if truncate_dim is None else truncate_dim
         if truncate_dim is not None:
             _check_positive("truncate_dim", truncate_dim)
-        in_workers = pool is not None or (isinstance(device, list) and len(device) > 0)
-        in_workers = in_workers or (
-            getattr(self, "_distributed_inference", None) is not None and device is None
-        )
+        if isinstance(device, list) and not device:
+            raise ValueError("device must be a device or a list of devices, got an empty list")
+        distributed = getattr(self, "_distributed_inference", None) is not None and device is None
         reason = self._call_reason(kwargs)
         single = isinstance(inputs, str)
         if reason is None:
             texts = [inputs] if single else _as_list(inputs)
             check_texts(texts)
             inputs = texts[0] if single else texts
-        if reason is not None or in_workers:
+        if reason is not None or pool is not None or isinstance(device, list) or distributed:
             if reason is not None:
                 self._count_fallback(reason)
             return super().encode(

@@ -59,8 +59,8 @@ def compute_dtype(model: nn.Module, requested: torch.dtype | None) -> torch.dtyp
 class PackedEncoder:
     """The packed forward pass of one base model.
 
-    Prepared weights are derived state: built at the first batch, rebuilt when a parameter changed, and
-    left behind by `copy.deepcopy` and `pickle`, whose results prepare the weights of their own model.
+    Prepared weights are derived state: built at the first batch, rebuilt when a parameter changed,
+    and left behind by `copy.deepcopy` and `pickle`, whose results prepare weights of their own.
 
     Args:
         model: a base model of a supported family (see :data:`sbert_fast.models.FAMILIES`).
@@ -109,7 +109,7 @@ class PackedEncoder:
         return ops.resolve(self.device, self.compute_dtype, self.impl)
 
     def refresh(self) -> None:
-        """Forget the prepared weights: needed after writes torch does not count (`param.data[...] = x`)."""
+        """Forget prepared weights: needed after writes torch does not count (`p.data[...] = x`)."""
         with self._lock:
             self._prepared = self._fingerprint = None
 
@@ -144,19 +144,20 @@ class PackedEncoder:
             return PreparedLinear(parts, dtype, gelu, architecture.tanh_gelu)
 
         embeddings = weights.embeddings
-        tables = [
-            t if t is None else t.detach()
-            for t in (embeddings.word, embeddings.position, embeddings.token_type)
-        ]
-        if any(t is not None and t.dtype != torch.float32 for t in tables):
-            tables = [t if t is None else t.to(dtype) for t in tables]
+        types = embeddings.token_type
+        # fp32 tables serve every dtype as they are: no copy, and no rounding before the sum.
+        in_place = embeddings.word.dtype == torch.float32
+
+        def table(values: Tensor) -> Tensor:
+            return values.detach() if in_place else values.detach().to(dtype)
+
         return Prepared(
             architecture=architecture,
             dtype=dtype,
             device=device,
-            word=tables[0],
-            position=tables[1],
-            token_type=tables[2],
+            word=table(embeddings.word),
+            position=table(embeddings.position),
+            token_type=None if types is None else table(types),
             embedding_norm=PreparedNorm.of(embeddings.norm),
             projection=None if embeddings.projection is None else prepare(embeddings.projection),
             layers=tuple(

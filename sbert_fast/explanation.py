@@ -49,7 +49,8 @@ def explain(model: nn.Module | None = None) -> str:
 
 def _installation() -> list[str]:
     extension = ops.extension.CPU
-    planner = "numpy (sbert_fast/_host was not built)" if packing._host is None else "native"
+    native = packing.HAS_NATIVE_PLANNER
+    planner = "native" if native else "numpy (sbert_fast/_host was not built)"
     return [
         "device dtype     implementation",
         *ops.explain_ops().splitlines(),

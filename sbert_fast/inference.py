@@ -19,11 +19,11 @@ from sbert_fast.pooling import PoolingHead
 from sbert_fast.stats import Counters
 from sbert_fast.tokenization import TextTokenizer, TokenizedTexts
 
-# Texts tokenised and planned together: about a million tokens of English. Memory beyond the output
-# is bounded by a window, whatever the number of texts.
+# Texts tokenised and planned together: about a million tokens of English. Memory beyond the
+# output is bounded by a window, whatever the number of texts.
 _WINDOW_CHARACTERS = 4_000_000
 _WINDOW_TEXTS = 65_536
-# Bytes of the widest activation of a batch: small enough for the caches, large enough for the GEMMs.
+# Bytes of the widest activation of a batch: small enough for the caches, enough for the GEMMs.
 _CPU_ACTIVATION_BYTES = 6 << 20
 
 
@@ -229,8 +229,8 @@ def features(
 
     Returns:
         `input_ids`, `token_type_ids` (where the tokenizer gives them) and `attention_mask` int64
-        `[L]`, `modality`, `prompt_length` (where there is a prompt), `token_embeddings` fp32 `[L, E]`,
-        `sentence_embedding` fp32 `[dimension]`.
+        `[L]`, `modality`, `prompt_length` (where there is a prompt), `token_embeddings` fp32
+        `[L, E]`, `sentence_embedding` fp32 `[dimension]`.
     """
     embeddings = torch.empty((len(texts), request.dimension), dtype=torch.float32)
     result: list[dict[str, Any]] = [{} for _ in texts]

@@ -25,6 +25,7 @@ from transformers.utils import ModelOutput
 
 from sbert_fast.engine import PackedEncoder, Prepared
 from sbert_fast.errors import UnsupportedModelError
+from sbert_fast.models.base import has_hooks
 from sbert_fast.packing import PackedBatch, pack_padded, padded_positions
 
 logger = logging.getLogger("sbert_fast")
@@ -42,8 +43,6 @@ _KNOWN_ARGUMENTS = {
     "output_attentions",
     "output_hidden_states",
 }
-# transformers leaves these hooks behind once hidden states were asked for; idle, they do nothing.
-_IDLE_HOOKS = "transformers.utils.output_capturing"
 
 
 class _UseOriginalError(Exception):
@@ -179,10 +178,8 @@ class PackedForward:
                 raise _UseOriginalError("training mode with dropout")
             if "forward" in module.__dict__:
                 raise _UseOriginalError("forward of a submodule was replaced")
-            if module._forward_pre_hooks or module._forward_hooks:
-                hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-                if any(getattr(hook, "__module__", "") != _IDLE_HOOKS for hook in hooks):
-                    raise _UseOriginalError("a submodule has forward hooks")
+            if has_hooks(module):
+                raise _UseOriginalError("a submodule has forward hooks")
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments by name, those checked that the packed path must not ignore."""

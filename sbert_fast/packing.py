@@ -16,6 +16,8 @@ try:
 except ImportError:
     _host = None
 
+HAS_NATIVE_PLANNER = _host is not None
+
 # Row counts of every linear are multiples of this, so that a row's bits do not depend on its batch.
 ROW_ALIGNMENT = 16
 TILE_TOKENS = 128

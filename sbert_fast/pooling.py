@@ -1,4 +1,4 @@
-"""From the modules of a SentenceTransformer to pooling: modes, prompt handling, and what follows."""
+"""From the modules of a SentenceTransformer to pooling, and what follows it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ class PoolingSpec:
         """Components of an embedding, before truncation."""
         for module in reversed(self.tail):
             if is_module(module, "Dense"):
-                return module.linear.out_features
+                dense: Any = module
+                return int(dense.linear.out_features)
         return self.width * len(self.modes)
 
     @property
@@ -74,7 +75,8 @@ def read_pooling(modules: list[nn.Module], width: int) -> PoolingSpec:
     if not modules or not is_module(modules[0], "Pooling"):
         found = type(modules[0]).__name__ if modules else "nothing"
         raise UnsupportedModelError(f"the second module must be Pooling, got {found}")
-    pooling, tail = modules[0], tuple(modules[1:])
+    pooling: Any = modules[0]
+    tail = tuple(modules[1:])
     modes = pooling.pooling_mode
     modes = (modes,) if isinstance(modes, str) else tuple(modes)
     unknown = [mode for mode in modes if mode not in _MODES]
@@ -102,8 +104,8 @@ def _check_tail(module: nn.Module) -> None:
 class PoolingHead:
     """Pools packed hidden states into rows of an output array.
 
-    The weights of `Dense` modules are prepared like those of the encoder: derived state, rebuilt when
-    they change, never copied or pickled. All of it computes in fp32.
+    The weights of `Dense` modules are prepared like those of the encoder: derived state, rebuilt
+    when they change, never copied or pickled. All of it computes in fp32.
     """
 
     def __init__(self, spec: PoolingSpec) -> None:
@@ -168,7 +170,7 @@ class PoolingHead:
         pooled = pooled[:, :dimension]
         out[rows.long()] = F.normalize(pooled, dim=1) if normalize else pooled
 
-    def _apply_dense(self, index: int, module: nn.Module, x: Tensor, impl: str) -> Tensor:
+    def _apply_dense(self, index: int, module: Any, x: Tensor, impl: str) -> Tensor:
         """`Dense` on rows padded to a multiple of 16, so that a row depends on no other row."""
         entry = self._dense[index]
         if entry is None or not entry[0].is_current():
@@ -182,7 +184,7 @@ class PoolingHead:
         return y[:count]
 
 
-def _prepare_dense(module: nn.Module) -> tuple[Fingerprint, PreparedLinear, PreparedLinear | None]:
+def _prepare_dense(module: Any) -> tuple[Fingerprint, PreparedLinear, PreparedLinear | None]:
     check_finite(module)
     fingerprint = Fingerprint(module)
     with torch.inference_mode(False), torch.no_grad():

@@ -30,8 +30,8 @@ def onednn_linear_available(dtype: torch.dtype) -> bool:
 class PreparedLinear:
     """A linear layer with an optional fused GELU: `gelu(x @ weight.T + bias)`.
 
-    Prepacked through oneDNN on a CPU that has it, `F.linear` elsewhere. Rows of `x` should be a multiple
-    of 16: then a row of the result depends on no other row, bit for bit.
+    Prepacked through oneDNN on a CPU that has it, `F.linear` elsewhere. Rows of `x` should be a
+    multiple of 16: then a row of the result depends on no other row, bit for bit.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class PreparedLinear:
             if self.prepacked
             else weight.contiguous()
         )
-        self._attributes = (
+        self._attributes: tuple[str, list[float], str] = (
             ("none", [], "") if gelu is None else ("gelu", [], "tanh" if tanh else "none")
         )
 

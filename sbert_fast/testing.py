@@ -1,7 +1,8 @@
 """Numerical policy of the tests: one oracle, one peer, one bound.
 
-An implementation passes when `max|out - oracle| <= 2 * (max|peer - oracle| + eps * max|oracle|)`, the
-oracle being the reference in fp64 and the peer the same formula in plain torch in the tested dtype.
+An implementation passes when `max|out - oracle| <= 2 * (max|peer - oracle| + eps * max|oracle|)`,
+the oracle being the reference in fp64 and the peer the same formula in plain torch in the tested
+dtype.
 """
 
 from __future__ import annotations

@@ -128,40 +128,6 @@ def test_options_reach_the_encoder(cli: Callable[..., int], model: str) -> None:
     np.testing.assert_array_equal(np.load("out.npy"), encode_chunks(encoder, LINES, prompt="see: "))
 
 
-@pytest.mark.parametrize(
-    ("content", "texts"),
-    [
-        (b"a\nb", ["a", "b"]),
-        (b"a\n\n", ["a", ""]),
-        (b"\n", [""]),
-        (b"\xef\xbb\xbfa\r\nb\r\n", ["a", "b"]),
-        (b"\xef\xbb\xbf", [""]),
-    ],
-)
-def test_lines_of_text_files(content: bytes, texts: list[str]) -> None:
-    reader = readers.TxtReader(io.BytesIO(content), "in.txt", "text")
-    assert [row.text for row in reader] == texts
-
-
-@pytest.mark.parametrize(
-    ("kind", "content"),
-    [
-        (readers.JsonlReader, b'\xef\xbb\xbf{"text": "a"}\r\n\n  \n{"text": "b", "n": [1]}'),
-        (readers.CsvReader, b'\xef\xbb\xbfid,text\n1,a\n\n2,"b"'),
-    ],
-)
-def test_blank_lines_and_marks_of_tables(kind: type[readers.Reader], content: bytes) -> None:
-    rows = list(kind(io.BytesIO(content), "in", "text"))
-    assert [(row.text, row.number) for row in rows] in ([("a", 1), ("b", 4)], [("a", 2), ("b", 4)])
-
-
-def test_chunks_are_cut_by_bytes_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "CHUNK_BYTES", 10)
-    reader = readers.TxtReader(io.BytesIO(b"12345678\n1\n2\n123456789012345\n3\n"), "in", "text")
-    chunks = [[row.text for row in rows] for rows in readers.read_chunks(reader)]
-    assert chunks == [["12345678", "1"], ["2", "123456789012345"], ["3"]]
-
-
 def test_json_records_keep_their_fields(cli: Callable[..., int]) -> None:
     Path("in.jsonl").write_text('{"id": 7, "body": "é", "embedding": 0, "odd": "\\ud800"}\n')
     assert cli("in.jsonl", "-o", "out.jsonl", "--field", "body") == 0

@@ -115,6 +115,7 @@ REFUSALS = [
     ("segment_pool_out", 6, lambda x: x[:, :51], r"out must be float32 \[N, E\] = \[\*, 52\]"),
     ("segment_pool_out", 6, lambda x: x[:1].expand(3, -1), "separate rows, got"),
     ("segment_pool_out", 7, changed(1, 3), r"out_rows\[1\] must be in \[0, 3\), the rows of out"),
+    ("segment_pool_out", 7, constant(int32(2, 2)), "must name a row at most once, got 2 twice"),
     ("segment_pool_out", 7, lambda x: x[1:], r"out_rows must be .*\[B\] = \[2\], got int32 \[1\]"),
 ]
 

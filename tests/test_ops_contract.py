@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import RAGGED, arguments
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from op_cases import RAGGED, arguments
 from sbert_fast import ops
 from sbert_fast.errors import ImplementationError
 from sbert_fast.ops import schemas
@@ -111,7 +111,8 @@ def test_export_round_trip(impl: str) -> None:
 @pytest.mark.parametrize("op", [op for op in schemas.SCHEMAS if not op.endswith("_out")])
 def test_backward_is_refused(op: str, impl: str) -> None:
     args = list(arguments(op, torch.float32))
-    at = next(i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.is_floating_point())
+    floats = [isinstance(a, torch.Tensor) and a.is_floating_point() for a in args]
+    at = floats.index(True)
     args[at] = args[at].requires_grad_()
     with pytest.raises(NotImplementedError, match=f"{op} has no backward"):
         overload(op, impl)(*args).sum().backward()

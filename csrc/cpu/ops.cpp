@@ -23,15 +23,14 @@ Dtype check_activation(const char* op, const char* name, const Tensor& tensor, c
   return dtype;
 }
 
-Tensor new_output(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+Tensor new_output(std::initializer_list<int64_t> sizes, Dtype dtype) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t dim = sizes.size(); dim-- > 0;) {
     strides[dim] = stride;
     stride *= std::max<int64_t>(1, sizes.begin()[dim]);
   }
-  const int32_t code =
-      dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32();
+  const int32_t code = dtype == kFloat32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
                                                   strides.data(), code,

@@ -58,6 +58,6 @@ Dtype check_activation(const char* op, const char* name, const Tensor& tensor, c
 
 /// An uninitialised contiguous CPU tensor. A quarter of the cost of new_empty, which goes through
 /// the dispatcher: it counts where a whole forward pass takes a millisecond.
-Tensor new_output(std::initializer_list<int64_t> sizes, ScalarType dtype);
+Tensor new_output(std::initializer_list<int64_t> sizes, Dtype dtype);
 
 }  // namespace sbert_fast::cpu

@@ -1,4 +1,5 @@
 // API layer of varlen_attention.
+#include <algorithm>
 #include <cstring>
 
 #include "dispatch.h"
@@ -47,27 +48,30 @@ Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t max
   SBF_CHECK(longest <= max_seqlen, op, "max_seqlen must be at least ", longest,
             ", the longest sequence, got ", max_seqlen);
 
-  Tensor out = new_output({T, H, D}, qkv.scalar_type());
-  AttentionParams params{};
-  params.qkv = qkv.const_data_ptr();
-  params.out = out.mutable_data_ptr();
-  params.cu_seqlens = cu;
-  params.T = T;
-  params.B = B;
-  params.H = H;
-  params.D = D;
-  params.scale = static_cast<float>(scale);
-  params.bias = data_or_null<float>(bias);
-  params.R = bias.has_value() ? bias->size(1) / 2 : 0;
-  params.window = window;
-  params.rotary_cos = data_or_null<float>(rotary_cos);
-  params.rotary_sin = data_or_null<float>(rotary_sin);
-
-  const size_t row_bytes = static_cast<size_t>(H * D) * out.element_size();
-  std::memset(static_cast<char*>(params.out) + cu[B] * row_bytes, 0, (T - cu[B]) * row_bytes);
+  Tensor out = new_output({T, H, D}, dtype);
+  const AttentionParams params{
+      .qkv = qkv.const_data_ptr(),
+      .out = out.mutable_data_ptr(),
+      .cu_seqlens = cu,
+      .T = T,
+      .B = B,
+      .H = H,
+      .D = D,
+      .scale = static_cast<float>(scale),
+      .bias = data_or_null<float>(bias),
+      .R = bias.has_value() ? bias->size(1) / 2 : 0,
+      .window = std::min(window, T),
+      .rotary_cos = data_or_null<float>(rotary_cos),
+      .rotary_sin = data_or_null<float>(rotary_sin),
+  };
+  if (cu[B] < T) {
+    const size_t row_bytes = static_cast<size_t>(H * D) * out.element_size();
+    std::memset(static_cast<char*>(params.out) + cu[B] * row_bytes, 0, (T - cu[B]) * row_bytes);
+  }
   const auto heads = [&](int64_t sequence) {
     const int64_t length = cu[sequence + 1] - cu[sequence];
-    return ItemGroup{.items = H, .cost = length * (length + 16) * D / 16};
+    const int64_t keys = window < 0 ? length : std::min(length, 2 * params.window + 1);
+    return ItemGroup{.items = H, .cost = length * (keys + 16) * D / 16};
   };
   parallel_items(kernels().varlen_attention[dtype], params, B, heads);
   return out;

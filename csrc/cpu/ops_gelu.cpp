@@ -11,13 +11,14 @@ Tensor bias_gelu(const Tensor& x, const std::optional<Tensor>& bias, bool tanh) 
   const int64_t T = x.size(0), F = x.size(1);
   check_tensor(op, "bias", bias, ScalarType::Float, "[F]", {F});
 
-  Tensor out = new_output({T, F}, x.scalar_type());
-  BiasGeluParams params{};
-  params.x = x.const_data_ptr();
-  params.bias = data_or_null<float>(bias);
-  params.out = out.mutable_data_ptr();
-  params.F = F;
-  params.tanh = tanh;
+  Tensor out = new_output({T, F}, dtype);
+  const BiasGeluParams params{
+      .x = x.const_data_ptr(),
+      .bias = data_or_null<float>(bias),
+      .out = out.mutable_data_ptr(),
+      .F = F,
+      .tanh = tanh,
+  };
   parallel_rows(kernels().bias_gelu[dtype], params, T, F);
   return out;
 }

@@ -23,34 +23,39 @@ Tensor embed_norm(const Tensor& ids, const Tensor& positions, const std::optiona
   check_tensor(op, "type_table", type_table, table_dtype, "[Y, E]", {kAnySize, E});
   check_tensor(op, "weight", weight, ScalarType::Float, "[E]", {E});
   check_tensor(op, "bias", bias, ScalarType::Float, "[E]", {E});
-  const auto kernel = kernels().embed_norm[dtype][kernel_dtype(op, "out_dtype", out_dtype)];
+  const Dtype kernel_out_dtype = kernel_dtype(op, "out_dtype", out_dtype);
+  const auto kernel = kernels().embed_norm[dtype][kernel_out_dtype];
   SBF_CHECK(kernel != nullptr, op, "out_dtype must be ", dtype_name(table_dtype),
             ", the dtype of the tables, got ", dtype_name(out_dtype));
   SBF_CHECK(type_table.has_value() || !types.has_value(), op,
             "types must be None where there is no type_table, got ", describe(*types));
 
-  EmbedNormParams params{};
-  params.ids = static_cast<const int32_t*>(ids.const_data_ptr());
-  params.positions = static_cast<const int32_t*>(positions.const_data_ptr());
-  params.types = data_or_null<int32_t>(types);
-  check_indices(op, "ids", params.ids, T, word.size(0), "word");
-  check_indices(op, "positions", params.positions, T, position_table.size(0), "position_table");
-  if (params.types != nullptr) {
-    check_indices(op, "types", params.types, T, type_table->size(0), "type_table");
+  const auto* id = ids.const_data_ptr<int32_t>();
+  const auto* position = positions.const_data_ptr<int32_t>();
+  const auto* type = data_or_null<int32_t>(types);
+  check_indices(op, "ids", id, T, word.size(0), "word");
+  check_indices(op, "positions", position, T, position_table.size(0), "position_table");
+  if (type != nullptr) {
+    check_indices(op, "types", type, T, type_table->size(0), "type_table");
   } else {
     SBF_CHECK(!type_table.has_value() || type_table->size(0) > 0, op,
               "type_table must have a row for type 0, got ", describe(*type_table));
   }
 
-  Tensor out = new_output({T, E}, out_dtype);
-  params.word = word.const_data_ptr();
-  params.position_table = position_table.const_data_ptr();
-  params.type_table = data_or_null<void>(type_table);
-  params.weight = static_cast<const float*>(weight.const_data_ptr());
-  params.bias = static_cast<const float*>(bias.const_data_ptr());
-  params.out = out.mutable_data_ptr();
-  params.E = E;
-  params.eps = static_cast<float>(eps);
+  Tensor out = new_output({T, E}, kernel_out_dtype);
+  const EmbedNormParams params{
+      .ids = id,
+      .positions = position,
+      .types = type,
+      .word = word.const_data_ptr(),
+      .position_table = position_table.const_data_ptr(),
+      .type_table = data_or_null<void>(type_table),
+      .weight = weight.const_data_ptr<float>(),
+      .bias = bias.const_data_ptr<float>(),
+      .out = out.mutable_data_ptr(),
+      .E = E,
+      .eps = static_cast<float>(eps),
+  };
   parallel_rows(kernel, params, T, E);
   return out;
 }
@@ -66,16 +71,17 @@ Tensor add_norm(const Tensor& x, const std::optional<Tensor>& bias,
   check_tensor(op, "weight", weight, ScalarType::Float, "[E]", {E});
   check_tensor(op, "ln_bias", ln_bias, ScalarType::Float, "[E]", {E});
 
-  Tensor out = new_output({T, E}, x.scalar_type());
-  AddNormParams params{};
-  params.x = x.const_data_ptr();
-  params.bias = data_or_null<float>(bias);
-  params.residual = data_or_null<void>(residual);
-  params.weight = static_cast<const float*>(weight.const_data_ptr());
-  params.ln_bias = static_cast<const float*>(ln_bias.const_data_ptr());
-  params.out = out.mutable_data_ptr();
-  params.E = E;
-  params.eps = static_cast<float>(eps);
+  Tensor out = new_output({T, E}, dtype);
+  const AddNormParams params{
+      .x = x.const_data_ptr(),
+      .bias = data_or_null<float>(bias),
+      .residual = data_or_null<void>(residual),
+      .weight = weight.const_data_ptr<float>(),
+      .ln_bias = ln_bias.const_data_ptr<float>(),
+      .out = out.mutable_data_ptr(),
+      .E = E,
+      .eps = static_cast<float>(eps),
+  };
   parallel_rows(kernels().add_norm[dtype], params, T, E);
   return out;
 }

@@ -32,7 +32,7 @@ Pooling check_pooling(const char* op, const Tensor& x, const Tensor& cu_seqlens,
   params.step = 1;
   int64_t segments = B;
   if (spans.has_value()) {
-    params.starts = static_cast<const int32_t*>(spans->const_data_ptr());
+    params.starts = spans->const_data_ptr<int32_t>();
     params.step = 2;
     segments = spans->size(0);
     check_spans(op, params.starts, segments, cu[B]);
@@ -60,8 +60,8 @@ void run(const Pooling& pooling) {
 Tensor segment_pool(const Tensor& x, const Tensor& cu_seqlens, int64_t mode, bool normalize,
                     int64_t skip, const std::optional<Tensor>& spans) {
   Pooling pooling = check_pooling("segment_pool", x, cu_seqlens, mode, normalize, skip, spans);
-  Tensor out = new_output({pooling.segments, x.size(1)}, ScalarType::Float);
-  pooling.params.out = static_cast<float*>(out.mutable_data_ptr());
+  Tensor out = new_output({pooling.segments, x.size(1)}, kFloat32);
+  pooling.params.out = out.mutable_data_ptr<float>();
   pooling.params.out_stride = x.size(1);
   run(pooling);
   return out;
@@ -82,11 +82,12 @@ void segment_pool_out(const Tensor& x, const Tensor& cu_seqlens, int64_t mode, b
   pooling.params.out_rows = data_or_null<int32_t>(out_rows);
   if (out_rows.has_value()) {
     check_indices(op, "out_rows", pooling.params.out_rows, pooling.segments, out.size(0), "out");
+    check_distinct(op, "out_rows", pooling.params.out_rows, pooling.segments);
   } else {
     SBF_CHECK(pooling.segments <= out.size(0), op, "out must have at least ", pooling.segments,
               " rows, got ", describe(out));
   }
-  pooling.params.out = static_cast<float*>(out.mutable_data_ptr());
+  pooling.params.out = out.mutable_data_ptr<float>();
   pooling.params.out_stride = out.stride(0);
   run(pooling);
 }

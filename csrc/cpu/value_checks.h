@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "checks.h"
 
@@ -21,6 +22,16 @@ inline void check_indices(const char* op, const char* name, const int32_t* indic
   fail(op, name, '[', i, "] must be in [0, ", limit, "), the rows of ", what, ", got ", indices[i]);
 }
 
+/// Requires indices to differ from one another: two threads must not write one row.
+inline void check_distinct(const char* op, const char* name, const int32_t* indices,
+                           int64_t count) {
+  std::vector<int32_t> sorted(indices, indices + count);
+  std::sort(sorted.begin(), sorted.end());
+  const auto twice = std::adjacent_find(sorted.begin(), sorted.end());
+  SBF_CHECK(twice == sorted.end(), op, name, " must name a row at most once, got ", *twice,
+            " twice");
+}
+
 /// The sequences of a packed batch, checked.
 struct Sequences {
   const int32_t* cu;  // [B + 1]
@@ -33,7 +44,7 @@ inline Sequences check_cu_seqlens(const char* op, const Tensor& cu_seqlens, int6
   check_tensor(op, "cu_seqlens", cu_seqlens, ScalarType::Int, "[B + 1]", {kAnySize});
   const int64_t B = cu_seqlens.size(0) - 1;
   SBF_CHECK(B >= 0, op, "cu_seqlens must be int32 [B + 1], got ", describe(cu_seqlens));
-  const auto* cu = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
+  const auto* cu = cu_seqlens.const_data_ptr<int32_t>();
   SBF_CHECK(cu[0] == 0, op, "cu_seqlens must start at 0, got ", cu[0]);
   int64_t longest = 0;
   for (int64_t b = 0; b < B; ++b) {

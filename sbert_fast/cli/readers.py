@@ -90,6 +90,8 @@ class Reader(ABC):
             self.bytes_read += len(line)
             if number == 1:
                 line = line.removeprefix(_BOM)
+                if not line:
+                    return
             try:
                 yield number, line.decode()
             except UnicodeDecodeError as error:

@@ -180,7 +180,9 @@ class Quantizer:
         Raises:
             ValueError: the ranges do not fit, or one text is all there is to take them from.
         """
-        if self.calibrates and self.ranges is None and len(embeddings) > 0:
+        if self.precision in SCALED_PRECISIONS and len(embeddings) == 0:
+            return np.zeros(embeddings.shape, dtype=self.precision)
+        if self.calibrates and self.ranges is None:
             if len(embeddings) == 1:
                 raise ValueError(
                     f"{self.precision} needs at least 2 texts to take the ranges from, got 1: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -38,6 +39,7 @@ FAMILIES: dict[str, Family] = {
 
 def family_of(model: nn.Module) -> Family | None:
     """The family of a base model, or None. A subclass with a forward of its own is none of ours."""
+    cls: Any
     for cls in type(model).__mro__:
         if cls.__name__ in FAMILIES and cls.__module__.startswith("transformers.models."):
             return FAMILIES[cls.__name__] if type(model).forward is cls.forward else None

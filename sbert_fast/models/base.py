@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sbert_fast.errors import InvalidWeightsError, UnsupportedModelError
+
+# transformers leaves these hooks behind once hidden states were asked for; idle, they do nothing.
+_IDLE_HOOKS = "transformers.utils.output_capturing"
 
 # HF activation names; the value says whether the tanh approximation is meant.
 _GELUS = {
@@ -148,7 +152,7 @@ def check(model: nn.Module, architecture: Architecture, weights: EncoderWeights)
     Raises:
         UnsupportedModelError: with the reason.
     """
-    config = model.config
+    config: Any = model.config
     for flag in ("is_decoder", "add_cross_attention", "is_causal"):
         if getattr(config, flag, False):
             raise UnsupportedModelError(f"config.{flag} is set: only encoders are supported")
@@ -159,7 +163,8 @@ def check(model: nn.Module, architecture: Architecture, weights: EncoderWeights)
         )
     if architecture.hidden_size % architecture.num_heads:
         raise UnsupportedModelError(
-            f"hidden size {architecture.hidden_size} is no multiple of {architecture.num_heads} heads"
+            f"hidden size {architecture.hidden_size} is no multiple of "
+            f"{architecture.num_heads} heads"
         )
     if not 8 <= architecture.head_dim <= 128:
         raise UnsupportedModelError(f"head dim must be 8 to 128, got {architecture.head_dim}")
@@ -195,6 +200,14 @@ def _check_parameters(model: nn.Module, weights: EncoderWeights) -> None:
             raise UnsupportedModelError(f"{name} is on the meta device: load its weights first")
     if len({tensor.device for tensor in weights.tensors()}) > 1:
         raise UnsupportedModelError("parameters are spread over several devices")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether `module` has forward hooks that do something."""
+    if not module._forward_pre_hooks and not module._forward_hooks:
+        return False
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return any(getattr(hook, "__module__", "") != _IDLE_HOOKS for hook in hooks)
 
 
 def check_finite(model: nn.Module) -> None:

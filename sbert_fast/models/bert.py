@@ -5,7 +5,9 @@ Source: `transformers.models.{bert,roberta,xlm_roberta,camembert,electra}`.
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import Tensor
 
 from sbert_fast.models.base import (
     Architecture,
@@ -18,7 +20,7 @@ from sbert_fast.models.base import (
 )
 
 
-def weights(model: nn.Module) -> EncoderWeights:
+def weights(model: Any) -> EncoderWeights:
     table = model.embeddings
     types: Tensor | None = table.token_type_embeddings.weight
     projection = getattr(model, "embeddings_project", None)
@@ -34,7 +36,7 @@ def weights(model: nn.Module) -> EncoderWeights:
     )
 
 
-def _layer(module: nn.Module) -> Layer:
+def _layer(module: Any) -> Layer:
     attention, output = module.attention, module.output
     return Layer(
         query=linear(attention.self.query),
@@ -48,7 +50,7 @@ def _layer(module: nn.Module) -> Layer:
     )
 
 
-def _describe(model: nn.Module, first_position: int, uncounted_id: int | None) -> Architecture:
+def _describe(model: Any, first_position: int, uncounted_id: int | None) -> Architecture:
     config = model.config
     positions = model.embeddings.position_embeddings.num_embeddings
     return Architecture(
@@ -66,12 +68,12 @@ def _describe(model: nn.Module, first_position: int, uncounted_id: int | None) -
     )
 
 
-def architecture(model: nn.Module) -> Architecture:
+def architecture(model: Any) -> Architecture:
     """BERT and ELECTRA: positions start at 0."""
     return _describe(model, 0, None)
 
 
-def offset_architecture(model: nn.Module) -> Architecture:
+def offset_architecture(model: Any) -> Architecture:
     """RoBERTa, XLM-R, CamemBERT: positions start after the padding id, which they do not count."""
     padding = model.embeddings.padding_idx
     return _describe(model, padding + 1, padding)

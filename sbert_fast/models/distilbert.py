@@ -5,7 +5,7 @@ Source: `transformers.models.distilbert`.
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
 from sbert_fast.models.base import (
     Architecture,
@@ -18,7 +18,7 @@ from sbert_fast.models.base import (
 )
 
 
-def weights(model: nn.Module) -> EncoderWeights:
+def weights(model: Any) -> EncoderWeights:
     table = model.embeddings
     return EncoderWeights(
         Embeddings(
@@ -31,7 +31,7 @@ def weights(model: nn.Module) -> EncoderWeights:
     )
 
 
-def _layer(module: nn.Module) -> Layer:
+def _layer(module: Any) -> Layer:
     attention, ffn = module.attention, module.ffn
     return Layer(
         query=linear(attention.q_lin),
@@ -45,7 +45,7 @@ def _layer(module: nn.Module) -> Layer:
     )
 
 
-def architecture(model: nn.Module) -> Architecture:
+def architecture(model: Any) -> Architecture:
     config = model.config
     return Architecture(
         family=config.model_type,

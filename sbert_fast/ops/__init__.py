@@ -1,11 +1,11 @@
 """The ops of a packed BERT-family encoder: one contract, several implementations.
 
 Dims: `B` sequences, `T` packed tokens, `H` heads, `D` head dim, `E` hidden, `F` FFN width.
-`cu_seqlens`, everywhere: contiguous int32 `[B + 1]` on the op's device; it starts at 0, never decreases,
-may repeat (empty sequences) and may end before `T` (a dead tail that reaches no result).
+`cu_seqlens`, everywhere: contiguous int32 `[B + 1]` on the op's device; it starts at 0, never
+decreases, may repeat (empty sequences) and may end before `T` (a dead tail that reaches no result).
 
-`impl`, everywhere: "auto" picks by device and dtype (:func:`explain_ops` shows the table); a name runs
-that implementation or raises :class:`sbert_fast.errors.ImplementationError`.
+`impl`, everywhere: "auto" picks by device and dtype (:func:`explain_ops` shows the table); a name
+runs that implementation or raises :class:`sbert_fast.errors.ImplementationError`.
 """
 
 from __future__ import annotations
@@ -62,12 +62,13 @@ def varlen_attention(
     """Attention of every token over the tokens of its own sequence.
 
     Args:
-        qkv: `[T, 3, H, D]`, contiguous, 8 <= D <= 128; fp32 or bf16 (fp16 and fp64: reference only).
+        qkv: `[T, 3, H, D]`, contiguous, 8 <= D <= 128; fp32 or bf16 (the reference also takes
+            fp16 and fp64).
         cu_seqlens: int32 `[B + 1]`, see the module docstring.
         max_seqlen: at least the length of the longest sequence, in tokens.
         scale: factor of the logits; default `D ** -0.5`.
-        bias: `[H, 2R + 1]`: `bias[h, clamp(j - i, -R, R) + R]` is added to the scaled logit of query
-            i and key j.
+        bias: `[H, 2R + 1]`: `bias[h, clamp(j - i, -R, R) + R]` is added to the scaled logit of
+            query i and key j.
         window: keep keys with `|j - i| <= window`, in tokens.
         rotary: `(cos, sin)`, each `[T, D/2]`, applied to q and k.
         tiles: int32 `[n, 4]` of :func:`sbert_fast.packing.plan_tiles`: a scheduling hint.

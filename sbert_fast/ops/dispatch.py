@@ -94,7 +94,7 @@ def bind(op: str, device: torch.device, dtype: torch.dtype, impl: str = "auto") 
 
 
 def explain_ops() -> str:
-    """A table: device, dtype, the implementation `auto` picks, and why the others were passed over."""
+    """A table: device, dtype, what `auto` picks, and why the others were passed over."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     lines = []
     for device in map(torch.device, devices):

@@ -18,15 +18,16 @@ NAMESPACE = "sbert_fast"
 IMPLEMENTATIONS = ("reference", "cpu")
 
 SCHEMAS = {
-    "varlen_attention": "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale, Tensor? bias,"
-    " int window, Tensor? rotary_cos, Tensor? rotary_sin, Tensor? tiles) -> Tensor",
-    "embed_norm": "(Tensor ids, Tensor positions, Tensor? types, Tensor word, Tensor position_table,"
-    " Tensor? type_table, Tensor weight, Tensor bias, float eps, ScalarType out_dtype) -> Tensor",
-    "add_norm": "(Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor ln_bias, float eps)"
-    " -> Tensor",
+    "varlen_attention": "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale,"
+    " Tensor? bias, int window, Tensor? rotary_cos, Tensor? rotary_sin, Tensor? tiles) -> Tensor",
+    "embed_norm": "(Tensor ids, Tensor positions, Tensor? types, Tensor word,"
+    " Tensor position_table, Tensor? type_table, Tensor weight, Tensor bias, float eps,"
+    " ScalarType out_dtype) -> Tensor",
+    "add_norm": "(Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor ln_bias,"
+    " float eps) -> Tensor",
     "bias_gelu": "(Tensor x, Tensor? bias, bool tanh) -> Tensor",
-    "segment_pool": "(Tensor x, Tensor cu_seqlens, int pooling, bool normalize, int skip, Tensor? spans)"
-    " -> Tensor",
+    "segment_pool": "(Tensor x, Tensor cu_seqlens, int pooling, bool normalize, int skip,"
+    " Tensor? spans) -> Tensor",
     "segment_pool_out": "(Tensor x, Tensor cu_seqlens, int pooling, bool normalize, int skip,"
     " Tensor? spans, Tensor(a!) out, Tensor? out_rows) -> ()",
 }

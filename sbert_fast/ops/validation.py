@@ -62,7 +62,7 @@ def parameter(
 
 
 def cu_seqlens_values(cu_seqlens: Tensor, tokens: int, max_seqlen: int | None = None) -> None:
-    """Check the values of a host `cu_seqlens`; those on a device are trusted (they would cost a sync)."""
+    """Check the values of a host `cu_seqlens`; on a device they are trusted, to save a sync."""
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if isinstance(cu_seqlens, torch._subclasses.FakeTensor):

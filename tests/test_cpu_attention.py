@@ -1,0 +1,287 @@
+"""varlen_attention in C++ on every instruction set this CPU has: figures, isolation, determinism."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sbert_fast.ops import extension
+from sbert_fast.testing import check_op, pack_lengths
+
+OPS = torch.ops.sbert_fast
+ISAS = OPS.cpu_isas().split(",") if extension.CPU.available else []
+DTYPES = [torch.float32, torch.bfloat16]
+# One below, at and above every size of a vector, a tile and a block.
+RAGGED = (0, 1, 15, 16, 17, 63, 64, 65, 0, 127, 128, 129, 511, 512)
+SHORT = (5, 0, 1, 16, 33, 64, 140)
+DIMS = (8, 26, 32, 37, 64, 80, 96, 128)
+DEAD_TAIL = 5
+HEADS = 2
+PROT_NONE = 0
+M_PERTURB = -6  # of glibc's mallopt
+
+pytestmark = pytest.mark.skipif(not extension.CPU.available, reason=str(extension.CPU.reason))
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    active = OPS.cpu_isa()
+    OPS.set_cpu_isa(request.param)
+    yield request.param
+    OPS.set_cpu_isa(active)
+
+
+@pytest.fixture(autouse=True)
+def seeded_and_poisoned() -> Iterator[None]:
+    """Fresh memory holds 0xff bytes, NaN in both dtypes, so that no unwritten output passes."""
+    torch.manual_seed(0)
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(M_PERTURB, 0x100)  # blocks are filled with the low byte of this, inverted
+    yield
+    mallopt(M_PERTURB, 0)
+
+
+def rotary_tables(tokens: int, dim: int) -> tuple[Tensor, Tensor]:
+    angles = torch.rand(tokens, dim // 2) * 6.28
+    return angles.cos(), angles.sin()
+
+
+def attention_args(
+    lengths: Sequence[int],
+    dim: int,
+    dtype: torch.dtype,
+    *,
+    heads: int = HEADS,
+    scale: float | None = None,
+    reach: int | None = None,
+    window: int = -1,
+    rotary: bool = False,
+) -> list[Any]:
+    """Arguments in schema order: random, with a dead tail, `reach` being R of a relative bias."""
+    tokens = sum(lengths) + DEAD_TAIL
+    qkv = torch.randn(tokens, 3, heads, dim).to(dtype)
+    bias = None if reach is None else torch.randn(heads, 2 * reach + 1)
+    cos, sin = rotary_tables(tokens, dim) if rotary else (None, None)
+    scale = dim**-0.5 if scale is None else scale
+    longest = max(lengths, default=0)
+    return [qkv, pack_lengths(lengths), longest, scale, bias, window, cos, sin, None]
+
+
+def attention(args: Sequence[Any]) -> Tensor:
+    return OPS.varlen_attention.cpu(*args)
+
+
+def check(args: Sequence[Any]) -> None:
+    """The 2x rule, rows of zero-length neighbours and of the dead tail included."""
+    check_op("varlen_attention", attention(args), args, args[0].dtype)
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)
+
+
+def assert_same_bits(a: Tensor, b: Tensor) -> None:
+    assert torch.equal(bits(a), bits(b))
+
+
+def sequence_rows(cu_seqlens: Tensor, index: int) -> slice:
+    return slice(int(cu_seqlens[index]), int(cu_seqlens[index + 1]))
+
+
+@every_dtype
+@pytest.mark.parametrize("dim", DIMS)
+def test_ragged_lengths(isa: str, dim: int, dtype: torch.dtype) -> None:
+    check(attention_args(RAGGED, dim, dtype))
+
+
+@every_dtype
+@pytest.mark.parametrize("dim", DIMS)
+def test_relative_bias(isa: str, dim: int, dtype: torch.dtype) -> None:
+    for reach in (0, 3, 128):
+        check(attention_args((*SHORT, 300), dim, dtype, reach=reach))
+
+
+@every_dtype
+@pytest.mark.parametrize("dim", [26, 64, 128])
+@pytest.mark.parametrize("window", [0, 1, 20, 64, 1000])
+def test_window(isa: str, window: int, dim: int, dtype: torch.dtype) -> None:
+    check(attention_args((*SHORT, 700), dim, dtype, window=window))
+
+
+@every_dtype
+@pytest.mark.parametrize("dim", [8, 26, 32, 64, 70, 128])
+def test_rotary(isa: str, dim: int, dtype: torch.dtype) -> None:
+    check(attention_args((*SHORT, 300), dim, dtype, rotary=True))
+
+
+@every_dtype
+def test_all_options_at_once(isa: str, dtype: torch.dtype) -> None:
+    check(attention_args((*SHORT, 300), 32, dtype, reach=9, window=40, rotary=True))
+
+
+@every_dtype
+@pytest.mark.parametrize("scale", [0.0, -0.3, 1.0])
+def test_any_scale(isa: str, scale: float, dtype: torch.dtype) -> None:
+    check(attention_args(SHORT, 26, dtype, scale=scale))
+    check(attention_args(SHORT, 26, dtype, scale=scale, reach=2, window=9))
+
+
+@every_dtype
+def test_one_long_sequence(isa: str, dtype: torch.dtype) -> None:
+    check(attention_args((8192,), 32, dtype, heads=1))
+
+
+@every_dtype
+def test_thousands_of_short_sequences(isa: str, dtype: torch.dtype) -> None:
+    check(attention_args([length % 24 for length in range(3000)], 32, dtype, heads=1))
+
+
+@every_dtype
+@pytest.mark.parametrize("lengths", [(), (0,), (0, 0, 0)], ids=str)
+def test_nothing_to_attend(isa: str, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+    out = attention(attention_args(lengths, 32, dtype))
+    assert_same_bits(out, torch.zeros(DEAD_TAIL, HEADS, 32, dtype=dtype))
+
+
+@every_dtype
+def test_dead_tail_is_zero_whatever_it_holds(isa: str, dtype: torch.dtype) -> None:
+    args = attention_args(SHORT, 37, dtype)
+    expected = attention(args)
+    args[0][-DEAD_TAIL:] = float("nan")
+    out = attention(args)
+    assert_same_bits(out, expected)
+    assert_same_bits(out[-DEAD_TAIL:], torch.zeros_like(out[-DEAD_TAIL:]))
+
+
+@every_dtype
+@pytest.mark.parametrize("dim", [26, 64])
+def test_neighbours_change_no_bit(isa: str, dim: int, dtype: torch.dtype) -> None:
+    """NaN in every other sequence, in the dead tail and in the other head reaches nothing."""
+    args = attention_args(SHORT, dim, dtype, reach=4, window=50, rotary=True)
+    qkv, cu_seqlens, cos, sin = args[0], args[1], args[6], args[7]
+    expected = attention(args)
+    for index in range(len(SHORT)):
+        rows = sequence_rows(cu_seqlens, index)
+        for position, tensor in ((0, qkv), (6, cos), (7, sin)):
+            args[position] = torch.full_like(tensor, float("nan"))
+            args[position][rows] = tensor[rows]
+        assert_same_bits(attention(args)[rows], expected[rows])
+        args[0][:, :, 1] = float("nan")
+        assert_same_bits(attention(args)[rows, 0], expected[rows, 0])
+
+
+@every_dtype
+def test_nan_spreads_through_its_own_sequence_only(isa: str, dtype: torch.dtype) -> None:
+    args = attention_args((20, 140, 20), 32, dtype)
+    args[0][50, 1, 0] = float("nan")  # one key of one head
+    expected = torch.zeros(180 + DEAD_TAIL, HEADS, 32, dtype=torch.bool)
+    expected[20:160, 0] = True
+    assert torch.equal(attention(args).isnan(), expected)
+
+
+@every_dtype
+@pytest.mark.parametrize("dim", [32, 37])
+@pytest.mark.parametrize("window", [-1, 30])
+def test_place_in_the_batch_changes_no_bit(
+    isa: str, window: int, dim: int, dtype: torch.dtype
+) -> None:
+    """Permuted or alone, a sequence keeps its bits."""
+    args = attention_args((*SHORT, 300), dim, dtype, reach=7, window=window)
+    qkv, cu_seqlens = args[0], args[1]
+    expected = attention(args)
+    pieces = [sequence_rows(cu_seqlens, index) for index in range(len(SHORT) + 1)]
+    order = torch.randperm(len(pieces)).tolist()
+    rows = torch.cat([torch.arange(pieces[i].start, pieces[i].stop) for i in order])
+    args[0] = qkv[rows]
+    args[1] = pack_lengths([pieces[i].stop - pieces[i].start for i in order])
+    assert_same_bits(attention(args), expected[rows])
+    for piece in pieces:
+        args[0], args[1] = qkv[piece].clone(), pack_lengths([piece.stop - piece.start])
+        assert_same_bits(attention(args), expected[piece])
+
+
+@every_dtype
+def test_threads_change_no_bit(isa: str, dtype: torch.dtype) -> None:
+    threads = torch.get_num_threads()
+    for lengths in ((3000,), [1, 40, 0, 7] * 200):
+        args = attention_args(lengths, 16, dtype)
+        try:
+            torch.set_num_threads(1)
+            expected = attention(args)
+            for count in (2, 3):
+                torch.set_num_threads(count)
+                assert_same_bits(attention(args), expected)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def adversarial(kind: str, qkv: Tensor) -> Tensor:
+    """`qkv` of values that break careless softmax or dot products."""
+    if kind == "huge logits":
+        return qkv * torch.tensor([60.0, 60.0, 1.0]).view(1, 3, 1, 1)
+    if kind == "all equal":
+        return torch.ones_like(qkv) * torch.tensor([0.7, -0.3, 1.3]).view(1, 3, 1, 1)
+    if kind == "outlier channels":
+        qkv[..., 3], qkv[..., 17] = qkv[..., 3] * 300, qkv[..., 17] * 40
+        return qkv
+    if kind == "one key far above":
+        qkv[70, 1] *= 50
+        return qkv
+    if kind == "one key far below":
+        qkv[:, 0], qkv[:, 1] = qkv[:, 0].abs(), qkv[:, 1].abs()
+        qkv[70, 1] *= -50
+        return qkv
+    if kind == "subnormals":
+        qkv[..., ::3] *= 1e-39
+        return qkv
+    raise ValueError(f"kind must name an adversarial input, got {kind!r}")
+
+
+@every_dtype
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "huge logits",
+        "all equal",
+        "outlier channels",
+        "one key far above",
+        "one key far below",
+        "subnormals",
+    ],
+)
+def test_adversarial_inputs(isa: str, kind: str, dtype: torch.dtype) -> None:
+    for lengths in ((60, 300), (600,)):
+        args = attention_args(lengths, 32, torch.float32)
+        args[0] = adversarial(kind, args[0]).to(dtype)
+        check(args)
+
+
+def before_a_guard(x: Tensor) -> Tensor:
+    """A copy of `x` that ends where a page begins that may not be read."""
+    size = -(-x.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(base + size), mmap.PAGESIZE, PROT_NONE) == 0
+    flat = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=size - x.nbytes)
+    return flat.view(x.shape).copy_(x)
+
+
+@every_dtype
+@pytest.mark.parametrize("dim", DIMS)
+def test_reads_end_with_the_last_element(isa: str, dim: int, dtype: torch.dtype) -> None:
+    lengths = (3, 17, 130)
+    args = attention_args(lengths, dim, dtype, reach=2, rotary=dim % 2 == 0)
+    for position in (0, 6, 7):  # no dead tail behind the last sequence
+        args[position] = None if args[position] is None else args[position][: sum(lengths)]
+    expected = attention(args)
+    for position in (0, 4, 6, 7):
+        args[position] = None if args[position] is None else before_a_guard(args[position])
+    assert_same_bits(attention(args), expected)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import report
 from process import memory_of, pin
+from provenance import provenance, write_json
 from report import OURS, PEERS, PRECISIONS, REFERENCE
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def measure(args: argparse.Namespace, onnx: Path) -> dict[str, Any]:
     from gate import check
     from padded import ModelFolder
 
-    document = report.provenance(args.threads)
+    document = provenance(args.threads)
     load = document["load_average_before"][0]
     if load > BUSY * args.threads:
         report.say(f"this machine is busy (load average {load:.2f}): the figures will be doubtful")
@@ -146,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         document = measure(args, Path(folder, "model.onnx"))
     if args.json:
-        report.write_json(document, args.json)
+        write_json(document, args.json)
     print(report.render(document))
     return 0 if all(gate["green"] for gate in document["gates"].values()) else 1
 

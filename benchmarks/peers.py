@@ -153,7 +153,7 @@ def export_onnx(folder: ModelFolder, target: Path) -> None:
     ones = torch.ones(2, 8, dtype=torch.int64)
     with redirect_stdout(stderr):
         torch.onnx.export(
-            LastHiddenState(),
+            LastHiddenState().eval(),
             tuple(ones.clone() for _ in names),
             str(target),
             input_names=names,

@@ -1,121 +1,34 @@
 """Results of the benchmarks: where they come from, how they are stored, how they are shown.
 
     python benchmarks/report.py benchmarks/results/cpu-2core/*.json
+    python benchmarks/report.py --readme
 
-prints the tables of stored results and says where the sources have changed since.
+print the tables of stored results, and put all stored results into README.md between its marks.
+Both say where the sources have changed since.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import platform
-import re
-import subprocess
 import sys
-import tempfile
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-SCHEMA = 1
+from provenance import ROOT, source_hash
+
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
+OLDER = "Older code: sources have changed since this run."
 # Names as they stand in results.
 OURS = "sbert-fast"
 REFERENCE = "sentence-transformers"
 PEERS = (REFERENCE, "onnxruntime", "openvino", "zentorch", "torch-compile")
 PRECISIONS = ("float32", "bfloat16")
-PACKAGES = (
-    *("sbert-fast", "torch", "transformers", "sentence-transformers", "tokenizers", "numpy"),
-    *("onnx", "onnxruntime", "openvino", "zentorch"),
-)
-_SOURCES = ("sbert_fast/**/*.py", "csrc/**/*.cpp", "csrc/**/*.h")
-_WRITTEN_BY_THE_BUILD = "sbert_fast/_build_info.py"
-_CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
-
-
-def source_hash(root: Path = ROOT) -> str:
-    """SHA-256 over the names and contents of the sources that the benchmarks time."""
-    files = {path.relative_to(root).as_posix() for p in _SOURCES for path in root.glob(p)}
-    digest = hashlib.sha256()
-    for name in sorted(files - {_WRITTEN_BY_THE_BUILD}):
-        content = root.joinpath(name).read_bytes()
-        digest.update(f"{name}\0{len(content)}\0".encode() + content)
-    return digest.hexdigest()
-
-
-def provenance(threads: int) -> dict[str, Any]:
-    """When, on what, and from which sources a run is made."""
-    return {
-        "schema": SCHEMA,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "source_sha256": source_hash(),
-        "device": _cpu(threads),
-        "load_average_before": list(os.getloadavg()),
-        "versions": {"python": platform.python_version()} | {n: _version(n) for n in PACKAGES},
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The commit of the sources, with "+" behind it where files differ from it."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _cpu(threads: int) -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.is_file() else ""
-    fields = dict(re.findall(r"^(\S[^\t:]*?)\s*: (.*)$", text.partition("\n\n")[0], re.MULTILINE))
-    flags = set(fields.get("flags", "").split())
-    model = fields.get("model name", platform.processor() or platform.machine())
-    if "cpu family" in fields:
-        model += f" (family {fields['cpu family']}, model {fields['model']})"
-    return {
-        "name": f"{model}, {threads} threads",
-        "kind": "cpu",
-        "threads": threads,
-        "cpus": os.cpu_count(),
-        "mhz": fields.get("cpu MHz"),
-        "flags": [flag for flag in _CPU_FLAGS if flag in flags],
-    }
 
 
 def say(text: str) -> None:
     """Tell what is going on, apart from the results."""
     print(text, file=sys.stderr, flush=True)
-
-
-def write_json(document: dict[str, Any], path: Path) -> None:
-    """Write a document so that `path` holds either all of it or what it held before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(document, stream, indent=1, allow_nan=False)
-            stream.write("\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def render(document: dict[str, Any]) -> str:
@@ -215,17 +128,111 @@ def _markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]
     ]
 
 
+def readme_section(folder: str, documents: list[dict[str, Any]]) -> str:
+    """The results of one device as README quotes them: a column a corpus, a row a system.
+
+    Args:
+        folder: name of the device's folder in benchmarks/results.
+        documents: one a corpus.
+    """
+    header = (
+        "sentences/s",
+        *(
+            f"{d['corpus']['name']} ({d['corpus']['lengths']['mean']:.0f} tokens)"
+            for d in documents
+        ),
+    )
+    keys = dict.fromkeys((r["system"], r["precision"]) for d in documents for r in d["rows"])
+    rows = [(f"{s}, {p}", *(_cell(d, s, p) for d in documents)) for s, p in keys]
+    first = documents[0]
+    torch, date = first["versions"]["torch"], first["date"][:10]
+    commits = ", ".join(dict.fromkeys(str(d["commit"])[:9] for d in documents))
+    lines = [
+        f"{first['device']['name']}; {first['model']['name']}; torch {torch}; {date}; "
+        f"commit {commits} (benchmarks/results/{folder})",
+        "",
+        *_markdown(header, rows),
+    ]
+    for document in documents:
+        lines += [f"\n{line}" for line in _asides(document)]
+    return "\n".join(lines)
+
+
+def _cell(document: dict[str, Any], system: str, precision: str) -> str:
+    """Sentences a second, and by how much ours is faster in the same precision."""
+    for row in document["rows"]:
+        if (row["system"], row["precision"]) == (system, precision):
+            if row["status"] != "measured":
+                return row["status"]
+            ratio = row["ratios"].get(precision)
+            rate = f"{row['sentences_per_s']:,.0f}"
+            return rate if ratio is None else f"{rate} ({ratio:.2f}x)"
+    return "not measured"
+
+
+def _asides(document: dict[str, Any]) -> list[str]:
+    lines = []
+    if document.get("latency"):
+        calls = document["latency"]
+        each = (f"{r['p50_ms']:.2f} ms {r['system']} {r['precision']}" for r in calls["rows"])
+        lines.append(f"One text of {calls['tokens']} tokens, median call: {', '.join(each)}.")
+    if document.get("memory"):
+        held = document["memory"]
+        each = (f"{r['peak_rss_mb']:,.0f} MB {r['system']} {r['precision']}" for r in held["rows"])
+        lines.append(
+            f"Peak memory over {held['texts']:,} {held['corpus']} texts: {', '.join(each)}."
+        )
+    return lines
+
+
+def readme_figures(results: Path = RESULTS) -> str:
+    """What README shows between its two marks: every stored result, or that there is none."""
+    sections = []
+    for folder in sorted(path for path in results.glob("*") if path.is_dir()):
+        documents = [
+            json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))
+        ]
+        if documents:
+            sections.append(readme_section(folder.name, documents))
+    return "\n\n".join(sections) or "«not measured yet»"
+
+
+def write_readme(path: Path) -> None:
+    """Put the stored results between the marks of README.
+
+    Raises:
+        ValueError: the marks are missing.
+    """
+    text = path.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"{path.name} must hold the marks {BEGIN} and {END}")
+    stale = "" if _current(RESULTS) else f"\n\n{OLDER}"
+    path.write_text(f"{before}{begin}\n{readme_figures()}{stale}\n{end}{after}", encoding="utf-8")
+
+
+def _current(results: Path) -> bool:
+    """Whether every stored result was measured from the sources as they are."""
+    now = source_hash()
+    stored = (json.loads(p.read_text(encoding="utf-8")) for p in results.glob("*/*.json"))
+    return all(document["source_sha256"] == now for document in stored)
+
+
 def main(paths: list[str]) -> int:
-    """Print stored results."""
+    """Print stored results, or put them into README."""
     if not paths:
-        print("usage: report.py RESULT.json ...", file=sys.stderr)
+        print("usage: report.py --readme | RESULT.json ...", file=sys.stderr)
         return 2
+    if paths == ["--readme"]:
+        write_readme(ROOT / "README.md")
+        return 0
     current = source_hash()
     for path in paths:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
         print(f"## {Path(path).stem}\n\n{render(document)}")
         if document["source_sha256"] != current:
-            print("\nolder code: the sources have changed since this run")
+            print(f"\n{OLDER}")
         print()
     return 0
 

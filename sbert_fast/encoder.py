@@ -20,7 +20,6 @@ from sbert_fast import inference, models, ops
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import InputError, InvalidWeightsError, UnsupportedModelError
 from sbert_fast.inference import Pipeline, Request
-from sbert_fast.models.base import has_hooks
 from sbert_fast.pooling import PoolingHead, is_module, read_pooling
 from sbert_fast.stats import Counters, EncoderStats
 from sbert_fast.tokenization import TextTokenizer, check_texts, tokenizer_state
@@ -29,6 +28,16 @@ logger = logging.getLogger("sbert_fast")
 
 PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
 OUTPUT_VALUES = ("sentence_embedding", "token_embeddings", None)
+# What `_run_packed` takes of the arguments sentence-transformers hands to `_inference`.
+_RUN_ARGUMENTS = (
+    "prompt",
+    "batch_size",
+    "show_progress_bar",
+    "output_value",
+    "normalize_embeddings",
+    "truncate_dim",
+    "device",
+)
 _DTYPES = {
     "auto": None,
     "float32": torch.float32,
@@ -273,8 +282,7 @@ class FastEncoder(SentenceTransformer):
         pipeline = self._pipeline()
         if isinstance(pipeline, str):
             return pipeline
-        model = pipeline.engine.model
-        if any(map(has_hooks, model.modules())):
+        if pipeline.engine.has_hooks():
             return "the base model has forward hooks"
         # sentence-transformers refuses the names it does not know, whatever their value.
         given = [
@@ -375,17 +383,15 @@ class FastEncoder(SentenceTransformer):
         if show_progress_bar is None:
             level = logging.getLogger("sentence_transformers").getEffectiveLevel()
             show_progress_bar = level in (logging.INFO, logging.DEBUG)
-        result = self._inference(
+        result = self._run_packed(
             texts,
             prompt=self._resolve_prompt(prompt, prompt_name),
             batch_size=batch_size,
             show_progress_bar=show_progress_bar,
             output_value=output_value,
-            save_to_cpu=convert_to_numpy,
             normalize_embeddings=normalize_embeddings,
             truncate_dim=truncate_dim,
             device=device,
-            **kwargs,
         )
         if output_value == "sentence_embedding":
             result = _convert(result, precision, convert_to_numpy, convert_to_tensor)
@@ -396,7 +402,15 @@ class FastEncoder(SentenceTransformer):
             logger.warning("encode runs in sentence-transformers, unaccelerated: %s", reason)
 
     @torch.inference_mode()
-    def _inference(  # type: ignore[override]
+    def _inference(self, inputs: list[str], **arguments: Any) -> Any:
+        """Run checked texts in this process; sentence-transformers' workers enter here."""
+        known = {name: arguments[name] for name in _RUN_ARGUMENTS if name in arguments}
+        extra = {k: v for k, v in arguments.items() if k not in known and k != "save_to_cpu"}
+        if self._call_reason(extra) is not None:
+            return super()._inference(inputs, **arguments)
+        return self._run_packed(inputs, **known)
+
+    def _run_packed(
         self,
         inputs: list[str],
         *,
@@ -407,24 +421,7 @@ class FastEncoder(SentenceTransformer):
         normalize_embeddings: bool,
         truncate_dim: int | None,
         device: str | torch.device | None = None,
-        **kwargs: Any,
     ) -> Any:
-        """Run checked texts in this process; worker processes enter here."""
-        save_to_cpu = kwargs.pop("save_to_cpu", True)
-        reason = self._call_reason(kwargs)
-        if reason is not None:
-            return super()._inference(
-                inputs,
-                prompt=prompt,
-                batch_size=batch_size,
-                show_progress_bar=show_progress_bar,
-                output_value=output_value,
-                save_to_cpu=save_to_cpu,
-                normalize_embeddings=normalize_embeddings,
-                truncate_dim=truncate_dim,
-                device=device,
-                **kwargs,
-            )
         if device is not None:
             self._move(device)
         if self.training:

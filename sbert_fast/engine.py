@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sbert_fast import models, ops
-from sbert_fast.models.base import Linear, check_finite
+from sbert_fast.models.base import Linear, check_finite, has_hooks
 from sbert_fast.packing import PackedBatch
 from sbert_fast.prepare import Fingerprint, PreparedLinear, PreparedNorm
 
@@ -107,6 +107,12 @@ class PackedEncoder:
     def implementation(self) -> str:
         """The implementation of the ops that a forward pass uses now."""
         return ops.resolve(self.device, self.compute_dtype, self.impl)
+
+    def has_hooks(self) -> bool:
+        """Whether a module of the model has forward hooks, which a packed pass would not call."""
+        fingerprint = self._fingerprint
+        modules = self.model.modules() if fingerprint is None else fingerprint.modules
+        return any(map(has_hooks, modules))
 
     def refresh(self) -> None:
         """Forget prepared weights: needed after writes torch does not count (`p.data[...] = x`)."""

@@ -89,10 +89,13 @@ class Fingerprint:
     """Tells whether any parameter or submodule of a model was added, replaced or written to.
 
     It keeps the tensors it was taken from alive, so that an address cannot be used again unseen.
+
+    Attributes:
+        modules: the model and every module inside it, as they were.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
+        self.modules = modules = list(model.modules())
         self._children = [(module._modules, dict(module._modules)) for module in modules]
         self._parameters = [module._parameters for module in modules]
         self._held = [parameter.detach() for parameter in model.parameters()]

@@ -82,7 +82,7 @@ def memory_of_many(entries: list[Entry], shared: dict[str, Any], dimension: int)
         if entry.name in (OURS, REFERENCE):
             report.say(f"memory of {entry} over {MEMORY_TEXTS:,} texts")
             many = shared | {"corpus": MEMORY_CORPUS, "texts": MEMORY_TEXTS}
-            held = memory_of(entry.name, entry.precision, entry.batch_size, **many)
+            held = memory_of(entry.name, entry.precision, entry.setting, **many)
             rows.append({"system": entry.name, "precision": entry.precision} | held)
     return {
         "corpus": MEMORY_CORPUS,
@@ -120,7 +120,7 @@ def measure(args: argparse.Namespace, onnx: Path) -> dict[str, Any]:
     for entry in running:
         report.say(f"memory of {entry}")
         own = shared | {"corpus": args.corpus, "texts": args.texts}
-        entry.memory = memory_of(entry.name, entry.precision, entry.batch_size, **own)
+        entry.memory = memory_of(entry.name, entry.precision, entry.setting, **own)
     truth = embeddings[REFERENCE, "float32"]
     settings = ("threads", "rounds", "seed", "sweep_texts")
     return document | {

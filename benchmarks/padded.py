@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,28 +95,50 @@ class ModelFolder:
             raise NotAvailable("its driver pools by the mean and nothing else")
 
 
-@dataclass
+class Setting(NamedTuple):
+    """How a system is run: rows of a batch, and batches computed at the same time."""
+
+    batch_size: int = 0
+    workers: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.batch_size}" + (f" x {self.workers}" if self.workers > 1 else "")
+
+
 class Padded:
     """A bare forward pass behind length-sorted padded batches, masked mean and L2.
 
     Args:
         folder: where tokenizer and limits come from.
-        forward: int64 `[B, S]` arrays by name to last hidden states, float32 `[B, S, E]`.
+        make_forward: from a number of workers, which share the threads evenly, to what each of
+            them calls: int64 `[B, S]` arrays by name to last hidden states, float32 `[B, S, E]`,
+            valid until the worker's next call.
+        workers: numbers of workers that it supports.
     """
 
-    folder: ModelFolder
-    forward: Forward
     batch_sizes = True
 
-    def encode(self, texts: list[str], batch_size: int) -> NDArray[np.float32]:
+    def __init__(
+        self,
+        folder: ModelFolder,
+        make_forward: Callable[[int], Forward],
+        workers: tuple[int, ...] = (1,),
+    ) -> None:
+        self.folder, self.workers = folder, workers
+        self._forward = cache(make_forward)
+
+    def encode(self, texts: list[str], setting: Setting) -> NDArray[np.float32]:
         ids, lengths = self.folder.tokenize(texts)
         starts = np.cumsum(lengths) - lengths
         out = np.empty((len(texts), self.folder.config["hidden_size"]), np.float32)
-        for rows in _sorted_batches(lengths, batch_size):
+        pad = self.folder.config.get("pad_token_id") or 0
+        forward = self._forward(setting.workers)
+
+        def run(rows: NDArray[np.int64]) -> None:
             mask = np.arange(lengths[rows[0]]) < lengths[rows, None]
-            padded = np.full(mask.shape, self.folder.config.get("pad_token_id") or 0, np.int64)
+            padded = np.full(mask.shape, pad, np.int64)
             padded[mask] = np.concatenate([ids[starts[i] : starts[i] + lengths[i]] for i in rows])
-            hidden = self.forward(
+            hidden = forward(
                 {
                     "input_ids": padded,
                     "attention_mask": mask.astype(np.int64),
@@ -124,11 +147,19 @@ class Padded:
             )
             pooled = (mask[:, None].astype(np.float32) @ hidden)[:, 0] / lengths[rows, None]
             out[rows] = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
+
+        batches = _sorted_batches(lengths, setting.batch_size)
+        if setting.workers == 1:
+            for rows in batches:
+                run(rows)
+            return out
+        with ThreadPoolExecutor(setting.workers) as pool:
+            deque(pool.map(run, batches), maxlen=0)
         return out
 
-    def computed_tokens(self, texts: list[str], batch_size: int) -> int:
+    def computed_tokens(self, texts: list[str], setting: Setting) -> int:
         _, lengths = self.folder.tokenize(texts)
-        batches = _sorted_batches(lengths, batch_size)
+        batches = _sorted_batches(lengths, setting.batch_size)
         return sum(int(lengths[rows[0]]) * len(rows) for rows in batches)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import threading
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -18,9 +19,10 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from padded import Forward, Inputs, ModelFolder, NotAvailable, Padded
+from padded import Forward, Inputs, ModelFolder, NotAvailable, Padded, Setting
 from report import OURS, REFERENCE
 
+MakeForward = Callable[[int], Forward]
 _INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -29,14 +31,16 @@ class System(Protocol):
 
     Attributes:
         batch_sizes: whether it takes batch sizes; False where it plans its batches itself.
+        workers: how many batches it can compute at the same time.
     """
 
     batch_sizes: bool
+    workers: tuple[int, ...]
 
-    def encode(self, texts: list[str], batch_size: int) -> NDArray[np.float32]:
+    def encode(self, texts: list[str], setting: Setting) -> NDArray[np.float32]:
         """L2-normalised float32 `[N, E]` in the order of `texts`."""
 
-    def computed_tokens(self, texts: list[str], batch_size: int) -> int | None:
+    def computed_tokens(self, texts: list[str], setting: Setting) -> int | None:
         """Tokens computed, padding included; None where there is no padding."""
 
 
@@ -44,6 +48,7 @@ class Packed:
     """FastEncoder with its default settings."""
 
     batch_sizes = False
+    workers = (1,)
 
     def __init__(self, folder: ModelFolder, precision: str) -> None:
         from sbert_fast import FastEncoder
@@ -53,7 +58,7 @@ class Packed:
             raise NotAvailable(f"unaccelerated: {self.encoder.unsupported_reason}")
         self.normalize = not folder.normalizes
 
-    def encode(self, texts: list[str], batch_size: int) -> NDArray[np.float32]:
+    def encode(self, texts: list[str], setting: Setting) -> NDArray[np.float32]:
         out = self.encoder.encode(
             texts, show_progress_bar=False, normalize_embeddings=self.normalize
         )
@@ -61,7 +66,7 @@ class Packed:
             raise RuntimeError(f"encode did not run packed: {self.encoder.stats.fallbacks}")
         return out
 
-    def computed_tokens(self, texts: list[str], batch_size: int) -> None:
+    def computed_tokens(self, texts: list[str], setting: Setting) -> None:
         return None
 
 
@@ -69,6 +74,7 @@ class SentenceTransformers:
     """SentenceTransformer.encode, unpatched."""
 
     batch_sizes = True
+    workers = (1,)
 
     def __init__(self, folder: ModelFolder, precision: str) -> None:
         import torch
@@ -80,15 +86,15 @@ class SentenceTransformers:
         )
         self.normalize = not folder.normalizes
 
-    def encode(self, texts: list[str], batch_size: int) -> NDArray[np.float32]:
+    def encode(self, texts: list[str], setting: Setting) -> NDArray[np.float32]:
         return self.model.encode(
             texts,
-            batch_size=batch_size,
+            batch_size=setting.batch_size,
             show_progress_bar=False,
             normalize_embeddings=self.normalize,
         )
 
-    def computed_tokens(self, texts: list[str], batch_size: int) -> int:
+    def computed_tokens(self, texts: list[str], setting: Setting) -> int:
         total = 0
 
         def count(module: Any, args: tuple[Any, ...]) -> None:
@@ -97,7 +103,7 @@ class SentenceTransformers:
 
         hook = self.model[0].register_forward_pre_hook(count)
         try:
-            self.encode(texts, batch_size)
+            self.encode(texts, setting)
         finally:
             hook.remove()
         return total
@@ -165,42 +171,52 @@ def export_onnx(folder: ModelFolder, target: Path) -> None:
         )
 
 
-def _onnxruntime(folder: ModelFolder, precision: str, onnx: Path) -> Forward:
+def _onnxruntime(folder: ModelFolder, precision: str, onnx: Path) -> MakeForward:
     if precision != "float32":
         raise NotAvailable(f"has no {precision} kernels on a CPU")
     ort = _require("onnxruntime")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = folder.threads
-    options.inter_op_num_threads = 1
-    session = ort.InferenceSession(str(onnx), options, providers=["CPUExecutionProvider"])
-    names = [node.name for node in session.get_inputs()]
-    return lambda inputs: session.run(None, {name: inputs[name] for name in names})[0]
+
+    def make(workers: int) -> Forward:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = folder.threads // workers
+        options.inter_op_num_threads = 1
+        session = ort.InferenceSession(str(onnx), options, providers=["CPUExecutionProvider"])
+        names = [node.name for node in session.get_inputs()]
+        return lambda inputs: session.run(None, {name: inputs[name] for name in names})[0]
+
+    return make
 
 
-def _openvino(folder: ModelFolder, precision: str, onnx: Path) -> Forward:
+def _openvino(folder: ModelFolder, precision: str, onnx: Path) -> MakeForward:
     core = _require("openvino").Core()
     hint = {"float32": "f32", "bfloat16": "bf16"}[precision]
     if precision == "bfloat16" and "BF16" not in core.get_property(
         "CPU", "OPTIMIZATION_CAPABILITIES"
     ):
         raise NotAvailable("this CPU has no bfloat16 instructions it could use")
-    settings = {
-        "INFERENCE_NUM_THREADS": folder.threads,
-        "INFERENCE_PRECISION_HINT": hint,
-        "NUM_STREAMS": 1,
-    }
-    compiled = core.compile_model(str(onnx), "CPU", settings)
-    request = compiled.create_infer_request()
-    names = [port.any_name for port in compiled.inputs]
 
-    def forward(inputs: Inputs) -> NDArray[np.float32]:
-        arguments = {name: inputs[name] for name in names}
-        return request.infer(arguments, share_inputs=True, share_outputs=True)[0]
+    def make(workers: int) -> Forward:
+        settings = {
+            "INFERENCE_NUM_THREADS": folder.threads,
+            "INFERENCE_PRECISION_HINT": hint,
+            "NUM_STREAMS": workers,
+        }
+        compiled = core.compile_model(str(onnx), "CPU", settings)
+        names = [port.any_name for port in compiled.inputs]
+        own = threading.local()
 
-    return forward
+        def forward(inputs: Inputs) -> NDArray[np.float32]:
+            if not hasattr(own, "request"):
+                own.request = compiled.create_infer_request()
+            arguments = {name: inputs[name] for name in names}
+            return own.request.infer(arguments, share_inputs=True, share_outputs=True)[0]
+
+        return forward
+
+    return make
 
 
-def _compiled(folder: ModelFolder, precision: str, backend: str) -> Forward:
+def _compiled(folder: ModelFolder, precision: str, backend: str) -> MakeForward:
     """torch.compile with weights frozen into the graph, and free batch and sequence dimensions."""
     import torch
     from torch._inductor import config
@@ -214,23 +230,23 @@ def _compiled(folder: ModelFolder, precision: str, backend: str) -> Forward:
         with torch.no_grad(), config.patch(freezing=True):
             return model(**tensors).last_hidden_state.float().numpy()
 
-    return forward
+    return lambda workers: forward
 
 
-def _zentorch(folder: ModelFolder, precision: str) -> Forward:
+def _zentorch(folder: ModelFolder, precision: str) -> MakeForward:
     _require("zentorch")
     return _compiled(folder, precision, "zentorch")
 
 
-def _torch_compile(folder: ModelFolder, precision: str) -> Forward:
+def _torch_compile(folder: ModelFolder, precision: str) -> MakeForward:
     return _compiled(folder, precision, "inductor")
 
 
-_ONNX: dict[str, Callable[[ModelFolder, str, Path], Forward]] = {
+ONNX: dict[str, Callable[[ModelFolder, str, Path], MakeForward]] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
 }
-_TORCH: dict[str, Callable[[ModelFolder, str], Forward]] = {
+TORCH: dict[str, Callable[[ModelFolder, str], MakeForward]] = {
     "zentorch": _zentorch,
     "torch-compile": _torch_compile,
 }
@@ -253,9 +269,11 @@ def build(name: str, precision: str, folder: ModelFolder, onnx: Path) -> System:
     if name == REFERENCE:
         return SentenceTransformers(folder, precision)
     folder.check_mean_pooling()
-    if name in _TORCH:
-        return Padded(folder, _TORCH[name](folder, precision))
+    if name in TORCH:
+        return Padded(folder, TORCH[name](folder, precision))
     _require(name)
     if not onnx.is_file():
         export_onnx(folder, onnx)
-    return Padded(folder, _ONNX[name](folder, precision, onnx))
+    # One batch on all threads, or a batch a thread: which is faster depends on the machine.
+    workers = tuple(dict.fromkeys((1, folder.threads)))
+    return Padded(folder, ONNX[name](folder, precision, onnx), workers)

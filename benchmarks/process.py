@@ -1,8 +1,6 @@
 """Thread limits of a benchmark process, and the memory of one system in a process of its own.
 
-    python benchmarks/process.py SYSTEM PRECISION BATCH_SIZE MODEL CORPUS TEXTS SEED THREADS ONNX
-
-encodes a corpus once and prints what the process held, as JSON. Called by encode.py.
+As a program, which `memory_of` runs, it encodes a corpus once and prints, as JSON, what it held.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAY
 def pin(threads: int) -> None:
     """Give every thread pool of this process and its children `threads` CPUs and threads.
 
-    Comes before libraries are imported, which read the variables once.
+    Comes before libraries are imported, which read the variables once. Progress bars are off, too.
 
     Raises:
         ValueError: this process may not use that many CPUs.
@@ -31,13 +29,13 @@ def pin(threads: int) -> None:
         raise ValueError(f"threads must be at most {len(available)} here, got {threads}")
     os.sched_setaffinity(0, available[:threads])
     os.environ |= {name: str(threads) for name in _VARIABLES}
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    os.environ |= {"TOKENIZERS_PARALLELISM": "true", "TQDM_DISABLE": "1"}
 
 
 def memory_of(
     system: str,
     precision: str,
-    batch_size: int,
+    setting: tuple[int, int],
     *,
     model: Path,
     corpus: str,
@@ -48,13 +46,24 @@ def memory_of(
 ) -> dict[str, float]:
     """Encode a corpus in a new process.
 
+    Args:
+        system: its name.
+        precision: its precision.
+        setting: rows of a batch, and batches at the same time.
+        model: folder of the model.
+        corpus: name or path.
+        texts: how many.
+        seed: of the corpus.
+        threads: CPU threads.
+        onnx: the ONNX export, if the system needs it.
+
     Returns:
         `loaded_rss_mb` before the first text, `peak_rss_mb` of the whole process, `seconds`.
 
     Raises:
         RuntimeError: the process failed.
     """
-    arguments = (system, precision, batch_size, model, corpus, texts, seed, threads, onnx)
+    arguments = (system, precision, *setting, model, corpus, texts, seed, threads, onnx)
     command = [sys.executable, __file__, *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
@@ -69,18 +78,18 @@ def _resident_mb(field: str) -> float:
 
 
 def _main(arguments: list[str]) -> None:
-    system, precision, batch_size, model, corpus, texts, seed, threads, onnx = arguments
+    system, precision, batch_size, workers, model, corpus, texts, seed, threads, onnx = arguments
     pin(int(threads))
     import peers
     from corpora import load_corpus
-    from padded import ModelFolder
+    from padded import ModelFolder, Setting
 
     folder = ModelFolder(Path(model), int(threads))
     built = peers.build(system, precision, folder, Path(onnx))
     lines = load_corpus(corpus, int(texts), int(seed))
     loaded = _resident_mb("VmRSS")
     start = time.perf_counter()
-    built.encode(lines, int(batch_size))
+    built.encode(lines, Setting(int(batch_size), int(workers)))
     result = {
         "loaded_rss_mb": loaded,
         "peak_rss_mb": _resident_mb("VmHWM"),

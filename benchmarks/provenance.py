@@ -78,7 +78,7 @@ def _cpu(threads: int) -> dict[str, Any]:
     if "cpu family" in fields:
         model += f" (family {fields['cpu family']}, model {fields['model']})"
     return {
-        "name": f"{model}, {threads} threads",
+        "name": f"{model}, {threads} thread{'s' if threads > 1 else ''}",
         "kind": "cpu",
         "threads": threads,
         "cpus": os.cpu_count(),

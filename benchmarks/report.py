@@ -67,7 +67,7 @@ def _throughput(rows: list[dict[str, Any]]) -> list[str]:
             (
                 row["system"],
                 row["precision"],
-                str(row["batch"]),
+                row["batch"],
                 f"{row['sentences_per_s']:,.0f}",
                 f"{row['tokens_per_s']:,.0f}",
                 f"{(high - low) / row['tokens_per_s']:.1%}",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import time
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ import peers
 import report
 from corpora import load_corpus
 from gate import cosines
-from padded import ModelFolder, NotAvailable
+from padded import ModelFolder, NotAvailable, Setting
 from report import OURS, REFERENCE
 
-FIRST_BATCH_SIZES = (8, 16, 32, 64, 128)
+FIRST_BATCH_SIZE, MUST_SWEEP = 8, 128
 LATENCY_TOKENS, LATENCY_CALLS, LATENCY_WARM_CALLS = 16, 300, 20
 
 
@@ -29,8 +28,8 @@ class Entry:
     precision: str
     status: str = "measured"
     system: Any = None
-    batch_size: int = 0
-    sweep: dict[int, float] = field(default_factory=dict)
+    setting: Setting = Setting()
+    sweep: dict[Setting, float] = field(default_factory=dict)
     embeddings: Any = None
     computed_tokens: int | None = None
     seconds: list[float] = field(default_factory=list)
@@ -40,7 +39,7 @@ class Entry:
         return f"{self.name} {self.precision}"
 
     def encode(self, texts: list[str]) -> Any:
-        return self.system.encode(texts, self.batch_size)
+        return self.system.encode(texts, self.setting)
 
 
 def timed(entry: Entry, texts: list[str]) -> float:
@@ -72,31 +71,33 @@ def build_all(
     return entries
 
 
-def find_batch_size(entry: Entry, texts: list[str], tokens: int) -> None:
+def find_setting(entry: Entry, texts: list[str], tokens: int) -> None:
     """Sweep batch sizes, doubling on as long as the largest is the best; best of two warm runs."""
     if not entry.system.batch_sizes:
         return
-    sizes = (FIRST_BATCH_SIZES[0] << i for i in count())
-    for size in sizes:
-        swept = list(entry.sweep)
-        if size > FIRST_BATCH_SIZES[-1] and (size > len(texts) or entry.batch_size != swept[-1]):
-            break
-        entry.batch_size = size
-        entry.encode(texts)
-        entry.sweep[size] = tokens / min(timed(entry, texts), timed(entry, texts))
-        entry.batch_size = max(entry.sweep, key=entry.sweep.__getitem__)
+    for workers in entry.system.workers:
+        swept: dict[Setting, float] = {}
+        size = FIRST_BATCH_SIZE
+        while size <= MUST_SWEEP or (size <= len(texts) and entry.setting.batch_size == size // 2):
+            entry.setting = Setting(size, workers)
+            entry.encode(texts)
+            swept[entry.setting] = tokens / min(timed(entry, texts), timed(entry, texts))
+            entry.setting = max(swept, key=swept.__getitem__)
+            size *= 2
+        entry.sweep |= swept
+    entry.setting = max(entry.sweep, key=entry.sweep.__getitem__)
 
 
 def prepare(entry: Entry, texts: list[str], subset: list[str], subset_tokens: int) -> None:
-    """Bring a system to its best: batch size found, warm on all texts, embeddings kept.
+    """Bring a system to its best: setting found, warm on all texts, embeddings kept.
 
     A peer that fails is named as such and left out; ours and the reference may not fail.
     """
     report.say(f"preparing {entry}")
     try:
-        find_batch_size(entry, subset, subset_tokens)
+        find_setting(entry, subset, subset_tokens)
         entry.embeddings = entry.encode(texts)
-        entry.computed_tokens = entry.system.computed_tokens(texts, entry.batch_size)
+        entry.computed_tokens = entry.system.computed_tokens(texts, entry.setting)
     except Exception as error:
         if entry.name in (OURS, REFERENCE):
             raise
@@ -145,7 +146,7 @@ def _figures(entry: Entry, truth: Any, tokens: int) -> dict[str, Any]:
     match = cosines(entry.embeddings, truth)
     rates = tokens / np.array(entry.seconds)
     return {
-        "batch": entry.batch_size if entry.system.batch_sizes else "auto",
+        "batch": str(entry.setting) if entry.system.batch_sizes else "auto",
         "tokens_per_s": float(np.median(rates)),
         "sentences_per_s": float(len(match) / np.median(entry.seconds)),
         "iqr_tokens_per_s": np.percentile(rates, (25, 75)).tolist(),
@@ -153,7 +154,7 @@ def _figures(entry: Entry, truth: Any, tokens: int) -> dict[str, Any]:
         "mean_cosine": float(match.mean()),
         "real_token_share": entry.computed_tokens and tokens / entry.computed_tokens,
         **entry.memory,
-        "sweep_tokens_per_s": entry.sweep,
+        "sweep_tokens_per_s": {str(setting): rate for setting, rate in entry.sweep.items()},
         "seconds": entry.seconds,
     }
 
@@ -168,7 +169,7 @@ def latency(entries: list[Entry], folder: ModelFolder) -> dict[str, Any]:
     for i in range(LATENCY_WARM_CALLS + LATENCY_CALLS):
         for _, system, seconds in calls:
             start = time.perf_counter()
-            system.encode(text, 1)
+            system.encode(text, Setting(1))
             if i >= LATENCY_WARM_CALLS:
                 seconds.append(time.perf_counter() - start)
     rows = []

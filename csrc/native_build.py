@@ -104,7 +104,7 @@ def find_torch() -> Torch:
             return Torch(root, version)
         minimum = ".".join(map(str, MIN_TORCH))
         raise Unavailable(f"torch must be {minimum} or later, got {version} at {root}")
-    raise Unavailable("torch is not installed in this environment, install it first")
+    raise Unavailable("there is no torch to compile against: install torch, then build again")
 
 
 def find_compiler() -> list[str]:

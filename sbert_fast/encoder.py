@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import logging
-import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.util import quantize_embeddings
-from torch import Tensor, nn
+from torch import nn
 from tqdm.autonotebook import tqdm
 
-from sbert_fast import inference, models, ops
+from sbert_fast import inference, ops
+from sbert_fast.arguments import (
+    DEFAULT_BATCH_SIZE,
+    OUTPUT_VALUES,
+    PRECISIONS,
+    DefaultBatchSize,
+    as_list,
+    check_positive,
+    convert,
+    parse_dtype,
+)
+from sbert_fast.assembly import Derived, build_pipeline, signature
 from sbert_fast.engine import PackedEncoder
-from sbert_fast.errors import InputError, InvalidWeightsError, UnsupportedModelError
+from sbert_fast.errors import InvalidWeightsError, UnsupportedModelError
 from sbert_fast.inference import Pipeline, Request
-from sbert_fast.pooling import PoolingHead, is_module, read_pooling
 from sbert_fast.stats import Counters, EncoderStats
-from sbert_fast.tokenization import TextTokenizer, check_texts, tokenizer_state
+from sbert_fast.tokenization import check_texts
 
 logger = logging.getLogger("sbert_fast")
 
-PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
-OUTPUT_VALUES = ("sentence_embedding", "token_embeddings", None)
 # What `_run_packed` takes of the arguments sentence-transformers hands to `_inference`.
 _RUN_ARGUMENTS = (
     "prompt",
@@ -36,53 +41,7 @@ _RUN_ARGUMENTS = (
     "output_value",
     "normalize_embeddings",
     "truncate_dim",
-    "device",
 )
-_DTYPES = {
-    "auto": None,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
-# transformers' stand-in for "no limit" is far above this.
-_NO_LIMIT = 1_000_000_000
-
-
-class _DefaultBatchSize(int):
-    """The default of `batch_size`: it reads 32 and limits nothing, unlike a 32 asked for."""
-
-
-DEFAULT_BATCH_SIZE = _DefaultBatchSize(32)
-
-
-def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    if isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():
-        return dtype
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        expected = ", ".join(map(repr, _DTYPES))
-        raise ValueError(f"dtype must be one of {expected} or the torch dtype, got {dtype!r}")
-    return _DTYPES[dtype]
-
-
-def _check_positive(name: str, value: object, alternative: str | None = None) -> None:
-    if value == alternative and alternative is not None:
-        return
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-        wanted = "a positive integer" + (f" or {alternative!r}" if alternative else "")
-        raise ValueError(f"{name} must be {wanted}, got {value!r}")
-
-
-def _as_list(inputs: object) -> list[Any]:
-    """The elements of anything iterable that is not itself one input."""
-    if isinstance(inputs, list):
-        return inputs
-    if isinstance(inputs, np.ndarray):
-        listed = inputs.tolist()
-        if isinstance(listed, list):
-            return listed
-    elif isinstance(inputs, Iterable) and not isinstance(inputs, (bytes, bytearray, dict, Tensor)):
-        return list(inputs)
-    raise InputError(f"inputs must be a str or an iterable of str, got {type(inputs).__name__}")
 
 
 def _arguments_of(model: SentenceTransformer) -> dict[str, Any]:
@@ -137,8 +96,8 @@ class FastEncoder(SentenceTransformer):
         batch_tokens: int | Literal["auto"] = "auto",
         **kwargs: Any,
     ) -> None:
-        requested_dtype = _parse_dtype(dtype)
-        _check_positive("batch_tokens", batch_tokens, "auto")
+        requested_dtype = parse_dtype(dtype)
+        check_positive("batch_tokens", batch_tokens, "auto")
         if impl != "auto" and impl not in ops.IMPLEMENTATIONS:
             expected = ", ".join(("auto", *ops.IMPLEMENTATIONS))
             raise ValueError(f"impl must be one of {expected}, got {impl!r}")
@@ -157,7 +116,7 @@ class FastEncoder(SentenceTransformer):
         self._requested_dtype = requested_dtype
         self._impl = impl
         self._counters = Counters()
-        self._derived = _Derived()
+        self._derived = Derived()
         self._announce()
 
     def _announce(self) -> None:
@@ -205,75 +164,26 @@ class FastEncoder(SentenceTransformer):
         """Forget prepared weights: needed after writes torch does not count (`p.data[...] = x`)."""
         self._derived.clear()
 
-    def _signature(self) -> tuple[Any, ...]:
-        """What the pipeline was built from, cheap enough to look at on every call."""
-        children = list(self.children())
-        first = children[0] if children else None
-        pooling = children[1] if len(children) > 1 else None
-        return (
-            tuple(map(id, children)),
-            id(getattr(first, "auto_model", None)),
-            tokenizer_state(getattr(first, "tokenizer", None)),
-            getattr(pooling, "pooling_mode", None),
-            getattr(pooling, "include_prompt", None),
-            self._requested_dtype,
-        )
-
     def _pipeline(self) -> Pipeline | str:
         """What runs `encode` for the modules as they are now, or why nothing of ours does."""
-        signature = self._signature()
-        pipeline = self._derived.get(signature)
+        current = signature(self)
+        pipeline = self._derived.get(current)
         if pipeline is None:
             try:
-                pipeline = self._build_pipeline()
+                pipeline = build_pipeline(self, self._requested_dtype, self._impl)
                 pipeline.engine.prepared()
             except InvalidWeightsError:
                 raise
             except UnsupportedModelError as error:
                 pipeline = str(error)
-            self._derived.set(signature, pipeline)
+            self._derived.set(current, pipeline)
         return pipeline
-
-    def _build_pipeline(self) -> Pipeline:
-        children = list(self.children())
-        if not children or not is_module(children[0], "Transformer"):
-            found = type(children[0]).__name__ if children else "nothing"
-            raise UnsupportedModelError(f"the first module must be Transformer, got {found}")
-        transformer = children[0]
-        if self.get_backend() != "torch":
-            raise UnsupportedModelError(f"backend must be 'torch', got {self.get_backend()!r}")
-        if getattr(self, "_placement_is_delegated", False):
-            raise UnsupportedModelError("a device_map or Accelerate hooks control placement")
-        for name in ("processing_kwargs", "query_expansion", "query_length", "document_length"):
-            if getattr(transformer, name, None):
-                raise UnsupportedModelError(f"the Transformer module sets {name}")
-        if transformer.tokenizer is None:
-            raise UnsupportedModelError("the Transformer module has no tokenizer")
-        model = transformer.auto_model
-        architecture, _ = models.read(model)
-        spec = read_pooling(children[1:], architecture.hidden_size)
-        max_length = self._max_length(architecture.max_tokens)
-        engine = PackedEncoder(model, dtype=self._requested_dtype, impl=self._impl)
-        return Pipeline(TextTokenizer(transformer.tokenizer, max_length), engine, PoolingHead(spec))
-
-    def _max_length(self, room: int) -> int:
-        """Tokens kept of a text, given the room of the position table."""
-        value = self[0].tokenizer.model_max_length
-        # sentence-transformers falls back to the size of the whole table, offset rows included.
-        table = self[0].auto_model.config.max_position_embeddings
-        if value is None or value >= _NO_LIMIT or room < value == table:
-            return room
-        if not 1 <= value <= room:
-            raise ValueError(
-                f"max_seq_length must be 1 to {room}, the room of the position table, got {value}"
-            )
-        return int(value)
 
     def _token_budget(self, pipeline: Pipeline, batch_size: int) -> int:
         budget = self.batch_tokens
         if budget == "auto":
             budget = pipeline.default_batch_tokens()
-        if not isinstance(batch_size, _DefaultBatchSize):
+        if not isinstance(batch_size, DefaultBatchSize):
             budget = min(budget, batch_size * pipeline.tokenizer.max_length)
         return int(budget)
 
@@ -343,21 +253,23 @@ class FastEncoder(SentenceTransformer):
         """
         sentences = kwargs.pop("sentences", None)
         inputs = sentences if inputs is None else inputs
-        _check_positive("batch_size", batch_size)
+        check_positive("batch_size", batch_size)
         if output_value not in OUTPUT_VALUES:
             raise ValueError(f"output_value must be one of {OUTPUT_VALUES}, got {output_value!r}")
         if precision is not None and precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
         truncate_dim = self.truncate_dim if truncate_dim is None else truncate_dim
         if truncate_dim is not None:
-            _check_positive("truncate_dim", truncate_dim)
+            check_positive("truncate_dim", truncate_dim)
         if isinstance(device, list) and not device:
             raise ValueError("device must be a device or a list of devices, got an empty list")
         distributed = getattr(self, "_distributed_inference", None) is not None and device is None
+        if device is not None and not isinstance(device, list):
+            self._move(device)
         reason = self._call_reason(kwargs)
         single = isinstance(inputs, str)
         if reason is None:
-            texts = [inputs] if single else _as_list(inputs)
+            texts = [inputs] if single else as_list(inputs)
             check_texts(texts)
             inputs = texts[0] if single else texts
         if reason is not None or pool is not None or isinstance(device, list) or distributed:
@@ -391,10 +303,9 @@ class FastEncoder(SentenceTransformer):
             output_value=output_value,
             normalize_embeddings=normalize_embeddings,
             truncate_dim=truncate_dim,
-            device=device,
         )
         if output_value == "sentence_embedding":
-            result = _convert(result, precision, convert_to_numpy, convert_to_tensor)
+            result = convert(result, precision, convert_to_numpy, convert_to_tensor)
         return result[0] if single else result
 
     def _count_fallback(self, reason: str) -> None:
@@ -404,8 +315,10 @@ class FastEncoder(SentenceTransformer):
     @torch.inference_mode()
     def _inference(self, inputs: list[str], **arguments: Any) -> Any:
         """Run checked texts in this process; sentence-transformers' workers enter here."""
+        if arguments.get("device") is not None:
+            self._move(arguments["device"])
         known = {name: arguments[name] for name in _RUN_ARGUMENTS if name in arguments}
-        extra = {k: v for k, v in arguments.items() if k not in known and k != "save_to_cpu"}
+        extra = {k: v for k, v in arguments.items() if k not in (*known, "device", "save_to_cpu")}
         if self._call_reason(extra) is not None:
             return super()._inference(inputs, **arguments)
         return self._run_packed(inputs, **known)
@@ -420,10 +333,7 @@ class FastEncoder(SentenceTransformer):
         output_value: str | None,
         normalize_embeddings: bool,
         truncate_dim: int | None,
-        device: str | torch.device | None = None,
     ) -> Any:
-        if device is not None:
-            self._move(device)
         if self.training:
             self.eval()
         pipeline = self._pipeline()
@@ -457,45 +367,3 @@ class FastEncoder(SentenceTransformer):
         """Tokens of the prompt, without a trailing special token."""
         ids = pipeline.tokenizer([prompt]).ids
         return len(ids) - int(ids[-1] in self.tokenizer.all_special_ids)
-
-
-def _convert(
-    embeddings: Tensor, precision: str, convert_to_numpy: bool, convert_to_tensor: bool
-) -> Any:
-    """The type the caller asked for, of fp32 `[N, dimension]`."""
-    if not len(embeddings):
-        empty = torch.tensor([], device=embeddings.device)
-        if convert_to_tensor:
-            return empty
-        return np.array([]) if convert_to_numpy else []
-    result: Any = embeddings
-    if precision not in (None, "float32"):
-        result = quantize_embeddings(embeddings, precision=precision)
-    if convert_to_tensor:
-        return torch.as_tensor(result)
-    if convert_to_numpy:
-        return result if isinstance(result, np.ndarray) else result.cpu().numpy()
-    return list(torch.as_tensor(result))
-
-
-class _Derived:
-    """The pipeline of an encoder: rebuilt on demand, left behind by copies and pickles."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._entry: tuple[tuple[Any, ...], Pipeline | str] | None = None
-
-    def __reduce__(self) -> tuple[type[_Derived], tuple[()]]:
-        return type(self), ()
-
-    def get(self, signature: tuple[Any, ...]) -> Pipeline | str | None:
-        entry = self._entry
-        return entry[1] if entry is not None and entry[0] == signature else None
-
-    def set(self, signature: tuple[Any, ...], pipeline: Pipeline | str) -> None:
-        with self._lock:
-            self._entry = signature, pipeline
-
-    def clear(self) -> None:
-        with self._lock:
-            self._entry = None

@@ -152,7 +152,7 @@ def test_refusals_come_before_the_model(
         (lambda: ZeroDivisionError("a bug"), 1, "ZeroDivisionError: a bug"),
         (lambda: OSError(28, "No space left on device"), 1, "out.npy: No space left on device"),
         (KeyboardInterrupt, 130, "interrupted"),
-        (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, ""),
+        (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, "terminated"),
     ],
 )
 def test_a_failure_leaves_the_old_file_alone(

@@ -142,6 +142,13 @@ def test_segment_pool(isa: str, E: int, dtype: torch.dtype, mode: str) -> None:
         assert not out[[1, 5]].any(), "an empty sequence must give zeros"
 
 
+@pytest.mark.parametrize("mode", ["mean", "mean_sqrt_len", "weighted_mean"])
+def test_segment_pool_error_does_not_grow_with_the_length(isa: str, mode: str) -> None:
+    x, cu_seqlens = 1 + randn(20_000, 33), int32(0, 20_000)
+    args = [x, cu_seqlens, POOLING_MODES.index(mode), False, 0, None]
+    check_op("segment_pool", OPS.segment_pool.cpu(*args), args, torch.float32)
+
+
 @pytest.mark.parametrize("mode", POOLING_MODES)
 def test_segment_pool_of_spans(isa: str, mode: str) -> None:
     spans = torch.tensor([[2, 9], [0, 65], [4, 4], [65, 65], [64, 65]], dtype=torch.int32)

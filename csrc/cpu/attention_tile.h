@@ -104,8 +104,12 @@ struct ScoreTile {
 };
 
 // out[query][dim] = decay[query] * out + weights times values, for some queries (rows) and dims.
+//
+// The product is a sum of sums over kRun slots each: the error of a sum grows with its length.
 template <class Operand>
 struct ValueTile {
+  static constexpr int64_t kRun = 32;
+
   const float* weights;  // [slots][kLanes], from the first query on
   const float* values;   // [slots][kLanes], from the first dim on
   int64_t slots;
@@ -115,17 +119,21 @@ struct ValueTile {
 
   template <int ROWS, int VECS>
   __attribute__((noinline)) void run() const {
-    VecF acc[ROWS][VECS];
-    SBF_UNROLL for (int r = 0; r < ROWS; ++r) {
-      SBF_UNROLL for (int v = 0; v < VECS; ++v) {
-        acc[r][v] = VecF::zero();
-        if (decay == nullptr) continue;
-        acc[r][v] = VecF::load(out + r * out_stride + v * VecF::N) * VecF::set1(decay[r]);
+    for (int64_t from = 0; from < slots; from += kRun) {
+      const int64_t count = slots - from < kRun ? slots - from : kRun;
+      VecF acc[ROWS][VECS];
+      SBF_UNROLL for (int r = 0; r < ROWS; ++r) {
+        SBF_UNROLL for (int v = 0; v < VECS; ++v) acc[r][v] = VecF::zero();
       }
-    }
-    accumulate<Operand>(weights, 1, kLanes, values, slots, acc);
-    SBF_UNROLL for (int r = 0; r < ROWS; ++r) {
-      SBF_UNROLL for (int v = 0; v < VECS; ++v) acc[r][v].store(out + r * out_stride + v * VecF::N);
+      accumulate<Operand>(weights + from * kLanes, 1, kLanes, values + from * kLanes, count, acc);
+      SBF_UNROLL for (int r = 0; r < ROWS; ++r) {
+        const VecF kept = VecF::set1(from == 0 && decay != nullptr ? decay[r] : 1.0f);
+        SBF_UNROLL for (int v = 0; v < VECS; ++v) {
+          float* const to = out + r * out_stride + v * VecF::N;
+          if (from > 0 || decay != nullptr) acc[r][v] = fma(VecF::load(to), kept, acc[r][v]);
+          acc[r][v].store(to);
+        }
+      }
     }
   }
 };

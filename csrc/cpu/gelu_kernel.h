@@ -54,8 +54,7 @@ struct TanhTail {
 
 template <class Tail>
 SBF_INLINE VecF gelu(VecF v) {
-  // Where a is cut off, a * tail(a) is below 1e-28 in both forms, and the power of two still
-  // normal.
+  // Where a is cut off, both a * tail(a) are below 1e-27 and the power of two is still normal.
   const VecF a = min(VecF::set1(10.0f), abs(v));
   return max(v, VecF::zero()) - a * Tail()(a);
 }

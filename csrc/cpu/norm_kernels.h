@@ -3,7 +3,7 @@
 //   y = (v - mean(v)) / sqrt(mean((v - mean(v))^2) + eps) * weight + bias
 //
 // Statistics take two passes over a row that stays in L1: the mean first, then the centred
-// variance. Each sum runs through kLanes accumulators in an order that depends on E alone.
+// variance. Each sum runs through four accumulators in an order that depends on E alone.
 #pragma once
 
 #include "kernels.h"
@@ -62,7 +62,7 @@ struct SummedRow {
   SBF_INLINE VecF load_partial(int64_t e, int n) const { return VecF::load_partial(v + e, n); }
 };
 
-/// Sum of term(v[e]) over a row; `keep(e, v, n)` sees the n elements at e on the way.
+/// Sum of term(v[e]) over a row; `keep(e, v)` sees the elements from e on, zeros after the last.
 template <class Row, class Term, class Keep>
 SBF_INLINE float sum_row(const Row& row, int64_t E, Term term, Keep keep) {
   constexpr int kBlock = 4;
@@ -123,7 +123,7 @@ SBF_INLINE void layer_norm_row(const Row& row, const float* weight, const float*
     const float mean = sum_row(row, E, value, [](int64_t, VecF) {}) / size;
     return normalize_row(row, mean, weight, bias, E, eps, out);
   }
-  float summed[kMaxSummed + VecF::N];
+  alignas(64) float summed[kMaxSummed + VecF::N];
   const auto keep = [&summed](int64_t e, VecF v) { v.store(summed + e); };
   const float mean = sum_row(row, E, value, keep) / size;
   normalize_row(SummedRow{summed}, mean, weight, bias, E, eps, out);

@@ -1,6 +1,7 @@
 // segment_pool: one fp32 row per segment, tokens added in order, then L2.
 //
-// A block of kBlock columns lives in registers while the tokens of the segment go by.
+// A block of columns lives in registers while the tokens of the segment go by. Sums carry what each
+// addition rounds away, so that their error does not grow with the length of the segment.
 #pragma once
 
 #include "kernels.h"
@@ -11,53 +12,64 @@ namespace sbert_fast::cpu::SBF_ISA {
 // As in torch.nn.functional.normalize.
 constexpr float kNormalizeEps = 1e-12f;
 
-struct SumStep {
-  static constexpr float kStart = 0.0f;
-  SBF_INLINE VecF operator()(VecF total, VecF x, int64_t) const { return total + x; }
-};
+/// Compensated sum of tokens.
+struct Sum {
+  VecF total = VecF::zero(), lost = VecF::zero();
 
-struct WeightedStep {
-  static constexpr float kStart = 0.0f;
-  SBF_INLINE VecF operator()(VecF total, VecF x, int64_t position) const {
-    return fma(x, VecF::set1(static_cast<float>(position + 1)), total);
+  SBF_INLINE void add(VecF x, int64_t) {
+    const VecF next = total + x;
+    lost = lost + (x + (total - next));
+    total = next;
+  }
+  SBF_INLINE VecF value() const {  // what was lost means nothing beside infinity or NaN
+    return select_lt(abs(total), VecF::set1(__builtin_inff()), total + lost, total);
   }
 };
 
-struct MaxStep {
-  static constexpr float kStart = -__builtin_inff();
-  SBF_INLINE VecF operator()(VecF total, VecF x, int64_t) const { return max_nan(total, x); }
+/// Compensated sum of tokens times their position + 1.
+struct WeightedSum {
+  VecF total = VecF::zero(), lost = VecF::zero();
+
+  SBF_INLINE void add(VecF x, int64_t position) {
+    const VecF weight = VecF::set1(static_cast<float>(position + 1));
+    const VecF next = fma(x, weight, total);
+    lost = lost + fma(x, weight, total - next);
+    total = next;
+  }
+  SBF_INLINE VecF value() const { return Sum{total, lost}.value(); }
 };
 
-/// Reduces positions [first, last) of the rows x and divides by `divisor`: row[0, E).
-template <class Step, class T>
+/// Largest token; NaN where one is NaN.
+struct Max {
+  VecF total = VecF::set1(-__builtin_inff());
+
+  SBF_INLINE void add(VecF x, int64_t) { total = max_nan(total, x); }
+  SBF_INLINE VecF value() const { return total; }
+};
+
+/// Accumulates positions [first, last) of the rows x and divides by `divisor`: row[0, E).
+template <class Accumulator, class T>
 SBF_INLINE void reduce_tokens(const T* x, int64_t stride, int64_t first, int64_t last, int64_t E,
                               float divisor, float* row) {
   constexpr int64_t N = VecF::N;
-  constexpr int kBlock = 8;
-  const Step step;
+  constexpr int kBlock = 4;
   const VecF scale = VecF::set1(divisor);
   int64_t e = 0;
   for (; e + kBlock * N <= E; e += kBlock * N) {
-    VecF total[kBlock];
-    for (VecF& column : total) column = VecF::set1(Step::kStart);
+    Accumulator columns[kBlock];
     for (int64_t t = first; t < last; ++t) {
       const T* token = x + t * stride + e;
-      for (int i = 0; i < kBlock; ++i) total[i] = step(total[i], load_as<T>(token + i * N), t);
+      for (int i = 0; i < kBlock; ++i) columns[i].add(load_as<T>(token + i * N), t);
     }
-    for (int i = 0; i < kBlock; ++i) (total[i] / scale).store(row + e + i * N);
+    for (int i = 0; i < kBlock; ++i) (columns[i].value() / scale).store(row + e + i * N);
   }
-  for (; e + N <= E; e += N) {
-    VecF total = VecF::set1(Step::kStart);
-    for (int64_t t = first; t < last; ++t) total = step(total, load_as<T>(x + t * stride + e), t);
-    (total / scale).store(row + e);
-  }
-  if (e < E) {
-    const int n = static_cast<int>(E - e);
-    VecF total = VecF::set1(Step::kStart);
+  for (; e < E; e += N) {
+    const int n = static_cast<int>(E - e < N ? E - e : N);
+    Accumulator column;
     for (int64_t t = first; t < last; ++t) {
-      total = step(total, load_as_partial<T>(x + t * stride + e, n), t);
+      column.add(load_as_partial<T>(x + t * stride + e, n), t);
     }
-    (total / scale).store_partial(row + e, n);
+    (column.value() / scale).store_partial(row + e, n);
   }
 }
 
@@ -77,7 +89,7 @@ SBF_INLINE void zero_row(int64_t E, float* row) {
   for (int64_t e = 0; e < E; ++e) row[e] = 0.0f;
 }
 
-SBF_INLINE void normalize_row(int64_t E, float* row) {
+SBF_INLINE void l2_normalize_row(int64_t E, float* row) {
   constexpr int64_t N = VecF::N;
   VecF squares = VecF::zero();
   int64_t e = 0;
@@ -104,16 +116,16 @@ SBF_INLINE void pool_segment(const SegmentPoolParams& p, const T* x, int64_t len
   const float kept = static_cast<float>(length - skip);
   switch (p.mode) {
     case PoolMode::kMean:
-      return reduce_tokens<SumStep>(x, stride, skip, length, E, kept, row);
+      return reduce_tokens<Sum>(x, stride, skip, length, E, kept, row);
     case PoolMode::kMeanSqrtLen:
-      return reduce_tokens<SumStep>(x, stride, skip, length, E, __builtin_sqrtf(kept), row);
+      return reduce_tokens<Sum>(x, stride, skip, length, E, __builtin_sqrtf(kept), row);
     case PoolMode::kWeightedMean: {
       const int64_t weights = length * (length + 1) / 2 - skip * (skip + 1) / 2;
       const float total = static_cast<float>(weights);
-      return reduce_tokens<WeightedStep>(x, stride, skip, length, E, total, row);
+      return reduce_tokens<WeightedSum>(x, stride, skip, length, E, total, row);
     }
     case PoolMode::kMax:
-      return reduce_tokens<MaxStep>(x, stride, skip, length, E, 1.0f, row);
+      return reduce_tokens<Max>(x, stride, skip, length, E, 1.0f, row);
     default:  // the last token
       return copy_token(x + (length - 1) * stride, E, row);
   }
@@ -126,7 +138,7 @@ void segment_pool(const SegmentPoolParams& p, int64_t begin, int64_t end) {
     const int64_t length = p.ends[i * p.step] - start;
     float* row = p.out + (p.out_rows != nullptr ? p.out_rows[i] : i) * p.out_stride;
     pool_segment(p, static_cast<const T*>(p.x) + start * p.x_stride, length, row);
-    if (p.normalize) normalize_row(p.E, row);
+    if (p.normalize) l2_normalize_row(p.E, row);
   }
 }
 

@@ -27,6 +27,10 @@ PROGRAM = "sbert-fast"
 _SPEAKING = (SbertFastError, ValueError, OSError, ImportError, RuntimeError)
 
 
+class _Terminated(BaseException):
+    """SIGTERM has come; no `except Exception` on the way may stop it."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -79,6 +83,9 @@ def _run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return 130
+    except _Terminated:
+        print(f"{PROGRAM}: terminated", file=sys.stderr)
+        return 143
     except BrokenPipeError:
         # The reader of our output has gone, as `head` does. Python flushes stdout again at exit.
         with suppress(OSError):
@@ -110,7 +117,7 @@ def _termination_unwinds() -> Iterator[None]:
         return
 
     def stop(signum: int, frame: object) -> NoReturn:
-        raise SystemExit(128 + signum)
+        raise _Terminated
 
     previous = signal.signal(signal.SIGTERM, stop)
     try:

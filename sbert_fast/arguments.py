@@ -1,0 +1,78 @@
+"""The arguments and results of `encode`: checked, told apart, and converted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers.util import quantize_embeddings
+from torch import Tensor
+
+from sbert_fast.errors import InputError
+
+PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
+OUTPUT_VALUES = ("sentence_embedding", "token_embeddings", None)
+_DTYPES = {
+    "auto": None,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+class DefaultBatchSize(int):
+    """The default of `batch_size`: it reads 32 and limits nothing, unlike a 32 asked for."""
+
+
+DEFAULT_BATCH_SIZE = DefaultBatchSize(32)
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    if isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():
+        return dtype
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        expected = ", ".join(map(repr, _DTYPES))
+        raise ValueError(f"dtype must be one of {expected} or the torch dtype, got {dtype!r}")
+    return _DTYPES[dtype]
+
+
+def check_positive(name: str, value: object, alternative: str | None = None) -> None:
+    if value == alternative and alternative is not None:
+        return
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+        wanted = "a positive integer" + (f" or {alternative!r}" if alternative else "")
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def as_list(inputs: object) -> list[Any]:
+    """The elements of anything iterable that is not itself one input."""
+    if isinstance(inputs, list):
+        return inputs
+    if isinstance(inputs, np.ndarray):
+        listed = inputs.tolist()
+        if isinstance(listed, list):
+            return listed
+    elif isinstance(inputs, Iterable) and not isinstance(inputs, (bytes, bytearray, dict, Tensor)):
+        return list(inputs)
+    raise InputError(f"inputs must be a str or an iterable of str, got {type(inputs).__name__}")
+
+
+def convert(
+    embeddings: Tensor, precision: str, convert_to_numpy: bool, convert_to_tensor: bool
+) -> Any:
+    """The type the caller asked for, of fp32 `[N, dimension]`."""
+    if not len(embeddings):
+        empty = torch.tensor([], device=embeddings.device)
+        if convert_to_tensor:
+            return empty
+        return np.array([]) if convert_to_numpy else []
+    result: Any = embeddings
+    if precision not in (None, "float32"):
+        result = quantize_embeddings(embeddings, precision=precision)
+    if convert_to_tensor:
+        return torch.as_tensor(result)
+    if convert_to_numpy:
+        return result if isinstance(result, np.ndarray) else result.cpu().numpy()
+    return list(torch.as_tensor(result))

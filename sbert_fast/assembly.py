@@ -1,0 +1,109 @@
+"""From the modules of a SentenceTransformer to the pipeline that runs them packed."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+
+from sbert_fast import models
+from sbert_fast.engine import PackedEncoder
+from sbert_fast.errors import UnsupportedModelError
+from sbert_fast.inference import Pipeline
+from sbert_fast.pooling import PoolingHead, is_module, read_pooling
+from sbert_fast.tokenization import TextTokenizer, tokenizer_state
+
+# transformers' stand-in for "no limit" is far above this.
+_NO_LIMIT = 1_000_000_000
+
+
+def signature(model: SentenceTransformer) -> tuple[Any, ...]:
+    """What a pipeline is built from, cheap enough to look at on every call."""
+    children = list(model.children())
+    first = children[0] if children else None
+    pooling = children[1] if len(children) > 1 else None
+    return (
+        tuple(map(id, children)),
+        id(getattr(first, "auto_model", None)),
+        tokenizer_state(getattr(first, "tokenizer", None)),
+        getattr(pooling, "pooling_mode", None),
+        getattr(pooling, "include_prompt", None),
+        model.device,
+    )
+
+
+def build_pipeline(model: SentenceTransformer, dtype: torch.dtype | None, impl: str) -> Pipeline:
+    """The packed pipeline of a SentenceTransformer.
+
+    Args:
+        model: what to run; its parameters are read, never copied into it.
+        dtype: dtype to compute in; None is the dtype of the model.
+        impl: implementation of the ops.
+
+    Raises:
+        UnsupportedModelError: with the reason.
+        ValueError: `max_seq_length` is beyond the position table.
+    """
+    children = list(model.children())
+    if not children or not is_module(children[0], "Transformer"):
+        found = type(children[0]).__name__ if children else "nothing"
+        raise UnsupportedModelError(f"the first module must be Transformer, got {found}")
+    transformer: Any = children[0]
+    if model.get_backend() != "torch":
+        raise UnsupportedModelError(f"backend must be 'torch', got {model.get_backend()!r}")
+    if getattr(model, "_placement_is_delegated", False):
+        raise UnsupportedModelError("a device_map or Accelerate hooks control placement")
+    if model.device.type != "cpu":
+        raise UnsupportedModelError(
+            f"the model is on {model.device}: this version has kernels for cpu"
+        )
+    for name in ("processing_kwargs", "query_expansion", "query_length", "document_length"):
+        if getattr(transformer, name, None):
+            raise UnsupportedModelError(f"the Transformer module sets {name}")
+    if transformer.tokenizer is None:
+        raise UnsupportedModelError("the Transformer module has no tokenizer")
+    base = transformer.auto_model
+    architecture, _ = models.read(base)
+    spec = read_pooling(children[1:], architecture.hidden_size)
+    max_length = _max_length(transformer, architecture.max_tokens)
+    engine = PackedEncoder(base, dtype=dtype, impl=impl)
+    return Pipeline(TextTokenizer(transformer.tokenizer, max_length), engine, PoolingHead(spec))
+
+
+def _max_length(transformer: Any, room: int) -> int:
+    """Tokens kept of a text, given the room of the position table."""
+    value = transformer.tokenizer.model_max_length
+    # sentence-transformers falls back to the size of the whole table, offset rows included.
+    table = transformer.auto_model.config.max_position_embeddings
+    if value is None or value >= _NO_LIMIT or room < value == table:
+        return room
+    if not 1 <= value <= room:
+        raise ValueError(
+            f"max_seq_length must be 1 to {room}, the room of the position table, got {value}"
+        )
+    return int(value)
+
+
+class Derived:
+    """The pipeline of an encoder: rebuilt on demand, left behind by copies and pickles."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._entry: tuple[tuple[Any, ...], Pipeline | str] | None = None
+
+    def __reduce__(self) -> tuple[type[Derived], tuple[()]]:
+        return type(self), ()
+
+    def get(self, signature: tuple[Any, ...]) -> Pipeline | str | None:
+        entry = self._entry
+        return entry[1] if entry is not None and entry[0] == signature else None
+
+    def set(self, signature: tuple[Any, ...], pipeline: Pipeline | str) -> None:
+        with self._lock:
+            self._entry = signature, pipeline
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entry = None

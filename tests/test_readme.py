@@ -1,0 +1,191 @@
+"""README: its code runs as printed, its tables agree with the sources, its figures are stored."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sbert_fast import FastEncoder, cli, models
+from sbert_fast.data import sample_texts
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT.joinpath("README.md").read_text(encoding="utf-8")
+MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+COMMANDS = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines()]
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import provenance  # noqa: E402
+import report  # noqa: E402
+
+
+@pytest.fixture
+def reader(tmp_path: Path, minilm_path: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A reader's folder: a text file, and the model where its name, as a path, leads to it."""
+    (tmp_path / MODEL).parent.mkdir()
+    (tmp_path / MODEL).symlink_to(minilm_path)
+    (tmp_path / "texts.txt").write_text("A text.\nAnother one.\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def table(header: str) -> list[list[str]]:
+    """The cells of the table that starts with `header`, without its head."""
+    lines = README[README.index(header) :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_every_block_is_run() -> None:
+    assert {language for language, _ in BLOCKS} == {"python", "bash"}
+    assert README.count("```") == 2 * len(BLOCKS)
+    assert len(README.splitlines()) <= 120
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=[code.split("\n")[0] for code in PYTHON])
+def test_python(code: str, reader: Path) -> None:
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+
+
+def test_the_drop_in_is_short_and_changes_nothing(reader: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    drop_in = PYTHON[0]
+    assert len([line for line in drop_in.splitlines() if line.strip()]) <= 6
+    assert f'FastEncoder("{MODEL}")' in drop_in
+    ours: dict[str, object] = {}
+    exec(compile(drop_in, "README.md", "exec"), ours)
+    theirs: dict[str, object] = {"FastEncoder": SentenceTransformer}
+    before = drop_in.replace("from sbert_fast import FastEncoder", "")
+    exec(compile(before, "README.md", "exec"), theirs)
+    cosine = (ours["embeddings"] * theirs["embeddings"]).sum(axis=1)
+    assert 1 - cosine.min() <= 1e-6
+
+
+def check_make(arguments: list[str]) -> None:
+    makefile = ROOT.joinpath("Makefile").read_text(encoding="utf-8")
+    for target in arguments:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"the Makefile has no {target}"
+
+
+def check_pip(arguments: list[str]) -> None:
+    """`pip install .` with extras that pyproject.toml defines."""
+    extras = tomllib.loads(ROOT.joinpath("pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    verb, what = arguments
+    found = re.fullmatch(r"\.(?:\[(.+)\])?", what)
+    assert verb == "install" and found
+    assert found[1] is None or found[1] in extras
+
+
+def check_sbert_fast(arguments: list[str]) -> None:
+    assert cli.main(arguments) == 0
+    if "--output" in arguments:
+        assert Path(arguments[arguments.index("--output") + 1]).stat().st_size > 0
+
+
+CHECKS: dict[str, Callable[[list[str]], None]] = {
+    "make": check_make,
+    "pip": check_pip,
+    "sbert-fast": check_sbert_fast,
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(command: str, reader: Path) -> None:
+    program, *arguments = shlex.split(command, comments=True)
+    CHECKS[program](arguments)
+
+
+def test_the_two_commands() -> None:
+    assert [c for c in COMMANDS if c.startswith("make")] == ["make demo", "make test"]
+
+
+def test_families_are_those_of_the_registry() -> None:
+    rows = table("| base model in transformers")
+    assert set(re.findall(r"`(\w+)`", " ".join(row[0] for row in rows))) == set(models.FAMILIES)
+
+
+def test_variables_are_those_that_are_read() -> None:
+    sources = [ROOT / "setup.py", *ROOT.glob("sbert_fast/**/*.py"), *ROOT.glob("csrc/**/*.cpp")]
+    reads = re.compile(r"(?:environ\.get|environ\[|getenv)\W*(SBERT_FAST_\w+)")
+    read = {name for path in sources for name in reads.findall(path.read_text(encoding="utf-8"))}
+    assert [row[0].strip("`") for row in table("| variable | meaning |")] == [
+        name
+        for name in ("SBERT_FAST_IMPL", "SBERT_FAST_DEBUG", "SBERT_FAST_LOG", "SBERT_FAST_BUILD")
+        if name in read
+    ]
+    assert len(read) <= 4
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_figures_are_the_stored_ones() -> None:
+    shown = README.partition(report.BEGIN)[2].partition(report.END)[0]
+    assert shown.replace(report.OLDER, "").strip() == report.readme_figures()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_promise_of_determinism(dtype: str, minilm_path: str) -> None:
+    encoder = FastEncoder(minilm_path, device="cpu", dtype=dtype)
+    texts = sample_texts()[:24]
+    together = encoder.encode(texts)
+    np.testing.assert_array_equal(encoder.encode(texts[::-1])[::-1], together)
+    np.testing.assert_array_equal([encoder.encode(text) for text in texts], together)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        np.testing.assert_array_equal(encoder.encode(texts), together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_figures_of_results(tmp_path: Path) -> None:
+    """What README would show of results: a column a corpus, absent peers named, red gates bare."""
+    assert report.readme_figures(tmp_path) == "«not measured yet»"
+    os.mkdir(tmp_path / "cpu-2core")
+    row = {"precision": "float32", "status": "measured", "sentences_per_s": 1000.0}
+    document = {
+        "device": {"name": "a CPU"},
+        "model": {"name": "a model"},
+        "versions": {"torch": "2.13.0"},
+        "date": "2026-01-02T03:04:05+00:00",
+        "commit": "0123456789abcdef",
+        "corpus": {"name": "short", "lengths": {"mean": 14.7}},
+        "rows": [
+            row | {"system": "sbert-fast", "ratios": {}},
+            row | {"system": "sentence-transformers", "ratios": {"float32": 2.5}},
+            {
+                "system": "openvino",
+                "precision": "float32",
+                "status": "not measured (not installed)",
+            },
+        ],
+        "latency": None,
+        "memory": None,
+    }
+    report_file = tmp_path / "cpu-2core" / "short.json"
+    provenance.write_json(document, report_file)
+    shown = report.readme_figures(tmp_path)
+    assert "a CPU; a model; torch 2.13.0; 2026-01-02; commit 012345678" in shown
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in shown.splitlines()[2:]]
+    assert cells == [
+        ["sentences/s", "short (15 tokens)"],
+        ["-" * len(cells[1][0]), "-" * len(cells[1][1])],
+        ["sbert-fast, float32", "1,000"],
+        ["sentence-transformers, float32", "1,000 (2.50x)"],
+        ["openvino, float32", "not measured (not installed)"],
+    ]

@@ -1,0 +1,230 @@
+"""Worker processes, distributed inference and threads: packed everywhere, equal vectors."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from checks import assert_same_result, assert_same_vectors, bits
+from families import make_sentence_transformer, make_texts
+from sbert_fast import FastEncoder, ops
+from sbert_fast.errors import InputError
+
+TEXTS = make_texts(60)
+Launches = Callable[[], dict[tuple[str, str], int]]
+Pool = dict[str, Any]
+
+
+class ReportingEncoder(FastEncoder):
+    """Writes what ran in its process to a file, after every inference, in worker processes too."""
+
+    report: str
+
+    def _inference(self, inputs: list[str], **kwargs: Any) -> Any:
+        result = super()._inference(inputs, **kwargs)
+        stats = self.stats
+        content = {
+            "launches": {op: count for (op, _), count in ops.launches().items()},
+            "texts": stats.texts,
+            "fallbacks": stats.fallbacks,
+            "threads": torch.get_num_threads(),
+        }
+        path = Path(self.report) / f"{os.getpid()}.json"
+        path.write_text(json.dumps(content), encoding="utf-8")
+        return result
+
+
+def reports(encoder: ReportingEncoder) -> list[dict[str, Any]]:
+    """The last report of each process but this one."""
+    own = f"{os.getpid()}.json"
+    paths = sorted(Path(encoder.report).glob("*.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.name != own]
+
+
+@pytest.fixture(scope="module")
+def st() -> SentenceTransformer:
+    return make_sentence_transformer(prompts={"query": "find: "})
+
+
+@pytest.fixture(scope="module")
+def encoder(st: SentenceTransformer, tmp_path_factory: pytest.TempPathFactory) -> ReportingEncoder:
+    encoder = ReportingEncoder(st)
+    encoder.report = str(tmp_path_factory.mktemp("reports"))
+    return encoder
+
+
+@pytest.fixture(scope="module")
+def pool(encoder: ReportingEncoder) -> Iterator[Pool]:
+    pool = encoder.start_multi_process_pool(["cpu", "cpu"])
+    yield pool
+    encoder.stop_multi_process_pool(pool)
+
+
+# A pool of workers
+
+
+def test_workers_run_the_packed_engine(
+    encoder: ReportingEncoder, pool: Pool, launches: Launches
+) -> None:
+    # Small chunks, so that both workers get some whichever starts first.
+    encoder.encode(make_texts(400), pool=pool, chunk_size=1)
+    assert launches() == {}
+    workers = reports(encoder)
+    assert workers
+    assert sum(worker["texts"] for worker in workers) == 400
+    layers = encoder[0].auto_model.config.num_hidden_layers
+    for worker in workers:
+        assert worker["fallbacks"] == {}
+        assert worker["launches"]["varlen_attention"] == layers * worker["texts"]
+        assert worker["launches"]["segment_pool_out"] == worker["texts"]
+        assert worker["launches"]["embed_norm"] == worker["texts"]
+
+
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "chunk_size": {"chunk_size": 7},
+    "one chunk": {"chunk_size": 1000},
+    "tensor": {"convert_to_tensor": True, "chunk_size": 9},
+    "list of tensors": {"convert_to_numpy": False, "chunk_size": 9},
+    "prompt": {"prompt_name": "query"},
+    "batch_size": {"batch_size": 2},
+    "normalize and truncate": {"normalize_embeddings": True, "truncate_dim": 20},
+    "token_embeddings": {"output_value": "token_embeddings", "chunk_size": 9},
+    "progress": {"show_progress_bar": True},
+}
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
+def test_vectors_of_workers(
+    encoder: ReportingEncoder, pool: Pool, arguments: dict[str, Any], launches: Launches
+) -> None:
+    ours = encoder.encode(TEXTS, pool=pool, **arguments)
+    assert launches() == {}
+    local = {name: value for name, value in arguments.items() if name != "chunk_size"}
+    assert_same_result(ours, encoder.encode(TEXTS, **local))
+
+
+@pytest.mark.parametrize("precision", ["int8", "ubinary"])
+def test_precision_of_workers(encoder: ReportingEncoder, pool: Pool, precision: str) -> None:
+    ours = encoder.encode(TEXTS, pool=pool, precision=precision, chunk_size=1000)
+    local = encoder.encode(TEXTS, precision=precision)
+    assert ours.dtype == local.dtype
+    assert ours.shape == local.shape
+
+
+def test_other_ways_to_reach_the_workers(encoder: ReportingEncoder, pool: Pool) -> None:
+    expected = encoder.encode(TEXTS)
+    with pytest.deprecated_call():
+        assert_same_vectors(encoder.encode_multi_process(TEXTS, pool), expected)
+    assert_same_vectors(encoder.encode(tuple(TEXTS), pool=pool), expected)
+    query = encoder.encode_query(TEXTS, pool=pool)
+    assert_same_vectors(query, encoder.encode_query(TEXTS))
+    assert_same_vectors(encoder.encode(TEXTS[0], pool=pool), expected[0])
+
+
+def test_bad_input_never_reaches_a_worker(encoder: ReportingEncoder, pool: Pool) -> None:
+    before = reports(encoder)
+    with pytest.raises(InputError, match=r"^inputs\[60\] must be a str, got NoneType"):
+        encoder.encode([*TEXTS, None], pool=pool)
+    assert reports(encoder) == before
+    # And the pool still serves.
+    assert len(encoder.encode(TEXTS, pool=pool)) == len(TEXTS)
+
+
+def test_list_of_devices(st: SentenceTransformer, tmp_path: Path, launches: Launches) -> None:
+    encoder = ReportingEncoder(st, dtype="bfloat16")
+    encoder.report = str(tmp_path)
+    ours = encoder.encode(TEXTS, device=["cpu"], chunk_size=20)
+    assert launches() == {}
+    assert [worker["texts"] for worker in reports(encoder)] == [len(TEXTS)]
+    assert [worker["fallbacks"] for worker in reports(encoder)] == [{}]
+    # The dtype of the encoder goes with it.
+    local = encoder.encode(TEXTS)
+    assert_same_vectors(ours, local)
+    assert np.abs(local - st.encode(TEXTS)).max() > np.abs(ours - local).max()
+
+
+# Distributed inference (sentence-transformers 6.2 and later)
+
+
+def test_distributed_inference(
+    encoder: ReportingEncoder, tmp_path: Path, launches: Launches
+) -> None:
+    distributed = pytest.importorskip("sentence_transformers.util.distributed")
+    if not hasattr(distributed, "_DistributedInference"):
+        pytest.skip("this sentence-transformers has no distributed inference")
+    expected = encoder.encode(TEXTS)
+    ops.reset_launches()
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        encoder._distributed_inference = distributed._DistributedInference(encoder)
+        ours = encoder.encode(TEXTS)
+        assert launches() != {}
+        assert_same_result(
+            encoder.encode(TEXTS, convert_to_tensor=True), torch.from_numpy(expected)
+        )
+        assert_same_result(encoder.encode([]), np.array([]))
+    finally:
+        encoder._distributed_inference = None
+        torch.distributed.destroy_process_group()
+    assert_same_result(ours, expected)
+    assert encoder.stats.fallbacks == {}
+
+
+# Threads
+
+
+@pytest.fixture
+def one_thread_each() -> Iterator[None]:
+    """Threads that call at once share the cores; more threads inside each would only wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_threads(st: SentenceTransformer, dtype: str, one_thread_each: None) -> None:
+    texts = make_texts(160, seed=3)
+    parts = [texts[start : start + 1 + start % 23] for start in range(160)]
+    serial = FastEncoder(st, dtype=dtype)
+    expected = [bits(serial.encode(part, prompt_name="query")) for part in parts]
+    before = FastEncoder(st, dtype=dtype)
+    before.refresh()
+    start = threading.Barrier(8)
+    wrong: list[int] = []
+    errors: list[BaseException] = []
+
+    def work(thread: int) -> None:
+        try:
+            # All of them at once, the first time too: weights are not prepared yet.
+            start.wait()
+            for index in range(thread, 160, 8):
+                ours = bits(before.encode(parts[index], prompt_name="query"))
+                if not np.array_equal(ours, expected[index]):
+                    wrong.append(index)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(thread,)) for thread in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert wrong == []
+    stats = before.stats
+    assert stats.texts == sum(map(len, parts))
+    assert Counter(stats.fallbacks) == {}

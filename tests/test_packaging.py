@@ -30,7 +30,6 @@ PACKED_FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICEN
 @pytest.fixture(scope="module")
 def build() -> ModuleType:
     """setup.py as a module; its `setup()` call is guarded."""
-    pytest.importorskip("setuptools")
     spec = importlib.util.spec_from_file_location("sbert_fast_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -142,7 +141,6 @@ class TestPlan:
             build.make_plan("cuda")
 
     def test_no_compiler(self, build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-        pytest.importorskip("pybind11")
         monkeypatch.setenv("CXX", "no-such-compiler -flag")
         reason = "the C++ compiler no-such-compiler is not installed"
         plan = build.make_plan("auto")
@@ -191,7 +189,6 @@ class TestPlan:
         platform.machine() != "x86_64", reason="other machines have one kernel file"
     )
     def test_instruction_sets_stay_in_their_files(self, native: ModuleType) -> None:
-        pytest.importorskip("pybind11")
         toolchain = native.Toolchain(["c++"], native.Torch(Path("/torch"), "2.11.0"))
         text = native.ninja_file({native.CPU: toolchain}, Path("build"))
         flags = dict(re.findall(r"build build/_C/(\w+)\.o: .*\n  flags = (.*)", text))
@@ -213,7 +210,6 @@ class TestPlan:
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the sources in which earlier builds left files."""
-    pytest.importorskip("pybind11")
     copy = tmp_path_factory.mktemp("checkout")
     ignored = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.py")
     for name in PACKED:

@@ -44,8 +44,10 @@ Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t max
   SBF_CHECK(kMinHeadDim <= D && D <= kMaxHeadDim, op, "D must be in [", kMinHeadDim, ", ",
             kMaxHeadDim, "], got ", D);
   check_optional_inputs(T, H, D, bias, window, rotary_cos, rotary_sin, tiles);
-  const auto [cu, B, longest] = check_cu_seqlens(op, cu_seqlens, T);
-  SBF_CHECK(longest <= max_seqlen, op, "max_seqlen must be at least ", longest,
+  const Sequences sequences = check_cu_seqlens(op, cu_seqlens, T);
+  const int32_t* cu = sequences.cu;
+  const int64_t B = sequences.B;
+  SBF_CHECK(sequences.longest <= max_seqlen, op, "max_seqlen must be at least ", sequences.longest,
             ", the longest sequence, got ", max_seqlen);
 
   Tensor out = new_output({T, H, D}, dtype);

@@ -106,8 +106,8 @@ SBF_INLINE VecF max_nan(VecF a, VecF b) {
   const __m256 nan = _mm256_cmp_ps(a.v, b.v, _CMP_UNORD_Q);
   return {_mm256_blendv_ps(_mm256_max_ps(a.v, b.v), _mm256_add_ps(a.v, b.v), nan)};
 #else
-  return {(a.lo > b.lo) | (a.lo != a.lo) ? a.lo : b.lo,
-          (a.hi > b.hi) | (a.hi != a.hi) ? a.hi : b.hi};
+  return {((a.lo > b.lo) | (a.lo != a.lo)) ? a.lo : b.lo,
+          ((a.hi > b.hi) | (a.hi != a.hi)) ? a.hi : b.hi};
 #endif
 }
 

@@ -26,28 +26,36 @@ Pool = dict[str, Any]
 
 
 class ReportingEncoder(FastEncoder):
-    """Writes what ran in its process to a file, after every inference, in worker processes too."""
+    """Writes what ran in its process to a file, after every call, in worker processes too."""
 
-    report: str
+    folder: str
 
-    def _inference(self, inputs: list[str], **kwargs: Any) -> Any:
-        result = super()._inference(inputs, **kwargs)
+    # Workers of sentence-transformers 6.0 and 6.1 call `encode`, those of 6.2 `_inference`.
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().encode(*args, **kwargs)
+        self.report()
+        return result
+
+    def _inference(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._inference(*args, **kwargs)
+        self.report()
+        return result
+
+    def report(self) -> None:
         stats = self.stats
         content = {
             "launches": {op: count for (op, _), count in ops.launches().items()},
             "texts": stats.texts,
             "fallbacks": stats.fallbacks,
-            "threads": torch.get_num_threads(),
         }
-        path = Path(self.report) / f"{os.getpid()}.json"
+        path = Path(self.folder) / f"{os.getpid()}.json"
         path.write_text(json.dumps(content), encoding="utf-8")
-        return result
 
 
 def reports(encoder: ReportingEncoder) -> list[dict[str, Any]]:
     """The last report of each process but this one."""
     own = f"{os.getpid()}.json"
-    paths = sorted(Path(encoder.report).glob("*.json"))
+    paths = sorted(Path(encoder.folder).glob("*.json"))
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.name != own]
 
 
@@ -59,7 +67,7 @@ def st() -> SentenceTransformer:
 @pytest.fixture(scope="module")
 def encoder(st: SentenceTransformer, tmp_path_factory: pytest.TempPathFactory) -> ReportingEncoder:
     encoder = ReportingEncoder(st)
-    encoder.report = str(tmp_path_factory.mktemp("reports"))
+    encoder.folder = str(tmp_path_factory.mktemp("reports"))
     return encoder
 
 
@@ -143,7 +151,7 @@ def test_bad_input_never_reaches_a_worker(encoder: ReportingEncoder, pool: Pool)
 
 def test_list_of_devices(st: SentenceTransformer, tmp_path: Path, launches: Launches) -> None:
     encoder = ReportingEncoder(st, dtype="bfloat16")
-    encoder.report = str(tmp_path)
+    encoder.folder = str(tmp_path)
     ours = encoder.encode(TEXTS, device=["cpu"], chunk_size=20)
     assert launches() == {}
     assert [worker["texts"] for worker in reports(encoder)] == [len(TEXTS)]

@@ -54,7 +54,8 @@ class HeadAttention {
       rotary_ = {p_.rotary_cos + first * (D_ / 2), p_.rotary_sin + first * (D_ / 2)};
     }
     if (p_.bias != nullptr) bias_ = p_.bias + head * (2 * p_.R + 1) + p_.R;
-    has_terms_ = bias_ != nullptr || p_.window >= 0 || !(p_.scale > 0.0f);
+    reach_ = p_.window < 0 ? length_ : smaller(p_.window, length_);
+    has_terms_ = bias_ != nullptr || reach_ < length_ || !(p_.scale > 0.0f);
 
     slots_ = ceil_div(D_, Operand::kValuesPerSlot);
     chunks_ = ceil_div(D_, kLanes);
@@ -62,7 +63,7 @@ class HeadAttention {
     block_ = row_ <= kPanel / kMaxBlock ? kMaxBlock : kMaxBlock / 2;
   }
 
-  // Asks for the first block of q, k and v. Always inline: GCC takes a function that only
+  // Asks for the first block of q, k, v and out. Always inline: GCC takes a function that only
   // prefetches for one without effect and drops the call.
   SBF_INLINE void prefetch() const {
     constexpr int64_t kLine = 64 / sizeof(T);
@@ -72,6 +73,7 @@ class HeadAttention {
         __builtin_prefetch(q_ + r * stride_ + d);
         __builtin_prefetch(k_ + r * stride_ + d);
         __builtin_prefetch(v_ + r * stride_ + d);
+        __builtin_prefetch(out_ + r * p_.H * D_ + d, 1);
       }
     }
   }
@@ -93,17 +95,16 @@ class HeadAttention {
       }
       s_.started[i / kLanes] = false;
     }
-    const int64_t reach = p_.window < 0 ? length_ : p_.window;
-    const int64_t last = smaller(length_, q0 + queries + reach);
-    for (int64_t k0 = larger(0, q0 - reach) / block_ * block_; k0 < last; k0 += block_) {
+    const int64_t last = smaller(length_, q0 + queries + reach_);
+    for (int64_t k0 = larger(0, q0 - reach_) / block_ * block_; k0 < last; k0 += block_) {
       const int64_t keys = smaller(block_, last - k0);
       pack_keys(k0, keys);
       if (has_terms_) fill_terms(q0 - (k0 + keys - 1), round_up(queries, kLanes) + keys);
       for (int64_t i = 0; i < queries; i += kLanes) {
         const int64_t some = smaller(kLanes, queries - i);
         // Only the keys that a query of the tile can see; the first one shares no slot with others.
-        const int64_t from = larger(0, q0 + i - reach - k0) / 2 * 2;
-        const int64_t to = smaller(keys, q0 + i + some + reach - k0);
+        const int64_t from = larger(0, q0 + i - reach_ - k0) / 2 * 2;
+        const int64_t to = smaller(keys, q0 + i + some + reach_ - k0);
         if (from < to) attend_tile(i, some, from, to, s_.terms + i + keys - 1 - from);
       }
     }
@@ -169,7 +170,7 @@ class HeadAttention {
   void fill_terms(int64_t first, int64_t count) {
     for (int64_t x = 0; x < count; ++x) {
       const int64_t ahead = -(x + first);
-      const bool hidden = p_.window >= 0 && (ahead > p_.window || ahead < -p_.window);
+      const bool hidden = ahead > reach_ || ahead < -reach_;
       float term = 0.0f;
       if (bias_ != nullptr) term = bias_[larger(-p_.R, smaller(p_.R, ahead))];
       s_.terms[x] = hidden ? -__builtin_inff() : term;
@@ -183,19 +184,25 @@ class HeadAttention {
       T* to = out_ + (q0 + i) * p_.H * D_;
       int64_t d = 0;
       for (; d + VecF::N <= D_; d += VecF::N) store_as<T>(to + d, VecF::load(row + d) * factor);
-      if (d < D_)
-        store_as_partial<T>(to + d, VecF::load(row + d) * factor, static_cast<int>(D_ - d));
+      if (d == D_) continue;
+      store_as_partial<T>(to + d, VecF::load(row + d) * factor, static_cast<int>(D_ - d));
     }
   }
 
   const AttentionParams& p_;
   AttentionScratch& s_;
-  const T *q_, *k_, *v_;  // first token of the sequence
+  const T *q_, *k_, *v_;  // of the first token of the sequence, as all pointers here
   T* out_;
   Rotary rotary_{};
   const float* bias_ = nullptr;  // at distance 0
-  bool has_terms_;
-  int64_t D_, length_, stride_, slots_, chunks_, row_, block_;
+  int64_t D_, length_;
+  int64_t stride_;  // between tokens of qkv
+  int64_t reach_;   // a query sees keys this far away
+  bool has_terms_;  // scores are scaled and get something added before the softmax
+  int64_t slots_;   // of 32 bits that hold the D elements of a row
+  int64_t chunks_;  // of kLanes elements that hold D
+  int64_t row_;     // elements of these chunks
+  int64_t block_;   // queries or keys
 };
 
 /// Items are sequence * H + head. The next item is on its way from memory while one is computed:

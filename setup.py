@@ -132,7 +132,10 @@ class BuildLibraries(build_ext):
         for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(folder / target.name, target)
+            # A process that has the old library mapped must keep it: no writing in place.
+            fresh = target.with_name(f".{target.name}.new")
+            shutil.copy2(folder / target.name, fresh)
+            os.replace(fresh, target)
 
 
 if __name__ == "__main__":

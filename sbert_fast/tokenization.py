@@ -64,8 +64,8 @@ def check_texts(texts: Sequence[Any], name: str = "inputs") -> None:
 
 def tokenizer_state(tokenizer: Any) -> tuple[Any, ...]:  # noqa: ANN401
     """What a private copy of a tokenizer was made from, cheap enough to look at on every call."""
-    if tokenizer is None:
-        return ()
+    if not hasattr(tokenizer, "model_max_length"):
+        return (id(tokenizer),)
     return (
         id(tokenizer),
         id(getattr(tokenizer, "backend_tokenizer", None)),

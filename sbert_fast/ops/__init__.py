@@ -81,7 +81,8 @@ def varlen_attention(
         TypeError, ValueError: an argument breaks the contract; the message names it.
 
     Numerics:
-        fp32 logits, softmax and accumulation (fp64 for fp64); one rounding at the end.
+        fp32 logits, softmax and accumulation (fp64 for fp64); one rounding at the end. On CPUs with
+        bf16 dot products, bf16 inputs stay bf16 there: softmax weights are rounded to bf16 too.
     """
     validation.activations("qkv", qkv, ("T", 3, "H", "D"))
     tokens, _, heads, dim = qkv.shape

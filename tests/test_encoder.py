@@ -270,6 +270,7 @@ def test_unknown_keyword(encoder: FastEncoder, value: object) -> None:
         ({"truncate_dim": -5}, "truncate_dim must be a positive integer, got -5"),
         ({"truncate_dim": "20"}, "truncate_dim must be a positive integer, got '20'"),
         ({"prompt_name": "nowhere"}, "'nowhere' not found"),
+        ({"device": []}, "device must be a device or a list of devices, got an empty list"),
     ],
 )
 def test_bad_argument(

@@ -101,10 +101,19 @@ def test_words_around_the_cut(real: Any, filler: str, gap: int) -> None:
     assert_same_ids(real, texts, 8)
 
 
+def test_words_on_the_cut(real: Any) -> None:
+    """The last token that is kept, moved over the cut one character at a time."""
+    limit = 32 * 64
+    words = "unbelievable caf\u00e9s misunderstandings " * 20
+    texts = [" " * gap + words for gap in range(limit - 300, limit + 10)]
+    assert_same_ids(real, texts, 32)
+
+
 def test_left_truncation_is_never_cut_before() -> None:
     tokenizer = make_tokenizer("bert")
     tokenizer.truncation_side = "left"
-    assert_same_ids(tokenizer, ["sea " * 3000 + "sun", "sun " + "." * 100_000], 8)
+    texts = ["sea " * 3000 + "sun", "sun " + "." * 100_000, "sea " * 100 + " " * 5000 + "sun"]
+    assert_same_ids(tokenizer, texts, 32)
 
 
 # Other kinds of tokenizers

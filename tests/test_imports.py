@@ -28,7 +28,12 @@ LAYER_OF = {room: number for number, rooms in enumerate(LAYERS) for room in room
 TESTING = "testing"  # the oracle for tests: imports what it likes, imported by no room
 
 # Ways to run an op. None of them may lean on another: the reference is what the others are held to.
-IMPLEMENTATIONS = ("sbert_fast.ops.reference", "sbert_fast.ops.extension", "sbert_fast.kernels")
+IMPLEMENTATIONS = (
+    "sbert_fast.ops.reference",
+    "sbert_fast.ops.extension",
+    "sbert_fast.ops.torch_attention",
+    "sbert_fast.kernels",
+)
 
 FORBIDDEN_CALLS = {
     "torch.load",

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+import sbert_fast.kernels as kernels
 from sbert_fast.errors import ImplementationError
 from sbert_fast.ops import extension, schemas
 
@@ -20,6 +21,7 @@ _launches: Counter[tuple[str, str]] = Counter()
 _launches_lock = threading.Lock()
 _REFERENCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
+_PREFERENCES = {"cpu": ("cpu", "reference"), "cuda": ("triton", "torch", "reference")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +49,32 @@ def rejection(implementation: str, device: torch.device, dtype: torch.dtype) -> 
         if dtype not in _CPU_DTYPES:
             return f"the C++ ops take float32 and bfloat16, not {dtype}"
         return None
+    if implementation == "triton":
+        return _rejection_of_triton(device, dtype)
+    if implementation == "torch" and device.type != "cuda":
+        return f"torch's packed attention runs on cuda, not on {device.type}"
     if dtype not in _REFERENCE_DTYPES:
         return f"no op takes {dtype}"
     return None
 
 
+def _rejection_of_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    reason = kernels.unavailable(device)
+    if reason is not None:
+        return reason
+    missing = [op for op in schemas.SCHEMAS if op not in kernels.LAUNCHERS]
+    if missing:
+        return f"there is no Triton kernel for {', '.join(missing)}"
+    if dtype not in kernels.DTYPES:
+        return f"the Triton kernels take float32, bfloat16 and float16, not {dtype}"
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 matrices wrongly"
+    return None
+
+
 def preference(device: torch.device) -> tuple[str, ...]:
     """Implementations that `auto` tries on `device`, best first."""
-    return ("cpu", "reference") if device.type == "cpu" else ("reference",)
+    return _PREFERENCES.get(device.type, ("reference",))
 
 
 def resolve(device: torch.device, dtype: torch.dtype, impl: str = "auto") -> str:

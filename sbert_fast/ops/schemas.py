@@ -12,10 +12,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from sbert_fast.ops import reference
+import sbert_fast.kernels as kernels
+from sbert_fast.ops import reference, torch_attention
 
 NAMESPACE = "sbert_fast"
-IMPLEMENTATIONS = ("reference", "cpu")
+IMPLEMENTATIONS = ("reference", "cpu", "triton", "torch")
 
 SCHEMAS = {
     "varlen_attention": "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale,"
@@ -81,6 +82,15 @@ def _refuse_backward(name: str) -> Callable[..., NoReturn]:
     return backward
 
 
+def _torch_varlen_attention(*args: Any) -> Tensor:
+    side = torch_attention if torch_attention.takes(*args) else reference
+    return side.varlen_attention(*args)
+
+
+# `torch` is what torch itself offers on CUDA: the reference, but for the ops it has a kernel for.
+_TORCH: dict[str, Callable[..., Any]] = {"varlen_attention": _torch_varlen_attention}
+
+
 def _register() -> None:
     for op, schema in SCHEMAS.items():
         for implementation in IMPLEMENTATIONS:
@@ -93,6 +103,10 @@ def _register() -> None:
                 )
         for key in ("CPU", "CUDA"):
             _library.impl(f"{op}.reference", getattr(reference, op), key)
+        _library.impl(f"{op}.torch", _TORCH.get(op, getattr(reference, op)), "CUDA")
+        if op in kernels.LAUNCHERS:
+            for key in ("CUDA", "CPU") if kernels.interpreted() else ("CUDA",):
+                _library.impl(f"{op}.triton", kernels.launcher(op), key)
 
 
 _register()

@@ -1,0 +1,101 @@
+"""`LayerNorm(x + bias + residual)` of packed rows, one read and one write of every element.
+
+Numerics: fp32 sum and statistics, two passes over registers (mean, then centred variance); one
+rounding. A row is reduced by one warp up to 1,024 columns, in an order that only E and the dtype
+decide.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sbert_fast.kernels.rows import (
+    WARPS,
+    add_tiles,
+    load_rows,
+    load_vector,
+    row_tile,
+    scale_tiles,
+    standardize,
+    store_rows,
+)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _add_norm_kernel(
+    x_ptr,  # [T, E]
+    bias_ptr,  # [E] fp32 or None
+    residual_ptr,  # [T, E] or None
+    weight_ptr,  # [E] fp32
+    ln_bias_ptr,  # [E] fp32
+    out_ptr,  # [T, E]
+    T,
+    eps,
+    E: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * (ROWS * SLOTS) + tl.arange(0, ROWS)
+    slots = ()
+    for slot in tl.static_range(SLOTS):
+        rows = first + slot * ROWS
+        x = load_rows(x_ptr, rows * E, rows < T, E, CHUNK)
+        if residual_ptr is not None:
+            x = add_tiles(x, load_rows(residual_ptr, rows * E, rows < T, E, CHUNK))
+        slots = slots + (x,)
+    if bias_ptr is not None:
+        bias = load_vector(bias_ptr, E, CHUNK, ROWS)
+    for slot in tl.static_range(SLOTS):
+        rows = first + slot * ROWS
+        x = slots[slot]
+        if bias_ptr is not None:
+            x = add_tiles(x, bias)
+        x = standardize(x, eps, E, CHUNK)
+        if slot == 0:
+            weight = load_vector(weight_ptr, E, CHUNK, ROWS)
+            ln_bias = load_vector(ln_bias_ptr, E, CHUNK, ROWS)
+        x = scale_tiles(x, weight, ln_bias)
+        store_rows(out_ptr, rows * E, rows < T, x, E, CHUNK)
+
+
+def config(E: int, dtype: torch.dtype) -> dict[str, int]:
+    """Constants of the kernel for rows of E columns."""
+    tile = row_tile(E, dtype)
+    slots = max(1, 32 // tile.per_lane)
+    return {"CHUNK": tile.chunk, "ROWS": tile.rows, "SLOTS": slots, "num_warps": WARPS}
+
+
+def add_norm(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+) -> Tensor:
+    """`LayerNorm(x + bias + residual)`; see :func:`sbert_fast.ops.add_norm`.
+
+    Args:
+        x: `[T, E]` fp16, bf16 or fp32, contiguous; E up to 4096.
+        bias: fp32 `[E]` or None.
+        residual: `[T, E]`, dtype of `x`, or None.
+        weight, ln_bias: fp32 `[E]`.
+        eps: LayerNorm epsilon.
+
+    Returns:
+        `[T, E]` in the dtype of `x`.
+
+    Raises:
+        ValueError: E is over 4096.
+    """
+    T, E = x.shape
+    constants = config(E, x.dtype)
+    out = torch.empty_like(x)
+    if T:
+        grid = (triton.cdiv(T, constants["ROWS"] * constants["SLOTS"]),)
+        _add_norm_kernel[grid](x, bias, residual, weight, ln_bias, out, T, eps, E=E, **constants)
+    return out

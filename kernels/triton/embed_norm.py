@@ -1,0 +1,114 @@
+"""`LayerNorm(word[ids] + position_table[positions] + type_table[types])`, gathered and normalised
+in one pass.
+
+Numerics: fp32 sum and statistics, two passes over registers (mean, then centred variance); one
+rounding. The order of a row's reduction depends on E and the dtype of the tables only.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sbert_fast.kernels.rows import (
+    WARPS,
+    add_tiles,
+    load_rows,
+    load_vector,
+    row_tile,
+    scale_tiles,
+    standardize,
+    store_rows,
+)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _embed_norm_kernel(
+    ids_ptr,  # [T] int32
+    positions_ptr,  # [T] int32
+    types_ptr,  # [T] int32, or None: type 0
+    word_ptr,  # [V, E]
+    position_table_ptr,  # [P, E]
+    type_table_ptr,  # [N, E] or None
+    weight_ptr,  # [E] fp32
+    bias_ptr,  # [E] fp32
+    out_ptr,  # [T, E]
+    T,
+    eps,
+    E: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * (ROWS * SLOTS) + tl.arange(0, ROWS)
+    slots = ()
+    for slot in tl.static_range(SLOTS):
+        rows = first + slot * ROWS
+        keep = rows < T
+        ids = tl.load(ids_ptr + rows, mask=keep, other=0).to(tl.int64)
+        positions = tl.load(positions_ptr + rows, mask=keep, other=0).to(tl.int64)
+        x = load_rows(word_ptr, ids * E, keep, E, CHUNK)
+        x = add_tiles(x, load_rows(position_table_ptr, positions * E, keep, E, CHUNK))
+        if type_table_ptr is not None:
+            types = tl.zeros((ROWS,), tl.int64)
+            if types_ptr is not None:
+                types = tl.load(types_ptr + rows, mask=keep, other=0).to(tl.int64)
+            x = add_tiles(x, load_rows(type_table_ptr, types * E, keep, E, CHUNK))
+        slots = slots + (x,)
+    for slot in tl.static_range(SLOTS):
+        rows = first + slot * ROWS
+        x = standardize(slots[slot], eps, E, CHUNK)
+        if slot == 0:
+            weight = load_vector(weight_ptr, E, CHUNK, ROWS)
+            bias = load_vector(bias_ptr, E, CHUNK, ROWS)
+        store_rows(out_ptr, rows * E, rows < T, scale_tiles(x, weight, bias), E, CHUNK)
+
+
+def config(E: int, dtype: torch.dtype) -> dict[str, int]:
+    """Constants of the kernel for tables `[*, E]` of `dtype`."""
+    tile = row_tile(E, dtype)
+    slots = max(1, 32 // tile.per_lane)
+    return {"CHUNK": tile.chunk, "ROWS": tile.rows, "SLOTS": slots, "num_warps": WARPS}
+
+
+def embed_norm(
+    ids: Tensor,
+    positions: Tensor,
+    types: Tensor | None,
+    word: Tensor,
+    position_table: Tensor,
+    type_table: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Embeddings of packed tokens, normalised; see :func:`sbert_fast.ops.embed_norm`.
+
+    Args:
+        ids, positions: int32 `[T]`, inside their tables.
+        types: int32 `[T]`; None with a table means type 0 everywhere.
+        word: `[V, E]` fp16, bf16 or fp32, contiguous; E up to 4096.
+        position_table, type_table: `[P, E]` and `[N, E]` (or None) of the dtype of `word`.
+        weight, bias: fp32 `[E]`.
+        eps: LayerNorm epsilon.
+        out_dtype: fp16, bf16 or fp32.
+
+    Returns:
+        `[T, E]` in `out_dtype`.
+
+    Raises:
+        ValueError: E is over 4096.
+    """
+    T, E = ids.shape[0], word.shape[1]
+    constants = config(E, word.dtype)
+    out = word.new_empty((T, E), dtype=out_dtype)
+    if T:
+        grid = (triton.cdiv(T, constants["ROWS"] * constants["SLOTS"]),)
+        tables = word, position_table, type_table
+        _embed_norm_kernel[grid](
+            ids, positions, types, *tables, weight, bias, out, T, eps, E=E, **constants
+        )
+    return out

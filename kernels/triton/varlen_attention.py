@@ -3,11 +3,11 @@
 qkv `[T, 3, H, D]` -> out `[T, H, D]`, both contiguous. A program computes some heads of one tile: a
 few consecutive whole sequences, or a piece of a long one.
 
-Sequences of at most BLOCK tokens share a block: each is laid out from a slot of its own on (16, 32
-or 64 slots, by its length), q, k and v are loaded once, and the mask is block-diagonal. A longer
-sequence takes its keys in blocks of BLOCK from its own start, with the streaming softmax. So a row
-meets the same sums in the same order whatever lies beside it: zeros of other sequences come in
-whole steps of 16 keys, before and after.
+Sequences of at most 16 tokens go GROUP at a time, each as one 16 x 16 matrix of scores on one warp;
+those of at most 32 tokens likewise. A longer one takes its keys in blocks of BLOCK from its own
+start, with the streaming softmax. No matrix holds two sequences: nothing of one meets another,
+not even as a product with zero, and a row's sums have the same terms in the same order whatever
+lies beside it. Slots beyond the end of a sequence only add zeros after the last term.
 
 Numerics: products of the inputs' dtype, everything else fp32; softmax weights are rounded to the
 inputs' dtype before they meet v. fp32 inputs are multiplied as fp32, or as tf32 where torch's
@@ -25,34 +25,52 @@ from torch import Tensor
 
 from sbert_fast.kernels import tuning
 
+# Keys of a block: every length has its own order of summation, so this is no matter of tuning.
 BLOCK = 64
+# The longest sequences that are computed GROUP at a time.
+SHORT = (16, 32)
 MIN_WIDTH = 16
 
 
 @triton.jit
-def _load_rotated(base, token, live, column, cos_ptr, sin_ptr, DIM: tl.constexpr):
-    """Rows of q or k with the rotary tables applied, in their dtype."""
-    HALF: tl.constexpr = DIM // 2
-    first = column < HALF
-    mask = live[:, None] & (column < DIM)[None, :]
-    other = tl.where(first, column + HALF, column - HALF)
-    angle = token[:, None] * HALF + tl.where(first, column, column - HALF)[None, :]
-    x = tl.load(base + column[None, :], mask=mask, other=0.0)
-    y = tl.load(base + other[None, :], mask=mask, other=0.0)
-    cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
-    sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
-    sin = tl.where(first[None, :], -sin, sin)
-    return (x.to(tl.float32) * cos + y.to(tl.float32) * sin).to(x.dtype)
+def _load_rows(
+    ptr, origin, row, live, cos_ptr, sin_ptr,
+    STRIDE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROTARY: tl.constexpr,
+):  # fmt: skip
+    """Rows `origin + row` of q, k or v, `[*row.shape, WIDTH]`; zeros beyond D and where not `live`.
+
+    `origin` is one int64 token, `row` int32 offsets from it: 64 bits for every row would fill the
+    registers.
+    """
+    column = tl.arange(0, WIDTH)
+    mask = tl.expand_dims(live, -1)
+    if D < WIDTH:
+        mask = mask & (column < D)
+    rows = ptr + origin * STRIDE + tl.expand_dims(row * STRIDE, -1)
+    x = tl.load(rows + column, mask=mask, other=0.0)
+    if ROTARY:
+        HALF: tl.constexpr = D // 2
+        first = column < HALF
+        partner = tl.load(
+            rows + tl.where(first, column + HALF, column - HALF), mask=mask, other=0.0
+        )
+        angle = tl.expand_dims(row * HALF, -1) + tl.where(first, column, column - HALF)
+        cos = tl.load(cos_ptr + origin * HALF + angle, mask=mask, other=0.0)
+        sin = tl.load(sin_ptr + origin * HALF + angle, mask=mask, other=0.0)
+        sin = tl.where(first, -sin, sin)
+        x = (x.to(tl.float32) * cos + partner.to(tl.float32) * sin).to(x.dtype)
+    return x
 
 
 @triton.jit
-def _load_rows(
-    base, token, live, column, cos_ptr, sin_ptr, DIM: tl.constexpr, ROTARY: tl.constexpr
+def _store_rows(
+    ptr, origin, row, live, x, STRIDE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr
 ):
-    if ROTARY:
-        return _load_rotated(base, token, live, column, cos_ptr, sin_ptr, DIM)
-    mask = live[:, None] & (column < DIM)[None, :]
-    return tl.load(base + column[None, :], mask=mask, other=0.0)
+    column = tl.arange(0, WIDTH)
+    mask = tl.expand_dims(live, -1)
+    if D < WIDTH:
+        mask = mask & (column < D)
+    tl.store(ptr + origin * STRIDE + tl.expand_dims(row * STRIDE, -1) + column, x, mask=mask)
 
 
 @triton.jit
@@ -60,91 +78,74 @@ def _weights(
     scores, allowed, distance, top, scale, bias_ptr, head, reach,
     BIAS: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
-    """Unnormalised softmax weights of one key block, and the new maximum of each row.
+    """Unnormalised softmax weights of one block of keys, and the new maximum of each row: as it is,
+    and with a finite number for that of a row without a key.
 
     Logits are in units of log2. Where nothing but a positive scale acts on the products, the
     maximum is taken before scaling: one operation less on every score.
     """
+    AXIS: tl.constexpr = len(scores.shape) - 1
     if BIAS:
         at = tl.minimum(tl.maximum(distance, -reach), reach) + reach
-        bias = tl.load(bias_ptr + head * (2 * reach + 1) + at, mask=allowed, other=0.0)
+        bias = tl.load(bias_ptr + head * (2 * reach + 1) + at)
         scores = tl.fma(scores, scale, bias * 1.4426950408889634)
     elif not PLAIN:
         scores = scores * scale
     scores = tl.where(allowed, scores, float("-inf"))
-    top = tl.maximum(top, tl.max(scores, 1))
-    # A row without a key yet: any finite maximum will do, every weight is 0.
+    top = tl.maximum(top, tl.max(scores, AXIS))
     finite = tl.where(top == float("-inf"), 0.0, top)
     if PLAIN:
-        return tl.exp2(tl.fma(scores, scale, -(finite * scale)[:, None])), top, finite
-    return tl.exp2(scores - finite[:, None]), top, finite
+        weights = tl.exp2(tl.fma(scores, scale, tl.expand_dims(-finite * scale, AXIS)))
+    else:
+        weights = tl.exp2(scores - tl.expand_dims(finite, AXIS))
+    return weights, top, finite
 
 
 @triton.jit
-def _short(
+def _group(
     qkv_ptr, out_ptr, cu_ptr, bias_ptr, cos_ptr, sin_ptr,
-    sequence, last, q_start, q_end, head, scale, reach, window,
+    sequence, last, head, scale, reach, window,
     H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, ROTARY: tl.constexpr,
-    PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, SLOTS: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr,
+    ROTARY: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """As many of the sequences `[sequence, last)` as fit one block; returns how many that were.
+    """The sequences from `sequence` on that have at most SLOTS tokens, up to `last`, GROUP of them
+    or the first longer one; returns how many those are."""
+    item = tl.arange(0, GROUP)
+    present = item < last - sequence
+    start = tl.load(cu_ptr + sequence + item, mask=present, other=0)
+    length = tl.load(cu_ptr + sequence + 1 + item, mask=present, other=0) - start
+    taken = tl.min(tl.where(present & (length <= SLOTS), GROUP, item), 0)
+    length = tl.where(item < taken, length, 0)
 
-    Rows outside `[q_start, q_end)` are computed and not written.
-    """
-    CANDIDATES: tl.constexpr = 16
-    candidate = tl.arange(0, CANDIDATES)
-    present = candidate < last - sequence
-    starts = tl.load(cu_ptr + sequence + candidate, mask=present, other=0)
-    ends = tl.load(cu_ptr + sequence + 1 + candidate, mask=present, other=0)
-    lengths = ends - starts
-    slots = tl.where(lengths > 32, 64, tl.where(lengths > 16, 32, tl.where(lengths > 0, 16, 0)))
-    limits = tl.cumsum(slots, 0)
-    fits = present & (limits <= BLOCK)
-    # A sequence that breaks the promise of max_seqlen must not stop the loop over sequences.
-    taken = tl.maximum(tl.sum(fits.to(tl.int32), 0), 1)
-
-    row = tl.arange(0, BLOCK)
-    before = limits[None, :] <= row[:, None]
-    index = tl.sum(before.to(tl.int32), 1)
-    low = tl.max(tl.where(before, limits[None, :], 0), 1)
-    inside = index < taken
-    start = tl.load(cu_ptr + sequence + index, mask=inside, other=0)
-    end = tl.load(cu_ptr + sequence + 1 + index, mask=inside, other=0)
-    high = low + end - start
-    live = row < high
-    token = (start + row - low).to(tl.int64)
-    written = live & (token >= q_start) & (token < q_end)
-
-    distance = row[None, :] - row[:, None]  # [BLOCK, BLOCK], key minus query
-    allowed = (row[None, :] >= low[:, None]) & (row[None, :] < high[:, None])
+    origin = tl.load(cu_ptr + sequence)
+    slot = tl.arange(0, SLOTS)
+    row = (start - origin)[:, None] + slot[None, :]  # [GROUP, SLOTS]
+    live = slot[None, :] < length[:, None]
+    allowed = live[:, None, :]
+    distance = (slot[None, :] - slot[:, None])[None]  # key minus query
     if WINDOW:
         allowed = allowed & (distance <= window) & (distance >= -window)
-    column = tl.arange(0, WIDTH)
-    mask = live[:, None] & (column < D)[None, :]
-    nothing = tl.full([BLOCK], float("-inf"), tl.float32)
+    nothing = tl.full([GROUP, SLOTS], float("-inf"), tl.float32)
+    token = origin.to(tl.int64)
+    ROW: tl.constexpr = 3 * H * D
 
-    for _ in range(HEADS):
-        base = qkv_ptr + (token * (3 * H * D) + head * D)[:, None]
-        q = _load_rows(base, token, live, column, cos_ptr, sin_ptr, D, ROTARY)
-        k = _load_rows(base + H * D, token, live, column, cos_ptr, sin_ptr, D, ROTARY)
-        v = tl.load(base + 2 * H * D + column[None, :], mask=mask, other=0.0)
-        # 0 * NaN is NaN: a row of v that is not finite must not meet the zero weights of the other
-        # sequences. It becomes zeros, and its key becomes NaN for its own sequence.
-        poison = tl.sum(v * 0.0, 1)
-        v = tl.where((poison == 0.0)[:, None], v, 0.0)
-        k = k + poison[:, None].to(k.dtype)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK, BLOCK] fp32
+    for _ in tl.range(0, HEADS, num_stages=1):
+        at = qkv_ptr + head * D
+        q = _load_rows(at, token, row, live, cos_ptr, sin_ptr, ROW, D, WIDTH, ROTARY)
+        k = _load_rows(at + H * D, token, row, live, cos_ptr, sin_ptr, ROW, D, WIDTH, ROTARY)
+        v = _load_rows(at + 2 * H * D, token, row, live, None, None, ROW, D, WIDTH, False)
+        scores = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision=PRECISION)
         weights, _, _ = _weights(
             scores, allowed, distance, nothing, scale, bias_ptr, head, reach, BIAS, PLAIN
-        )  # fmt: skip
-        total = tl.sum(weights, 1)
+        )
+        total = tl.sum(weights, 2)
         result = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-        result = result * (1.0 / total)[:, None]
-        at = (token * (H * D) + head * D)[:, None] + column[None, :]
-        tl.store(out_ptr + at, result.to(v.dtype), mask=written[:, None] & (column < D)[None, :])
+        result = (result * tl.expand_dims(1.0 / total, 2)).to(v.dtype)
+        _store_rows(out_ptr + head * D, token, row, live, result, H * D, D, WIDTH)
         head += 1
-    return taken
+    # A sequence that breaks the promise of max_seqlen must not stop the loop over sequences.
+    return tl.maximum(taken, 1)
 
 
 @triton.jit
@@ -156,40 +157,37 @@ def _long(
     WINDOW: tl.constexpr, ROTARY: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The rows `[q_start, q_end)`, at most BLOCK_Q, of the sequence `[start, end)`."""
-    query = q_start + tl.arange(0, BLOCK_Q)
-    column = tl.arange(0, WIDTH)
-    live = query < q_end
-    token = query.to(tl.int64)
+    ROW: tl.constexpr = 3 * H * D
+    row = tl.arange(0, BLOCK_Q)
+    slot = tl.arange(0, BLOCK)
+    live = row < q_end - q_start
     first, stop = start, end
     if WINDOW:
         # Key blocks are counted from the start of the sequence, whatever the query block.
         skipped = tl.maximum(q_start - window - start, 0) // BLOCK
         first = start + skipped * BLOCK
         stop = tl.minimum(end, q_end + window)
-    for _ in range(HEADS):
-        base = qkv_ptr + head * D
-        q_base = base + (token * (3 * H * D))[:, None]
-        q = _load_rows(q_base, token, live, column, cos_ptr, sin_ptr, D, ROTARY)
+    q_token = q_start.to(tl.int64)
+    for _ in tl.range(0, HEADS, num_stages=1):
+        at = qkv_ptr + head * D
+        q = _load_rows(at, q_token, row, live, cos_ptr, sin_ptr, ROW, D, WIDTH, ROTARY)
         top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_Q], tl.float32)
         result = tl.zeros([BLOCK_Q, WIDTH], tl.float32)
         for block in tl.range(first, stop, BLOCK, num_stages=STAGES):
-            key = block + tl.arange(0, BLOCK)
-            known = key < end
-            key_token = key.to(tl.int64)
-            key_base = base + (key_token * (3 * H * D) + H * D)[:, None]
-            k = _load_rows(key_base, key_token, known, column, cos_ptr, sin_ptr, D, ROTARY)
-            v_mask = known[:, None] & (column < D)[None, :]
-            v = tl.load(key_base + H * D + column[None, :], mask=v_mask, other=0.0)
+            token = start.to(tl.int64) + (block - start)
+            known = slot < end - block
+            k = _load_rows(at + H * D, token, slot, known, cos_ptr, sin_ptr, ROW, D, WIDTH, ROTARY)
+            v = _load_rows(at + 2 * H * D, token, slot, known, None, None, ROW, D, WIDTH, False)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_Q, BLOCK] fp32
-            distance = key[None, :] - query[:, None]
+            distance = slot[None, :] - row[:, None] + (block - q_start)
             allowed = known[None, :]
             if WINDOW:
                 allowed = allowed & (distance <= window) & (distance >= -window)
             old = top
             weights, top, finite = _weights(
                 scores, allowed, distance, old, scale, bias_ptr, head, reach, BIAS, PLAIN
-            )  # fmt: skip
+            )
             if PLAIN:
                 shrink = tl.exp2((old - finite) * scale)
             else:
@@ -198,10 +196,8 @@ def _long(
             result = tl.dot(
                 weights.to(v.dtype), v, result * shrink[:, None], input_precision=PRECISION
             )
-        result = result * (1.0 / total)[:, None]
-        at = (token * (H * D) + head * D)[:, None] + column[None, :]
-        mask = live[:, None] & (column < D)[None, :]
-        tl.store(out_ptr + at, result.to(q.dtype), mask=mask)
+        result = (result * (1.0 / total)[:, None]).to(q.dtype)
+        _store_rows(out_ptr + head * D, q_token, row, live, result, H * D, D, WIDTH)
         head += 1
 
 
@@ -210,14 +206,16 @@ def _varlen_attention_kernel(
     qkv_ptr, out_ptr, cu_ptr, tiles_ptr, bias_ptr, cos_ptr, sin_ptr,
     tokens, sequences, num_tiles, q_blocks, scale, reach, window,
     H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, SHARED: tl.constexpr,
-    LONG: tl.constexpr, TILES: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr,
-    ROTARY: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, SLOTS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, LONG: tl.constexpr, TILES: tl.constexpr, BIAS: tl.constexpr,
+    WINDOW: tl.constexpr, ROTARY: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile, HEADS heads.
 
-    Without a table of tiles, tile i holds the sequences from `i * SHARED` on, or with LONG the
+    Without a table of tiles, tile i holds the GROUP sequences from `i * GROUP` on, or with LONG the
     query block `i % q_blocks` of sequence `i // q_blocks`.
+
+    SLOTS is the longest kind of group there is, LONG says that there are longer sequences.
 
     `tokens` T, `sequences` B; `scale` carries log2(e); `reach` is the R of the bias `[H, 2R + 1]`.
     """
@@ -254,15 +252,14 @@ def _varlen_attention_kernel(
             q_end = tl.minimum(q_end, q_start + BLOCK_Q)
             last = tl.where(q_start < q_end, last, sequence)
         else:
-            sequence = tile * SHARED
-            last = tl.minimum(sequence + SHARED, sequences)
-            q_start = tl.load(cu_ptr + sequence)
-            q_end = tl.load(cu_ptr + last)
+            sequence = tile * GROUP
+            last = tl.minimum(sequence + GROUP, sequences)
 
     while sequence < last:
         start = tl.load(cu_ptr + sequence)
         end = tl.load(cu_ptr + sequence + 1)
-        if LONG & (end - start > BLOCK):
+        length = end - start
+        if LONG & (length > SLOTS):
             begin = tl.maximum(start, q_start)
             stop = tl.minimum(end, q_end)
             while begin < stop:
@@ -274,11 +271,17 @@ def _varlen_attention_kernel(
                 )  # fmt: skip
                 begin += BLOCK_Q
             sequence += 1
-        else:
-            sequence += _short(
+        elif (SLOTS > 16) & (length > 16):
+            sequence += _group(
                 qkv_ptr, out_ptr, cu_ptr, bias_ptr, cos_ptr, sin_ptr,
-                sequence, last, q_start, q_end, head, scale, reach, window, H, D, HEADS, WIDTH,
-                BLOCK, BIAS, WINDOW, ROTARY, PLAIN, PRECISION,
+                sequence, last, head, scale, reach, window, H, D, HEADS, WIDTH,
+                GROUP, SLOTS, BIAS, WINDOW, ROTARY, PLAIN, PRECISION,
+            )  # fmt: skip
+        else:
+            sequence += _group(
+                qkv_ptr, out_ptr, cu_ptr, bias_ptr, cos_ptr, sin_ptr,
+                sequence, last, head, scale, reach, window, H, D, HEADS, WIDTH,
+                GROUP, 16, BIAS, WINDOW, ROTARY, PLAIN, PRECISION,
             )  # fmt: skip
 
 
@@ -313,15 +316,17 @@ def varlen_attention(
     if out.numel() == 0:
         return out
     width = max(MIN_WIDTH, triton.next_power_of_2(dim))
-    config = tuning.attention(width, qkv.element_size() * 8)
+    slots = next((n for n in SHORT if max_seqlen <= n), SHORT[-1])
+    is_long = max_seqlen > slots
+    config = tuning.attention(width, qkv.element_size() * 8, max_seqlen)
     sequences = cu_seqlens.shape[0] - 1
-    is_long = max_seqlen > BLOCK
-    shared = 1 if is_long else BLOCK // max(16, triton.next_power_of_2(max_seqlen))
-    q_blocks = triton.cdiv(max_seqlen, config.block_q) if is_long else 1
-    if tiles is None:
-        num_tiles = sequences * q_blocks if is_long else triton.cdiv(sequences, shared)
-    else:
+    # Short sequences are tiled GROUP by GROUP: a table could only add a load.
+    tiles = tiles if is_long else None
+    q_blocks = triton.cdiv(max_seqlen, config.block_q)
+    if tiles is not None:
         num_tiles = tiles.shape[0]
+    else:
+        num_tiles = sequences * q_blocks if is_long else triton.cdiv(sequences, config.num_warps)
     together = tuning.heads_together(config.heads, heads, num_tiles)
     _varlen_attention_kernel[(max(1, num_tiles * (heads // together)),)](
         qkv,
@@ -342,10 +347,11 @@ def varlen_attention(
         D=dim,
         HEADS=together,
         WIDTH=width,
+        GROUP=config.num_warps,
+        SLOTS=slots,
         BLOCK_Q=config.block_q,
         BLOCK=BLOCK,
         STAGES=config.num_stages,
-        SHARED=shared,
         LONG=is_long,
         TILES=tiles is not None,
         BIAS=bias is not None,

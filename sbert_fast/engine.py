@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from sbert_fast import models, ops
 from sbert_fast.models.base import Linear, check_finite, has_hooks
+from sbert_fast.ops.panels import Activation
 from sbert_fast.packing import PackedBatch
-from sbert_fast.prepare import Fingerprint, PreparedLinear, PreparedNorm
+from sbert_fast.prepare import Fingerprint, LinearKernels, PreparedLinear, PreparedNorm
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,6 @@ class Prepared:
     layers: tuple[PreparedLayer, ...]
     embed: ops.Kernel
     attend: ops.Kernel
-    add_norm: ops.Kernel
 
 
 def compute_dtype(model: nn.Module, requested: torch.dtype | None) -> torch.dtype:
@@ -141,13 +141,11 @@ class PackedEncoder:
 
     def _prepare(self, weights: models.EncoderWeights) -> Prepared:
         architecture, device, dtype = self.architecture, self.device, self.compute_dtype
-        kernel = {
-            op: ops.bind(op, device, dtype, self.impl)
-            for op in ("embed_norm", "varlen_attention", "add_norm", "bias_gelu")
-        }
+        kernels = LinearKernels(dtype, device, self.impl)
+        gelu = Activation.GELU_TANH if architecture.tanh_gelu else Activation.GELU
 
-        def prepare(*parts: Linear, gelu: ops.Kernel | None = None) -> PreparedLinear:
-            return PreparedLinear(parts, dtype, gelu, architecture.tanh_gelu)
+        def prepare(*parts: Linear, activation: Activation = Activation.NONE) -> PreparedLinear:
+            return PreparedLinear(parts, kernels, activation)
 
         embeddings = weights.embeddings
         types = embeddings.token_type
@@ -171,15 +169,14 @@ class PackedEncoder:
                     qkv=prepare(layer.query, layer.key, layer.value),
                     attention_output=prepare(layer.attention_output),
                     attention_norm=PreparedNorm.of(layer.attention_norm),
-                    up=prepare(layer.up, gelu=kernel["bias_gelu"]),
+                    up=prepare(layer.up, activation=gelu),
                     down=prepare(layer.down),
                     output_norm=PreparedNorm.of(layer.output_norm),
                 )
                 for layer in weights.layers
             ),
-            embed=kernel["embed_norm"],
-            attend=kernel["varlen_attention"],
-            add_norm=kernel["add_norm"],
+            embed=ops.bind("embed_norm", device, dtype, self.impl),
+            attend=ops.bind("varlen_attention", device, dtype, self.impl),
         )
 
     def __call__(self, batch: PackedBatch, prepared: Prepared | None = None) -> Tensor:
@@ -224,10 +221,6 @@ class PackedEncoder:
                     None,
                     batch.tiles,
                 ).view(tokens, -1)
-                norm = layer.attention_norm
-                x = p.add_norm(
-                    layer.attention_output(attended), None, x, norm.weight, norm.bias, norm.eps
-                )
-                norm = layer.output_norm
-                x = p.add_norm(layer.down(layer.up(x)), None, x, norm.weight, norm.bias, norm.eps)
+                x = layer.attention_output.add_norm(attended, x, layer.attention_norm)
+                x = layer.down.add_norm(layer.up(x), x, layer.output_norm)
         return x

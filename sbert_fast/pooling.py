@@ -13,7 +13,7 @@ from sbert_fast import ops
 from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.models.base import Linear, check_finite
 from sbert_fast.packing import ROW_ALIGNMENT, PackedBatch
-from sbert_fast.prepare import Fingerprint, PreparedLinear
+from sbert_fast.prepare import Fingerprint, LinearKernels, PreparedLinear
 
 # sentence-transformers' names of the modes, and ours.
 _MODES = {
@@ -174,7 +174,7 @@ class PoolingHead:
         """`Dense` on rows padded to a multiple of 16, so that a row depends on no other row."""
         entry = self._dense[index]
         if entry is None or not entry[0].is_current():
-            entry = self._dense[index] = _prepare_dense(module)
+            entry = self._dense[index] = _prepare_dense(module, x.device, impl)
         _, linear, residual = entry
         count = x.shape[0]
         padded = F.pad(x, (0, 0, 0, -count % ROW_ALIGNMENT))
@@ -184,13 +184,16 @@ class PoolingHead:
         return y[:count]
 
 
-def _prepare_dense(module: Any) -> tuple[Fingerprint, PreparedLinear, PreparedLinear | None]:
+def _prepare_dense(
+    module: Any, device: torch.device, impl: str
+) -> tuple[Fingerprint, PreparedLinear, PreparedLinear | None]:
     check_finite(module)
     fingerprint = Fingerprint(module)
+    kernels = LinearKernels(torch.float32, device, impl)
     with torch.inference_mode(False), torch.no_grad():
-        linear = PreparedLinear((Linear(module.linear.weight, module.linear.bias),), torch.float32)
+        linear = PreparedLinear((Linear(module.linear.weight, module.linear.bias),), kernels)
         projection = getattr(module, "residual", None)
         residual = None
         if projection is not None:
-            residual = PreparedLinear((Linear(projection.weight, None),), torch.float32)
+            residual = PreparedLinear((Linear(projection.weight, None),), kernels)
     return fingerprint, linear, residual

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from sbert_fast import ops
 from sbert_fast.models.base import Linear, Norm
+from sbert_fast.ops import panels
+from sbert_fast.ops.panels import Activation
 
 # Rows oneDNN lays prepacked weights out for; any other number of rows works too.
 _PREPACK_ROWS = 512
@@ -27,49 +29,26 @@ def onednn_linear_available(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-class PreparedLinear:
-    """A linear layer with an optional fused GELU: `gelu(x @ weight.T + bias)`.
+def panel_linear_preferred(dtype: torch.dtype) -> bool:
+    """Whether this CPU runs linears in `dtype` fastest on the panels of the C++ ops.
 
-    Prepacked through oneDNN on a CPU that has it, `F.linear` elsewhere. Rows of `x` should be a
-    multiple of 16: then a row of the result depends on no other row, bit for bit.
+    In bfloat16 that takes dot products of pairs; AMX, which oneDNN uses, is faster still.
     """
+    if not ops.extension.CPU.available:
+        return False
+    isa = torch.ops.sbert_fast.cpu_isa()
+    if dtype == torch.bfloat16:
+        return isa == "avx512_bf16" and not torch.cpu._is_amx_tile_supported()
+    return dtype == torch.float32 and isa != "generic"
 
-    def __init__(
-        self,
-        linears: tuple[Linear, ...],
-        dtype: torch.dtype,
-        gelu: ops.Kernel | None = None,
-        tanh: bool = False,
-    ) -> None:
-        """Fuse `linears` (same input, outputs side by side) into one, in `dtype`."""
-        weight = torch.cat([part.weight.detach().to(dtype) for part in linears])
-        biases = [part.bias for part in linears]
-        self.bias = None
-        if any(bias is not None for bias in biases):
-            self.bias = torch.cat(
-                [
-                    part.weight.new_zeros(part.weight.shape[0]).to(dtype)
-                    if part.bias is None
-                    else part.bias.detach().to(dtype)
-                    for part in linears
-                ]
-            )
-        self.gelu, self.tanh = gelu, tanh
-        self.prepacked = weight.device.type == "cpu" and onednn_linear_available(dtype)
-        self.weight = (
-            torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PREPACK_ROWS)
-            if self.prepacked
-            else weight.contiguous()
-        )
-        self._attributes: tuple[str, list[float], str] = (
-            ("none", [], "") if gelu is None else ("gelu", [], "tanh" if tanh else "none")
-        )
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.prepacked:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self._attributes)
-        y = F.linear(x, self.weight, self.bias)
-        return y if self.gelu is None else self.gelu(y, None, self.tanh)
+def linear_implementation(dtype: torch.dtype, device: torch.device, impl: str = "auto") -> str:
+    """What a linear layer runs on: "panels", "onednn" or "torch"."""
+    if device.type != "cpu":
+        return "torch"
+    if ops.resolve(device, dtype, impl) == "cpu" and panel_linear_preferred(dtype):
+        return "panels"
+    return "onednn" if onednn_linear_available(dtype) else "torch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +62,93 @@ class PreparedNorm:
     @classmethod
     def of(cls, norm: Norm) -> PreparedNorm:
         return cls(norm.weight.detach().float(), norm.bias.detach().float(), norm.eps)
+
+
+class LinearKernels:
+    """The kernels of linear layers in `dtype` on `device`, and of what follows them.
+
+    Args:
+        dtype: float32 or bfloat16 on a CPU; any that torch multiplies in elsewhere.
+        device: where the weights are.
+        impl: implementation of the ops, see :mod:`sbert_fast.ops`.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, impl: str) -> None:
+        self.dtype = dtype
+        self.implementation = linear_implementation(dtype, device, impl)
+        self.gelu = ops.bind("bias_gelu", device, dtype, impl)
+        self.add_norm = ops.bind("add_norm", device, dtype, impl)
+        if self.implementation == "panels":
+            self.linear = ops.bind("linear", device, dtype, impl)
+            self.linear_norm = ops.bind("linear_norm", device, dtype, impl)
+
+
+class PreparedLinear:
+    """A linear layer, `activation(x @ weight.T + bias)`, its weights laid out for its kernel.
+
+    On panels a row of the result depends on no other row, bit for bit; elsewhere that holds where
+    the rows of `x` are a multiple of 16.
+
+    Args:
+        linears: layers of the same input, whose outputs stand side by side.
+        kernels: what they run on.
+        activation: fused into the layer.
+    """
+
+    def __init__(
+        self,
+        linears: tuple[Linear, ...],
+        kernels: LinearKernels,
+        activation: Activation = Activation.NONE,
+    ) -> None:
+        self.kernels, self.activation = kernels, activation
+        self.implementation = kernels.implementation
+        dtype = kernels.dtype
+        weight = torch.cat([part.weight.detach().to(dtype) for part in linears])
+        self.features, inputs = weight.shape
+        if self.implementation == "panels" and dtype == torch.bfloat16 and inputs % 2:
+            self.implementation = "onednn" if onednn_linear_available(dtype) else "torch"
+        bias = _side_by_side(linears)
+        if self.implementation == "panels":
+            self.bias = None if bias is None else bias.float()
+            self.weight = panels.pack(weight)
+            return
+        self.bias = None if bias is None else bias.to(dtype)
+        self.weight = weight.contiguous()
+        if self.implementation == "onednn":
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, _PREPACK_ROWS)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[T, N]` of `x` `[T, K]`."""
+        gelu, tanh = self.activation != Activation.NONE, self.activation == Activation.GELU_TANH
+        if self.implementation == "panels":
+            return self.kernels.linear(x, self.weight, self.bias, self.features, self.activation)
+        if self.implementation == "onednn":
+            approximate = "" if not gelu else "tanh" if tanh else "none"
+            return torch.ops.mkldnn._linear_pointwise(
+                x, self.weight, self.bias, "gelu" if gelu else "none", [], approximate
+            )
+        y = F.linear(x, self.weight, self.bias)
+        return self.kernels.gelu(y, None, tanh) if gelu else y
+
+    def add_norm(self, x: Tensor, residual: Tensor, norm: PreparedNorm) -> Tensor:
+        """LayerNorm of the layer's output plus `residual` `[T, N]`."""
+        last = (residual, norm.weight, norm.bias, norm.eps)
+        if self.implementation == "panels":
+            return self.kernels.linear_norm(x, self.weight, self.bias, *last)
+        return self.kernels.add_norm(self(x), None, *last)
+
+
+def _side_by_side(linears: tuple[Linear, ...]) -> Tensor | None:
+    """The biases of some layers, zeros where one has none; None where none has any."""
+    if all(part.bias is None for part in linears):
+        return None
+    return torch.cat(
+        [
+            part.weight.new_zeros(part.weight.shape[0]) if part.bias is None else part.bias.detach()
+            for part in linears
+        ]
+    )
 
 
 class Fingerprint:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sbert_fast.ops import reference
+from sbert_fast.ops.panels import unpack as unpack_panels
 
 
 def assert_close_to_oracle(
@@ -125,6 +126,27 @@ def peer_bias_gelu(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     return F.gelu(x, approximate="tanh" if tanh else "none")
 
 
+def peer_linear(
+    x: Tensor, panels: Tensor, bias: Tensor | None, features: int, activation: int
+) -> Tensor:
+    bias = None if bias is None else bias.to(x.dtype)
+    y = F.linear(x, unpack_panels(panels, features), bias)
+    return F.gelu(y, approximate=("none", "tanh")[activation - 1]) if activation else y
+
+
+def peer_linear_norm(
+    x: Tensor,
+    panels: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+) -> Tensor:
+    y = peer_linear(x, panels, bias, residual.shape[1], 0)
+    return peer_add_norm(y, None, residual, weight, ln_bias, eps)
+
+
 def peer_segment_pool(
     x: Tensor, cu_seqlens: Tensor, mode: int, normalize: bool, skip: int, spans: Tensor | None
 ) -> Tensor:
@@ -137,6 +159,8 @@ PEERS: dict[str, Callable[..., Tensor]] = {
     "embed_norm": peer_embed_norm,
     "add_norm": peer_add_norm,
     "bias_gelu": peer_bias_gelu,
+    "linear": peer_linear,
+    "linear_norm": peer_linear_norm,
     "segment_pool": peer_segment_pool,
 }
 

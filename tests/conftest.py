@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 # Set before torch and transformers read them; worker processes inherit them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,6 +25,8 @@ import triton_interpreter  # noqa: E402
 from sbert_fast import ops  # noqa: E402
 from sbert_fast.engine import PackedEncoder  # noqa: E402
 from sbert_fast.packing import PackedBatch  # noqa: E402
+
+M_PERTURB = -6  # of glibc's mallopt
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 triton_interpreter.install()
@@ -46,6 +49,30 @@ def launches() -> Callable[[], dict[tuple[str, str], int]]:
     """`ops.launches`, counting from zero."""
     ops.reset_launches()
     return ops.launches
+
+
+@pytest.fixture(
+    params=torch.ops.sbert_fast.cpu_isas().split(",") if ops.extension.CPU.available else []
+)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set the C++ ops have for this CPU; it is the active one for the test."""
+    active = torch.ops.sbert_fast.cpu_isa()
+    torch.ops.sbert_fast.set_cpu_isa(request.param)
+    yield request.param
+    torch.ops.sbert_fast.set_cpu_isa(active)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory holds 0xff bytes, NaN in both dtypes, so that no unwritten output passes."""
+    torch.manual_seed(0)
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(M_PERTURB, 0x100)  # blocks are filled with the low byte of this, inverted
+    assert torch.empty(5000).isnan().all(), (
+        "malloc does not poison: is another allocator preloaded?"
+    )
+    yield
+    mallopt(M_PERTURB, 0)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from sbert_fast.ops.panels import pack as pack_panels
 from sbert_fast.testing import pack_lengths
 
 RAGGED = (3, 0, 17, 1, 64, 0, 5)
@@ -46,6 +47,11 @@ def arguments(
         return (x, randn(width, to=fp32), residual, weight, bias, 1e-12)
     if op == "bias_gelu":
         return (3 * randn(tokens, width), randn(width, to=fp32), False)
+    if op in ("linear", "linear_norm"):
+        x, panels = randn(tokens, 2 * width), pack_panels(randn(width, 2 * width))
+        if op == "linear":
+            return (x, panels, randn(width, to=fp32), width, 1)
+        return (x, panels, randn(width, to=fp32), randn(tokens, width), weight, bias, 1e-12)
     if op == "segment_pool":
         return (randn(tokens, width), cu, 0, True, 0, None)
     if op == "segment_pool_out":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -27,32 +27,15 @@ KINDS = ("huge logits", "all equal", "outlier channels", "one key above", "one k
 DEAD_TAIL = 5
 HEADS = 2
 PROT_NONE = 0
-M_PERTURB = -6  # of glibc's mallopt
 
-pytestmark = pytest.mark.skipif(not extension.CPU.available, reason=str(extension.CPU.reason))
+pytestmark = [
+    pytest.mark.skipif(not extension.CPU.available, reason=str(extension.CPU.reason)),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # The first decorator of a test, and so the parameter that varies fastest: the figures that a result
 # is compared with are computed once for all instruction sets.
 every_isa = pytest.mark.parametrize("isa", ISAS, indirect=True)
-
-
-@pytest.fixture
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    active = OPS.cpu_isa()
-    OPS.set_cpu_isa(request.param)
-    yield request.param
-    OPS.set_cpu_isa(active)
-
-
-@pytest.fixture(autouse=True)
-def seeded_and_poisoned() -> Iterator[None]:
-    """Fresh memory holds 0xff bytes, NaN in both dtypes, so that no unwritten output passes."""
-    torch.manual_seed(0)
-    mallopt = ctypes.CDLL(None).mallopt
-    mallopt(M_PERTURB, 0x100)  # blocks are filled with the low byte of this, inverted
-    assert torch.empty(5000).isnan().all(), "malloc does not poison"
-    yield
-    mallopt(M_PERTURB, 0)
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,18 @@ REFUSALS = [
     ("add_norm", 4, Tensor.double, r"ln_bias must be .* = \[52\], got float64 \[52\]"),
     ("bias_gelu", 0, lambda x: x[0], r"x must be .*\[T, F\] = \[\*, \*\], got float32 \[52\]"),
     ("bias_gelu", 1, lambda x: x[None], r"bias must be .* = \[52\], got float32 \[1, 52\]"),
+    ("linear", 0, Tensor.half, "x must be float32 or bfloat16, got float16"),
+    ("linear", 0, lambda x: x[:, :100], "x must be contiguous .* strides"),
+    ("linear", 1, Tensor.bfloat16, r"panels must be contiguous float32 .* got bfloat16"),
+    ("linear", 1, lambda x: x[:1], r"panels must be .* = \[2, 104, 48\], got float32 \[1, 104"),
+    ("linear", 2, Tensor.bfloat16, r"bias must be contiguous float32 \[N\] = \[52\], got bfloat16"),
+    ("linear", 3, constant(0), "features must be at least 1, got 0"),
+    ("linear", 3, constant(97), r"panels must be .* = \[3, 104, 48\], got"),
+    ("linear", 4, constant(3), r"activation must be in \[0, 3\), got 3"),
+    ("linear_norm", 3, lambda x: x[1:], r"residual must be .* = \[\d+, 52\], got float32"),
+    ("linear_norm", 3, Tensor.bfloat16, "residual must be contiguous float32 .* got bfloat16"),
+    ("linear_norm", 4, lambda x: x[1:], r"weight must be .* = \[52\], got float32 \[51\]"),
+    ("linear_norm", 5, Tensor.double, r"ln_bias must be .* = \[52\], got float64 \[52\]"),
     ("segment_pool", 0, lambda x: x[:, ::2], "x must be .* unit inner stride, got"),
     ("segment_pool", 1, constant(int32(0, 33)), "end at or before T = 32, got 33"),
     ("segment_pool", 2, constant(6), r"mode must be in \[0, 6\), got 6"),
@@ -133,6 +145,12 @@ def test_bfloat16_tables_give_no_float32() -> None:
     args[-1] = torch.float32
     with pytest.raises(RuntimeError, match="out_dtype must be bfloat16, the dtype of the tables"):
         OPS.embed_norm.cpu(*args)
+
+
+def test_bfloat16_linears_need_an_even_number_of_inputs() -> None:
+    x, panels = torch.zeros(4, 5).bfloat16(), torch.zeros(1, 2, 48, 2).bfloat16()
+    with pytest.raises(RuntimeError, match="linear: K must be even in bfloat16, got 5"):
+        OPS.linear.cpu(x, panels, None, 48, 0)
 
 
 def test_out_must_hold_every_row_when_no_row_is_named() -> None:

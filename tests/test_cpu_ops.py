@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +21,11 @@ DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(1, 8), (3, 1), (7, 37), (33, 384), (2, 4103)]
 LENGTHS = [5, 0, 1, 16, 3, 0, 40]
 DEAD_TAIL = 7
-M_PERTURB = -6  # of glibc's mallopt
 
-pytestmark = pytest.mark.skipif(not extension.CPU.available, reason=str(extension.CPU.reason))
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    active = OPS.cpu_isa()
-    OPS.set_cpu_isa(request.param)
-    yield request.param
-    OPS.set_cpu_isa(active)
-
-
-@pytest.fixture(autouse=True)
-def seeded_and_poisoned() -> Iterator[None]:
-    """Fresh memory holds 0xff bytes, NaN in both dtypes, so that no unwritten output passes."""
-    torch.manual_seed(0)
-    mallopt = ctypes.CDLL(None).mallopt
-    mallopt(M_PERTURB, 0x100)  # blocks are filled with the low byte of this, inverted
-    assert torch.empty(5000).isnan().all(), (
-        "malloc does not poison: is another allocator preloaded?"
-    )
-    yield
-    mallopt(M_PERTURB, 0)
+pytestmark = [
+    pytest.mark.skipif(not extension.CPU.available, reason=str(extension.CPU.reason)),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:

@@ -30,7 +30,7 @@ def test_forward_gives_what_the_original_gives(
     expected = run(original, batch)
     assert launches() == {}
     ours = run(model, batch)
-    assert {op for op, _ in launches()} >= {"embed_norm", "varlen_attention", "add_norm"}
+    assert {op for op, _ in launches()} >= {"embed_norm", "varlen_attention"}
     assert_same_states(ours, expected, batch["attention_mask"])
     assert counts(model) == {"packed": 1}
 

@@ -18,6 +18,7 @@ from sbert_fast import FastEncoder, ops, packing
 from sbert_fast.data import multilingual_texts, sample_texts
 from sbert_fast.packing import PackedBatch
 from sbert_fast.pooling import PoolingHead
+from sbert_fast.prepare import linear_implementation
 
 MAX_LENGTH = 512
 # Most that a 16-bit vector may turn away from the fp32 one, whatever the original loses itself.
@@ -94,15 +95,16 @@ def _encode_packed(st: SentenceTransformer, texts: list[str], dtype: str) -> np.
     layers, batches = encoder.packed_engine.architecture.num_layers, encoder.stats.batches
     implementation = encoder.packed_engine.implementation
     launches = ops.launches()
-    # Part of the linear before it where oneDNN serves this dtype.
-    gelus = launches.pop(("bias_gelu", implementation), layers * batches)
-    assert gelus == layers * batches
-    assert launches == {
-        ("embed_norm", implementation): batches,
-        ("varlen_attention", implementation): layers * batches,
-        ("add_norm", implementation): 2 * layers * batches,
-        ("segment_pool_out", implementation): batches,
-    }
+    engine = encoder.packed_engine
+    expected = {"embed_norm": 1, "varlen_attention": layers, "segment_pool_out": 1}
+    match linear_implementation(engine.compute_dtype, engine.device):
+        case "panels":
+            expected |= {"linear": 2 * layers, "linear_norm": 2 * layers}
+        case "onednn":
+            expected |= {"add_norm": 2 * layers}
+        case "torch":
+            expected |= {"add_norm": 2 * layers, "bias_gelu": layers}
+    assert launches == {(op, implementation): count * batches for op, count in expected.items()}
     assert encoder.stats.texts == len(texts)
     assert encoder.stats.fallbacks == {}
     return vectors

@@ -4,6 +4,7 @@
 
 #include "attention_kernel.h"
 #include "gelu_kernel.h"
+#include "linear_kernel.h"
 #include "norm_kernels.h"
 #include "pool_kernel.h"
 
@@ -18,8 +19,9 @@ constexpr KernelTable kTable{
     .varlen_attention = {varlen_attention<float>, varlen_attention<bf16>},
     .embed_norm = {{embed_norm<float, float>, embed_norm<float, bf16>},
                    {nullptr, embed_norm<bf16, bf16>}},
-    .add_norm = {add_norm<float>, add_norm<bf16>},
+    .add_norm = {{add_norm<float, float>, add_norm<float, bf16>}, {nullptr, add_norm<bf16, bf16>}},
     .bias_gelu = {bias_gelu<float>, bias_gelu<bf16>},
+    .linear = {{linear<float, float>, nullptr}, {linear<bf16, float>, linear<bf16, bf16>}},
     .segment_pool = {segment_pool<float>, segment_pool<bf16>},
 };
 

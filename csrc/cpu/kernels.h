@@ -59,6 +59,25 @@ struct BiasGeluParams {
   bool tanh;
 };
 
+/// Columns of a panel. The weights of a linear layer lie as fp32 [panels, K, 48] or bf16
+/// [panels, K / 2, 48, 2], zeros beyond column N: the order in which they are read, on every
+/// instruction set.
+inline constexpr int64_t kPanelColumns = 48;
+
+enum class Activation : int64_t { kNone, kGelu, kGeluTanh };
+inline constexpr int64_t kNumActivations = 3;
+
+// Work items are item_rows x item_panels parts of the result, those of the same rows together.
+struct LinearParams {
+  const void* x;       // [T, K]
+  const void* panels;  // aligned to 4 bytes
+  const float* bias;   // [N], or null
+  void* out;           // [T, N]
+  int64_t T, K, N;
+  int64_t item_rows, item_panels;
+  Activation activation;
+};
+
 enum class PoolMode : int64_t { kMean, kCls, kMax, kMeanSqrtLen, kWeightedMean, kLastToken };
 inline constexpr int64_t kNumPoolModes = 6;
 
@@ -87,8 +106,9 @@ struct KernelTable {
   const char* isa;
   RangeKernel<AttentionParams> varlen_attention[kNumDtypes];        // items: sequence * H + head
   RangeKernel<EmbedNormParams> embed_norm[kNumDtypes][kNumDtypes];  // rows; [tables][out]
-  RangeKernel<AddNormParams> add_norm[kNumDtypes];                  // rows
+  RangeKernel<AddNormParams> add_norm[kNumDtypes][kNumDtypes];      // rows; [x][residual and out]
   RangeKernel<BiasGeluParams> bias_gelu[kNumDtypes];                // rows
+  RangeKernel<LinearParams> linear[kNumDtypes][kNumDtypes];         // items; [x and weights][out]
   RangeKernel<SegmentPoolParams> segment_pool[kNumDtypes];          // segments
 };
 

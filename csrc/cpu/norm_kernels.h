@@ -15,20 +15,20 @@ namespace sbert_fast::cpu::SBF_ISA {
 constexpr int64_t kMaxSummed = 4096;
 
 /// Elements v[0, E) of one row of add_norm.
-template <class T, bool kHasBias, bool kHasResidual>
+template <class X, class T, bool kHasBias, bool kHasResidual>
 struct AddRow {
-  const T* x;
+  const X* x;
   const float* bias;
   const T* residual;
 
   SBF_INLINE VecF load(int64_t e) const {
-    VecF v = load_as<T>(x + e);
+    VecF v = load_as<X>(x + e);
     if constexpr (kHasBias) v = v + VecF::load(bias + e);
     if constexpr (kHasResidual) v = v + load_as<T>(residual + e);
     return v;
   }
   SBF_INLINE VecF load_partial(int64_t e, int n) const {
-    VecF v = load_as_partial<T>(x + e, n);
+    VecF v = load_as_partial<X>(x + e, n);
     if constexpr (kHasBias) v = v + VecF::load_partial(bias + e, n);
     if constexpr (kHasResidual) v = v + load_as_partial<T>(residual + e, n);
     return v;
@@ -129,24 +129,24 @@ SBF_INLINE void layer_norm_row(const Row& row, const float* weight, const float*
   normalize_row(SummedRow{summed}, mean, weight, bias, E, eps, out);
 }
 
-template <class T, bool kHasBias, bool kHasResidual>
+template <class X, class T, bool kHasBias, bool kHasResidual>
 void add_norm_rows(const AddNormParams& p, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t) {
     const int64_t offset = t * p.E;
-    const AddRow<T, kHasBias, kHasResidual> row{
-        static_cast<const T*>(p.x) + offset, p.bias,
+    const AddRow<X, T, kHasBias, kHasResidual> row{
+        static_cast<const X*>(p.x) + offset, p.bias,
         kHasResidual ? static_cast<const T*>(p.residual) + offset : nullptr};
     layer_norm_row(row, p.weight, p.ln_bias, p.E, p.eps, static_cast<T*>(p.out) + offset);
   }
 }
 
-template <class T>
+template <class X, class T>
 void add_norm(const AddNormParams& p, int64_t begin, int64_t end) {
   if (p.bias != nullptr && p.residual != nullptr)
-    return add_norm_rows<T, true, true>(p, begin, end);
-  if (p.bias != nullptr) return add_norm_rows<T, true, false>(p, begin, end);
-  if (p.residual != nullptr) return add_norm_rows<T, false, true>(p, begin, end);
-  add_norm_rows<T, false, false>(p, begin, end);
+    return add_norm_rows<X, T, true, true>(p, begin, end);
+  if (p.bias != nullptr) return add_norm_rows<X, T, true, false>(p, begin, end);
+  if (p.residual != nullptr) return add_norm_rows<X, T, false, true>(p, begin, end);
+  add_norm_rows<X, T, false, false>(p, begin, end);
 }
 
 template <class T, class Out, bool kHasType>

@@ -73,6 +73,8 @@ STABLE_TORCH_LIBRARY_IMPL(sbert_fast, CPU, m) {
   m.impl("embed_norm.cpu", TORCH_BOX(&sbert_fast::cpu::embed_norm));
   m.impl("add_norm.cpu", TORCH_BOX(&sbert_fast::cpu::add_norm));
   m.impl("bias_gelu.cpu", TORCH_BOX(&sbert_fast::cpu::bias_gelu));
+  m.impl("linear.cpu", TORCH_BOX(&sbert_fast::cpu::linear));
+  m.impl("linear_norm.cpu", TORCH_BOX(&sbert_fast::cpu::linear_norm));
   m.impl("segment_pool.cpu", TORCH_BOX(&sbert_fast::cpu::segment_pool));
   m.impl("segment_pool_out.cpu", TORCH_BOX(&sbert_fast::cpu::segment_pool_out));
 }

@@ -37,6 +37,20 @@ Tensor bias_gelu(const Tensor& x,                    // [T, F]
                  const std::optional<Tensor>& bias,  // [F] fp32
                  bool tanh);
 
+Tensor linear(const Tensor& x,                    // [T, K]
+              const Tensor& panels,               // [panels, K, 48] or [panels, K / 2, 48, 2]
+              const std::optional<Tensor>& bias,  // [N] fp32
+              int64_t features,                   // N
+              int64_t activation);
+
+Tensor linear_norm(const Tensor& x,                    // [T, K]
+                   const Tensor& panels,               // as linear
+                   const std::optional<Tensor>& bias,  // [N] fp32
+                   const Tensor& residual,             // [T, N]
+                   const Tensor& weight,               // [N] fp32
+                   const Tensor& ln_bias,              // [N] fp32
+                   double eps);
+
 Tensor segment_pool(const Tensor& x,           // [T, E], unit inner stride
                     const Tensor& cu_seqlens,  // [B + 1] int32
                     int64_t mode, bool normalize, int64_t skip,

@@ -82,7 +82,7 @@ Tensor add_norm(const Tensor& x, const std::optional<Tensor>& bias,
       .E = E,
       .eps = static_cast<float>(eps),
   };
-  parallel_rows(kernels().add_norm[dtype], params, T, E);
+  parallel_rows(kernels().add_norm[dtype][dtype], params, T, E);
   return out;
 }
 

@@ -27,6 +27,25 @@ void parallel_rows(RangeKernel<Params> kernel, const Params& params, int64_t row
                               [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
 }
 
+/// Runs `work(next)` on as many threads as there are items for; next() is the next item, and at
+/// least `items` once there is none left. A thread that was held up takes fewer of them.
+template <class Work>
+void parallel_workers(int64_t items, Work work) {
+  std::atomic<int64_t> next_item{0};
+  const auto next = [&] { return next_item.fetch_add(1, std::memory_order_relaxed); };
+  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), items);
+  if (workers <= 1) return work(next);
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) { work(next); });
+}
+
+/// Runs `body(item)` for every item, each on the next thread that is free.
+template <class Body>
+void parallel_dynamic(int64_t items, Body body) {
+  parallel_workers(items, [&](auto next) {
+    for (int64_t item; (item = next()) < items;) body(item);
+  });
+}
+
 /// Neighbouring work items of one cost, in elements touched.
 struct ItemGroup {
   int64_t items;
@@ -63,12 +82,8 @@ void parallel_items(RangeKernel<Params> kernel, const Params& params, int64_t gr
     }
   }
   const int64_t chunks = static_cast<int64_t>(bounds.size()) - 1;
-  std::atomic<int64_t> next_chunk{0};
-  torch::stable::parallel_for(0, std::min(threads, chunks), 1, [&](int64_t, int64_t) {
-    for (int64_t chunk; (chunk = next_chunk.fetch_add(1)) < chunks;) {
-      kernel(params, bounds[chunk], bounds[chunk + 1]);
-    }
-  });
+  parallel_dynamic(chunks,
+                   [&](int64_t chunk) { kernel(params, bounds[chunk], bounds[chunk + 1]); });
 }
 
 }  // namespace sbert_fast::cpu

@@ -18,6 +18,7 @@
 //   reduce_add, reduce_max: the upper half onto the lower half until one lane is left.
 //   bf16 stores round to nearest even, keep subnormals, and keep NaN. (The hardware conversion
 //     flushes subnormals, and what it would save is hidden behind memory.)
+//   first_of_pairs, second_of_pairs: of lanes that hold two bf16, the first one in the low half.
 //   load_as<T>, store_as<T>: T = float or bf16.
 #pragma once
 

@@ -104,6 +104,14 @@ SBF_INLINE void store_bf16(bf16* p, VecF a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(a));
 }
 
+SBF_INLINE VecF first_of_pairs(VecF a) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 16))};
+}
+SBF_INLINE VecF second_of_pairs(VecF a) {
+  const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  return {_mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(a.v), upper))};
+}
+
 SBF_INLINE VecF load_bf16_partial(const bf16* p, int n) {
   bf16 lanes[VecF::N] = {};
   for (int i = 0; i < n; ++i) lanes[i] = p[i];

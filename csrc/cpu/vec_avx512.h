@@ -113,9 +113,16 @@ SBF_INLINE void store_bf16_partial(bf16* p, VecF a, int n) {
   _mm256_mask_storeu_epi16(p, VecF::first(n), narrow(a));
 }
 
-#if defined(__AVX512BF16__)
 // Pairs: a VecF whose lanes each hold two bf16, the first one in the low half.
+SBF_INLINE VecF first_of_pairs(VecF a) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 16))};
+}
+SBF_INLINE VecF second_of_pairs(VecF a) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a.v), upper))};
+}
 
+#if defined(__AVX512BF16__)
 // c + the sum of both products of each pair. Subnormal inputs and results count as zero.
 SBF_INLINE VecF dot_pairs(VecF a, VecF b, VecF c) {
   return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};

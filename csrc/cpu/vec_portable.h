@@ -136,6 +136,14 @@ SBF_INLINE void store_bf16(bf16* p, VecF a) {
   }
 }
 
+SBF_INLINE VecF first_of_pairs(VecF a) {
+  return {(Float4)(bits(a.lo) << 16), (Float4)(bits(a.hi) << 16)};
+}
+SBF_INLINE VecF second_of_pairs(VecF a) {
+  const Int4 upper = Int4{} + static_cast<int32_t>(0xffff0000u);
+  return {(Float4)(bits(a.lo) & upper), (Float4)(bits(a.hi) & upper)};
+}
+
 SBF_INLINE VecF load_bf16_partial(const bf16* p, int n) {
   bf16 lanes[VecF::N] = {};
   for (int i = 0; i < n; ++i) lanes[i] = p[i];

@@ -69,7 +69,7 @@ def examine() -> dict[str, Any]:
         "cuda": _cuda,
         "libraries": _libraries,
         "build": _build,
-        "onednn linears": _onednn,
+        "linear layers": _linears,
         "ops": _ops,
     }
     report = {}
@@ -176,13 +176,18 @@ def _build() -> dict[str, Any] | None:
     return {name.lower(): value for name, value in vars(_build_info).items() if name.isupper()}
 
 
-def _onednn() -> dict[str, bool]:
+def _linears() -> dict[str, str]:
+    """What linear layers run on: panels (the C++ ops), onednn (prepacked), or torch."""
     import torch
 
-    from sbert_fast.prepare import onednn_linear_available
+    from sbert_fast.prepare import linear_implementation
 
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    return {str(dtype).removeprefix("torch."): onednn_linear_available(dtype) for dtype in dtypes}
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return {
+        f"{device} {str(dtype)[6:]}": linear_implementation(dtype, torch.device(device))
+        for device in devices
+        for dtype in (torch.float32, torch.bfloat16)
+    }
 
 
 def _ops() -> list[dict[str, Any]]:

@@ -62,7 +62,7 @@ def _rejection_of_triton(device: torch.device, dtype: torch.dtype) -> str | None
     reason = kernels.unavailable(device)
     if reason is not None:
         return reason
-    missing = [op for op in schemas.SCHEMAS if op not in kernels.LAUNCHERS]
+    missing = [op for op in schemas.SCHEMAS if op not in {*kernels.LAUNCHERS, *schemas.CPU_ONLY}]
     if missing:
         return f"there is no Triton kernel for {', '.join(missing)}"
     if dtype not in kernels.DTYPES:

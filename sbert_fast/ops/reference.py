@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sbert_fast.ops.panels import unpack as unpack_panels
+
 POOLING_MODES = ("mean", "cls", "max", "mean_sqrt_len", "weighted_mean", "last_token")
 NORMALIZE_EPS = 1e-12
 
@@ -133,6 +135,34 @@ def bias_gelu(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     if bias is not None:
         total = total + bias.to(total.dtype)
     return F.gelu(total, approximate="tanh" if tanh else "none").to(x.dtype)
+
+
+def linear(
+    x: Tensor, panels: Tensor, bias: Tensor | None, features: int, activation: int
+) -> Tensor:
+    y = _linear(x, panels, bias, features)
+    if activation:
+        y = F.gelu(y, approximate=("none", "tanh")[activation - 1])
+    return y.to(x.dtype)
+
+
+def linear_norm(
+    x: Tensor,
+    panels: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+) -> Tensor:
+    y = _linear(x, panels, bias, residual.shape[1]) + residual
+    return _layer_norm(y, weight, ln_bias, eps).to(x.dtype)
+
+
+def _linear(x: Tensor, panels: Tensor, bias: Tensor | None, features: int) -> Tensor:
+    dtype = _accumulator(x.dtype)
+    weight = unpack_panels(panels, features).to(dtype)
+    return F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
 
 
 def segment_pool(

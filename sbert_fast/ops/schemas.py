@@ -27,11 +27,17 @@ SCHEMAS = {
     "add_norm": "(Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor ln_bias,"
     " float eps) -> Tensor",
     "bias_gelu": "(Tensor x, Tensor? bias, bool tanh) -> Tensor",
+    "linear": "(Tensor x, Tensor panels, Tensor? bias, int features, int activation) -> Tensor",
+    "linear_norm": "(Tensor x, Tensor panels, Tensor? bias, Tensor residual, Tensor weight,"
+    " Tensor ln_bias, float eps) -> Tensor",
     "segment_pool": "(Tensor x, Tensor cu_seqlens, int pooling, bool normalize, int skip,"
     " Tensor? spans) -> Tensor",
     "segment_pool_out": "(Tensor x, Tensor cu_seqlens, int pooling, bool normalize, int skip,"
     " Tensor? spans, Tensor(a!) out, Tensor? out_rows) -> ()",
 }
+
+# Other devices have GEMMs of their own.
+CPU_ONLY = frozenset({"linear", "linear_norm"})
 
 # Kept alive for the life of the process: dropping it would unregister the ops.
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -48,6 +54,16 @@ def _fake_embed_norm(ids: Tensor, *args: Any) -> Tensor:
 
 def _fake_elementwise(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
+
+
+def _fake_linear(
+    x: Tensor, panels: Tensor, bias: Tensor | None, features: int, activation: int
+) -> Tensor:
+    return x.new_empty((x.shape[0], features))
+
+
+def _fake_linear_norm(x: Tensor, panels: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    return x.new_empty((x.shape[0], args[0].shape[1]))
 
 
 def _fake_segment_pool(
@@ -67,6 +83,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "embed_norm": _fake_embed_norm,
     "add_norm": _fake_elementwise,
     "bias_gelu": _fake_elementwise,
+    "linear": _fake_linear,
+    "linear_norm": _fake_linear_norm,
     "segment_pool": _fake_segment_pool,
     "segment_pool_out": _fake_nothing,
 }
@@ -91,9 +109,14 @@ def _torch_varlen_attention(*args: Any) -> Tensor:
 _TORCH: dict[str, Callable[..., Any]] = {"varlen_attention": _torch_varlen_attention}
 
 
+def implementations(op: str) -> tuple[str, ...]:
+    """The implementations that `op` has."""
+    return ("reference", "cpu") if op in CPU_ONLY else IMPLEMENTATIONS
+
+
 def _register() -> None:
     for op, schema in SCHEMAS.items():
-        for implementation in IMPLEMENTATIONS:
+        for implementation in implementations(op):
             name = f"{op}.{implementation}"
             _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(f"{NAMESPACE}::{name}", _FAKES[op], lib=_library)

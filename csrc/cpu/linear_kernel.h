@@ -1,0 +1,170 @@
+// linear: activation(x @ weight.T + bias) on weights that lie in panels (kernels.h).
+//
+// A tile of the result keeps its sums in registers and takes one step along K after another, so a
+// row depends on no other row and not on how many there are.
+#pragma once
+
+#include "attention_tile.h"
+#include "gelu_kernel.h"
+#include "kernels.h"
+#include "vec.h"
+
+namespace sbert_fast::cpu::SBF_ISA {
+
+// Accumulators of a tile, rows times vectors; with the vectors of one step and a broadcast they
+// must fit the registers.
+#if defined(__AVX512F__)
+constexpr int kLinearRows = 8, kLinearVecs = 3;
+#elif defined(__AVX2__) || defined(__ARM_NEON)
+constexpr int kLinearRows = 4, kLinearVecs = 3;
+#else
+constexpr int kLinearRows = 4, kLinearVecs = 1;
+#endif
+static_assert(kPanelColumns % (kLinearVecs * VecF::N) == 0);
+
+/// Weights that are used on all rows of an item before the next ones: half of a small L2 cache.
+constexpr int64_t kPanelGroupBytes = 384 << 10;
+
+// How x and the panels are read along K. A step is one value of each row and column. The error of a
+// sum grows with its length, so it is cut into runs of steps, whose sums are added up.
+template <class T>
+struct LinearOperand {
+  static constexpr int64_t kValuesPerStep = 1;
+  static constexpr int64_t kRun = 128;
+  static SBF_INLINE VecF multiply_add(VecF a, VecF b, VecF c) { return fma(a, b, c); }
+};
+
+// A step is a pair of values, which share a 32-bit lane. They carry errors larger than any sum's.
+template <>
+struct LinearOperand<bf16> {
+  static constexpr int64_t kValuesPerStep = 2;
+  static constexpr int64_t kRun = 4096;
+  static SBF_INLINE VecF multiply_add(VecF a, VecF b, VecF c) {
+#if defined(__AVX512BF16__)
+    return dot_pairs(a, b, c);
+#else
+    return fma(second_of_pairs(a), second_of_pairs(b),
+               fma(first_of_pairs(a), first_of_pairs(b), c));
+#endif
+  }
+};
+
+// sums[r][0, kLinearVecs * N) = x[r] times some columns of a panel; x and panel in steps.
+template <class Operand, int ROWS>
+__attribute__((noinline)) void multiply_tile(const float* x, int64_t x_stride, const float* panel,
+                                             int64_t steps, float* sums) {
+  for (int64_t run = 0; run < steps; run += Operand::kRun) {
+    const int64_t run_end = run + Operand::kRun < steps ? run + Operand::kRun : steps;
+    VecF acc[ROWS][kLinearVecs];
+    SBF_UNROLL for (int r = 0; r < ROWS; ++r) {
+      SBF_UNROLL for (int v = 0; v < kLinearVecs; ++v) acc[r][v] = VecF::zero();
+    }
+    for (int64_t s = run; s < run_end; ++s) {
+      VecF columns[kLinearVecs];
+      SBF_UNROLL for (int v = 0; v < kLinearVecs; ++v) {
+        columns[v] = VecF::load(panel + s * kPanelColumns + v * VecF::N);
+      }
+      SBF_UNROLL for (int r = 0; r < ROWS; ++r) {
+        const VecF value = VecF::set1(x[r * x_stride + s]);
+        SBF_UNROLL for (int v = 0; v < kLinearVecs; ++v) {
+          acc[r][v] = Operand::multiply_add(value, columns[v], acc[r][v]);
+        }
+      }
+    }
+    SBF_UNROLL for (int r = 0; r < ROWS; ++r) {
+      SBF_UNROLL for (int v = 0; v < kLinearVecs; ++v) {
+        float* const to = sums + r * kPanelColumns + v * VecF::N;
+        if (run > 0) acc[r][v] = acc[r][v] + VecF::load(to);
+        acc[r][v].store(to);
+      }
+    }
+  }
+}
+
+template <class Operand, int ROWS = kLinearRows>
+SBF_INLINE void multiply_rows(int64_t rows, const float* x, int64_t x_stride, const float* panel,
+                              int64_t steps, float* sums) {
+  if constexpr (ROWS > 1) {
+    if (rows < ROWS) return multiply_rows<Operand, ROWS - 1>(rows, x, x_stride, panel, steps, sums);
+  }
+  multiply_tile<Operand, ROWS>(x, x_stride, panel, steps, sums);
+}
+
+template <class Out, class Activate>
+SBF_INLINE void finish_tile(const float* sums, int64_t rows, int64_t columns, const float* bias,
+                            Activate activate, Out* out, int64_t out_stride) {
+  constexpr int64_t N = VecF::N;
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* from = sums + r * kPanelColumns;
+    Out* to = out + r * out_stride;
+    int64_t c = 0;
+    for (; c + N <= columns; c += N) {
+      VecF v = VecF::load(from + c);
+      if (bias != nullptr) v = v + VecF::load(bias + c);
+      store_as<Out>(to + c, activate(v));
+    }
+    if (c < columns) {
+      const int n = static_cast<int>(columns - c);
+      VecF v = VecF::load(from + c);
+      if (bias != nullptr) v = v + VecF::load_partial(bias + c, n);
+      store_as_partial<Out>(to + c, activate(v), n);
+    }
+  }
+}
+
+// Rows [row, row_end) of the panels [panel, panel_end).
+template <class T, class Out, class Activate>
+void linear_item(const LinearParams& p, int64_t row, int64_t row_end, int64_t panel,
+                 int64_t panel_end, Activate activate) {
+  using Operand = LinearOperand<T>;
+  const int64_t steps = p.K / Operand::kValuesPerStep;
+  const int64_t panel_size = steps * kPanelColumns;  // of 32-bit lanes
+  const int64_t fitting = kPanelGroupBytes / (panel_size * static_cast<int64_t>(sizeof(float)) + 1);
+  const int64_t group = fitting > 1 ? fitting : 1;
+  alignas(64) float sums[kLinearRows * kPanelColumns];
+
+  for (int64_t first = panel; first < panel_end; first += group) {
+    const int64_t last = first + group < panel_end ? first + group : panel_end;
+    for (int64_t t = row; t < row_end; t += kLinearRows) {
+      const int64_t rows = row_end - t < kLinearRows ? row_end - t : kLinearRows;
+      // A lane holds one fp32 or two bf16 values; they are only broadcast, never computed with.
+      const float* x = reinterpret_cast<const float*>(static_cast<const T*>(p.x) + t * p.K);
+      for (int64_t i = first; i < last; ++i) {
+        const float* weights = static_cast<const float*>(p.panels) + i * panel_size;
+        for (int64_t c = 0; c < kPanelColumns; c += kLinearVecs * VecF::N) {
+          multiply_rows<Operand>(rows, x, steps, weights + c, steps, sums + c);
+        }
+        const int64_t column = i * kPanelColumns;
+        const int64_t columns = p.N - column < kPanelColumns ? p.N - column : kPanelColumns;
+        finish_tile(sums, rows, columns, p.bias == nullptr ? nullptr : p.bias + column, activate,
+                    static_cast<Out*>(p.out) + t * p.N + column, p.N);
+      }
+    }
+  }
+}
+
+template <class T, class Out, class Activate>
+void linear_items(const LinearParams& p, int64_t begin, int64_t end, Activate activate) {
+  const int64_t panels = (p.N + kPanelColumns - 1) / kPanelColumns;
+  const int64_t across = (panels + p.item_panels - 1) / p.item_panels;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t row = item / across * p.item_rows, panel = item % across * p.item_panels;
+    const int64_t row_end = row + p.item_rows, panel_end = panel + p.item_panels;
+    linear_item<T, Out>(p, row, row_end < p.T ? row_end : p.T, panel,
+                        panel_end < panels ? panel_end : panels, activate);
+  }
+}
+
+template <class T, class Out>
+void linear(const LinearParams& p, int64_t begin, int64_t end) {
+  switch (p.activation) {
+    case Activation::kNone:
+      return linear_items<T, Out>(p, begin, end, [](VecF v) { return v; });
+    case Activation::kGelu:
+      return linear_items<T, Out>(p, begin, end, [](VecF v) { return gelu<ErfTail>(v); });
+    case Activation::kGeluTanh:
+      return linear_items<T, Out>(p, begin, end, [](VecF v) { return gelu<TanhTail>(v); });
+  }
+}
+
+}  // namespace sbert_fast::cpu::SBF_ISA

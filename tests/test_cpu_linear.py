@@ -1,0 +1,139 @@
+"""The linear layers of the C++ ops: figures, isolation, independence of how work is cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sbert_fast.models.base import Linear
+from sbert_fast.ops import extension, panels
+from sbert_fast.ops.panels import Activation
+from sbert_fast.prepare import LinearKernels, PreparedLinear, PreparedNorm
+from sbert_fast.testing import check_op
+
+OPS = torch.ops.sbert_fast
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16]
+# Rows below, at and above a tile and an item; columns below, at and above a vector and a panel.
+ROWS = [1, 2, 7, 8, 9, 130]
+SIZES = [(2, 1), (6, 7), (38, 48), (64, 50), (384, 100), (96, 384), (26, 52)]
+
+pytestmark = [
+    pytest.mark.skipif(not extension.CPU.available, reason=str(extension.CPU.reason)),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def linear_args(T: int, K: int, N: int, dtype: torch.dtype) -> list[Any]:
+    x, weight = torch.randn(T, K).to(dtype), torch.randn(N, K).to(dtype)
+    return [x, panels.pack(weight), torch.randn(N), N, 0]
+
+
+def linear_norm_args(T: int, K: int, N: int, dtype: torch.dtype) -> list[Any]:
+    x, packed, bias, *_ = linear_args(T, K, N, dtype)
+    norm = 1 + 0.1 * torch.randn(N), 0.1 * torch.randn(N)
+    return [x, packed, bias, torch.randn(T, N).to(dtype), *norm, 1e-12]
+
+
+@every_dtype
+@pytest.mark.parametrize(("K", "N"), SIZES)
+def test_linear(isa: str, K: int, N: int, dtype: torch.dtype) -> None:
+    for T in ROWS:
+        args = linear_args(T, K, N, dtype)
+        for activation in Activation:
+            args[-1] = activation
+            check_op("linear", OPS.linear.cpu(*args), args, dtype)
+    args[2] = None
+    check_op("linear", OPS.linear.cpu(*args), args, dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize(("K", "N"), [(38, 8), (64, 50), (384, 100), (96, 384)])
+def test_linear_norm(isa: str, K: int, N: int, dtype: torch.dtype) -> None:
+    for T in ROWS:
+        args = linear_norm_args(T, K, N, dtype)
+        check_op("linear_norm", OPS.linear_norm.cpu(*args), args, dtype)
+    args[2] = None
+    check_op("linear_norm", OPS.linear_norm.cpu(*args), args, dtype)
+
+
+def test_linear_of_an_odd_number_of_inputs(isa: str) -> None:
+    args = linear_args(9, 37, 50, torch.float32)
+    check_op("linear", OPS.linear.cpu(*args), args, torch.float32)
+
+
+@every_dtype
+@pytest.mark.parametrize("op", ["linear", "linear_norm"])
+def test_a_row_is_the_same_wherever_it_is(isa: str, op: str, dtype: torch.dtype) -> None:
+    """Alone, at any place among any number of rows, and beside rows of NaN: the same bits."""
+    make = linear_args if op == "linear" else linear_norm_args
+    args = make(300, 64, 100, dtype)
+    kernel = getattr(OPS, op).cpu
+    expected = kernel(*args)
+    for start, end in [(0, 1), (5, 6), (3, 20), (7, 300), (290, 299)]:
+        part = [a[start:end] if isinstance(a, Tensor) and len(a) == 300 else a for a in args]
+        assert torch.equal(kernel(*part), expected[start:end])
+    args[0][torch.arange(300) != 123] = float("nan")
+    assert torch.equal(kernel(*args)[123], expected[123])
+
+
+@every_dtype
+@pytest.mark.parametrize("op", ["linear", "linear_norm"])
+@pytest.mark.parametrize("T", [16, 200, 3000])
+def test_threads_change_no_bit(isa: str, op: str, T: int, dtype: torch.dtype) -> None:
+    args = (linear_args if op == "linear" else linear_norm_args)(T, 384, 200, dtype)
+    kernel, threads = getattr(OPS, op).cpu, torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = kernel(*args)
+        for count in (2, 3, 5):
+            torch.set_num_threads(count)
+            assert torch.equal(kernel(*args), expected), f"{count} threads"
+    finally:
+        torch.set_num_threads(threads)
+
+
+@every_dtype
+def test_inputs_without_rows(isa: str, dtype: torch.dtype) -> None:
+    assert OPS.linear.cpu(*linear_args(0, 16, 50, dtype)).shape == (0, 50)
+    assert OPS.linear_norm.cpu(*linear_norm_args(0, 16, 50, dtype)).shape == (0, 50)
+
+
+@every_dtype
+@pytest.mark.parametrize(("K", "N"), SIZES)
+def test_panels_hold_the_weight(K: int, N: int, dtype: torch.dtype) -> None:
+    weight = torch.randn(N, K).to(dtype)
+    packed = panels.pack(weight)
+    assert torch.equal(panels.unpack(packed, N), weight)
+    assert packed.numel() == -(-N // panels.COLUMNS) * panels.COLUMNS * K
+
+
+@every_dtype
+@pytest.mark.parametrize("inputs", [64, 37])
+@pytest.mark.parametrize("implementation", ["panels", "onednn", "torch"])
+def test_prepared_linears_agree(
+    monkeypatch: pytest.MonkeyPatch, implementation: str, inputs: int, dtype: torch.dtype
+) -> None:
+    """Whatever they run on; layers without a bias beside one that has it."""
+    monkeypatch.setattr("sbert_fast.prepare.linear_implementation", lambda *_: implementation)
+    kernels = LinearKernels(dtype, CPU, "auto")
+    x, residual = torch.randn(32, inputs).to(dtype), torch.randn(32, 90).to(dtype)
+    weights, bias = torch.randn(3, 30, inputs), torch.randn(30)
+    parts = tuple(Linear(w, b) for w, b in zip(weights, (None, bias, None), strict=True))
+    whole_bias = torch.cat((torch.zeros(30), bias, torch.zeros(30)))
+    args: list[Any] = [x, panels.pack(weights.view(90, -1)), whole_bias, 90, Activation.GELU]
+    if dtype == torch.bfloat16:
+        # pack() takes an even number of inputs: the oracle gets one more, of zeros.
+        wide = F.pad(weights.view(90, -1), (0, inputs % 2)).to(dtype)
+        args[:2] = F.pad(x, (0, inputs % 2)), panels.pack(wide)
+    check_op("linear", PreparedLinear(parts, kernels, Activation.GELU)(x), args, dtype)
+
+    norm = PreparedNorm(torch.rand(90), torch.randn(90), 1e-5)
+    out = PreparedLinear(parts, kernels).add_norm(x, residual, norm)
+    args[3:] = residual, norm.weight, norm.bias, norm.eps
+    check_op("linear_norm", out, args, dtype)

@@ -101,7 +101,7 @@ SBF_INLINE void finish_tile(const float* sums, int64_t rows, int64_t columns, co
     for (; c + N <= columns; c += N) {
       VecF v = VecF::load(from + c);
       if (bias != nullptr) v = v + VecF::load(bias + c);
-      store_as<Out>(to + c, activate(v));
+      store_rounded<Out>(to + c, activate(v));
     }
     if (c < columns) {
       const int n = static_cast<int>(columns - c);
@@ -161,9 +161,9 @@ void linear(const LinearParams& p, int64_t begin, int64_t end) {
     case Activation::kNone:
       return linear_items<T, Out>(p, begin, end, [](VecF v) { return v; });
     case Activation::kGelu:
-      return linear_items<T, Out>(p, begin, end, [](VecF v) { return gelu<ErfTail>(v); });
+      return linear_items<T, Out>(p, begin, end, [](VecF v) { return gelu<ErfTail<Out>>(v); });
     case Activation::kGeluTanh:
-      return linear_items<T, Out>(p, begin, end, [](VecF v) { return gelu<TanhTail>(v); });
+      return linear_items<T, Out>(p, begin, end, [](VecF v) { return gelu<TanhTail<Out>>(v); });
   }
 }
 

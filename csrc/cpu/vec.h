@@ -139,6 +139,15 @@ SBF_INLINE void store_as(T* p, VecF a) {
   }
 }
 
+// As store_as; bf16 subnormals may become zero, where the CPU rounds by itself.
+template <class T>
+SBF_INLINE void store_rounded(T* p, VecF a) {
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(T) == sizeof(bf16)) return store_bf16_flushed(p, a);
+#endif
+  store_as<T>(p, a);
+}
+
 template <class T>
 SBF_INLINE void store_as_partial(T* p, VecF a, int n) {
   if constexpr (sizeof(T) == sizeof(bf16)) {

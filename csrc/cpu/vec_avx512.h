@@ -127,6 +127,10 @@ SBF_INLINE VecF second_of_pairs(VecF a) {
 SBF_INLINE VecF dot_pairs(VecF a, VecF b, VecF c) {
   return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
 }
+// Subnormals become zero.
+SBF_INLINE void store_bf16_flushed(bf16* p, VecF a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a.v));
+}
 // The first n of 2 N consecutive elements as pairs, then zeros.
 SBF_INLINE VecF load_pairs(const bf16* p, int n) {
   const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << n) - 1u);

@@ -23,8 +23,8 @@ from sbert_fast.tokenization import TextTokenizer, TokenizedTexts
 # output is bounded by a window, whatever the number of texts.
 _WINDOW_CHARACTERS = 4_000_000
 _WINDOW_TEXTS = 65_536
-# Bytes of the widest activation of a batch, and most tokens: half as many cost 3 % of the speed, twice
-# as many gain nothing and take memory.
+# Bytes of the widest activation of a batch, and most tokens of one: with half of that 3 % of the
+# speed are lost, with twice that nothing is gained but memory.
 _CPU_ACTIVATION_BYTES = 12 << 20
 _CPU_BATCH_TOKENS = 2048
 

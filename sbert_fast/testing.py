@@ -154,6 +154,11 @@ def peer_segment_pool(
     return reference.segment_pool(x.float(), cu_seqlens, mode, normalize, skip, spans)
 
 
+def peer_norm_pool(x: Tensor, *args: Any) -> Tensor:
+    """The LayerNorm in the dtype of `x`, pooled in fp32."""
+    return peer_segment_pool(peer_add_norm(x, *args[:5]), *args[5:])
+
+
 PEERS: dict[str, Callable[..., Tensor]] = {
     "varlen_attention": peer_varlen_attention,
     "embed_norm": peer_embed_norm,
@@ -162,6 +167,7 @@ PEERS: dict[str, Callable[..., Tensor]] = {
     "linear": peer_linear,
     "linear_norm": peer_linear_norm,
     "segment_pool": peer_segment_pool,
+    "norm_pool": peer_norm_pool,
 }
 
 

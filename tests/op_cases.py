@@ -58,4 +58,8 @@ def arguments(
         rows = torch.randperm(len(lengths), generator=g).to(torch.int32)
         out = torch.full((len(lengths) + 1, width), float("nan"))
         return (randn(tokens, width), cu, 0, True, 0, None, out, rows)
+    if op in ("norm_pool", "norm_pool_out"):
+        norm = arguments("add_norm", dtype, lengths, heads, dim, seed)
+        pooled = arguments(op.replace("norm", "segment"), dtype, lengths, heads, dim, seed)
+        return (*norm, *pooled[1:])
     raise ValueError(f"op must name an op, got {op!r}")

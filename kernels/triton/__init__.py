@@ -25,6 +25,13 @@ from torch import Tensor
 # arguments of the op's schema, all tensors on one device.
 LAUNCHERS = {
     "varlen_attention": "varlen_attention",
+    "embed_norm": "embed_norm",
+    "add_norm": "add_norm",
+    "bias_gelu": "bias_gelu",
+    "segment_pool": "segment_pool",
+    "segment_pool_out": "segment_pool",
+    "norm_pool": "norm_pool",
+    "norm_pool_out": "norm_pool",
 }
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -55,6 +62,8 @@ def launcher(op: str) -> Callable[..., Any]:
     return launch
 
 
+# Asks the machine what a graph cannot hold, and the answer is the same every time.
+@torch.compiler.assume_constant_result
 def unavailable(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on `device`; None where they can."""
     if device.type == "cpu" and interpreted():

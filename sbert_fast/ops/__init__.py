@@ -37,6 +37,7 @@ __all__ = [
     "explain_ops",
     "extension",
     "launches",
+    "norm_pool",
     "rejection",
     "reset_launches",
     "resolve",
@@ -197,16 +198,7 @@ def add_norm(
     Numerics:
         fp32 sum and statistics, two passes; one rounding.
     """
-    validation.activations("x", x, ("T", "E"))
-    width = x.shape[1]
-    if bias is not None:
-        bias = validation.parameter("bias", bias, (width,), x.device)
-    if residual is not None:
-        validation.activations("residual", residual, tuple(x.shape))
-        validation.dtype("residual", residual, (x.dtype,))
-        validation.device("residual", residual, x.device)
-    weight = validation.parameter("weight", weight, (width,), x.device)
-    ln_bias = validation.parameter("ln_bias", ln_bias, (width,), x.device)
+    bias, weight, ln_bias = validation.norm(x, bias, residual, weight, ln_bias)
     return bind("add_norm", x.device, x.dtype, impl)(x, bias, residual, weight, ln_bias, eps)
 
 
@@ -274,29 +266,59 @@ def segment_pool(
     validation.dtype("x", x, validation.FLOATS)
     if x.stride(1) != 1 and x.shape[1] > 1:
         raise ValueError(f"x must have a unit inner stride, got strides {x.stride()}")
-    validation.integers("cu_seqlens", cu_seqlens, ("B + 1",), x.device)
-    validation.cu_seqlens_values(cu_seqlens, x.shape[0])
-    code = validation.pooling_mode(mode)
-    if skip < 0:
-        raise ValueError(f"skip must be at least 0, got {skip}")
-    rows = cu_seqlens.shape[0] - 1
-    if spans is not None:
-        validation.integers("spans", spans, ("P", 2), x.device)
-        rows = spans.shape[0]
+    code = validation.pooling(x, cu_seqlens, mode, skip, spans)
+    validation.pooled_rows("segment_pool", x, cu_seqlens, spans, out, out_rows)
+    how = code, normalize, skip, spans
     if out is None:
-        if out_rows is not None:
-            raise ValueError("out_rows was given without out: pass both or neither")
-        return bind("segment_pool", x.device, x.dtype, impl)(
-            x, cu_seqlens, code, normalize, skip, spans
-        )
-    validation.shape("out", out, ("N", x.shape[1]))
-    validation.dtype("out", out, (torch.float32,))
-    validation.device("out", out, x.device)
-    validation.no_grad("segment_pool", x, out)
-    if out_rows is not None:
-        validation.integers("out_rows", out_rows, (rows,), x.device)
-    elif out.shape[0] < rows:
-        raise ValueError(f"out must have at least {rows} rows, got {out.shape[0]}")
-    kernel = bind("segment_pool_out", x.device, x.dtype, impl)
-    kernel(x, cu_seqlens, code, normalize, skip, spans, out, out_rows)
+        return bind("segment_pool", x.device, x.dtype, impl)(x, cu_seqlens, *how)
+    bind("segment_pool_out", x.device, x.dtype, impl)(x, cu_seqlens, *how, out, out_rows)
+    return out
+
+
+def norm_pool(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    cu_seqlens: Tensor,
+    *,
+    mode: str = "mean",
+    normalize: bool = True,
+    skip: int = 0,
+    spans: Tensor | None = None,
+    out: Tensor | None = None,
+    out_rows: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """`segment_pool(add_norm(x, bias, residual, ...))`, for the last layer of a model.
+
+    Args:
+        x: `[T, E]`, contiguous.
+        bias, residual, weight, ln_bias, eps: as in :func:`add_norm`.
+        cu_seqlens: int32 `[B + 1]`, see the module docstring.
+        mode, normalize, skip, spans, out, out_rows: as in :func:`segment_pool`.
+        impl: see the module docstring.
+
+    Returns:
+        `[B, E]` fp32 (`[P, E]` with `spans`), or `out`. Empty sequences give zeros.
+
+    Raises:
+        TypeError, ValueError: an argument breaks the contract; the message names it.
+
+    Numerics:
+        as both; the normalised tokens are rounded to the dtype of `x` on a CPU only, where they
+        are stored.
+    """
+    bias, weight, ln_bias = validation.norm(x, bias, residual, weight, ln_bias)
+    code = validation.pooling(x, cu_seqlens, mode, skip, spans)
+    validation.pooled_rows("norm_pool", x, cu_seqlens, spans, out, out_rows)
+    norm = bias, residual, weight, ln_bias, eps
+    how = code, normalize, skip, spans
+    if out is None:
+        return bind("norm_pool", x.device, x.dtype, impl)(x, *norm, cu_seqlens, *how)
+    validation.no_grad("norm_pool", residual, bias, weight, ln_bias)
+    kernel = bind("norm_pool_out", x.device, x.dtype, impl)
+    kernel(x, *norm, cu_seqlens, *how, out, out_rows)
     return out

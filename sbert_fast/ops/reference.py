@@ -123,11 +123,22 @@ def add_norm(
     ln_bias: Tensor,
     eps: float,
 ) -> Tensor:
+    return _add_norm(x, bias, residual, weight, ln_bias, eps).to(x.dtype)
+
+
+def _add_norm(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+) -> Tensor:
     total = x.to(_accumulator(x.dtype))
     for term in (bias, residual):
         if term is not None:
             total = total + term.to(total.dtype)
-    return _layer_norm(total, weight, ln_bias, eps).to(x.dtype)
+    return _layer_norm(total, weight, ln_bias, eps)
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
@@ -207,7 +218,47 @@ def segment_pool_out(
     out: Tensor,
     out_rows: Tensor | None,
 ) -> None:
-    pooled = segment_pool(x, cu_seqlens, pooling, normalize, skip, spans).to(out.dtype)
+    _scatter(segment_pool(x, cu_seqlens, pooling, normalize, skip, spans), out, out_rows)
+
+
+def norm_pool(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    cu_seqlens: Tensor,
+    pooling: int,
+    normalize: bool,
+    skip: int,
+    spans: Tensor | None,
+) -> Tensor:
+    normalized = _add_norm(x, bias, residual, weight, ln_bias, eps)
+    return segment_pool(normalized, cu_seqlens, pooling, normalize, skip, spans)
+
+
+def norm_pool_out(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    cu_seqlens: Tensor,
+    pooling: int,
+    normalize: bool,
+    skip: int,
+    spans: Tensor | None,
+    out: Tensor,
+    out_rows: Tensor | None,
+) -> None:
+    norm = bias, residual, weight, ln_bias, eps
+    _scatter(norm_pool(x, *norm, cu_seqlens, pooling, normalize, skip, spans), out, out_rows)
+
+
+def _scatter(pooled: Tensor, out: Tensor, out_rows: Tensor | None) -> None:
+    pooled = pooled.to(out.dtype)
     if out_rows is None:
         out[: pooled.shape[0]] = pooled
     else:

@@ -34,6 +34,12 @@ SCHEMAS = {
     " Tensor? spans) -> Tensor",
     "segment_pool_out": "(Tensor x, Tensor cu_seqlens, int pooling, bool normalize, int skip,"
     " Tensor? spans, Tensor(a!) out, Tensor? out_rows) -> ()",
+    "norm_pool": "(Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor ln_bias,"
+    " float eps, Tensor cu_seqlens, int pooling, bool normalize, int skip, Tensor? spans)"
+    " -> Tensor",
+    "norm_pool_out": "(Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor ln_bias,"
+    " float eps, Tensor cu_seqlens, int pooling, bool normalize, int skip, Tensor? spans,"
+    " Tensor(a!) out, Tensor? out_rows) -> ()",
 }
 
 # Other devices have GEMMs of their own.
@@ -74,6 +80,10 @@ def _fake_segment_pool(
     return x.new_empty((rows, x.shape[1]), dtype=dtype)
 
 
+def _fake_norm_pool(x: Tensor, *args: Any) -> Tensor:
+    return _fake_segment_pool(x, *args[5:])
+
+
 def _fake_nothing(*_: Any) -> None:
     return None
 
@@ -87,6 +97,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "linear_norm": _fake_linear_norm,
     "segment_pool": _fake_segment_pool,
     "segment_pool_out": _fake_nothing,
+    "norm_pool": _fake_norm_pool,
+    "norm_pool_out": _fake_nothing,
 }
 
 
@@ -105,6 +117,23 @@ def _torch_varlen_attention(*args: Any) -> Tensor:
     return side.varlen_attention(*args)
 
 
+def _cpu_norm_pool(x: Tensor, *args: Any) -> Tensor:
+    normalized = torch.ops.sbert_fast.add_norm.cpu(x, *args[:5])
+    pooled: Tensor = torch.ops.sbert_fast.segment_pool.cpu(normalized, *args[5:])
+    return pooled
+
+
+def _cpu_norm_pool_out(x: Tensor, *args: Any) -> None:
+    normalized = torch.ops.sbert_fast.add_norm.cpu(x, *args[:5])
+    torch.ops.sbert_fast.segment_pool_out.cpu(normalized, *args[5:])
+
+
+# On a CPU, two C++ kernels in a row.
+_CPU: dict[str, Callable[..., Any]] = {
+    "norm_pool": _cpu_norm_pool,
+    "norm_pool_out": _cpu_norm_pool_out,
+}
+
 # `torch` is what torch itself offers on CUDA: the reference, but for the ops it has a kernel for.
 _TORCH: dict[str, Callable[..., Any]] = {"varlen_attention": _torch_varlen_attention}
 
@@ -120,13 +149,15 @@ def _register() -> None:
             name = f"{op}.{implementation}"
             _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(f"{NAMESPACE}::{name}", _FAKES[op], lib=_library)
-            if op != "segment_pool_out":
+            if not op.endswith("_out"):
                 torch.library.register_autograd(
                     f"{NAMESPACE}::{name}", _refuse_backward(op), lib=_library
                 )
         for key in ("CPU", "CUDA"):
             _library.impl(f"{op}.reference", getattr(reference, op), key)
         _library.impl(f"{op}.torch", _TORCH.get(op, getattr(reference, op)), "CUDA")
+        if op in _CPU:
+            _library.impl(f"{op}.cpu", _CPU[op], "CPU")
         if op in kernels.LAUNCHERS:
             for key in ("CUDA", "CPU") if kernels.interpreted() else ("CUDA",):
                 _library.impl(f"{op}.triton", kernels.launcher(op), key)

@@ -95,6 +95,58 @@ def pooling_mode(mode: str) -> int:
     return POOLING_MODES.index(mode)
 
 
+def norm(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, weight: Tensor, ln_bias: Tensor
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Check the arguments of a LayerNorm over `x + bias + residual`; its vectors come back fp32."""
+    activations("x", x, ("T", "E"))
+    width = x.shape[1]
+    if bias is not None:
+        bias = parameter("bias", bias, (width,), x.device)
+    if residual is not None:
+        activations("residual", residual, tuple(x.shape))
+        dtype("residual", residual, (x.dtype,))
+        device("residual", residual, x.device)
+    weight = parameter("weight", weight, (width,), x.device)
+    return bias, weight, parameter("ln_bias", ln_bias, (width,), x.device)
+
+
+def pooling(x: Tensor, cu_seqlens: Tensor, mode: str, skip: int, spans: Tensor | None) -> int:
+    """Check what the tokens of `x` are pooled by, and return the code of the mode."""
+    integers("cu_seqlens", cu_seqlens, ("B + 1",), x.device)
+    cu_seqlens_values(cu_seqlens, x.shape[0])
+    code = pooling_mode(mode)
+    if skip < 0:
+        raise ValueError(f"skip must be at least 0, got {skip}")
+    if spans is not None:
+        integers("spans", spans, ("P", 2), x.device)
+    return code
+
+
+def pooled_rows(
+    op: str,
+    x: Tensor,
+    cu_seqlens: Tensor,
+    spans: Tensor | None,
+    out: Tensor | None,
+    out_rows: Tensor | None,
+) -> None:
+    """Check where the pooled rows of `x` go."""
+    if out is None:
+        if out_rows is not None:
+            raise ValueError("out_rows was given without out: pass both or neither")
+        return
+    rows = cu_seqlens.shape[0] - 1 if spans is None else spans.shape[0]
+    shape("out", out, ("N", x.shape[1]))
+    dtype("out", out, (torch.float32,))
+    device("out", out, x.device)
+    no_grad(op, x, out)
+    if out_rows is not None:
+        integers("out_rows", out_rows, (rows,), x.device)
+    elif out.shape[0] < rows:
+        raise ValueError(f"out must have at least {rows} rows, got {out.shape[0]}")
+
+
 def no_grad(op: str, *tensors: Tensor | None) -> None:
     """Refuse inputs whose gradient would be lost by an op that writes into `out`."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):

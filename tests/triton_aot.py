@@ -12,9 +12,12 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import torch
+from torch import Tensor
 
 ARCHS = (80, 90, 100, 120)
 REGISTERS_OF_SM = 65536
@@ -33,6 +36,7 @@ class Build:
         constexprs: value of each constexpr parameter; JSON can write it. "float16" and the like are
             the names of Triton dtypes where `dtypes` lists the parameter.
         arch: compute capability times ten.
+        maxnreg: registers a thread may have, or None.
         dtypes: constexpr parameters that are Triton dtypes.
     """
 
@@ -42,7 +46,31 @@ class Build:
     arch: int
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = None
     dtypes: tuple[str, ...] = field(default=())
+
+
+# Options of a launch that are no parameters of its kernel.
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
+
+def build_of(kernel: Any, arguments: Sequence[Any], options: Mapping[str, Any], arch: int) -> Build:
+    """The build that launching `kernel` with these arguments and options needs on `arch`; tensors
+    may be on any device, `meta` too."""
+    named = dict(zip(kernel.arg_names, arguments, strict=False)) | options
+    launch = {name: named.pop(name) for name in _OPTIONS if name in named}
+    signature = {n: _type_of(v) for n, v in named.items() if n not in options and v is not None}
+    constexprs = {n: v for n, v in named.items() if n not in signature}
+    fn = kernel.fn
+    return Build(f"{fn.__module__}:{fn.__name__}", signature, constexprs, arch, **launch)
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, Tensor):
+        kind = "fp" if value.is_floating_point() else "i"
+        name = "bf16" if value.dtype == torch.bfloat16 else f"{kind}{8 * value.element_size()}"
+        return f"*{name}"
+    return "fp32" if isinstance(value, float) else "i32"
 
 
 @dataclass(frozen=True)
@@ -118,7 +146,11 @@ def _compile(build: Build, keep: str | None) -> Usage:
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", build.arch, 32),
-        options={"num_warps": build.num_warps, "num_stages": build.num_stages},
+        options={
+            "num_warps": build.num_warps,
+            "num_stages": build.num_stages,
+            "maxnreg": build.maxnreg,
+        },
     )
     used = _resources(compiled.asm["cubin"], keep)
     return Usage(shared=compiled.metadata.shared, num_warps=build.num_warps, **used)

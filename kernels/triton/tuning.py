@@ -2,64 +2,92 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """How `varlen_attention` is cut up; see its module. None of this changes a bit of a result.
+    """How `varlen_attention` is cut up; see its module.
+
+    `short` and `block` are part of what is computed: they decide about bits, and so may depend on
+    head dim and dtype alone. The rest changes no bit.
 
     Attributes:
-        block_q: query rows of a block of a long sequence.
-        num_warps: warps of a program; as many short sequences form a group.
-        num_stages: key blocks of a long sequence in flight.
-        heads: heads that a program computes one after the other, at most: their loads are
-            neighbours in memory, and where each row's sequence lies is found once for all of them.
+        short: longest sequence that the short kernel computes, in tokens, 16 or 32.
+        block: keys of a block of a longer one.
+        group, group_warps: short sequences that a program computes at once, and its warps.
+        heads: heads that a program of short sequences computes one after the other, at most: their
+            loads are neighbours in memory.
+        head_stages: 2 loads the next head while one is computed.
+        block_q, warps: query rows of a block of a long sequence, and warps of its program.
+        stages: its key blocks in flight.
+        registers: what a thread of the long kernel may have, where it needs few more: 128 let twice
+            as many programs share a multiprocessor. None: as many as the compiler likes.
     """
 
-    block_q: int
-    num_warps: int
-    num_stages: int
+    short: int
+    block: int
+    group: int
+    group_warps: int
     heads: int
+    head_stages: int
+    block_q: int
+    warps: int
+    stages: int
+    registers: int | None = None
 
 
-def attention(width: int, bits: int, max_seqlen: int) -> Attention:
+def attention(
+    width: int, bits: int, max_seqlen: int, *, plain: bool, capability: tuple[int, int]
+) -> Attention:
     """The row of the table.
 
     Args:
         width: head dim, padded to a power of two from 16 to 128.
         bits: 16 for fp16 and bf16, 32 for fp32.
         max_seqlen: of the batch, in tokens.
+        plain: neither bias nor window nor rotary tables.
+        capability: compute capability of the device.
     """
-    return (_LONG if max_seqlen > _LONG_FROM else _SHORT)[bits, width]
+    row = _ATTENTION[bits, width]
+    if bits == 16 and width <= 64 and max_seqlen > _LONG_FROM:
+        row = replace(row, block_q=128, warps=8)
+    if not plain:
+        # A relative bias would be pipelined too, a score at a time.
+        return replace(row, stages=1, registers=None)
+    return row if capability == (9, 0) else replace(row, registers=None)
 
 
-def heads_together(limit: int, heads: int, tiles: int) -> int:
+def heads_together(limit: int, heads: int, groups: int) -> int:
     """Heads that a program computes: a divisor of `heads`, at most `limit`, and fewer where the
     launch would have too few programs to fill a GPU."""
     fitting = [n for n in range(1, limit + 1) if heads % n == 0]
-    enough = [n for n in fitting if tiles * (heads // n) >= _ENOUGH_PROGRAMS]
+    enough = [n for n in fitting if groups * (heads // n) >= _ENOUGH_PROGRAMS]
     return max(enough, default=1)
 
 
-# A few waves of programs on a GPU of 132 multiprocessors that hold about five each.
+# Two waves of programs on a GPU of 132 multiprocessors that hold about eight each.
 _ENOUGH_PROGRAMS = 2048
 
 _LONG_FROM = 256
 
-_SHORT = {
-    (16, 16): Attention(block_q=64, num_warps=4, num_stages=2, heads=4),
-    (16, 32): Attention(block_q=64, num_warps=4, num_stages=2, heads=2),
-    (16, 64): Attention(block_q=64, num_warps=4, num_stages=2, heads=1),
-    (16, 128): Attention(block_q=64, num_warps=4, num_stages=2, heads=1),
-    (32, 16): Attention(block_q=64, num_warps=4, num_stages=2, heads=2),
-    (32, 32): Attention(block_q=64, num_warps=4, num_stages=2, heads=1),
-    (32, 64): Attention(block_q=64, num_warps=8, num_stages=1, heads=1),
-    (32, 128): Attention(block_q=64, num_warps=8, num_stages=1, heads=1),
+# fmt: off
+_ATTENTION = {
+    (16, 16): Attention(32, 64, group=4, group_warps=4, heads=4, head_stages=2,
+                        block_q=64, warps=4, stages=3, registers=128),
+    (16, 32): Attention(32, 64, group=4, group_warps=4, heads=2, head_stages=2,
+                        block_q=64, warps=4, stages=3, registers=128),
+    (16, 64): Attention(32, 64, group=4, group_warps=4, heads=1, head_stages=1,
+                        block_q=64, warps=4, stages=3, registers=128),
+    (16, 128): Attention(16, 64, group=4, group_warps=4, heads=1, head_stages=1,
+                         block_q=64, warps=4, stages=1),
+    (32, 16): Attention(32, 32, group=4, group_warps=8, heads=2, head_stages=1,
+                        block_q=32, warps=4, stages=1),
+    (32, 32): Attention(32, 32, group=4, group_warps=8, heads=1, head_stages=1,
+                        block_q=32, warps=4, stages=1),
+    (32, 64): Attention(32, 32, group=2, group_warps=8, heads=1, head_stages=1,
+                        block_q=32, warps=4, stages=1),
+    (32, 128): Attention(16, 32, group=2, group_warps=8, heads=1, head_stages=1,
+                         block_q=32, warps=4, stages=1),
 }
-
-_LONG = _SHORT | {
-    (16, 16): Attention(block_q=128, num_warps=8, num_stages=3, heads=1),
-    (16, 32): Attention(block_q=128, num_warps=8, num_stages=3, heads=1),
-    (16, 64): Attention(block_q=128, num_warps=8, num_stages=2, heads=1),
-}
+# fmt: on

@@ -1,13 +1,15 @@
 """Attention over packed sequences: `softmax(scale * q k^T + bias) v`, a sequence at a time.
 
-qkv `[T, 3, H, D]` -> out `[T, H, D]`, both contiguous. A program computes some heads of one tile: a
-few consecutive whole sequences, or a piece of a long one.
+qkv `[T, 3, H, D]` -> out `[T, H, D]`, both contiguous. Two kernels:
 
-Sequences of at most 16 tokens go GROUP at a time, each as one 16 x 16 matrix of scores on one warp;
-those of at most 32 tokens likewise. A longer one takes its keys in blocks of BLOCK from its own
-start, with the streaming softmax. No matrix holds two sequences: nothing of one meets another,
-not even as a product with zero, and a row's sums have the same terms in the same order whatever
-lies beside it. Slots beyond the end of a sequence only add zeros after the last term.
+* the short one computes the sequences of at most 16 tokens, then those of at most 32, of a few
+  neighbours at once: one matrix of scores a sequence, on a warp of its own;
+* the long one takes a tile, or a query block of a sequence, skips what is short, and lets the keys
+  of a sequence pass in blocks of BLOCK, with the streaming softmax.
+
+No matrix holds two sequences: nothing of one meets another, not even as a product with zero. The
+sums of a row have the same terms in the same order whatever lies beside its sequence; slots beyond
+the end only add zeros after the last term.
 
 Numerics: products of the inputs' dtype, everything else fp32; softmax weights are rounded to the
 inputs' dtype before they meet v. fp32 inputs are multiplied as fp32, or as tf32 where torch's
@@ -17,6 +19,8 @@ inputs' dtype before they meet v. fp32 inputs are multiplied as fp32, or as tf32
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,10 +29,7 @@ from torch import Tensor
 
 from sbert_fast.kernels import tuning
 
-# Keys of a block: every length has its own order of summation, so this is no matter of tuning.
-BLOCK = 64
-# The longest sequences that are computed GROUP at a time.
-SHORT = (16, 32)
+SHORTEST = 16
 MIN_WIDTH = 16
 
 
@@ -76,10 +77,10 @@ def _store_rows(
 @triton.jit
 def _weights(
     scores, allowed, distance, top, scale, bias_ptr, head, reach,
-    BIAS: tl.constexpr, PLAIN: tl.constexpr,
+    BIAS: tl.constexpr, PLAIN: tl.constexpr, GUARDED: tl.constexpr,
 ):  # fmt: skip
     """Unnormalised softmax weights of one block of keys, and the new maximum of each row: as it is,
-    and with a finite number for that of a row without a key.
+    and the one that was subtracted, finite where rows may be GUARDED against having no key.
 
     Logits are in units of log2. Where nothing but a positive scale acts on the products, the
     maximum is taken before scaling: one operation less on every score.
@@ -91,9 +92,12 @@ def _weights(
         scores = tl.fma(scores, scale, bias * 1.4426950408889634)
     elif not PLAIN:
         scores = scores * scale
-    scores = tl.where(allowed, scores, float("-inf"))
+    # Keys that are not there are rows of zeros, so a sum cannot be NaN where a choice would not be.
+    scores = scores + tl.where(allowed, 0.0, float("-inf"))
     top = tl.maximum(top, tl.max(scores, AXIS))
-    finite = tl.where(top == float("-inf"), 0.0, top)
+    finite = top
+    if GUARDED:
+        finite = tl.where(top == float("-inf"), 0.0, top)
     if PLAIN:
         weights = tl.exp2(tl.fma(scores, scale, tl.expand_dims(-finite * scale, AXIS)))
     else:
@@ -103,56 +107,98 @@ def _weights(
 
 @triton.jit
 def _group(
-    qkv_ptr, out_ptr, cu_ptr, bias_ptr, cos_ptr, sin_ptr,
-    sequence, last, head, scale, reach, window,
+    qkv_ptr, out_ptr, bias_ptr, cos_ptr, sin_ptr,
+    origin, start, length, head, scale, reach, window,
     H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
-    GROUP: tl.constexpr, SLOTS: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr,
-    ROTARY: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr,
+    WINDOW: tl.constexpr, ROTARY: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The sequences from `sequence` on that have at most SLOTS tokens, up to `last`, GROUP of them
-    or the first longer one; returns how many those are."""
-    item = tl.arange(0, GROUP)
-    present = item < last - sequence
-    start = tl.load(cu_ptr + sequence + item, mask=present, other=0)
-    length = tl.load(cu_ptr + sequence + 1 + item, mask=present, other=0) - start
-    taken = tl.min(tl.where(present & (length <= SLOTS), GROUP, item), 0)
-    length = tl.where(item < taken, length, 0)
-
-    origin = tl.load(cu_ptr + sequence)
+    """The sequences `origin + start` `[GROUP]` of `length` `[GROUP]`, at most SLOTS, tokens."""
     slot = tl.arange(0, SLOTS)
-    row = (start - origin)[:, None] + slot[None, :]  # [GROUP, SLOTS]
+    row = start[:, None] + slot[None, :]  # [GROUP, SLOTS]
     live = slot[None, :] < length[:, None]
     allowed = live[:, None, :]
-    distance = (slot[None, :] - slot[:, None])[None]  # key minus query
+    distance = (slot[None, :] - slot[:, None])[None, :, :]  # key minus query
     if WINDOW:
         allowed = allowed & (distance <= window) & (distance >= -window)
     nothing = tl.full([GROUP, SLOTS], float("-inf"), tl.float32)
-    token = origin.to(tl.int64)
     ROW: tl.constexpr = 3 * H * D
 
-    for _ in tl.range(0, HEADS, num_stages=1):
+    for _ in tl.range(0, HEADS, num_stages=STAGES):
         at = qkv_ptr + head * D
-        q = _load_rows(at, token, row, live, cos_ptr, sin_ptr, ROW, D, WIDTH, ROTARY)
-        k = _load_rows(at + H * D, token, row, live, cos_ptr, sin_ptr, ROW, D, WIDTH, ROTARY)
-        v = _load_rows(at + 2 * H * D, token, row, live, None, None, ROW, D, WIDTH, False)
+        q = _load_rows(at, origin, row, live, cos_ptr, sin_ptr, ROW, D, WIDTH, ROTARY)
+        k = _load_rows(at + H * D, origin, row, live, cos_ptr, sin_ptr, ROW, D, WIDTH, ROTARY)
+        v = _load_rows(at + 2 * H * D, origin, row, live, None, None, ROW, D, WIDTH, False)
         scores = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision=PRECISION)
         weights, _, _ = _weights(
-            scores, allowed, distance, nothing, scale, bias_ptr, head, reach, BIAS, PLAIN
+            scores, allowed, distance, nothing, scale, bias_ptr, head, reach, BIAS, PLAIN, False
         )
         total = tl.sum(weights, 2)
         result = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         result = (result * tl.expand_dims(1.0 / total, 2)).to(v.dtype)
-        _store_rows(out_ptr + head * D, token, row, live, result, H * D, D, WIDTH)
+        _store_rows(out_ptr + head * D, origin, row, live, result, H * D, D, WIDTH)
         head += 1
-    # A sequence that breaks the promise of max_seqlen must not stop the loop over sequences.
-    return tl.maximum(taken, 1)
+
+
+@triton.jit
+def _clear_dead_tail(out_ptr, end, tokens, WIDTH: tl.constexpr):
+    """Zeros in the rows `[end, tokens)` of `[T, WIDTH]`, shared out among all programs: they are a
+    few rows as a rule, and may be all of them."""
+    CHUNK: tl.constexpr = 256
+    stop = tokens.to(tl.int64) * WIDTH
+    first = end.to(tl.int64) * WIDTH + tl.program_id(0).to(tl.int64) * CHUNK
+    while first < stop:
+        at = first + tl.arange(0, CHUNK)
+        tl.store(out_ptr + at, tl.zeros([CHUNK], out_ptr.dtype.element_ty), mask=at < stop)
+        first += tl.num_programs(0).to(tl.int64) * CHUNK
+
+
+@triton.jit(do_not_specialize=["tokens", "sequences", "reach", "window"])
+def _short_kernel(
+    qkv_ptr, out_ptr, cu_ptr, bias_ptr, cos_ptr, sin_ptr,
+    tokens, sequences, scale, reach, window,
+    H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    GROUP: tl.constexpr, SHORTEST: tl.constexpr, SHORT: tl.constexpr, STAGES: tl.constexpr,
+    BIAS: tl.constexpr, WINDOW: tl.constexpr, ROTARY: tl.constexpr, PLAIN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Those of GROUP sequences that are short, HEADS heads; and the dead tail.
+
+    `tokens` T, `sequences` B; `scale` carries log2(e); `reach` is the R of the bias `[H, 2R + 1]`.
+    """
+    _clear_dead_tail(out_ptr, tl.load(cu_ptr + sequences), tokens, H * D)
+    HEAD_GROUPS: tl.constexpr = H // HEADS
+    sequence = tl.program_id(0) // HEAD_GROUPS * GROUP
+    head = tl.program_id(0) % HEAD_GROUPS * HEADS
+    item = sequence + tl.arange(0, GROUP)
+    start = tl.load(cu_ptr + item, mask=item < sequences, other=0)
+    length = tl.load(cu_ptr + item + 1, mask=item < sequences, other=0) - start
+    origin = tl.load(cu_ptr + tl.minimum(sequence, sequences))
+    start -= origin
+    origin = origin.to(tl.int64)
+
+    shortest = tl.where(length <= SHORTEST, length, 0)
+    if tl.max(shortest, 0) > 0:
+        _group(
+            qkv_ptr, out_ptr, bias_ptr, cos_ptr, sin_ptr,
+            origin, start, shortest, head, scale, reach, window, H, D, HEADS, WIDTH, GROUP,
+            SHORTEST, STAGES, BIAS, WINDOW, ROTARY, PLAIN, PRECISION,
+        )  # fmt: skip
+    if SHORT > SHORTEST:
+        short = tl.where((length > SHORTEST) & (length <= SHORT), length, 0)
+        if tl.max(short, 0) > 0:
+            _group(
+                qkv_ptr, out_ptr, bias_ptr, cos_ptr, sin_ptr,
+                origin, start, short, head, scale, reach, window, H, D, HEADS, WIDTH, GROUP,
+                SHORT, STAGES, BIAS, WINDOW, ROTARY, PLAIN, PRECISION,
+            )  # fmt: skip
 
 
 @triton.jit
 def _long(
     qkv_ptr, out_ptr, bias_ptr, cos_ptr, sin_ptr,
     start, end, q_start, q_end, head, scale, reach, window,
-    H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr,
     WINDOW: tl.constexpr, ROTARY: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -168,121 +214,93 @@ def _long(
         first = start + skipped * BLOCK
         stop = tl.minimum(end, q_end + window)
     q_token = q_start.to(tl.int64)
-    for _ in tl.range(0, HEADS, num_stages=1):
-        at = qkv_ptr + head * D
-        q = _load_rows(at, q_token, row, live, cos_ptr, sin_ptr, ROW, D, WIDTH, ROTARY)
-        top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_Q], tl.float32)
-        result = tl.zeros([BLOCK_Q, WIDTH], tl.float32)
-        for block in tl.range(first, stop, BLOCK, num_stages=STAGES):
-            token = start.to(tl.int64) + (block - start)
-            known = slot < end - block
-            k = _load_rows(at + H * D, token, slot, known, cos_ptr, sin_ptr, ROW, D, WIDTH, ROTARY)
-            v = _load_rows(at + 2 * H * D, token, slot, known, None, None, ROW, D, WIDTH, False)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_Q, BLOCK] fp32
-            distance = slot[None, :] - row[:, None] + (block - q_start)
-            allowed = known[None, :]
-            if WINDOW:
-                allowed = allowed & (distance <= window) & (distance >= -window)
-            old = top
-            weights, top, finite = _weights(
-                scores, allowed, distance, old, scale, bias_ptr, head, reach, BIAS, PLAIN
-            )
-            if PLAIN:
-                shrink = tl.exp2((old - finite) * scale)
-            else:
-                shrink = tl.exp2(old - finite)
-            total = total * shrink + tl.sum(weights, 1)
-            result = tl.dot(
-                weights.to(v.dtype), v, result * shrink[:, None], input_precision=PRECISION
-            )
-        result = (result * (1.0 / total)[:, None]).to(q.dtype)
-        _store_rows(out_ptr + head * D, q_token, row, live, result, H * D, D, WIDTH)
-        head += 1
+    at = qkv_ptr + head * D
+    q = _load_rows(at, q_token, row, live, cos_ptr, sin_ptr, ROW, D, WIDTH, ROTARY)
+    top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    result = tl.zeros([BLOCK_Q, WIDTH], tl.float32)
+    for block in tl.range(first, stop, BLOCK, num_stages=STAGES):
+        token = start.to(tl.int64) + (block - start)
+        known = slot < end - block
+        k = _load_rows(at + H * D, token, slot, known, cos_ptr, sin_ptr, ROW, D, WIDTH, ROTARY)
+        v = _load_rows(at + 2 * H * D, token, slot, known, None, None, ROW, D, WIDTH, False)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_Q, BLOCK] fp32
+        distance = slot[None, :] - row[:, None] + (block - q_start)
+        allowed = known[None, :]
+        if WINDOW:
+            allowed = allowed & (distance <= window) & (distance >= -window)
+        old = top
+        weights, top, finite = _weights(
+            scores, allowed, distance, old, scale, bias_ptr, head, reach, BIAS, PLAIN, WINDOW
+        )
+        if PLAIN:
+            shrink = tl.exp2((old - finite) * scale)
+        else:
+            shrink = tl.exp2(old - finite)
+        total = total * shrink + tl.sum(weights, 1)
+        result = result * shrink[:, None]
+        result = tl.dot(weights.to(v.dtype), v, result, input_precision=PRECISION)
+    result = (result * (1.0 / total)[:, None]).to(q.dtype)
+    _store_rows(out_ptr + head * D, q_token, row, live, result, H * D, D, WIDTH)
 
 
-@triton.jit(do_not_specialize=["tokens", "sequences", "num_tiles", "q_blocks", "reach", "window"])
-def _varlen_attention_kernel(
+@triton.jit(do_not_specialize=["q_blocks", "reach", "window"])
+def _long_kernel(
     qkv_ptr, out_ptr, cu_ptr, tiles_ptr, bias_ptr, cos_ptr, sin_ptr,
-    tokens, sequences, num_tiles, q_blocks, scale, reach, window,
-    H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
-    GROUP: tl.constexpr, SLOTS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, LONG: tl.constexpr, TILES: tl.constexpr, BIAS: tl.constexpr,
-    WINDOW: tl.constexpr, ROTARY: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+    q_blocks, scale, reach, window,
+    H: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, SHORT: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, TILES: tl.constexpr,
+    BIAS: tl.constexpr, WINDOW: tl.constexpr, ROTARY: tl.constexpr, PLAIN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile, HEADS heads.
+    """One head of the sequences of one tile that are longer than SHORT.
 
-    Without a table of tiles, tile i holds the GROUP sequences from `i * GROUP` on, or with LONG the
-    query block `i % q_blocks` of sequence `i // q_blocks`.
-
-    SLOTS is the longest kind of group there is, LONG says that there are longer sequences.
-
-    `tokens` T, `sequences` B; `scale` carries log2(e); `reach` is the R of the bias `[H, 2R + 1]`.
+    Without a table of tiles, tile i is the query block `i % q_blocks` of sequence `i // q_blocks`.
     """
-    GROUPS: tl.constexpr = H // HEADS
-    program = tl.program_id(0)
-    # The dead tail is a few rows as a rule, and any program may write any of them.
-    CLEARED: tl.constexpr = 256
-    row_end = tokens.to(tl.int64) * (H * D)
-    dead = tl.load(cu_ptr + sequences).to(tl.int64) * (H * D) + program.to(tl.int64) * CLEARED
-    step = tl.num_programs(0).to(tl.int64) * CLEARED
-    while dead < row_end:
-        at = dead + tl.arange(0, CLEARED)
-        tl.store(out_ptr + at, tl.zeros([CLEARED], out_ptr.dtype.element_ty), mask=at < row_end)
-        dead += step
+    LOOK_AHEAD: tl.constexpr = 16
+    tile = tl.program_id(0) // H
+    head = tl.program_id(0) % H
+    if TILES:
+        entry = tiles_ptr + tile.to(tl.int64) * 4
+        q_start = tl.load(entry)
+        q_end = tl.load(entry + 1)
+        sequence = tl.load(entry + 2)
+        last = sequence + tl.load(entry + 3)
+    else:
+        sequence = tile // q_blocks
+        q_start = tl.load(cu_ptr + sequence) + tile % q_blocks * BLOCK_Q
+        q_end = q_start + BLOCK_Q
+        last = sequence + (q_start < tl.load(cu_ptr + sequence + 1)).to(tl.int32)
 
-    tile = program // GROUPS
-    head = program % GROUPS * HEADS
-    sequence = 0
-    last = 0
-    q_start = 0
-    q_end = 0
-    if tile < num_tiles:
-        if TILES:
-            row = tiles_ptr + tile.to(tl.int64) * 4
-            q_start = tl.load(row)
-            q_end = tl.load(row + 1)
-            sequence = tl.load(row + 2)
-            last = sequence + tl.load(row + 3)
-        elif LONG:
-            sequence = tile // q_blocks
-            last = sequence + 1
-            q_end = tl.load(cu_ptr + last)
-            q_start = tl.load(cu_ptr + sequence) + tile % q_blocks * BLOCK_Q
-            q_end = tl.minimum(q_end, q_start + BLOCK_Q)
-            last = tl.where(q_start < q_end, last, sequence)
-        else:
-            sequence = tile * GROUP
-            last = tl.minimum(sequence + GROUP, sequences)
-
+    # One level of loops: two, and their bounds, would cost the registers of a whole block.
     while sequence < last:
-        start = tl.load(cu_ptr + sequence)
-        end = tl.load(cu_ptr + sequence + 1)
-        length = end - start
-        if LONG & (length > SLOTS):
-            begin = tl.maximum(start, q_start)
+        item = tl.arange(0, LOOK_AHEAD)
+        present = item < last - sequence
+        starts = tl.load(cu_ptr + sequence + item, mask=present, other=0)
+        ends = tl.load(cu_ptr + sequence + item + 1, mask=present, other=0)
+        sequence += tl.min(tl.where(ends - starts > SHORT, item, LOOK_AHEAD), 0)
+        if sequence < last:
+            start = tl.load(cu_ptr + sequence)
+            end = tl.load(cu_ptr + sequence + 1)
+            q_start = tl.maximum(start, q_start)
             stop = tl.minimum(end, q_end)
-            while begin < stop:
-                _long(
-                    qkv_ptr, out_ptr, bias_ptr, cos_ptr, sin_ptr,
-                    start, end, begin, tl.minimum(stop, begin + BLOCK_Q), head, scale, reach,
-                    window, H, D, HEADS, WIDTH, BLOCK_Q, BLOCK, STAGES, BIAS, WINDOW, ROTARY,
-                    PLAIN, PRECISION,
-                )  # fmt: skip
-                begin += BLOCK_Q
-            sequence += 1
-        elif (SLOTS > 16) & (length > 16):
-            sequence += _group(
-                qkv_ptr, out_ptr, cu_ptr, bias_ptr, cos_ptr, sin_ptr,
-                sequence, last, head, scale, reach, window, H, D, HEADS, WIDTH,
-                GROUP, SLOTS, BIAS, WINDOW, ROTARY, PLAIN, PRECISION,
+            _long(
+                qkv_ptr, out_ptr, bias_ptr, cos_ptr, sin_ptr,
+                start, end, q_start, tl.minimum(stop, q_start + BLOCK_Q), head, scale, reach,
+                window, H, D, WIDTH, BLOCK_Q, BLOCK, STAGES, BIAS, WINDOW, ROTARY, PLAIN,
+                PRECISION,
             )  # fmt: skip
-        else:
-            sequence += _group(
-                qkv_ptr, out_ptr, cu_ptr, bias_ptr, cos_ptr, sin_ptr,
-                sequence, last, head, scale, reach, window, H, D, HEADS, WIDTH,
-                GROUP, 16, BIAS, WINDOW, ROTARY, PLAIN, PRECISION,
-            )  # fmt: skip
+            q_start = tl.minimum(stop, q_start + BLOCK_Q)
+            sequence += (q_start == stop).to(tl.int32)
+
+
+class Launch(NamedTuple):
+    """A kernel, the number of its programs, its arguments by position and by name."""
+
+    kernel: Any
+    programs: int
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
 
 
 def varlen_attention(
@@ -296,10 +314,10 @@ def varlen_attention(
     rotary_sin: Tensor | None,
     tiles: Tensor | None,
 ) -> Tensor:
-    """Launch the kernel; arguments and result as in :func:`sbert_fast.ops.varlen_attention`.
+    """Launch the kernels; what they compute is told in :func:`sbert_fast.ops.varlen_attention`.
 
     Args:
-        qkv: fp16, bf16 or fp32 `[T, 3, H, D]`, contiguous.
+        qkv: fp16, bf16 or fp32 `[T, 3, H, D]`, contiguous, 8 <= D <= 128.
         cu_seqlens: int32 `[B + 1]`.
         max_seqlen: at least the longest sequence, in tokens.
         scale: factor of the logits.
@@ -311,58 +329,89 @@ def varlen_attention(
     Returns:
         `[T, H, D]`, dtype of `qkv`; zeros in the dead tail.
     """
-    tokens, _, heads, dim = qkv.shape
-    out = qkv.new_empty(tokens, heads, dim)
-    if out.numel() == 0:
-        return out
-    width = max(MIN_WIDTH, triton.next_power_of_2(dim))
-    slots = next((n for n in SHORT if max_seqlen <= n), SHORT[-1])
-    is_long = max_seqlen > slots
-    config = tuning.attention(width, qkv.element_size() * 8, max_seqlen)
-    sequences = cu_seqlens.shape[0] - 1
-    # Short sequences are tiled GROUP by GROUP: a table could only add a load.
-    tiles = tiles if is_long else None
-    q_blocks = triton.cdiv(max_seqlen, config.block_q)
-    if tiles is not None:
-        num_tiles = tiles.shape[0]
-    else:
-        num_tiles = sequences * q_blocks if is_long else triton.cdiv(sequences, config.num_warps)
-    together = tuning.heads_together(config.heads, heads, num_tiles)
-    _varlen_attention_kernel[(max(1, num_tiles * (heads // together)),)](
-        qkv,
-        out,
-        cu_seqlens,
-        tiles,
-        bias,
-        rotary_cos,
-        rotary_sin,
-        tokens,
-        sequences,
-        num_tiles,
-        q_blocks,
-        scale * math.log2(math.e),
-        0 if bias is None else bias.shape[1] // 2,
-        window,
-        H=heads,
-        D=dim,
-        HEADS=together,
-        WIDTH=width,
-        GROUP=config.num_warps,
-        SLOTS=slots,
-        BLOCK_Q=config.block_q,
-        BLOCK=BLOCK,
-        STAGES=config.num_stages,
-        LONG=is_long,
-        TILES=tiles is not None,
-        BIAS=bias is not None,
-        WINDOW=window >= 0,
-        ROTARY=rotary_cos is not None,
-        PLAIN=bias is None and scale > 0,
-        PRECISION=_precision(qkv.dtype),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    out = qkv.new_empty(qkv.shape[0], qkv.shape[2], qkv.shape[3])
+    if out.numel() > 0:
+        tables = (bias, rotary_cos, rotary_sin)
+        capability = torch.cuda.get_device_capability(qkv.device) if qkv.is_cuda else (0, 0)
+        for kernel, programs, arguments, options in plan(
+            qkv, out, cu_seqlens, max_seqlen, scale, window, tables, tiles, capability
+        ):
+            kernel[(programs,)](*arguments, **options)
     return out
+
+
+def plan(
+    qkv: Tensor,
+    out: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int,
+    tables: tuple[Tensor | None, Tensor | None, Tensor | None],
+    tiles: Tensor | None,
+    capability: tuple[int, int],
+) -> Iterator[Launch]:
+    """What to launch, the dead tail cleared by the first; tensors of any device, `meta` too.
+
+    Args:
+        out: `[T, H, D]`, at least one element.
+        tables: bias, rotary cos, rotary sin.
+        capability: compute capability of the device.
+    """
+    tokens, _, heads, dim = qkv.shape
+    sequences = cu_seqlens.shape[0] - 1
+    bias, rotary, _ = tables
+    width = max(MIN_WIDTH, triton.next_power_of_2(dim))
+    plain = bias is None and rotary is None and window < 0
+    config = tuning.attention(
+        width, qkv.element_size() * 8, max_seqlen, plain=plain, capability=capability
+    )
+    numbers = (scale * math.log2(math.e), 0 if bias is None else bias.shape[1] // 2, window)
+    options = {
+        "H": heads,
+        "D": dim,
+        "WIDTH": width,
+        "BIAS": bias is not None,
+        "WINDOW": window >= 0,
+        "ROTARY": rotary is not None,
+        "PLAIN": bias is None and scale > 0,
+        "PRECISION": _precision(qkv.dtype),
+    }
+
+    groups = max(1, triton.cdiv(sequences, config.group))
+    together = tuning.heads_together(config.heads, heads, groups)
+    yield Launch(
+        _short_kernel,
+        groups * (heads // together),
+        (qkv, out, cu_seqlens, *tables, tokens, sequences, *numbers),
+        options
+        | {
+            "HEADS": together,
+            "GROUP": config.group,
+            "SHORTEST": SHORTEST,
+            "SHORT": SHORTEST if max_seqlen <= SHORTEST else config.short,
+            "STAGES": config.head_stages,
+            "num_warps": config.group_warps,
+        },
+    )
+    q_blocks = triton.cdiv(max_seqlen, config.block_q)
+    num_tiles = sequences * q_blocks if tiles is None else tiles.shape[0]
+    if max_seqlen > config.short and num_tiles > 0:
+        yield Launch(
+            _long_kernel,
+            num_tiles * heads,
+            (qkv, out, cu_seqlens, tiles, *tables, q_blocks, *numbers),
+            options
+            | {
+                "SHORT": config.short,
+                "BLOCK_Q": config.block_q,
+                "BLOCK": config.block,
+                "STAGES": config.stages,
+                "TILES": tiles is not None,
+                "num_warps": config.warps,
+                "maxnreg": config.registers,
+            },
+        )
 
 
 def _precision(dtype: torch.dtype) -> str:

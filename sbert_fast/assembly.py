@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer
 
-from sbert_fast import models
+from sbert_fast import models, ops
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.inference import Pipeline
 from sbert_fast.pooling import PoolingHead, is_module, read_pooling
 from sbert_fast.tokenization import TextTokenizer, tokenizer_state
 
+DEVICES = ("cpu", "cuda")
 # transformers' stand-in for "no limit" is far above this.
 _NO_LIMIT = 1_000_000_000
 
@@ -55,9 +56,9 @@ def build_pipeline(model: SentenceTransformer, dtype: torch.dtype | None, impl: 
         raise UnsupportedModelError(f"backend must be 'torch', got {model.get_backend()!r}")
     if getattr(model, "_placement_is_delegated", False):
         raise UnsupportedModelError("a device_map or Accelerate hooks control placement")
-    if model.device.type != "cpu":
+    if model.device.type not in DEVICES:
         raise UnsupportedModelError(
-            f"the model is on {model.device}: this version has kernels for cpu"
+            f"the model is on {model.device}: there are kernels for {' and '.join(DEVICES)}"
         )
     for name in ("processing_kwargs", "query_expansion", "query_length", "document_length"):
         if getattr(transformer, name, None):
@@ -69,6 +70,8 @@ def build_pipeline(model: SentenceTransformer, dtype: torch.dtype | None, impl: 
     spec = read_pooling(children[1:], architecture.hidden_size)
     max_length = _max_length(transformer, architecture.max_tokens)
     engine = PackedEncoder(base, dtype=dtype, impl=impl)
+    if model.device.type != "cpu" and impl == "auto" and engine.implementation == "reference":
+        raise UnsupportedModelError(f"no kernels run on {model.device}:\n{ops.explain_ops()}")
     return Pipeline(TextTokenizer(transformer.tokenizer, max_length), engine, PoolingHead(spec))
 
 

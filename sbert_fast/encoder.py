@@ -69,8 +69,10 @@ class FastEncoder(SentenceTransformer):
         modules: modules to build the model from, as in `SentenceTransformer`.
         device: where to run; default as in `SentenceTransformer`.
         dtype: dtype to compute in: "auto", "float32", "bfloat16", "float16", or the torch dtype.
-            "auto" is the dtype of the model (float32 for a float16 model on a CPU). It governs the
-            engine's prepared weights, not the parameters of the modules; embeddings are float32.
+            "auto" is the dtype of a model that was handed in, or was asked for in `model_kwargs`;
+            else float32 on a CPU (where float16 models compute in it too) and float16 on a GPU. It
+            governs the engine's prepared weights, not the parameters of the modules; embeddings
+            are float32.
         impl: implementation of the ops, see :mod:`sbert_fast.ops`.
         batch_tokens: most tokens of a batch; "auto" picks by model and device.
         **kwargs: further arguments of `SentenceTransformer`.
@@ -112,6 +114,8 @@ class FastEncoder(SentenceTransformer):
         super().__init__(model_name_or_path, modules=modules, device=device, **kwargs)
         if source is not None:
             self.module_kwargs = source.module_kwargs
+        named = {"dtype", "torch_dtype"} & set(kwargs.get("model_kwargs") or {})
+        self._keeps_dtype = modules is not None or bool(named)
         self.batch_tokens = batch_tokens
         self._requested_dtype = requested_dtype
         self._impl = impl
@@ -170,7 +174,7 @@ class FastEncoder(SentenceTransformer):
         pipeline = self._derived.get(current)
         if pipeline is None:
             try:
-                pipeline = build_pipeline(self, self._requested_dtype, self._impl)
+                pipeline = build_pipeline(self, self._dtype_to_request(), self._impl)
                 pipeline.engine.prepared()
             except InvalidWeightsError:
                 raise
@@ -178,6 +182,13 @@ class FastEncoder(SentenceTransformer):
                 pipeline = str(error)
             self._derived.set(current, pipeline)
         return pipeline
+
+    def _dtype_to_request(self) -> torch.dtype | None:
+        """The dtype to compute in; None is that of the model."""
+        if self._requested_dtype is not None or self._keeps_dtype or self.device.type != "cuda":
+            return self._requested_dtype
+        first = next(self.parameters(), None)
+        return torch.float16 if first is not None and first.dtype == torch.float32 else None
 
     def _token_budget(self, pipeline: Pipeline, batch_size: int) -> int:
         budget = self.batch_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from sbert_fast.models.base import Linear, check_finite, has_hooks
 from sbert_fast.ops.panels import Activation
 from sbert_fast.packing import PackedBatch
 from sbert_fast.prepare import Fingerprint, LinearKernels, PreparedLinear, PreparedNorm
+
+NormAndPool = Callable[[Tensor, "Tensor | None", Tensor, PreparedNorm], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +152,8 @@ class PackedEncoder:
 
         embeddings = weights.embeddings
         types = embeddings.token_type
-        # fp32 tables serve every dtype as they are: no copy, and no rounding before the sum.
-        in_place = embeddings.word.dtype == torch.float32
+        # On a CPU fp32 tables serve every dtype as they are: no copy, no rounding before the sum.
+        in_place = device.type == "cpu" and embeddings.word.dtype == torch.float32
 
         def table(values: Tensor) -> Tensor:
             return values.detach() if in_place else values.detach().to(dtype)
@@ -183,44 +186,68 @@ class PackedEncoder:
         """Last hidden states of a packed batch.
 
         Args:
-            batch: on the host, made by :func:`sbert_fast.packing.pack` with this architecture's
-                `position_offset` and `uncounted_id`.
+            batch: on the device of the model, made by :func:`sbert_fast.packing.pack` with this
+                architecture's `position_offset` and `uncounted_id`.
             prepared: result of :meth:`prepared`, where a caller of many batches has it at hand.
 
         Returns:
             `[T, E]` in :attr:`compute_dtype`, rows in packed order; the dead tail means nothing.
         """
         p = self.prepared() if prepared is None else prepared
-        heads, dim = p.architecture.num_heads, p.architecture.head_dim
         with torch.no_grad():
-            x = p.embed(
-                batch.input_ids,
-                batch.position_ids,
-                batch.token_type_ids,
-                p.word,
-                p.position,
-                p.token_type,
-                p.embedding_norm.weight,
-                p.embedding_norm.bias,
-                p.embedding_norm.eps,
-                p.dtype,
-            )
-            if p.projection is not None:
-                x = p.projection(x)
-            tokens = x.shape[0]
+            x = _embed(p, batch)
             for layer in p.layers:
-                qkv = layer.qkv(x).view(tokens, 3, heads, dim)
-                attended = p.attend(
-                    qkv,
-                    batch.cu_seqlens,
-                    batch.max_seqlen,
-                    dim**-0.5,
-                    None,
-                    -1,
-                    None,
-                    None,
-                    batch.tiles,
-                ).view(tokens, -1)
-                x = layer.attention_output.add_norm(attended, x, layer.attention_norm)
+                x = _attend(p, layer, batch, x)
                 x = layer.down.add_norm(layer.up(x), x, layer.output_norm)
         return x
+
+    def pool(self, batch: PackedBatch, prepared: Prepared, norm_and_pool: NormAndPool) -> None:
+        """Run a packed batch up to the last layer's residual and LayerNorm.
+
+        Args:
+            batch, prepared: as in calling the engine.
+            norm_and_pool: takes what is left: the output `[T, E]` of the last linear layer, its
+                bias if that is still to be added, the residual, and the LayerNorm.
+        """
+        with torch.no_grad():
+            x = _embed(prepared, batch)
+            last = prepared.layers[-1]
+            for layer in prepared.layers[:-1]:
+                x = _attend(prepared, layer, batch, x)
+                x = layer.down.add_norm(layer.up(x), x, layer.output_norm)
+            x = _attend(prepared, last, batch, x)
+            y, bias = last.down.without_bias(last.up(x))
+            norm_and_pool(y, bias, x, last.output_norm)
+
+
+def _embed(p: Prepared, batch: PackedBatch) -> Tensor:
+    x = p.embed(
+        batch.input_ids,
+        batch.position_ids,
+        batch.token_type_ids,
+        p.word,
+        p.position,
+        p.token_type,
+        p.embedding_norm.weight,
+        p.embedding_norm.bias,
+        p.embedding_norm.eps,
+        p.dtype,
+    )
+    return x if p.projection is None else p.projection(x)
+
+
+def _attend(p: Prepared, layer: PreparedLayer, batch: PackedBatch, x: Tensor) -> Tensor:
+    """The first half of a layer."""
+    tokens, heads, dim = x.shape[0], p.architecture.num_heads, p.architecture.head_dim
+    attended = p.attend(
+        layer.qkv(x).view(tokens, 3, heads, dim),
+        batch.cu_seqlens,
+        batch.max_seqlen,
+        dim**-0.5,
+        None,
+        -1,
+        None,
+        None,
+        batch.tiles,
+    )
+    return layer.attention_output.add_norm(attended.view(tokens, -1), x, layer.attention_norm)

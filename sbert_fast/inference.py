@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sbert_fast import packing
-from sbert_fast.engine import PackedEncoder
+from sbert_fast import budget, packing
+from sbert_fast.engine import PackedEncoder, Prepared
 from sbert_fast.errors import NonFiniteEmbeddingError
 from sbert_fast.packing import PackedBatch
 from sbert_fast.pooling import PoolingHead
 from sbert_fast.stats import Counters
 from sbert_fast.tokenization import TextTokenizer, TokenizedTexts
+from sbert_fast.transfer import Arrival, Transfers
 
-# Texts tokenised and planned together: about a million tokens of English. Memory beyond the
-# output is bounded by a window, whatever the number of texts.
-_WINDOW_CHARACTERS = 4_000_000
-_WINDOW_TEXTS = 65_536
-# Bytes of the widest activation of a batch, and most tokens of one: with half of that 3 % of the
-# speed are lost, with twice that nothing is gained but memory.
-_CPU_ACTIVATION_BYTES = 12 << 20
-_CPU_BATCH_TOKENS = 2048
+# Characters and number of the texts that are tokenised and planned together: memory beyond the
+# output is bounded by a window, whatever the number of texts. On a CPU a window is about a million
+# tokens of English; less on a GPU, which computes one while the next is tokenised, and starts soon.
+_WINDOWS = {"cpu": (4_000_000, 65_536), "cuda": (1_000_000, 16_384)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +35,12 @@ class Pipeline:
     tokenizer: TextTokenizer
     engine: PackedEncoder
     head: PoolingHead
+    limit: budget.MemoryLimit = field(default_factory=budget.MemoryLimit)
 
     def default_batch_tokens(self) -> int:
-        """Tokens of a batch on a CPU, by the width of the model."""
-        architecture = self.engine.architecture
-        width = max(architecture.intermediate_size, 3 * architecture.hidden_size)
-        tokens = _CPU_ACTIVATION_BYTES // (width * self.engine.compute_dtype.itemsize)
-        return int(min(_CPU_BATCH_TOKENS, max(256, tokens // 64 * 64)))
+        """Tokens of a batch, by the model and its device."""
+        engine = self.engine
+        return budget.default_tokens(engine.architecture, engine.compute_dtype, engine.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,36 +62,81 @@ class Request:
     dimension: int
 
 
-def _windows(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
+class Sink(Protocol):
+    """Where the results of a call go, window by window and batch by batch."""
+
+    def open(self, first: int, count: int) -> None:
+        """A window begins: `count` texts from `first` on."""
+
+    def run(self, rows: NDArray[np.int64], batch: PackedBatch, prepared: Prepared) -> None:
+        """Compute a batch, on the host, whose sequences are the texts `rows` of the window."""
+
+    def close(self) -> None:
+        """The window has no more batches."""
+
+
+def _windows(texts: Sequence[str], device: str) -> Iterator[tuple[int, int]]:
+    most_characters, most_texts = _WINDOWS[device]
     start = characters = 0
     for index, text in enumerate(texts):
         characters += len(text)
-        if characters >= _WINDOW_CHARACTERS or index + 1 - start >= _WINDOW_TEXTS:
+        if characters >= most_characters or index + 1 - start >= most_texts:
             yield start, index + 1
             start, characters = index + 1, 0
     if start < len(texts):
         yield start, len(texts)
 
 
-def _batches(
-    pipeline: Pipeline, tokens: TokenizedTexts, budget: int
-) -> Iterator[tuple[NDArray[np.int64], PackedBatch]]:
-    """Packed batches of a window with the rows, in the window, of their sequences."""
+def _pack(pipeline: Pipeline, tokens: TokenizedTexts, rows: NDArray[np.int64]) -> PackedBatch:
     architecture = pipeline.engine.architecture
-    order, starts = packing.plan_batches(tokens.lengths, budget)
-    for start, end in zip(starts[:-1], starts[1:], strict=True):
-        rows = order[start:end]
-        yield (
-            rows,
-            packing.pack(
-                tokens.ids,
-                tokens.offsets,
-                rows,
-                token_types=tokens.types,
-                position_offset=architecture.position_offset,
-                uncounted_id=architecture.uncounted_id,
-            ),
-        )
+    return packing.pack(
+        tokens.ids,
+        tokens.offsets,
+        rows,
+        token_types=tokens.types,
+        position_offset=architecture.position_offset,
+        uncounted_id=architecture.uncounted_id,
+    )
+
+
+def _plan(
+    lengths: NDArray[np.int32], rows: NDArray[np.int64], tokens: int
+) -> list[NDArray[np.int64]]:
+    """The texts `rows` cut into batches of at most `tokens` tokens, longest texts first."""
+    order, starts = packing.plan_batches(lengths[rows], tokens)
+    ends = zip(starts[:-1], starts[1:], strict=True)
+    return [rows[order[start:end]] for start, end in ends]
+
+
+def _run_window(
+    pipeline: Pipeline,
+    tokens: TokenizedTexts,
+    batch_tokens: int,
+    sink: Sink,
+    progress: Callable[[int], Any],
+) -> tuple[int, int]:
+    """Run one window; the number of batches, and how often memory ran out."""
+    prepared = pipeline.engine.prepared()
+    every = np.arange(tokens.lengths.shape[0])
+    left = deque(_plan(tokens.lengths, every, pipeline.limit.apply(batch_tokens)))
+    batches = shortages = 0
+    while left:
+        rows = left.popleft()
+        batch = _pack(pipeline, tokens, rows)
+        try:
+            sink.run(rows, batch, prepared)
+        except torch.OutOfMemoryError:
+            fitting = pipeline.limit.halve(batch.num_tokens)
+            if fitting is None or len(rows) == 1:
+                raise
+            torch.cuda.empty_cache()
+            shortages += 1
+            rest = np.concatenate([rows, *left])
+            left = deque(_plan(tokens.lengths, rest, fitting))
+            continue
+        batches += 1
+        progress(len(rows))
+    return batches, shortages
 
 
 def run(
@@ -101,7 +144,7 @@ def run(
     pipeline: Pipeline,
     request: Request,
     counters: Counters,
-    consume: Callable[[int, NDArray[np.int64], PackedBatch, Tensor], None],
+    sink: Sink,
     progress: Callable[[int], Any],
 ) -> None:
     """Drive texts through the engine, window by window.
@@ -111,45 +154,85 @@ def run(
         pipeline: what runs them.
         request: how.
         counters: updated after every window.
-        consume: called with the index of the window's first text, the rows in the window of a
-            batch's sequences, the batch, and its hidden states `[T, E]`.
-        progress: called with the number of texts just finished.
+        sink: takes the batches.
+        progress: called with the number of texts just finished, or on their way.
     """
-    for first, last in _windows(texts):
+    for first, last in _windows(texts, pipeline.engine.device.type):
         window = texts[first:last]
         if request.prompt:
             window = [request.prompt + text for text in window]
         tokens = pipeline.tokenizer(window)
-        prepared = pipeline.engine.prepared()
-        count = 0
-        for rows, batch in _batches(pipeline, tokens, request.batch_tokens):
-            consume(first, rows, batch, pipeline.engine(batch, prepared))
-            progress(len(rows))
-            count += 1
+        sink.open(first, last - first)
+        batches, shortages = _run_window(pipeline, tokens, request.batch_tokens, sink, progress)
+        sink.close()
         counters.add(
             texts=len(window),
             tokens=int(tokens.ids.shape[0]),
-            batches=count,
+            batches=batches,
             truncated=tokens.truncated,
+            memory_shortages=shortages,
         )
 
 
-def pool_batch(
-    pipeline: Pipeline, request: Request, batch: PackedBatch, x: Tensor, out: Tensor, rows: Tensor
+def _pool(
+    pipeline: Pipeline,
+    request: Request,
+    batch: PackedBatch,
+    prepared: Prepared,
+    out: Tensor,
+    rows: Tensor,
 ) -> None:
-    """Write the embeddings of a batch to `out[rows]` and check that they are finite."""
-    pipeline.head(
-        x,
-        batch,
-        out,
-        rows,
-        normalize=request.normalize,
-        skip=0 if pipeline.head.spec.include_prompt else request.prompt_tokens,
-        impl=pipeline.engine.impl,
-    )
-    finite = torch.isfinite(out[rows.long()]).all(dim=1)
-    if not finite.all():
-        _raise_non_finite(rows[~finite].tolist(), pipeline.engine.compute_dtype)
+    """Write the embeddings of a batch, which is on the device of `out`, to `out[rows]`."""
+    engine, head = pipeline.engine, pipeline.head
+    skip = 0 if head.spec.include_prompt else request.prompt_tokens
+    how: dict[str, Any] = {"normalize": request.normalize, "skip": skip, "impl": engine.impl}
+    if engine.implementation == "triton" and head.fuses(out.shape[1]):
+        engine.pool(batch, prepared, partial(head.norm_and_pool, batch, out, rows, **how))
+        return
+    head(engine(batch, prepared), batch, out, rows, **how)
+
+
+class _Embeddings:
+    """Sink of sentence embeddings: fp32 `[N, dimension]` on the host."""
+
+    def __init__(self, pipeline: Pipeline, request: Request, out: Tensor) -> None:
+        self._pipeline, self._request, self._out = pipeline, request, out
+        self._transfers = Transfers(pipeline.engine.device)
+        self._first, self._window = 0, out
+        self._arriving: tuple[int, Arrival] | None = None
+
+    def open(self, first: int, count: int) -> None:
+        self._first = first
+        self._window = self._out[first : first + count]
+        if self._pipeline.engine.device.type == "cuda":
+            self._window = torch.empty(
+                self._window.shape, dtype=torch.float32, device=self._pipeline.engine.device
+            )
+
+    def run(self, rows: NDArray[np.int64], batch: PackedBatch, prepared: Prepared) -> None:
+        with self._transfers.current_device():
+            staged, where = self._transfers.stage(batch, rows)
+            _pool(self._pipeline, self._request, staged, prepared, self._window, where)
+
+    def close(self) -> None:
+        with self._transfers.current_device():
+            arrival = self._transfers.collect(self._window)
+        # The window before this one: the device had work to do in the meantime.
+        self.finish()
+        self._arriving = self._first, arrival
+
+    def finish(self) -> None:
+        """Wait for the last window that was closed."""
+        if self._arriving is None:
+            return
+        (first, arrival), self._arriving = self._arriving, None
+        rows, finite = arrival.wait()
+        if not finite.all():
+            bad = torch.nonzero(~finite).flatten() + first
+            _raise_non_finite(bad.tolist(), self._pipeline.engine.compute_dtype)
+        into = self._out[first : first + rows.shape[0]]
+        if into.data_ptr() != rows.data_ptr():
+            into.copy_(rows)
 
 
 def sentence_embeddings(
@@ -162,19 +245,71 @@ def sentence_embeddings(
     """One embedding a text.
 
     Returns:
-        fp32 `[N, dimension]` in the order of `texts`.
+        fp32 `[N, dimension]` in the order of `texts`, on the host.
 
     Raises:
         NonFiniteEmbeddingError: names the texts whose embedding is not finite.
     """
     out = torch.empty((len(texts), request.dimension), dtype=torch.float32)
-
-    def pool(first: int, rows: NDArray[np.int64], batch: PackedBatch, x: Tensor) -> None:
-        where = torch.from_numpy((rows + first).astype(np.int32))
-        pool_batch(pipeline, request, batch, x, out, where)
-
-    run(texts, pipeline, request, counters, pool, progress)
+    sink = _Embeddings(pipeline, request, out)
+    run(texts, pipeline, request, counters, sink, progress)
+    sink.finish()
     return out
+
+
+class _States:
+    """Sink of hidden states: batch by batch, `take(texts, batch, x, embeddings)` on the host.
+
+    Args:
+        pool: whether `take` gets embeddings, fp32 `[B, dimension]`, too.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        request: Request,
+        take: Callable[[NDArray[np.int64], PackedBatch, Tensor, Tensor | None], None],
+        *,
+        pool: bool,
+    ) -> None:
+        self._pipeline, self._request, self._take, self._pool = pipeline, request, take, pool
+        self._transfers = Transfers(pipeline.engine.device)
+        self._first = 0
+
+    def open(self, first: int, count: int) -> None:
+        self._first = first
+
+    def close(self) -> None:
+        pass
+
+    def run(self, rows: NDArray[np.int64], batch: PackedBatch, prepared: Prepared) -> None:
+        engine, embeddings = self._pipeline.engine, None
+        with self._transfers.current_device():
+            staged, where = self._transfers.stage(batch, np.arange(len(rows)))
+            x = engine(staged, prepared)
+            if self._pool:
+                shape = len(rows), self._request.dimension
+                embeddings = torch.empty(shape, dtype=torch.float32, device=x.device)
+                skip = 0 if self._pipeline.head.spec.include_prompt else self._request.prompt_tokens
+                self._pipeline.head(
+                    x,
+                    staged,
+                    embeddings,
+                    where,
+                    normalize=self._request.normalize,
+                    skip=skip,
+                    impl=engine.impl,
+                )
+                embeddings = embeddings.cpu()
+            x = x[: batch.num_tokens].cpu()
+        parts: list[Tensor] = [x] if embeddings is None else [x, embeddings]
+        if not all(torch.isfinite(part).all() for part in parts):
+            finite = torch.stack([torch.isfinite(part).all() for part in batch.split_rows(x)])
+            if embeddings is not None:
+                finite &= torch.isfinite(embeddings).all(dim=1)
+            bad = rows[~finite.numpy()] + self._first
+            _raise_non_finite(bad.tolist(), engine.compute_dtype)
+        self._take(rows + self._first, batch, x, embeddings)
 
 
 def token_embeddings(
@@ -187,26 +322,20 @@ def token_embeddings(
     """The hidden states of every token.
 
     Returns:
-        For each text, fp32 `[L, E]`.
+        For each text, fp32 `[L, E]`, on the host.
 
     Raises:
         NonFiniteEmbeddingError: names the texts whose hidden states are not finite.
     """
     states: list[Tensor] = [torch.empty(0)] * len(texts)
 
-    def split(first: int, rows: NDArray[np.int64], batch: PackedBatch, x: Tensor) -> None:
-        if not torch.isfinite(x[: batch.num_tokens]).all():
-            bad = [
-                first + int(row)
-                for row, part in zip(rows, batch.split_rows(x), strict=True)
-                if not torch.isfinite(part).all()
-            ]
-            _raise_non_finite(bad, pipeline.engine.compute_dtype)
-        for row, part in zip(rows, batch.split_rows(x), strict=True):
+    def split(indices: NDArray[np.int64], batch: PackedBatch, x: Tensor, _: Tensor | None) -> None:
+        for index, part in zip(indices, batch.split_rows(x), strict=True):
             # A copy, so that a text's rows do not keep the whole batch alive.
-            states[first + row] = part.to(torch.float32, copy=True)
+            states[index] = part.to(torch.float32, copy=True)
 
-    run(texts, pipeline, request, counters, split, progress)
+    sink = _States(pipeline, request, split, pool=False)
+    run(texts, pipeline, request, counters, sink, progress)
     return states
 
 
@@ -234,17 +363,17 @@ def features(
         `[L]`, `modality`, `prompt_length` (where there is a prompt), `token_embeddings` fp32
         `[L, E]`, `sentence_embedding` fp32 `[dimension]`.
     """
-    embeddings = torch.empty((len(texts), request.dimension), dtype=torch.float32)
     result: list[dict[str, Any]] = [{} for _ in texts]
 
-    def collect(first: int, rows: NDArray[np.int64], batch: PackedBatch, x: Tensor) -> None:
-        where = torch.from_numpy((rows + first).astype(np.int32))
-        pool_batch(pipeline, request, batch, x, embeddings, where)
+    def collect(
+        indices: NDArray[np.int64], batch: PackedBatch, x: Tensor, embeddings: Tensor | None
+    ) -> None:
+        assert embeddings is not None
         types = batch.token_type_ids
         types = torch.zeros_like(batch.input_ids) if types is None else types
         columns = (x, batch.input_ids, types)
-        parts = zip(where.tolist(), *map(batch.split_rows, columns), strict=True)
-        for index, states, ids, kinds in parts:
+        parts = zip(indices, embeddings, *map(batch.split_rows, columns), strict=True)
+        for index, embedding, states, ids, kinds in parts:
             entry: dict[str, Any] = {"input_ids": ids.long()}
             if pipeline.tokenizer.returns_types:
                 entry["token_type_ids"] = kinds.long()
@@ -252,8 +381,9 @@ def features(
             if request.prompt:
                 entry["prompt_length"] = request.prompt_tokens
             entry["token_embeddings"] = states.to(torch.float32, copy=True)
-            entry["sentence_embedding"] = embeddings[index]
+            entry["sentence_embedding"] = embedding.clone()
             result[index] = entry
 
-    run(texts, pipeline, request, counters, collect, progress)
+    sink = _States(pipeline, request, collect, pool=True)
+    run(texts, pipeline, request, counters, sink, progress)
     return result

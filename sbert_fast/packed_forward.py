@@ -27,6 +27,7 @@ from sbert_fast.engine import PackedEncoder, Prepared
 from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.models.base import has_hooks
 from sbert_fast.packing import PackedBatch, pack_padded, padded_positions
+from sbert_fast.transfer import Transfers
 
 logger = logging.getLogger("sbert_fast")
 
@@ -141,8 +142,8 @@ class PackedForward:
     def _check_modes(self) -> None:
         model = self.encoder.model
         device = self.encoder.device.type
-        if device != "cpu":
-            raise _UseOriginalError(f"the model is on {device}: this version has kernels for cpu")
+        if device != "cpu" and self.encoder.implementation == "reference":
+            raise _UseOriginalError(f"the model is on {device}: no kernels run there")
         if torch.is_autocast_enabled(device):
             raise _UseOriginalError("torch.autocast is on")
         # The model's own pooler runs as it is, gradients included.
@@ -231,8 +232,12 @@ class PackedForward:
         with torch.inference_mode(False):
             hidden = torch.zeros(*call.shape, width, dtype=model.dtype, device=prepared.device)
         with torch.inference_mode():
-            x = self.encoder(call.batch, prepared)[: call.batch.num_tokens]
-            hidden.view(-1, width)[torch.from_numpy(call.source)] = x.to(hidden.dtype)
+            transfers = Transfers(prepared.device)
+            with transfers.current_device():
+                batch, _ = transfers.stage(call.batch, np.zeros(0, dtype=np.int64))
+                x = self.encoder(batch, prepared)[: call.batch.num_tokens]
+            source = torch.from_numpy(call.source).to(prepared.device)
+            hidden.view(-1, width)[source] = x.to(hidden.dtype)
         output: ModelOutput
         if hasattr(model, "pooler"):
             pooled = None if model.pooler is None else model.pooler(hidden)

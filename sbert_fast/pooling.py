@@ -13,7 +13,7 @@ from sbert_fast import ops
 from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.models.base import Linear, check_finite
 from sbert_fast.packing import ROW_ALIGNMENT, PackedBatch
-from sbert_fast.prepare import Fingerprint, LinearKernels, PreparedLinear
+from sbert_fast.prepare import Fingerprint, LinearKernels, PreparedLinear, PreparedNorm
 
 # sentence-transformers' names of the modes, and ours.
 _MODES = {
@@ -147,11 +147,9 @@ class PoolingHead:
             impl: implementation of the ops.
         """
         spec, dimension = self.spec, out.shape[1]
-        ends_normalized = any(is_module(module, "Normalize") for module in spec.tail)
         pool = ops.bind("segment_pool_out", x.device, x.dtype, impl)
-        if len(spec.modes) == 1 and not spec.has_dense and dimension == spec.dimension:
-            mode = ops.POOLING_MODES.index(spec.modes[0])
-            pool(x, batch.cu_seqlens, mode, ends_normalized or normalize, skip, None, out, rows)
+        if self.fuses(dimension):
+            pool(x, batch.cu_seqlens, *self._one_pass(normalize, skip), out, rows)
             return
         pooled = torch.empty(
             (batch.num_sequences, spec.width * len(spec.modes)),
@@ -169,6 +167,43 @@ class PoolingHead:
                 pooled = self._apply_dense(i, module, pooled, impl)
         pooled = pooled[:, :dimension]
         out[rows.long()] = F.normalize(pooled, dim=1) if normalize else pooled
+
+    def fuses(self, dimension: int) -> bool:
+        """Whether embeddings of `dimension` components are made in one pass over the tokens."""
+        spec = self.spec
+        return len(spec.modes) == 1 and not spec.has_dense and dimension == spec.dimension
+
+    def _one_pass(self, normalize: bool, skip: int) -> tuple[int, bool, int, None]:
+        ends_normalized = any(is_module(module, "Normalize") for module in self.spec.tail)
+        mode = ops.POOLING_MODES.index(self.spec.modes[0])
+        return mode, ends_normalized or normalize, skip, None
+
+    def norm_and_pool(
+        self,
+        batch: PackedBatch,
+        out: Tensor,
+        rows: Tensor,
+        y: Tensor,
+        bias: Tensor | None,
+        residual: Tensor,
+        norm: PreparedNorm,
+        *,
+        normalize: bool,
+        skip: int,
+        impl: str,
+    ) -> None:
+        """Write one embedding a sequence, from what the last layer has yet to normalise.
+
+        Args:
+            batch, out, rows, normalize, skip, impl: as in calling the head; `out` has a dimension
+                that it :meth:`fuses`.
+            y, residual: `[T, E]`, see :meth:`sbert_fast.engine.PackedEncoder.pool`.
+            bias: fp32 `[E]` or None.
+            norm: the last LayerNorm.
+        """
+        kernel = ops.bind("norm_pool_out", y.device, y.dtype, impl)
+        last = bias, residual, norm.weight, norm.bias, norm.eps
+        kernel(y, *last, batch.cu_seqlens, *self._one_pass(normalize, skip), out, rows)
 
     def _apply_dense(self, index: int, module: Any, x: Tensor, impl: str) -> Tensor:
         """`Dense` on rows padded to a multiple of 16, so that a row depends on no other row."""

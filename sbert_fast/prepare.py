@@ -114,6 +114,7 @@ class PreparedLinear:
             self.weight = panels.pack(weight)
             return
         self.bias = None if bias is None else bias.to(dtype)
+        self._wide_bias = None if bias is None else bias.float()
         self.weight = weight.contiguous()
         if self.implementation == "onednn":
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, _PREPACK_ROWS)
@@ -128,15 +129,22 @@ class PreparedLinear:
             return torch.ops.mkldnn._linear_pointwise(
                 x, self.weight, self.bias, "gelu" if gelu else "none", [], approximate
             )
-        y = F.linear(x, self.weight, self.bias)
-        return self.kernels.gelu(y, None, tanh) if gelu else y
+        if gelu:
+            return self.kernels.gelu(F.linear(x, self.weight), self._wide_bias, tanh)
+        return F.linear(x, self.weight, self.bias)
 
     def add_norm(self, x: Tensor, residual: Tensor, norm: PreparedNorm) -> Tensor:
         """LayerNorm of the layer's output plus `residual` `[T, N]`."""
         last = (residual, norm.weight, norm.bias, norm.eps)
         if self.implementation == "panels":
             return self.kernels.linear_norm(x, self.weight, self.bias, *last)
-        return self.kernels.add_norm(self(x), None, *last)
+        return self.kernels.add_norm(*self.without_bias(x), *last)
+
+    def without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The output, and the bias fp32 `[N]` that is still to be added: None where it has been."""
+        if self.implementation != "torch":
+            return self(x), None
+        return F.linear(x, self.weight), self._wide_bias
 
 
 def _side_by_side(linears: tuple[Linear, ...]) -> Tensor | None:

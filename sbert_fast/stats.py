@@ -15,6 +15,7 @@ class EncoderStats:
         tokens: tokens computed, special tokens included; padding never exists.
         batches: packed batches run.
         truncated: texts cut at `max_seq_length`.
+        memory_shortages: batches that did not fit the memory of the device and were cut anew.
         fallbacks: calls handed to sentence-transformers, by reason.
     """
 
@@ -22,7 +23,13 @@ class EncoderStats:
     tokens: int = 0
     batches: int = 0
     truncated: int = 0
+    memory_shortages: int = 0
     fallbacks: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def bit_repeatable(self) -> bool:
+        """Whether another run gives the same bits on a GPU: not where memory ran out."""
+        return self.memory_shortages == 0
 
 
 class Counters:
@@ -39,12 +46,15 @@ class Counters:
         with self._lock:
             return replace(self._stats, fallbacks=dict(self._stats.fallbacks))
 
-    def add(self, *, texts: int, tokens: int, batches: int, truncated: int) -> None:
+    def add(
+        self, *, texts: int, tokens: int, batches: int, truncated: int, memory_shortages: int
+    ) -> None:
         with self._lock:
             self._stats.texts += texts
             self._stats.tokens += tokens
             self._stats.batches += batches
             self._stats.truncated += truncated
+            self._stats.memory_shortages += memory_shortages
 
     def add_fallback(self, reason: str) -> bool:
         """Count a fallback; True the first time this reason occurs."""

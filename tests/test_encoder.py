@@ -166,9 +166,9 @@ def test_windows_keep_the_order(
     encoder: FastEncoder, monkeypatch: pytest.MonkeyPatch, output_value: str | None
 ) -> None:
     whole = encoder.encode(TEXTS, output_value=output_value, prompt="find: ")
-    for limit, value in (("_WINDOW_TEXTS", 7), ("_WINDOW_CHARACTERS", 500)):
+    for window in ((10**9, 7), (500, 10**9)):
         with monkeypatch.context() as patch:
-            patch.setattr(inference, limit, value)
+            patch.setattr(inference, "_WINDOWS", {"cpu": window})
             before = encoder.stats.batches
             parts = encoder.encode(TEXTS, output_value=output_value, prompt="find: ")
             assert encoder.stats.batches - before >= 6

@@ -17,7 +17,7 @@ LAYERS = (
     {"ops"},
     {"models"},
     {"packing", "prepare"},
-    {"tokenization", "engine", "pooling"},
+    {"tokenization", "engine", "pooling", "transfer", "budget"},
     {"inference", "packed_forward", "arguments"},
     {"assembly"},
     {"encoder", "patching", "explanation"},

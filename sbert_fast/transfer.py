@@ -1,0 +1,107 @@
+"""Between host and GPU: what a batch needs in one copy, what a window gives in another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sbert_fast.packing import PackedBatch
+
+# int32 elements: every part of a buffer starts at 16 bytes.
+_ALIGNMENT = 4
+
+
+class Transfers:
+    """The copies of one call, on streams of their own beside the current one of `device`.
+
+    On a CPU nothing is copied, and the same calls return what they were given.
+
+    Args:
+        device: where the engine runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._is_cuda = device.type == "cuda"
+        if self._is_cuda:
+            self._incoming, self._outgoing = torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+    @contextmanager
+    def current_device(self) -> Iterator[None]:
+        """Make `device` the one that kernels are launched on."""
+        if not self._is_cuda:
+            yield
+            return
+        with torch.cuda.device(self.device):
+            yield
+
+    def stage(self, batch: PackedBatch, rows: NDArray[np.int64]) -> tuple[PackedBatch, Tensor]:
+        """A batch on the device, and the rows of its sequences, int32 `[B]`.
+
+        All of it travels through one pinned buffer in one copy, ordered before what is launched on
+        the current stream from now on.
+        """
+        where = torch.from_numpy(rows.astype(np.int32))
+        if not self._is_cuda:
+            return batch, where
+        parts = {
+            "input_ids": batch.input_ids,
+            "position_ids": batch.position_ids,
+            "token_type_ids": batch.token_type_ids,
+            "cu_seqlens": batch.cu_seqlens,
+            "tiles": batch.tiles,
+            "rows": where,
+        }
+        held = {name: part for name, part in parts.items() if part is not None}
+        sizes = [-(-part.numel() // _ALIGNMENT) * _ALIGNMENT for part in held.values()]
+        buffer = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=True)
+        for part, into in zip(held.values(), buffer.split(sizes), strict=True):
+            into[: part.numel()].copy_(part.reshape(-1))
+
+        stream = torch.cuda.current_stream()
+        with torch.cuda.stream(self._incoming):
+            copied = buffer.to(self.device, non_blocking=True)
+        stream.wait_stream(self._incoming)
+        copied.record_stream(stream)
+        moved = {
+            name: whole[: part.numel()].view(part.shape)
+            for (name, part), whole in zip(held.items(), copied.split(sizes), strict=True)
+        }
+        where = moved.pop("rows")
+        return replace(batch, **moved), where
+
+    def collect(self, embeddings: Tensor) -> Arrival:
+        """Start copying fp32 `[n, dimension]` rows to the host, with a check that they are finite.
+
+        Both begin once all that is launched on the current stream by now is done.
+        """
+        if not self._is_cuda:
+            return Arrival(embeddings, torch.isfinite(embeddings).all(dim=1), None)
+        self._outgoing.wait_stream(torch.cuda.current_stream())
+        host = torch.empty(embeddings.shape, dtype=torch.float32, pin_memory=True)
+        finite = torch.empty(embeddings.shape[0], dtype=torch.bool, pin_memory=True)
+        with torch.cuda.stream(self._outgoing):
+            host.copy_(embeddings, non_blocking=True)
+            finite.copy_(torch.isfinite(embeddings).all(dim=1), non_blocking=True)
+            embeddings.record_stream(self._outgoing)
+            done = self._outgoing.record_event()
+        return Arrival(host, finite, done)
+
+
+class Arrival:
+    """Rows on their way to the host."""
+
+    def __init__(self, rows: Tensor, finite: Tensor, done: torch.cuda.Event | None) -> None:
+        self._rows, self._finite, self._done = rows, finite, done
+
+    def wait(self) -> tuple[Tensor, Tensor]:
+        """The rows, and bool `[n]`: which of them are finite. Blocks until they are there."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._rows, self._finite

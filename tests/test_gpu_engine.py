@@ -1,0 +1,251 @@
+"""What a GPU adds to the engine: budgets, running out of memory, Triton kernels, copies.
+
+Without a GPU the kernels run in Triton's interpreter; what needs a device is marked `gpu`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+import families
+from sbert_fast import FastEncoder, accelerate, budget, ops
+from sbert_fast.data import sample_texts
+from sbert_fast.engine import PackedEncoder, Prepared
+from sbert_fast.errors import NonFiniteEmbeddingError
+from sbert_fast.models import Architecture
+from sbert_fast.packing import PackedBatch
+from sbert_fast.testing import worst_cosine
+
+TEXTS = ["", "a", *sample_texts()[:60]]
+HOPPER = 141 * 2**30, 132  # bytes and multiprocessors of one GPU
+
+every_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+
+def architecture(hidden: int, inner: int) -> Architecture:
+    model = families.make_model("bert")
+    read = PackedEncoder(model).architecture
+    fields = {name: getattr(read, name) for name in read.__slots__}
+    return Architecture(**(fields | {"hidden_size": hidden, "intermediate_size": inner}))
+
+
+@pytest.mark.parametrize(("hidden", "inner"), [(384, 1536), (768, 3072), (1024, 4096)])
+def test_gpu_budget_gives_every_processor_the_same_tiles(hidden: int, inner: int) -> None:
+    model = architecture(hidden, inner)
+    tokens = budget.gpu_tokens(model, torch.float16, *HOPPER)
+    assert tokens % (128 * HOPPER[1]) == 0
+    assert tokens == budget.gpu_tokens(model, torch.float16, *HOPPER)
+    small = budget.gpu_tokens(model, torch.float32, 2 * 2**30, HOPPER[1])
+    assert 128 <= small < tokens
+    assert small * 4 * max(5 * hidden, 2 * hidden + 2 * inner) <= 2**28
+    assert budget.gpu_tokens(model, torch.float32, 1 << 20, HOPPER[1]) == 128
+
+
+def test_memory_limit_is_remembered_and_gives_up() -> None:
+    limit = budget.MemoryLimit()
+    assert limit.apply(1000) == 1000
+    assert limit.halve(1000) == 500
+    assert limit.halve(1000) == 500, "a second thread with the same batch"
+    assert limit.apply(1000) == 500
+    assert limit.apply(100) == 100
+    tokens = 500
+    for _ in range(5):
+        tokens = limit.halve(tokens)
+    assert tokens == 500 // 32
+    assert limit.halve(tokens) is None
+
+
+@pytest.fixture
+def small_memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A device that holds 250 tokens; the tokens of the batches it refused."""
+    refused: list[int] = []
+    forward = PackedEncoder.__call__
+
+    def call(self: PackedEncoder, batch: PackedBatch, prepared: Prepared | None = None) -> Tensor:
+        if batch.num_tokens > 250:
+            refused.append(batch.num_tokens)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, batch, prepared)
+
+    monkeypatch.setattr(PackedEncoder, "__call__", call)
+    return refused
+
+
+@pytest.mark.parametrize("output_value", ["sentence_embedding", "token_embeddings"])
+def test_out_of_memory_halves_the_batches_and_goes_on(
+    st_minilm: SentenceTransformer,
+    request: pytest.FixtureRequest,
+    caplog: pytest.LogCaptureFixture,
+    output_value: str,
+) -> None:
+    expected = FastEncoder(st_minilm).encode(TEXTS, output_value=output_value)
+    refused = request.getfixturevalue("small_memory")
+    encoder = FastEncoder(st_minilm, batch_tokens=1500)
+    with caplog.at_level("WARNING", "sbert_fast"):
+        got = encoder.encode(TEXTS, output_value=output_value)
+    assert all(np.array_equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert "out of memory" in caplog.text and "batch_tokens=" in caplog.text
+    assert encoder.stats.memory_shortages == len(refused) > 0
+    assert not encoder.stats.bit_repeatable
+    assert encoder.stats.texts == len(TEXTS)
+
+    tried = len(refused)
+    encoder.encode(TEXTS)
+    assert len(refused) == tried, "what failed once was tried again"
+
+
+def test_out_of_memory_with_a_single_text_is_raised(
+    st_minilm: SentenceTransformer, small_memory: list[int]
+) -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        FastEncoder(st_minilm).encode([" ".join(["word"] * 400)])
+    assert FastEncoder(st_minilm).stats.bit_repeatable
+
+
+triton = pytest.mark.skipif(
+    (reason := ops.rejection("triton", torch.device("cpu"), torch.float32)) is not None,
+    reason=str(reason),
+)
+
+
+@triton
+@pytest.mark.parametrize("pooling", ["mean", "cls", ("mean", "max")], ids=str)
+def test_engine_on_triton_kernels(
+    pooling: str | tuple[str, ...], launches: Callable[[], dict[tuple[str, str], int]]
+) -> None:
+    """The whole engine, in the interpreter: the last layer is normalised and pooled in one op."""
+    st = families.make_sentence_transformer("bert", pooling=pooling)
+    expected = FastEncoder(st, impl="reference").encode(TEXTS[:9], prompt="find: ")
+    launches_before = launches()
+    got = FastEncoder(st, impl="triton").encode(TEXTS[:9], prompt="find: ")
+    assert worst_cosine(got, expected) >= 1 - 1e-6
+    ran = {op for op, name in launches() if name == "triton"} - set(launches_before)
+    assert {"embed_norm", "varlen_attention", "add_norm"} <= ran
+    assert ("norm_pool_out" in ran) == isinstance(pooling, str)
+
+
+@pytest.fixture(scope="module")
+def st_cuda(minilm_path: str) -> SentenceTransformer:
+    return SentenceTransformer(minilm_path, device="cuda")
+
+
+class TestOnAGpu:
+    pytestmark = gpu
+
+    def test_the_default_is_float16(self, minilm_path: str) -> None:
+        assert FastEncoder(minilm_path, device="cuda").compute_dtype == torch.float16
+        handed_in = SentenceTransformer(minilm_path, device="cuda")
+        assert FastEncoder(handed_in).compute_dtype == torch.float32
+
+    @every_dtype
+    def test_vectors(
+        self, st_minilm: SentenceTransformer, minilm_path: str, dtype: torch.dtype
+    ) -> None:
+        texts = sample_texts()[:500]
+        exact = st_minilm.encode(texts)
+        theirs = SentenceTransformer(minilm_path, device="cuda").to(dtype).encode(texts)
+        encoder = FastEncoder(minilm_path, device="cuda", dtype=dtype)
+        ops.reset_launches()
+        ours = encoder.encode(texts)
+        assert {name for _, name in ops.launches()} == {"triton"}
+        lost = 1 - worst_cosine(ours, exact)
+        assert lost <= min(5e-4, 2 * (1 - worst_cosine(theirs, exact)) + 1e-6)
+
+    def test_float32_vectors(self, st_minilm: SentenceTransformer, minilm_path: str) -> None:
+        texts = sample_texts()[:500]
+        exact = st_minilm.encode(texts)
+        ours = FastEncoder(minilm_path, device="cuda", dtype="float32").encode(texts)
+        assert 1 - worst_cosine(ours, exact) <= 1e-6
+        assert np.abs(ours - exact).max() <= 2e-6
+
+    def test_runs_repeat_bit_for_bit(self, st_cuda: SentenceTransformer) -> None:
+        encoder = FastEncoder(st_cuda, dtype="float16")
+        texts = sample_texts()
+        first = encoder.encode(texts)
+        assert np.array_equal(first, encoder.encode(texts))
+        assert np.array_equal(first, FastEncoder(st_cuda, dtype="float16").encode(texts))
+        assert encoder.stats.bit_repeatable
+
+    def test_windows_keep_the_order(
+        self, st_cuda: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        encoder = FastEncoder(st_cuda, dtype="float32")
+        texts = sample_texts()[:400]
+        whole = encoder.encode(texts)
+        monkeypatch.setattr("sbert_fast.inference._WINDOWS", {"cuda": (10**9, 37)})
+        np.testing.assert_allclose(encoder.encode(texts), whole, atol=2e-6)
+
+    def test_threads_share_an_encoder(self, st_cuda: SentenceTransformer) -> None:
+        encoder = FastEncoder(st_cuda, dtype="float16")
+        texts = sample_texts()[:320]
+        alone = [encoder.encode(texts[i : i + 10]) for i in range(0, 320, 10)]
+        barrier = threading.Barrier(32)
+
+        def work(index: int) -> np.ndarray:
+            barrier.wait()
+            return encoder.encode(texts[10 * index : 10 * index + 10])
+
+        with ThreadPoolExecutor(32) as pool:
+            together = list(pool.map(work, range(32)))
+        assert all(np.array_equal(a, b) for a, b in zip(together, alone, strict=True))
+
+    def test_out_of_memory(self, st_cuda: SentenceTransformer) -> None:
+        texts = sample_texts() * 20
+        expected = FastEncoder(st_cuda, dtype="float32", batch_tokens=2048).encode(texts)
+        torch.cuda.empty_cache()
+        _, total = torch.cuda.mem_get_info()
+        held = torch.cuda.memory_reserved()
+        torch.cuda.set_per_process_memory_fraction((held + (400 << 20)) / total)
+        try:
+            encoder = FastEncoder(st_cuda, dtype="float32", batch_tokens=60_000)
+            got = encoder.encode(texts)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        assert 0 < encoder.stats.memory_shortages <= 6
+        np.testing.assert_allclose(got, expected, atol=2e-6)
+
+    def test_non_finite_embeddings_are_named(self, minilm_path: str) -> None:
+        st = SentenceTransformer(minilm_path, device="cuda")
+        encoder = FastEncoder(st, dtype="float16")
+        with torch.no_grad():
+            st[0].auto_model.embeddings.word_embeddings.weight[7592] *= 1e30  # "hello"
+        with pytest.raises(NonFiniteEmbeddingError, match=r"inputs\[1\]") as error:
+            encoder.encode(["a", "hello", "b"])
+        assert error.value.indices == [1]
+
+    def test_token_embeddings_and_features(self, st_cuda: SentenceTransformer) -> None:
+        encoder = FastEncoder(st_cuda, dtype="float32")
+        for value in ("token_embeddings", None):
+            ours = encoder.encode(TEXTS, output_value=value)
+            theirs = st_cuda.encode(TEXTS, output_value=value)
+            for mine, other in zip(ours, theirs, strict=True):
+                mine = mine["token_embeddings"] if value is None else mine
+                other = other["token_embeddings"] if value is None else other
+                np.testing.assert_allclose(mine.cpu(), other.cpu()[: len(mine)], atol=1e-4)
+
+    def test_accelerated_model(self, minilm_path: str) -> None:
+        st = SentenceTransformer(minilm_path, device="cuda")
+        expected = st.encode(TEXTS)
+        accelerate(st)
+        ops.reset_launches()
+        np.testing.assert_allclose(st.encode(TEXTS), expected, atol=2e-6)
+        assert ops.launches()["varlen_attention", "triton"] > 0
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+    def test_two_devices(self, minilm_path: str) -> None:
+        encoder = FastEncoder(minilm_path, device="cuda")
+        texts = sample_texts()
+        both = encoder.encode(texts, device=["cuda:0", "cuda:1"])
+        assert worst_cosine(both, encoder.encode(texts)) > 1 - 1e-4

@@ -82,16 +82,21 @@ class Transfers:
         Both begin once all that is launched on the current stream by now is done.
         """
         if not self._is_cuda:
-            return Arrival(embeddings, torch.isfinite(embeddings).all(dim=1), None)
+            return Arrival(embeddings, _finite_rows(embeddings), None)
         self._outgoing.wait_stream(torch.cuda.current_stream())
         host = torch.empty(embeddings.shape, dtype=torch.float32, pin_memory=True)
         finite = torch.empty(embeddings.shape[0], dtype=torch.bool, pin_memory=True)
         with torch.cuda.stream(self._outgoing):
             host.copy_(embeddings, non_blocking=True)
-            finite.copy_(torch.isfinite(embeddings).all(dim=1), non_blocking=True)
+            finite.copy_(_finite_rows(embeddings), non_blocking=True)
             embeddings.record_stream(self._outgoing)
             done = self._outgoing.record_event()
         return Arrival(host, finite, done)
+
+
+def _finite_rows(x: Tensor) -> Tensor:
+    """Bool `[n]` of `[n, dimension]`: the largest magnitude is NaN where a value is."""
+    return torch.isfinite(torch.linalg.vector_norm(x, ord=float("inf"), dim=1))
 
 
 class Arrival:

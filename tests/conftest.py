@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
 import pytest  # noqa: E402
 from sentence_transformers import SentenceTransformer  # noqa: E402
 
+import sbert_fast.kernels as kernels  # noqa: E402
 import triton_interpreter  # noqa: E402
 from sbert_fast import ops  # noqa: E402
 from sbert_fast.engine import PackedEncoder  # noqa: E402
@@ -92,3 +93,21 @@ def batch_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(PackedEncoder, "__call__", record)
     return seen
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Every tensor that torch makes without values holds NaN, or the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(8).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def triton_device(request: pytest.FixtureRequest) -> str:
+    """Where Triton kernels run: on a CPU in the interpreter, and on a GPU."""
+    if (reason := kernels.unavailable(torch.device(request.param))) is not None:
+        pytest.skip(reason)
+    return str(request.param)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from sbert_fast.ops import POOLING_MODES
 from sbert_fast.ops.panels import pack as pack_panels
 from sbert_fast.testing import pack_lengths
 
 RAGGED = (3, 0, 17, 1, 64, 0, 5)
+POOLED_LENGTHS = [5, 0, 1, 16, 3, 0, 40]
+DEAD_TAIL = 7
 
 
 def arguments(
@@ -63,3 +66,54 @@ def arguments(
         pooled = arguments(op.replace("norm", "segment"), dtype, lengths, heads, dim, seed)
         return (*norm, *pooled[1:])
     raise ValueError(f"op must name an op, got {op!r}")
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(*shape) * scale).to(dtype)
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def norm_parameters(E: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return 1 + randn(E, scale=0.1), randn(E, scale=0.1)
+
+
+def embed_args(
+    T: int, E: int, dtype: torch.dtype, out_dtype: torch.dtype, types: str = "given"
+) -> list[Any]:
+    ids, positions = torch.randint(0, 50, (T,)).int(), torch.randint(0, 20, (T,)).int()
+    type_ids = torch.randint(0, 2, (T,)).int() if types == "given" else None
+    type_table = None if types == "no table" else randn(2, E, dtype=dtype)
+    tables = randn(50, E, dtype=dtype), randn(20, E, dtype=dtype), type_table
+    return [ids, positions, type_ids, *tables, *norm_parameters(E), 1e-12, out_dtype]
+
+
+def add_norm_args(T: int, E: int, dtype: torch.dtype) -> list[Any]:
+    x, residual = randn(T, E, dtype=dtype), randn(T, E, dtype=dtype)
+    return [x, randn(E), residual, *norm_parameters(E), 1e-5]
+
+
+def pool_args(
+    E: int,
+    dtype: torch.dtype,
+    mode: str,
+    lengths: Sequence[int] = POOLED_LENGTHS,
+    **options: Any,
+) -> list[Any]:
+    cu_seqlens = pack_lengths(lengths)
+    x = randn(sum(lengths) + DEAD_TAIL, E, dtype=dtype)
+    x[-DEAD_TAIL:] = float("nan")
+    normalize, skip = options.get("normalize", True), options.get("skip", 0)
+    return [x, cu_seqlens, POOLING_MODES.index(mode), normalize, skip, options.get("spans")]
+
+
+def assert_gelu_of_special_values(gelu: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """What `gelu`, of fp32 `[1, 9]`, makes of zeros, infinities, NaN and extreme numbers."""
+    inf, nan = float("inf"), float("nan")
+    out = gelu(torch.tensor([[0.0, -0.0, inf, -inf, nan, 1e30, -1e30, -200.0, 1e-40]]))[0]
+    assert out[:3].tolist() == [0.0, 0.0, inf]
+    assert out[4].isnan() and out[5] == 1e30
+    # The exact results are -0; the power of two stops at the smallest normal one.
+    assert all(-1e-25 < value <= 0 for value in out[[3, 6, 7]].tolist())

@@ -11,6 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from op_cases import POOLED_LENGTHS as LENGTHS
+from op_cases import (
+    add_norm_args,
+    assert_gelu_of_special_values,
+    embed_args,
+    int32,
+    pool_args,
+    randn,
+)
 from sbert_fast.ops import POOLING_MODES, extension
 from sbert_fast.testing import check_op, pack_lengths
 
@@ -19,48 +28,11 @@ ISAS = OPS.cpu_isas().split(",") if extension.CPU.available else []
 DTYPES = [torch.float32, torch.bfloat16]
 # One vector and less, no multiple of any vector, a common width, and longer than the kept row.
 SHAPES = [(1, 8), (3, 1), (7, 37), (33, 384), (2, 4103)]
-LENGTHS = [5, 0, 1, 16, 3, 0, 40]
-DEAD_TAIL = 7
 
 pytestmark = [
     pytest.mark.skipif(not extension.CPU.available, reason=str(extension.CPU.reason)),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape) * scale).to(dtype)
-
-
-def int32(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def norm_parameters(E: int) -> tuple[Tensor, Tensor]:
-    return 1 + randn(E, scale=0.1), randn(E, scale=0.1)
-
-
-def embed_args(
-    T: int, E: int, dtype: torch.dtype, out_dtype: torch.dtype, types: str = "given"
-) -> list[Any]:
-    ids, positions = torch.randint(0, 50, (T,)).int(), torch.randint(0, 20, (T,)).int()
-    type_ids = torch.randint(0, 2, (T,)).int() if types == "given" else None
-    type_table = None if types == "no table" else randn(2, E, dtype=dtype)
-    tables = randn(50, E, dtype=dtype), randn(20, E, dtype=dtype), type_table
-    return [ids, positions, type_ids, *tables, *norm_parameters(E), 1e-12, out_dtype]
-
-
-def add_norm_args(T: int, E: int, dtype: torch.dtype) -> list[Any]:
-    x, residual = randn(T, E, dtype=dtype), randn(T, E, dtype=dtype)
-    return [x, randn(E), residual, *norm_parameters(E), 1e-5]
-
-
-def pool_args(E: int, dtype: torch.dtype, mode: str, **options: Any) -> list[Any]:
-    cu_seqlens = pack_lengths(LENGTHS)
-    x = randn(sum(LENGTHS) + DEAD_TAIL, E, dtype=dtype)
-    x[-DEAD_TAIL:] = float("nan")
-    normalize, skip = options.get("normalize", True), options.get("skip", 0)
-    return [x, cu_seqlens, POOLING_MODES.index(mode), normalize, skip, options.get("spans")]
 
 
 @pytest.mark.parametrize(
@@ -102,13 +74,7 @@ def test_bias_gelu(isa: str, T: int, F: int, dtype: torch.dtype, tanh: bool) -> 
 
 @pytest.mark.parametrize("tanh", [True, False])
 def test_bias_gelu_of_special_values(isa: str, tanh: bool) -> None:
-    inf, nan = float("inf"), float("nan")
-    x = torch.tensor([[0.0, -0.0, inf, -inf, nan, 1e30, -1e30, -200.0, 1e-40]])
-    out = OPS.bias_gelu.cpu(x, None, tanh)[0]
-    assert out[:3].tolist() == [0.0, 0.0, inf]
-    assert out[4].isnan() and out[5] == 1e30
-    # The exact results are -0; the power of two stops at the smallest normal one.
-    assert all(-1e-25 < value <= 0 for value in out[[3, 6, 7]].tolist())
+    assert_gelu_of_special_values(lambda x: OPS.bias_gelu.cpu(x, None, tanh))
 
 
 @pytest.mark.parametrize("mode", POOLING_MODES)

@@ -219,9 +219,12 @@ def config(E: int, dtype: torch.dtype, norm: bool) -> dict[str, int]:
     """Constants of the first kernel for rows of E columns."""
     tile = row_tile(E, dtype)
     unroll = 4 if dtype.itemsize == 2 else 2
+    constants = {"CHUNK": tile.chunk, "ROWS": tile.rows, "UNROLL": unroll, "num_warps": WARPS}
     if norm:
-        unroll //= 2
-    return {"CHUNK": tile.chunk, "ROWS": tile.rows, "UNROLL": unroll, "num_warps": WARPS}
+        constants["UNROLL"] = unroll // 2
+        # Left to itself, the assembler stops at 128 registers and spills what is over.
+        constants["maxnreg"] = 255
+    return constants
 
 
 def join_config(E: int) -> dict[str, int]:

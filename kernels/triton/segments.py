@@ -106,7 +106,7 @@ def walk(
     for _ in tl.static_range(0, E, CHUNK):
         total = total + (tl.full((ROWS, CHUNK), empty, tl.float32),)
     NORM: tl.constexpr = weight_ptr is not None
-    if NORM and bias_ptr is not None:
+    if bias_ptr is not None:
         bias = load_vector(bias_ptr, E, CHUNK, ROWS)
     if NORM and POOLING == MAX:
         weight = load_vector(weight_ptr, E, CHUNK, ROWS)
@@ -120,7 +120,7 @@ def walk(
             if residual_ptr is not None:
                 x = add_tiles(x, load_rows(residual_ptr, rows * E, keep, E, CHUNK))
             tokens = tokens + (x,)
-        terms = ()
+        pair = tokens[0]
         for u in tl.static_range(UNROLL):
             x = tokens[u]
             if NORM:
@@ -139,18 +139,13 @@ def walk(
                 if NORM or POOLING == MAX:
                     tile = tl.where(keep, tile, empty)
                 term = term + (tile,)
-            terms = terms + (term,)
-        if UNROLL == 4:
-            total = merge(
-                total,
-                merge(merge(terms[0], terms[1], POOLING), merge(terms[2], terms[3], POOLING),
-                       POOLING),
-                POOLING,
-            )  # fmt: skip
-        elif UNROLL == 2:
-            total = merge(total, merge(terms[0], terms[1], POOLING), POOLING)
-        else:
-            total = merge(total, terms[0], POOLING)
+            # Tokens two by two, but not with LayerNorm, whose registers are all taken.
+            if NORM or UNROLL == 1:
+                total = merge(total, term, POOLING)
+            elif u % 2 == 0:
+                pair = term
+            else:
+                total = merge(total, merge(pair, term, POOLING), POOLING)
     return total
 
 

@@ -1,0 +1,173 @@
+"""embed_norm, add_norm and bias_gelu in Triton: figures, isolation, and what the compiler makes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import triton_aot
+from op_cases import add_norm_args, assert_gelu_of_special_values, embed_args, randn
+from sbert_fast.testing import check_op
+from triton_aot import Build
+
+OPS = torch.ops.sbert_fast
+HALVES = [torch.float16, torch.bfloat16]
+DTYPES = [*HALVES, torch.float32]
+NAMES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+# One column, fewer than a chunk, three chunks, chunks and a rest, rows over two and four warps.
+SHAPES = [(1, 1), (9, 37), (33, 384), (5, 1000), (5, 1536), (3, 4096)]
+# numpy's, where a power of two stands for infinity.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def seeded(poisoned: None) -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+
+
+def run(op: str, args: list[Any], device: str) -> Tensor:
+    """The Triton kernel of `op` on `device`, its result on the CPU."""
+    there = [a.to(device) if isinstance(a, Tensor) else a for a in args]
+    return getattr(OPS, op).triton(*there).cpu()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "out_dtype"),
+    [*((d, d) for d in DTYPES), (torch.float32, torch.float16), (torch.float16, torch.float32)],
+)
+@pytest.mark.parametrize(("T", "E"), SHAPES)
+def test_embed_norm(
+    triton_device: str, T: int, E: int, dtype: torch.dtype, out_dtype: torch.dtype
+) -> None:
+    for types in ("given", "type 0", "no table"):
+        args = embed_args(T, E, dtype, out_dtype, types)
+        check_op("embed_norm", run("embed_norm", args, triton_device), args, out_dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "E"), SHAPES)
+def test_add_norm(triton_device: str, T: int, E: int, dtype: torch.dtype) -> None:
+    x, bias, residual, *norm = add_norm_args(T, E, dtype)
+    for optional in ([bias, residual], [bias, None], [None, residual], [None, None]):
+        args = [x, *optional, *norm]
+        check_op("add_norm", run("add_norm", args, triton_device), args, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_norm_of_a_large_mean_keeps_its_variance(
+    triton_device: str, dtype: torch.dtype
+) -> None:
+    args = add_norm_args(9, 37, dtype)
+    args[0] = (args[0].float() + 100).to(dtype)
+    check_op("add_norm", run("add_norm", args, triton_device), args, dtype)
+
+
+@pytest.mark.parametrize("tanh", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "F"), [*SHAPES, (2, 16384)])
+def test_bias_gelu(triton_device: str, T: int, F: int, dtype: torch.dtype, tanh: bool) -> None:
+    for scale in (1e-3, 0.1, 1.0, 4.0):
+        x = randn(T, F, dtype=dtype, scale=scale)
+        for args in ([x, randn(F, scale=scale), tanh], [x, None, tanh]):
+            check_op("bias_gelu", run("bias_gelu", args, triton_device), args, dtype)
+
+
+@pytest.mark.parametrize("tanh", [True, False])
+def test_bias_gelu_of_special_values(triton_device: str, tanh: bool) -> None:
+    assert_gelu_of_special_values(lambda x: run("bias_gelu", [x, None, tanh], triton_device))
+
+
+def test_bias_gelu_keeps_its_relative_accuracy(triton_device: str) -> None:
+    x = torch.linspace(-5, 5, 4096)[None]
+    exact = torch.nn.functional.gelu(x.double())
+    error = (run("bias_gelu", [x, None, False], triton_device) - exact).abs()
+    assert (error / exact.abs()).max() < 1e-4
+    assert error[x.abs() < 3].max() < 3e-7
+
+
+@pytest.mark.parametrize("op", ["add_norm", "bias_gelu"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("E", [37, 384])
+def test_rows_are_isolated(triton_device: str, op: str, E: int, dtype: torch.dtype) -> None:
+    args = add_norm_args(21, E, dtype)
+    if op == "bias_gelu":
+        args = [args[0], args[1], False]
+    rows = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.dim() == 2]
+    expected = run(op, args, triton_device)[13]
+    for i in rows:
+        args[i][torch.arange(21) != 13] = float("nan")
+    assert torch.equal(run(op, args, triton_device)[13], expected)
+    for i in rows:
+        args[i] = args[i][13:14].clone()
+    assert torch.equal(run(op, args, triton_device)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inputs_without_rows(triton_device: str, dtype: torch.dtype) -> None:
+    assert run("embed_norm", embed_args(0, 16, dtype, dtype), triton_device).shape == (0, 16)
+    assert run("add_norm", add_norm_args(0, 16, dtype), triton_device).shape == (0, 16)
+    args = [randn(0, 16, dtype=dtype), None, False]
+    assert run("bias_gelu", args, triton_device).shape == (0, 16)
+
+
+def test_rows_that_are_too_wide_are_refused(triton_device: str) -> None:
+    with pytest.raises(ValueError, match="1 to 4096 columns, got 4097"):
+        run("add_norm", add_norm_args(2, 4097, torch.float32), triton_device)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_more_than_2_to_the_31_elements() -> None:
+    T, E = 2**21 + 5, 1024
+    args = add_norm_args(3, E, torch.float16)
+    ends = torch.zeros(T, E, dtype=torch.float16, device="cuda")
+    ends[-3:] = args[0].cuda()
+    rest = [a.cuda() if isinstance(a, Tensor) else a for a in (args[1], None, *args[3:])]
+    for op, others in (("add_norm", rest), ("bias_gelu", [rest[0], False])):
+        out = getattr(OPS, op).triton(ends, *others)[-3:].cpu()
+        few = [o.cpu() if isinstance(o, Tensor) else o for o in others]
+        check_op(op, out, [args[0], *few], torch.float16)
+
+
+def builds(arch: int, dtype: torch.dtype, width: int) -> list[Build]:
+    """The three kernels for rows of `width` columns, four times as many in bias_gelu."""
+    from sbert_fast.kernels import add_norm, bias_gelu, embed_norm
+
+    x, vector, ids = NAMES[dtype], "*fp32", "*i32"
+    norm = {"bias_ptr": vector, "weight_ptr": vector, "out_ptr": x, "T": "i32", "eps": "fp32"}
+    embed = {name: ids for name in ("ids_ptr", "positions_ptr", "types_ptr")}
+    embed |= {name: x for name in ("word_ptr", "position_table_ptr", "type_table_ptr")}
+    add = {"x_ptr": x, "residual_ptr": x, "ln_bias_ptr": vector}
+    gelu = {"x_ptr": x, "bias_ptr": vector, "out_ptr": x, "T": "i32"}
+    made = []
+    for module, signature, constants in (
+        (embed_norm, embed | norm, {"E": width} | embed_norm.config(width, dtype)),
+        (add_norm, add | norm, {"E": width} | add_norm.config(width, dtype)),
+        (bias_gelu, gelu, {"F": 4 * width, "TANH": 0} | bias_gelu.config(4 * width, dtype)),
+    ):
+        warps = constants.pop("num_warps")
+        op = module.__name__.rpartition(".")[2]
+        kernel = f"{module.__name__}:_{op}_kernel"
+        made.append(Build(kernel, signature, constants, arch, num_warps=warps))
+    return made
+
+
+@pytest.mark.parametrize("arch", triton_aot.ARCHS)
+def test_kernels_compile_and_fit(arch: int) -> None:
+    cases = [(dtype, width) for dtype in HALVES for width in (384, 1024)]
+    if arch == 90:
+        cases += [(torch.float16, width) for width in (37, 768, 4096)]
+        cases += [(torch.float32, width) for width in (384, 1024)]
+    todo = [build for dtype, width in cases for build in builds(arch, dtype, width)]
+    usages = triton_aot.compile_all(todo)
+    print(triton_aot.table(todo, usages))
+    triton_aot.assert_fits(todo, usages)
+    for build, usage in zip(todo, usages, strict=True):
+        # A row within a warp needs no shared memory, unless its layout is changed on the way.
+        assert usage.shared == 0 or build.constexprs.get("E") in (37, 4096), build
+        assert usage.registers <= 128, build

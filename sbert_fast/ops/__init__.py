@@ -260,7 +260,7 @@ def segment_pool(
         TypeError, ValueError: an argument breaks the contract; the message names it.
 
     Numerics:
-        fp32 accumulation in token order, no atomics.
+        fp32 accumulation in an order fixed by the length of the sequence, no atomics.
     """
     validation.shape("x", x, ("T", "E"))
     validation.dtype("x", x, validation.FLOATS)

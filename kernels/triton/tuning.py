@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 class Attention:
     """How `varlen_attention` is cut up; see its module.
 
-    `short` and `block` are part of what is computed: they decide about bits, and so may depend on
-    head dim and dtype alone. The rest changes no bit.
+    `short` and `block` are part of what is computed: they decide about bits, and so must not depend
+    on the lengths of a batch. The rest changes no bit.
 
     Attributes:
         short: longest sequence that the short kernel computes, in tokens, 16 or 32.
@@ -38,7 +38,13 @@ class Attention:
 
 
 def attention(
-    width: int, bits: int, max_seqlen: int, *, plain: bool, capability: tuple[int, int]
+    width: int,
+    bits: int,
+    max_seqlen: int,
+    *,
+    plain: bool,
+    rotary: bool,
+    capability: tuple[int, int],
 ) -> Attention:
     """The row of the table.
 
@@ -47,11 +53,16 @@ def attention(
         bits: 16 for fp16 and bf16, 32 for fp32.
         max_seqlen: of the batch, in tokens.
         plain: neither bias nor window nor rotary tables.
+        rotary: with rotary tables, which take twice the registers while q and k are loaded.
         capability: compute capability of the device.
     """
     row = _ATTENTION[bits, width]
     if bits == 16 and width <= 64 and max_seqlen > _LONG_FROM:
         row = replace(row, block_q=128, warps=8)
+    if rotary and bits == 16:
+        row = replace(row, head_stages=1)
+        if width >= 64:
+            row = replace(row, short=16, block_q=64, warps=8)
     if not plain:
         # A relative bias would be pipelined too, a score at a time.
         return replace(row, stages=1, registers=None)

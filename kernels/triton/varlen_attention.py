@@ -364,7 +364,12 @@ def plan(
     width = max(MIN_WIDTH, triton.next_power_of_2(dim))
     plain = bias is None and rotary is None and window < 0
     config = tuning.attention(
-        width, qkv.element_size() * 8, max_seqlen, plain=plain, capability=capability
+        width,
+        qkv.element_size() * 8,
+        max_seqlen,
+        plain=plain,
+        rotary=rotary is not None,
+        capability=capability,
     )
     numbers = (scale * math.log2(math.e), 0 if bias is None else bias.shape[1] // 2, window)
     options = {

@@ -1,0 +1,325 @@
+"""varlen_attention in Triton: in the interpreter, on a GPU, and compiled for absent GPUs.
+
+The interpreter multiplies bf16 matrices wrongly: bf16 runs on a GPU alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import attention_cases
+import triton_aot
+from attention_cases import (
+    DEAD_TAIL,
+    HEADS,
+    KINDS,
+    RAGGED,
+    SHORT,
+    Case,
+    assert_same_bits,
+    sequence_rows,
+)
+from sbert_fast import ops
+from sbert_fast.packing import plan_tiles
+from sbert_fast.testing import pack_lengths
+
+kernel = pytest.importorskip("sbert_fast.kernels.varlen_attention")
+
+OP = torch.ops.sbert_fast.varlen_attention.triton
+HALF, BFLOAT, SINGLE = torch.float16, torch.bfloat16, torch.float32
+TINY = (9, 0, 1, 16, 17, 3, 32, 20, 0)
+MANY = tuple(i % 37 for i in range(200))
+
+GPU = [pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in (HALF, BFLOAT, SINGLE)]
+PLACES = [("cpu", HALF), ("cpu", SINGLE), *GPU]
+every_dtype = pytest.mark.parametrize(
+    ("triton_device", "dtype"), PLACES, ids=str, indirect=["triton_device"]
+)
+every_gpu_dtype = pytest.mark.parametrize(
+    ("triton_device", "dtype"), GPU, ids=str, indirect=["triton_device"]
+)
+on_gpu = pytest.mark.parametrize(
+    "triton_device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
+)
+
+Attend = Callable[[Sequence[Any]], Tensor]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_and_quiet(poisoned: None) -> Iterator[None]:
+    """Outputs hold NaN before a kernel runs. So may rows that are not written, and numpy would warn
+    of them."""
+    with np.errstate(all="ignore"):
+        yield
+
+
+@pytest.fixture
+def attend(triton_device: str) -> Attend:
+    """The op on `triton_device`, its result back on the host."""
+
+    def run(args: Sequence[Any]) -> Tensor:
+        there = [a.to(triton_device) if isinstance(a, Tensor) else a for a in args]
+        return OP(*there).cpu()
+
+    return run
+
+
+def check(case: Case, attend: Attend, tile: int | None = None) -> None:
+    """The 2x rule, and zeros in the dead tail; `tile`: with a table of tiles of that size."""
+
+    def with_tiles(args: Sequence[Any]) -> Tensor:
+        args = list(args)
+        if tile is not None:
+            lengths = torch.tensor(case.lengths, dtype=torch.int32).numpy()
+            args[-1] = torch.from_numpy(plan_tiles(lengths, tile))
+        return attend(args)
+
+    attention_cases.check(case, with_tiles)
+
+
+@every_dtype
+@pytest.mark.parametrize(("dim", "tile"), [(26, None), (32, 128), (64, None), (128, 128)])
+def test_ragged_lengths(attend: Attend, dim: int, tile: int | None, dtype: torch.dtype) -> None:
+    check(Case(RAGGED if dtype == HALF else RAGGED[:-2], dim, dtype), attend, tile)
+
+
+@every_dtype
+@pytest.mark.parametrize("dim", [8, 16, 37, 80, 96])
+def test_any_head_dim(attend: Attend, dim: int, dtype: torch.dtype) -> None:
+    check(Case(TINY, dim, dtype), attend)
+    check(Case((5, 70, 20), dim, dtype), attend)
+
+
+@every_dtype
+@pytest.mark.parametrize("tile", [None, 128])
+def test_sequences_that_share_a_program(
+    attend: Attend, tile: int | None, dtype: torch.dtype
+) -> None:
+    check(Case(MANY, 32, dtype, heads=1), attend, tile)
+    check(Case(TINY, 32, dtype, heads=12), attend, tile)
+    check(Case((1,) * 70, 64, dtype), attend, tile)
+
+
+@every_dtype
+@pytest.mark.parametrize(("reach", "dim"), [(0, 37), (3, 26), (128, 64)])
+def test_relative_bias(attend: Attend, dim: int, reach: int, dtype: torch.dtype) -> None:
+    check(Case((*SHORT, 200), dim, dtype, reach=reach), attend)
+
+
+@every_dtype
+@pytest.mark.parametrize(("window", "dim"), [(0, 26), (1, 64), (20, 37), (64, 128), (1000, 64)])
+def test_window(attend: Attend, dim: int, window: int, dtype: torch.dtype) -> None:
+    check(Case((*SHORT, 300), dim, dtype, window=window), attend)
+
+
+@every_dtype
+@pytest.mark.parametrize("dim", [8, 26, 64, 70])
+def test_rotary(attend: Attend, dim: int, dtype: torch.dtype) -> None:
+    check(Case((*SHORT, 20, 200), dim, dtype, rotary=True), attend)
+
+
+@every_dtype
+def test_all_options_at_once(attend: Attend, dtype: torch.dtype) -> None:
+    check(Case((*SHORT, 200), 32, dtype, reach=9, window=40, rotary=True), attend, 128)
+
+
+@every_dtype
+@pytest.mark.parametrize("scale", [0.0, -0.3, 1.0])
+def test_any_scale(attend: Attend, scale: float, dtype: torch.dtype) -> None:
+    check(Case(SHORT, 26, dtype, scale=scale), attend)
+    check(Case(SHORT, 26, dtype, scale=scale, reach=2, window=9), attend)
+
+
+@every_dtype
+@pytest.mark.parametrize("kind", KINDS[:-1])
+def test_adversarial_inputs(attend: Attend, kind: str, dtype: torch.dtype) -> None:
+    if dtype == HALF and kind in ("huge logits", "outlier channels"):
+        return  # beyond what float16 holds, the inputs or the logits of the peer
+    check(Case((12, 60, 150), 32, dtype, kind=kind, scale=0.25), attend)
+
+
+@every_dtype
+@pytest.mark.parametrize("lengths", [(), (0,), (0, 0, 0)], ids=str)
+def test_nothing_to_attend(attend: Attend, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+    args = Case(lengths, 32, dtype).args()
+    for longest in (0, 1, 500):
+        args[2] = longest
+        assert_same_bits(attend(args), torch.zeros(DEAD_TAIL, HEADS, 32, dtype=dtype))
+    args[-1] = torch.zeros(0, 4, dtype=torch.int32)
+    assert_same_bits(attend(args), torch.zeros(DEAD_TAIL, HEADS, 32, dtype=dtype))
+
+
+def test_no_tokens(attend: Attend) -> None:
+    args = Case((), 32, HALF).args()
+    args[0] = args[0][:0]
+    assert attend(args).shape == (0, HEADS, 32)
+
+
+@every_dtype
+def test_dead_tail_is_zero_whatever_it_holds(attend: Attend, dtype: torch.dtype) -> None:
+    args = Case(SHORT, 37, dtype).args()
+    args[0] = torch.cat((args[0], torch.full((300, 3, HEADS, 37), float("nan"), dtype=dtype)))
+    clean = list(args)
+    clean[0] = args[0].nan_to_num()
+    out = attend(args)
+    assert_same_bits(out, attend(clean))
+    assert (out[sum(SHORT) :] == 0).all()
+
+
+@every_dtype
+def test_neighbours_change_no_bit(attend: Attend, dtype: torch.dtype) -> None:
+    """NaN in every other sequence, in the dead tail and in the other head reaches nothing."""
+    lengths = (5, 0, 16, 30, 33, 100)
+    args = Case(lengths, 26, dtype, reach=4, window=50, rotary=True).args()
+    qkv, cu_seqlens, cos, sin = args[0], args[1], args[6], args[7]
+    expected = attend(args)
+    for index in range(len(lengths)):
+        rows = sequence_rows(cu_seqlens, index)
+        for position, tensor in ((0, qkv), (6, cos), (7, sin)):
+            args[position] = torch.full_like(tensor, float("nan"))
+            args[position][rows] = tensor[rows]
+        args[0][:, :, 1] = float("nan")
+        assert_same_bits(attend(args)[rows, 0], expected[rows, 0])
+
+
+@every_dtype
+@pytest.mark.parametrize("part", range(3))
+def test_nan_spreads_through_its_own_sequence_only(
+    attend: Attend, part: int, dtype: torch.dtype
+) -> None:
+    lengths = (12, 10, 20, 140, 20)
+    cu_seqlens = pack_lengths(lengths)
+    for index, at in ((0, 3), (2, 30), (3, 50)):
+        args = Case(lengths, 32, dtype).args()
+        args[0][at, part, 0] = float("nan")  # one token of one head
+        expected = torch.zeros(sum(lengths) + DEAD_TAIL, HEADS, 32, dtype=torch.bool)
+        rows = slice(at, at + 1) if part == 0 else sequence_rows(cu_seqlens, index)
+        expected[rows, 0] = True
+        assert torch.equal(attend(args).isnan(), expected)
+
+
+@every_dtype
+@pytest.mark.parametrize("window", [-1, 30])
+def test_place_in_the_batch_changes_no_bit(attend: Attend, window: int, dtype: torch.dtype) -> None:
+    """Permuted or alone, with any table of tiles or none, a sequence keeps its bits."""
+    args = Case((*TINY, *SHORT), 32, dtype, window=window).args()
+    qkv, cu_seqlens = args[0], args[1]
+    expected = attend(args)
+    pieces = [sequence_rows(cu_seqlens, i) for i in range(cu_seqlens.shape[0] - 1)]
+    lengths = cu_seqlens.diff().numpy()
+    for tile in (16, 100, 1000):
+        args[-1] = torch.from_numpy(plan_tiles(lengths, tile))
+        assert_same_bits(attend(args), expected)
+    args[-1] = None
+    order = torch.randperm(len(pieces)).tolist()
+    rows = torch.cat([torch.arange(pieces[i].start, pieces[i].stop) for i in order])
+    args[0], args[1] = qkv[rows], pack_lengths([int(lengths[i]) for i in order])
+    assert_same_bits(attend(args), expected[rows])
+    for piece in pieces:
+        length = piece.stop - piece.start
+        args[0], args[1], args[2] = qkv[piece].clone(), pack_lengths([length]), length
+        assert_same_bits(attend(args), expected[piece])
+
+
+@every_gpu_dtype
+@pytest.mark.parametrize("dim", [26, 32, 64, 128])
+def test_runs_repeat_bit_for_bit(attend: Attend, dim: int, dtype: torch.dtype) -> None:
+    args = Case(tuple(i * 7 % 150 for i in range(600)), dim, dtype, heads=12).args()
+    expected = attend(args)
+    for _ in range(5):
+        assert_same_bits(attend(args), expected)
+
+
+@on_gpu
+def test_seventy_thousand_sequences_of_one_token(attend: Attend) -> None:
+    case = Case((1,) * 70_000, 32, HALF)
+    args = case.args()
+    assert_same_bits(attend(args)[:-DEAD_TAIL], args[0][:-DEAD_TAIL, 2])
+    args[2] = 64
+    assert_same_bits(attend(args)[:-DEAD_TAIL], args[0][:-DEAD_TAIL, 2])
+
+
+@on_gpu
+def test_more_than_two_to_the_31_elements(triton_device: str) -> None:
+    tokens, heads, dim = 1_000_000, 12, 64
+    assert tokens * 3 * heads * dim > 2**31
+    qkv = torch.randn(tokens, 3, heads, dim, device=triton_device, dtype=HALF)
+    for length in (16, 50, 200):
+        cu = torch.arange(0, tokens + 1, length, dtype=torch.int32, device=triton_device)
+        out = ops.varlen_attention(qkv, cu, length, impl="triton")
+        last = qkv[-length:].clone()
+        one = torch.tensor([0, length], dtype=torch.int32, device=triton_device)
+        assert_same_bits(out[-length:], ops.varlen_attention(last, one, length, impl="triton"))
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=str)
+@pytest.mark.parametrize("lengths", [RAGGED, TINY, ()], ids=len)
+def test_torch_implementation(
+    lengths: tuple[int, ...], dtype: torch.dtype, triton_device: str
+) -> None:
+    def run(args: Sequence[Any]) -> Tensor:
+        there = [a.to(triton_device) if isinstance(a, Tensor) else a for a in args]
+        return torch.ops.sbert_fast.varlen_attention.torch(*there).cpu()
+
+    attention_cases.check(Case(lengths, 64, dtype), run)
+    attention_cases.check(Case(lengths, 26, dtype, reach=3), run)
+
+
+def builds(
+    dim: int, dtype: torch.dtype, arch: int, max_seqlen: int, **options: Any
+) -> Iterator[triton_aot.Build]:
+    """What a batch of 64k tokens and 12 heads launches."""
+    tokens, heads = 1 << 16, 12
+
+    def meta(*shape: int, to: torch.dtype = SINGLE) -> Tensor:
+        return torch.empty(*shape, dtype=to, device="meta")
+
+    table = meta(tokens, dim // 2) if options.get("rotary") else None
+    bias = meta(heads, 257) if options.get("bias") else None
+    for launch in kernel.plan(
+        meta(tokens, 3, heads, dim, to=dtype),
+        meta(tokens, heads, dim, to=dtype),
+        meta(tokens // max_seqlen + 1, to=torch.int32),
+        max_seqlen,
+        dim**-0.5,
+        options.get("window", -1),
+        (bias, table, table),
+        meta(tokens // 128, 4, to=torch.int32),
+        (arch // 10, arch % 10),
+    ):
+        yield triton_aot.build_of(launch.kernel, launch.arguments, launch.options, arch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", triton_aot.ARCHS)
+def test_compiled_kernels_fit(arch: int) -> None:
+    """No spills; prints the table of registers and shared memory under `pytest -s`."""
+    wanted = [
+        *(b for dim in (26, 32, 64) for s in (16, 64, 512) for b in builds(dim, HALF, arch, s)),
+        *(b for s in (16, 64) for b in builds(128, HALF, arch, s)),
+        *(b for dim in (32, 64) for s in (16, 64) for b in builds(dim, BFLOAT, arch, s)),
+        *builds(64, HALF, arch, 64, bias=True),
+        *builds(64, HALF, arch, 64, bias=True, window=64, rotary=True),
+        *builds(64, SINGLE, arch, 64),
+    ]
+    unique = list({repr(build): build for build in wanted}.values())
+    usages = triton_aot.compile_all(unique)
+    print("\n" + triton_aot.table(unique, usages))
+    triton_aot.assert_fits(unique, usages)
+
+
+def test_short_kernels_fill_a_multiprocessor() -> None:
+    """Memory-bound kernels live on bytes in flight: what one H200 multiprocessor keeps of q, k and
+    v under way must exceed bandwidth times latency, 4.3 TB/s / 132 * 0.9 us = 29 kB."""
+    wanted = [b for dim in (32, 64) for s in (16, 32) for b in builds(dim, HALF, 90, s)]
+    for build, usage in zip(wanted, triton_aot.compile_all(wanted), strict=True):
+        c = build.constexprs
+        rows = c["GROUP"] * c["SHORT"]
+        assert usage.blocks(90) * rows * 3 * c["D"] * 2 > 2 * 29_000

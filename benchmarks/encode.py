@@ -97,6 +97,8 @@ def measure(args: argparse.Namespace, onnx: Path) -> dict[str, Any]:
     import timing
     from corpora import length_stats, load_corpus
     from gate import check
+    from limits import LinearLayers
+    from limits import available as limits_available
     from padded import ModelFolder
 
     document = provenance(args.threads)
@@ -114,7 +116,8 @@ def measure(args: argparse.Namespace, onnx: Path) -> dict[str, Any]:
     running = [entry for entry in entries if entry.system is not None]
     embeddings = {(e.name, e.precision): e.embeddings for e in running}
     gates = check(embeddings, args.dtype)
-    timing.run_rounds(running, texts, args.rounds)
+    limits = {p: LinearLayers(folder.config, p) for p in args.dtype if limits_available(p)}
+    timing.run_rounds(running, texts, args.rounds, limits.values())
     single_calls = timing.latency(running, folder) if args.latency else None
     shared = {"model": args.model, "threads": args.threads, "seed": args.seed, "onnx": onnx}
     for entry in running:
@@ -136,6 +139,7 @@ def measure(args: argparse.Namespace, onnx: Path) -> dict[str, Any]:
         "settings": {name: getattr(args, name) for name in settings},
         "gates": gates,
         "rows": timing.rows_of(entries, truth, int(lengths.sum()), gates),
+        "linear_layers_alone": {p: limit.tokens_per_s for p, limit in limits.items()},
         "latency": single_calls,
         "memory": memory_of_many(running, shared, truth.shape[1]) if args.memory else None,
     }

@@ -43,6 +43,7 @@ def render(document: dict[str, Any]) -> str:
         *_throughput(document["rows"]),
         "",
         *(_gate_line(precision, gate) for precision, gate in document["gates"].items()),
+        *_limits(document),
     ]
     if document.get("latency"):
         lines += ["", *_latency(document["latency"])]
@@ -77,7 +78,7 @@ def _throughput(rows: list[dict[str, Any]]) -> list[str]:
                 ", ".join(f"{ratio:.2f}x ({p})" for p, ratio in row["ratios"].items()),
             )
         )
-    return _markdown(header, table)
+    return markdown(header, table)
 
 
 def _gate_line(precision: str, gate: dict[str, Any]) -> str:
@@ -94,7 +95,7 @@ def _latency(latency: dict[str, Any]) -> list[str]:
         (row["system"], row["precision"], f"{row['p50_ms']:.2f}", f"{row['p95_ms']:.2f}")
         for row in latency["rows"]
     ]
-    return _markdown(header, rows)
+    return markdown(header, rows)
 
 
 def _memory(memory: dict[str, Any]) -> list[str]:
@@ -112,10 +113,10 @@ def _memory(memory: dict[str, Any]) -> list[str]:
         )
         for row in memory["rows"]
     ]
-    return _markdown(header, rows)
+    return markdown(header, rows)
 
 
-def _markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     """A Markdown table with aligned columns; short rows are filled up with empty cells."""
     full = [row + ("",) * (len(header) - len(row)) for row in rows]
     # A status may run past its column: only complete rows decide the widths.
@@ -151,7 +152,7 @@ def readme_section(folder: str, documents: list[dict[str, Any]]) -> str:
         f"{first['device']['name']}; {first['model']['name']}; torch {torch}; {date}; "
         f"commit {commits} (benchmarks/results/{folder})",
         "",
-        *_markdown(header, rows),
+        *markdown(header, rows),
     ]
     for document in documents:
         lines += [f"\n{line}" for line in _asides(document)]
@@ -170,8 +171,20 @@ def _cell(document: dict[str, Any], system: str, precision: str) -> str:
     return "not measured"
 
 
+def _limits(document: dict[str, Any]) -> list[str]:
+    """How near ours comes to the speed of the linear layers alone."""
+    ours = (row for row in document["rows"] if row["system"] == OURS)
+    rates = {row["precision"]: row.get("tokens_per_s") for row in ours}
+    return [
+        f"The linear layers alone, in oneDNN: {limit:,.0f} tokens/s in {precision}; {OURS}, which "
+        f"does all the rest too: {rates[precision]:,.0f} ({rates[precision] / limit:.0%})."
+        for precision, limit in document.get("linear_layers_alone", {}).items()
+        if rates.get(precision)
+    ]
+
+
 def _asides(document: dict[str, Any]) -> list[str]:
-    lines = []
+    lines = [f"{document['corpus']['name']}: {line}" for line in _limits(document)]
     if document.get("latency"):
         calls = document["latency"]
         each = (f"{r['p50_ms']:.2f} ms {r['system']} {r['precision']}" for r in calls["rows"])
@@ -214,9 +227,8 @@ def write_readme(path: Path) -> None:
 
 def _current(results: Path) -> bool:
     """Whether every stored result was measured from the sources as they are."""
-    now = source_hash()
     stored = (json.loads(p.read_text(encoding="utf-8")) for p in results.glob("*/*.json"))
-    return all(document["source_sha256"] == now for document in stored)
+    return all(d["source_sha256"] == source_hash(kind=d["device"]["kind"]) for d in stored)
 
 
 def main(paths: list[str]) -> int:
@@ -227,11 +239,10 @@ def main(paths: list[str]) -> int:
     if paths == ["--readme"]:
         write_readme(ROOT / "README.md")
         return 0
-    current = source_hash()
     for path in paths:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
         print(f"## {Path(path).stem}\n\n{render(document)}")
-        if document["source_sha256"] != current:
+        if document["source_sha256"] != source_hash(kind=document["device"]["kind"]):
             print(f"\n{OLDER}")
         print()
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ import peers
 import report
 from corpora import load_corpus
 from gate import cosines
+from limits import LinearLayers
 from padded import ModelFolder, NotAvailable, Setting
 from report import OURS, REFERENCE
 
 FIRST_BATCH_SIZE, MUST_SWEEP = 8, 128
+LIMIT_RUNS = 5  # a round: one of them takes a tenth of a second
 LATENCY_TOKENS, LATENCY_CALLS, LATENCY_WARM_CALLS = 16, 300, 20
 
 
@@ -106,10 +109,15 @@ def prepare(entry: Entry, texts: list[str], subset: list[str], subset_tokens: in
         entry.system = None
 
 
-def run_rounds(entries: list[Entry], texts: list[str], rounds: int) -> None:
-    """Time all systems in turn, round after round."""
+def run_rounds(
+    entries: list[Entry], texts: list[str], rounds: int, limits: Iterable[LinearLayers] = ()
+) -> None:
+    """Time all systems in turn, round after round, and what the machine allows between them."""
     for i in range(rounds):
         report.say(f"round {i + 1} of {rounds}")
+        for limit in limits:
+            for _ in range(LIMIT_RUNS):
+                limit.measure()
         for entry in entries:
             entry.seconds.append(timed(entry, texts))
 

@@ -5,6 +5,10 @@ VENV ?= .venv
 TORCH ?= -r requirements/torch.txt
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+OP_BENCH_ARGS ?=
+OUT ?= results-tmp/gpu
+STAGE ?=
+MODEL ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -14,10 +18,10 @@ BUILD := $(VENV)/.build
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test bench gpu-check lint format clean
 
 help: ## Show this list.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(BUILD) ## Embed sentences, compare with sentence-transformers, time both.
 	$(BIN)/python examples/demo.py
@@ -25,8 +29,13 @@ demo: $(BUILD) ## Embed sentences, compare with sentence-transformers, time both
 test: $(BUILD) ## Run all tests.
 	$(BIN)/pytest $(PYTEST_ARGS)
 
-bench: $(BUILD) ## Time encoding beside its peers; BENCH_ARGS go to benchmarks/encode.py.
+bench: $(BUILD) ## Time encoding (BENCH_ARGS) and every op (OP_BENCH_ARGS) beside their peers.
 	$(BIN)/python benchmarks/encode.py $(BENCH_ARGS)
+	$(BIN)/pytest benchmarks $(OP_BENCH_ARGS)
+
+# With the python3 on the PATH, as it is: the environment made here has no torch for a GPU.
+gpu-check: ## Check and measure on a GPU: OUT=folder [STAGE=build,ops,...] [MODEL=folder].
+	$(PYTHON) benchmarks/gpu_check.py --out $(OUT) --stage "$(STAGE)" $(if $(MODEL),--model $(MODEL))
 
 lint: $(BUILD) ## Check style, types and the import rule.
 	$(BIN)/ruff check .

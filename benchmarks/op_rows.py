@@ -1,0 +1,102 @@
+"""One row of the op benchmarks: a case checked, timed, and put into figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import stopwatch
+import torch
+from op_peers import as_packed
+from op_systems import COPY, Case
+from report import OURS
+from stopwatch import Timing, message
+
+
+@contextmanager
+def _poisoned() -> Iterator[None]:
+    """Fresh memory holds NaN, so that no unwritten result passes."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def check(case: Case) -> dict[str, str | None]:
+    """What is wrong with the first result of each system; None where nothing is.
+
+    A system that cannot be run is moved to the missing ones.
+    """
+    found: dict[str, str | None] = {}
+    for name, call in list(case.systems.items()):
+        if name == COPY:
+            continue
+        try:
+            if name == OURS:
+                with _poisoned():
+                    out = call(0)
+            else:
+                out = call(0)
+            found[name] = case.wrong(as_packed(out))
+        except Exception as error:
+            case.missing[name] = message(error)
+            del case.systems[name]
+    return found
+
+
+def measure(case: Case, device: torch.device, copy_rate: float, samples: int) -> dict[str, Any]:
+    """Check and time a case.
+
+    Args:
+        case: what to run.
+        device: where it is.
+        copy_rate: bytes a second of a large copy on `device` in this run.
+        samples: samples of each system.
+
+    Returns:
+        `ok`: whether our result is right; `systems`: for each its figures, or its `error`;
+        `ratios`: how many times faster ours is, none while `ok` is False.
+    """
+    wrong = check(case)
+    timings = stopwatch.take_turns(case.systems, len(case.sets), device, samples)
+    floor = case.moved_bytes / copy_rate
+    systems: dict[str, dict[str, Any]] = {
+        name: {"error": why} for name, why in case.missing.items()
+    }
+    for name, timing in timings.items():
+        if timing.error is not None:
+            systems[name] = {"error": timing.error}
+            continue
+        systems[name] = _figures(timing, case, floor) | {"wrong": wrong.get(name)}
+    ours = timings.get(OURS, Timing(error="did not run"))
+    ok = ours.error is None and wrong.get(OURS, "did not run") is None
+    ratios = {
+        name: stopwatch.paired_ratio(timing, ours)
+        for name, timing in timings.items()
+        if ok and name != OURS and timing.error is None
+    }
+    return {
+        "op": case.op,
+        "tokens": case.tokens,
+        "sequences": case.sequences,
+        "moved_bytes": case.moved_bytes,
+        "floor_us": floor * 1e6,
+        "copy_bytes_per_s": copy_rate,
+        "sets": len(case.sets),
+        "ok": ok,
+        "systems": systems,
+        "ratios": ratios,
+    }
+
+
+def _figures(timing: Timing, case: Case, floor: float) -> dict[str, Any]:
+    return {
+        "us": timing.median * 1e6,
+        "iqr_us": [q * 1e6 for q in timing.quartiles()],
+        "tokens_per_s": case.tokens / timing.median,
+        "floor_fraction": floor / timing.median,
+        "launch_bound": timing.launch_bound,
+        "samples_us": [s * 1e6 for s in timing.seconds],
+    }

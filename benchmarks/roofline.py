@@ -1,0 +1,97 @@
+"""The time of a model's matrix products alone, by the fastest way torch has for each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import stopwatch
+import torch
+import torch.nn.functional as F
+
+_SAMPLES = 7
+# Batches differ by a text or so: their sizes are rounded, and the smallest few are left to scale.
+_GRID = 1024
+
+
+def layer_shapes(hidden: int, inner: int) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of the four linear layers of a block."""
+    return {
+        "qkv": (3 * hidden, hidden),
+        "output": (hidden, hidden),
+        "up": (inner, hidden),
+        "down": (hidden, inner),
+    }
+
+
+def _libraries(device: torch.device) -> list[str]:
+    return ["cublas", "cublaslt"] if device.type == "cuda" else ["default"]
+
+
+def product(
+    tokens: int, outputs: int, inputs: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """Seconds of `[tokens, inputs] x [inputs, outputs]`, each way torch has.
+
+    Returns:
+        `seconds` of the fastest, `way`: its name, `ways`: seconds, or an error, of every one.
+    """
+    size = (tokens * (inputs + outputs) + inputs * outputs) * dtype.itemsize
+    sets = stopwatch.cold_sets(device, size)
+    xs = [torch.randn(tokens, inputs, device=device).to(dtype) for _ in range(sets)]
+    rows = torch.randn(outputs, inputs, device=device).to(dtype)
+    columns = rows.t().contiguous()
+    calls: dict[str, stopwatch.Call] = {
+        "linear": lambda i: F.linear(xs[i], rows),
+        "mm": lambda i: torch.mm(xs[i], columns),
+    }
+    ways: dict[str, Any] = {}
+    for library in _libraries(device):
+        with _preferred(library):
+            timings = stopwatch.take_turns(calls, sets, device, _SAMPLES)
+        for name, timing in timings.items():
+            ways[f"{library} {name}"] = timing.error or timing.median
+    good = {way: seconds for way, seconds in ways.items() if isinstance(seconds, float)}
+    if not good:
+        raise RuntimeError(f"no matrix product ran: {ways}")
+    best = min(good, key=good.__getitem__)
+    return {"seconds": good[best], "way": best, "ways": ways}
+
+
+class _preferred:
+    """The library that torch multiplies with, for a while."""
+
+    def __init__(self, library: str) -> None:
+        self.library = library
+
+    def __enter__(self) -> None:
+        if self.library != "default":
+            self.before = torch.backends.cuda.preferred_blas_library()
+            torch.backends.cuda.preferred_blas_library(self.library)
+
+    def __exit__(self, *_: object) -> None:
+        if self.library != "default":
+            torch.backends.cuda.preferred_blas_library(self.before)
+
+
+def gemm_seconds(
+    batch_tokens: list[int], config: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> float:
+    """Seconds that the linear layers of a model take on batches of so many tokens.
+
+    Args:
+        batch_tokens: of every batch.
+        config: the model's: `hidden_size`, `intermediate_size`, `num_hidden_layers`.
+        dtype: of the activations.
+        device: where.
+    """
+    shapes = layer_shapes(config["hidden_size"], config["intermediate_size"]).values()
+    grid = _GRID if device.type == "cuda" else 16
+    known: dict[int, float] = {}
+
+    def block(tokens: int) -> float:
+        rounded = max(grid, round(tokens / grid) * grid)
+        if rounded not in known:
+            known[rounded] = sum(product(rounded, *s, dtype, device)["seconds"] for s in shapes)
+        return known[rounded] * tokens / rounded
+
+    return config["num_hidden_layers"] * sum(map(block, batch_tokens))

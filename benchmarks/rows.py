@@ -1,0 +1,33 @@
+"""Rows of results in files of JSON lines, appended one at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def append(path: Path | None, kind: str, line: dict[str, Any]) -> None:
+    """Append a line; what was there before stays whole whatever happens.
+
+    Args:
+        path: the file, made where it is missing; None keeps nothing.
+        kind: "run" (where the rows after it come from), "row" or "error".
+        line: its content.
+    """
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"kind": kind} | line) + "\n")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All lines of a file, but for one that was cut short; none where there is no file."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines

@@ -1,0 +1,178 @@
+"""Times every op beside its peers.
+
+    pytest benchmarks/test_op_speed.py -k attention --rows rows.jsonl
+
+A cold row has at least 64k tokens on a GPU, in sets of inputs that together exceed its L2 cache
+four times; a hot row has one set that fits. What pytest-benchmark reports are the samples of ours,
+taken in turn with those of its peers; the rest of the row is in `extra_info`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from op_peers import EAGER, FLEX, ROW_PEERS, SDPA, VARLEN
+from op_rows import measure
+from op_systems import OURS, Case, attention_case, lengths_of, row_case
+from stopwatch import cache_bytes, cold_sets, message, synchronize
+
+COLD_TOKENS = {"cuda": 65_536, "cpu": 4096}
+FIXED = ("16", "32", "64", "128", "256", "512")
+DISTRIBUTIONS = ("short", "passages", "wiki", "mixed", "uniform")
+# FlexAttention is compiled anew for every mask: three lengths tell.
+FLEX_LENGTHS = ("64", "512", "short")
+ROW_OPS = ("embed_norm", "add_norm", "bias_gelu", "segment_pool", "norm_pool")
+
+
+class _Replay:
+    """A clock that passes as much time in each round as the sample took."""
+
+    def __init__(self) -> None:
+        self.now, self.left = 0.0, []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def step(self) -> None:
+        self.now += self.left.pop(0)
+
+
+_replay = _Replay()
+
+
+def replay() -> float:
+    return _replay.now
+
+
+pytestmark = pytest.mark.benchmark(timer=replay)
+
+
+@pytest.fixture
+def row(
+    request: pytest.FixtureRequest,
+    benchmark: Any,
+    device: torch.device,
+    copy_rate: float,
+    record: Callable[..., None],
+) -> Callable[..., None]:
+    """Measures a case and keeps its row; a case that fails is kept as an error."""
+    samples = request.config.getoption("samples")
+
+    def run(what: dict[str, Any], make: Callable[[], Case]) -> None:
+        try:
+            figures = measure(make(), device, copy_rate, samples)
+        except Exception as error:
+            record("error", what | {"error": message(error)})
+            _stop_if_lost(device)
+            raise
+        record("row", what | figures)
+        ours = figures["systems"][OURS]
+        if "error" not in ours:
+            _replay.left = [us / 1e6 for us in ours["samples_us"]]
+            benchmark.extra_info |= what | figures
+            benchmark.pedantic(_replay.step, rounds=len(_replay.left))
+        _stop_if_lost(device)
+        assert "error" not in ours, ours["error"]
+        assert figures["ok"], ours["wrong"]
+
+    return run
+
+
+def _stop_if_lost(device: torch.device) -> None:
+    """After some errors nothing runs on a GPU until its process ends."""
+    try:
+        synchronize(device)
+    except RuntimeError as error:
+        pytest.exit(f"the device is lost: {message(error)}", returncode=3)
+
+
+def tokens_and_sets(
+    request: pytest.FixtureRequest, device: torch.device, state: str, bytes_of_a_token: int
+) -> tuple[int, int]:
+    """Tokens of a set, and the number of sets."""
+    tokens = request.config.getoption("tokens") or COLD_TOKENS[device.type]
+    if state == "cold":
+        return tokens, cold_sets(device, tokens * bytes_of_a_token)
+    fitting = cache_bytes(device) // 3 // bytes_of_a_token // 1024 * 1024
+    return max(1024, min(tokens, fitting)), 1
+
+
+def in_half(device: torch.device, dtype: torch.dtype) -> None:
+    if device.type == "cpu" and dtype == torch.float16:
+        pytest.skip("float16 is for GPUs")
+
+
+half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+
+
+@half
+@pytest.mark.parametrize("dim", [32, 64])
+@pytest.mark.parametrize("lengths", [*FIXED, *DISTRIBUTIONS])
+@pytest.mark.parametrize("state", ["cold", "hot"])
+def test_attention(
+    row: Callable[..., None],
+    request: pytest.FixtureRequest,
+    device: torch.device,
+    lengths: str,
+    state: str,
+    dim: int,
+    dtype: torch.dtype,
+) -> None:
+    in_half(device, dtype)
+    _attention(row, request, device, lengths, state, dim, dtype, (VARLEN, SDPA))
+
+
+@pytest.mark.parametrize("dim", [32, 64])
+@pytest.mark.parametrize("lengths", FLEX_LENGTHS)
+def test_flex(
+    row: Callable[..., None],
+    request: pytest.FixtureRequest,
+    device: torch.device,
+    lengths: str,
+    dim: int,
+) -> None:
+    dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
+    _attention(row, request, device, lengths, "cold", dim, dtype, (FLEX,))
+
+
+def _attention(
+    row: Callable[..., None],
+    request: pytest.FixtureRequest,
+    device: torch.device,
+    lengths: str,
+    state: str,
+    dim: int,
+    dtype: torch.dtype,
+    peers: tuple[str, ...],
+) -> None:
+    tokens, sets = tokens_and_sets(request, device, state, 4 * 12 * dim * dtype.itemsize)
+    what = {"lengths": lengths, "state": state, "dtype": str(dtype)[6:], "dim": dim}
+    drawn = lengths_of(lengths, tokens)
+    row(what, lambda: attention_case(device, dtype, drawn, dim, sets, peers))
+
+
+@half
+@pytest.mark.parametrize("op", ROW_OPS)
+@pytest.mark.parametrize("width", [384, 1024, 768])
+@pytest.mark.parametrize("state", ["cold", "hot"])
+def test_rows(
+    row: Callable[..., None],
+    request: pytest.FixtureRequest,
+    device: torch.device,
+    op: str,
+    width: int,
+    state: str,
+    dtype: torch.dtype,
+) -> None:
+    in_half(device, dtype)
+    # Compiling takes longer than all the rest.
+    compiled = state == "cold" and dtype == torch.float16 and width != 768
+    peers = ROW_PEERS if compiled else (EAGER,)
+    per_token = {"bias_gelu": 8, "norm_pool": 2, "segment_pool": 1, "embed_norm": 2}.get(op, 3)
+    tokens, sets = tokens_and_sets(request, device, state, per_token * width * dtype.itemsize)
+    what = {"lengths": "short", "state": state, "dtype": str(dtype)[6:], "width": width}
+    drawn = lengths_of("short", tokens)
+    row(what | {"op": op}, lambda: row_case(op, device, dtype, drawn, width, sets, peers))

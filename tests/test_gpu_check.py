@@ -1,0 +1,190 @@
+"""The GPU check without a GPU: caps, appended files, exit codes, the summary."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu_check  # noqa: E402
+
+ALLOWED_FILES = 6
+
+
+def step(name: str, code: str, cap: float = 30, must: bool = True) -> dict[str, Any]:
+    command = [sys.executable, "-c", code]
+    return {"name": name, "command": command, "cap": cap, "must": must}
+
+
+def check(tmp_path: Path, table: dict[str, Any], *arguments: str) -> tuple[int, Path]:
+    file, out = tmp_path / "table.json", tmp_path / "out"
+    file.write_text(json.dumps(table))
+    return gpu_check.main(["--out", str(out), "--table", str(file), *arguments]), out
+
+
+def outcomes(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "stages.jsonl").read_text().splitlines()]
+
+
+def test_a_failed_stage_does_not_stop_the_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing = step("b", "print('FAILED tests/x.py::y'); print('1 failed'); raise SystemExit(3)")
+    table = {
+        "one": {"cap": 60, "steps": [step("a", "print('fine')"), failing]},
+        "two": {"cap": 60, "steps": [step("c", "print('also fine')")]},
+        "three": {"cap": 60, "steps": [step("d", "")], "default": False},
+    }
+    code, out = check(tmp_path, table)
+    assert code == 1
+    states = [(o["stage"], o["step"], o["returncode"]) for o in outcomes(out)]
+    assert states == [("one", "a", 0), ("one", "b", 3), ("two", "c", 0)]
+    log = (out / "log.txt").read_text()
+    assert log.index("fine") < log.index("1 failed") < log.index("also fine")
+    printed = capsys.readouterr().out
+    assert "FAILED (3)" in printed and "FAILED tests/x.py::y" in printed
+    assert printed.rstrip().endswith((out / "summary.txt").read_text().rstrip())
+
+
+def test_a_step_is_cut_short_with_all_it_started(tmp_path: Path) -> None:
+    nested = "import subprocess, sys, time; print('begun', flush=True); "
+    nested += "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    table = {
+        "slow": {"cap": 60, "steps": [step("sleep", nested, cap=2)]},
+        "next": {"cap": 60, "steps": [step("runs", "print('ran')")]},
+    }
+    start = time.monotonic()
+    code, out = check(tmp_path, table)
+    assert code == 1
+    assert time.monotonic() - start < 50
+    slow, after = outcomes(out)
+    assert slow["timed_out"] and after["returncode"] == 0
+    assert "begun" in (out / "log.txt").read_text()
+    assert "cut short" in (out / "summary.txt").read_text()
+
+
+def test_a_stage_and_the_whole_have_caps(tmp_path: Path) -> None:
+    sleep = "import time; time.sleep(60)"
+    table = {
+        "first": {"cap": 2.5, "steps": [step("a", sleep), step("b", "")]},
+        "second": {"cap": 60, "steps": [step("c", "")]},
+    }
+    _, out = check(tmp_path, table)
+    a, b, c = outcomes(out)
+    assert a["timed_out"] and b["timed_out"] and b["told"] == "no time left"
+    assert not c["timed_out"]
+    (tmp_path / "again").mkdir()
+    code, out = check(tmp_path / "again", table, "--stage", "second", "--seconds", "0.5")
+    assert code == 1 and outcomes(out)[0]["told"] == "no time left"
+
+
+def test_what_may_fail_does_not_count(tmp_path: Path) -> None:
+    steps = [step("optional", "raise SystemExit(1)", must=False), step("needed", "")]
+    code, out = check(tmp_path, {"build": {"cap": 60, "steps": steps}})
+    assert code == 0
+    assert outcomes(out)[0]["returncode"] == 1
+    absent = {"name": "absent", "command": ["no-such-program"], "cap": 5, "must": False}
+    code, out = check(tmp_path, {"build": {"cap": 60, "steps": [absent]}})
+    assert code == 0 and outcomes(out)[-1]["returncode"] == 127
+
+
+def test_unknown_stages_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _ = check(tmp_path, {"one": {"cap": 1, "steps": []}}, "--stage", "one,tow")
+    assert code == 2
+    assert "no such stage: tow; there are one" in capsys.readouterr().err
+
+
+def test_rows_cut_short_are_left_out_of_the_summary(tmp_path: Path) -> None:
+    rows = [
+        {"kind": "run", "benchmark": "ops"},
+        {"kind": "error", "lengths": "16", "state": "cold", "dtype": "float16", "error": "no"},
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "ops.jsonl").write_text(lines + '{"kind": "row", "op": "add_')
+    text = gpu_check.summary([], tmp_path)
+    assert "ERROR no" in text and "add_" not in text
+
+
+def test_stages_of_a_gpu_fit_into_nine_minutes(tmp_path: Path) -> None:
+    stages = gpu_check.stages(tmp_path, "somewhere")
+    default = [name for name, stage in stages.items() if stage.default]
+    assert default == ["build", "ops", "models", "kernels", "encode"]
+    assert sum(stages[name].cap for name in default) <= gpu_check.MOST_SECONDS < 9 * 60
+    assert all(step.cap <= stage.cap for stage in stages.values() for step in stage.steps)
+    assert sum(len(stages[name].steps) for name in default) >= 12
+    files = {"log.txt", "stages.jsonl", "summary.txt"}
+    words = [w for stage in stages.values() for step in stage.steps for w in step.command]
+    files |= {Path(w).name for w in words if w.endswith(".jsonl")}
+    assert len(files) <= ALLOWED_FILES
+    assert {str(tmp_path)} == {str(Path(w).parent) for w in words if w.endswith(".jsonl")}
+
+
+def test_tests_for_a_gpu_are_found() -> None:
+    of_ops, of_models = gpu_check._gpu_tests()
+    assert {"test_triton_norms.py", "test_triton_pool.py"} <= {Path(p).name for p in of_ops}
+    assert [Path(p).name for p in of_models] == ["test_gpu_engine.py"]
+
+
+def test_the_source_tree_can_be_imported_without_installing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "PATH_HOOK", tmp_path / "path")
+    gpu_check.write_path_hook()
+    # -S leaves out what is installed.
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import sitecustomize;"
+        "from importlib.util import find_spec;"
+        "print(find_spec('sbert_fast').origin);"
+        "print(sys.meta_path[0].find_spec('sbert_fast.kernels').origin);"
+        "print(find_spec('kernels'))"
+    )
+    command = [sys.executable, "-P", "-S", "-c", code, str(tmp_path / "path")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    package, kernels = ROOT / "sbert_fast", ROOT / "kernels" / "triton"
+    expected = [str(package / "__init__.py"), str(kernels / "__init__.py"), "None"]
+    assert done.stdout.split() == expected
+
+
+def test_every_command_gets_the_model_and_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "WIDE_MODEL", tmp_path)
+    monkeypatch.delenv("SBERT_FAST_TEST_MODEL", raising=False)
+    assert "SBERT_FAST_TEST_MODEL" not in gpu_check.environment()
+    (tmp_path / "model.safetensors").touch()
+    made = gpu_check.environment()
+    assert made["SBERT_FAST_TEST_MODEL"] == str(tmp_path)
+    assert made["PYTHONPATH"].split(os.pathsep)[0] == str(gpu_check.PATH_HOOK)
+
+
+def test_what_a_stage_leaves_the_next_may_use(tmp_path: Path) -> None:
+    table = {
+        "short": {"cap": 60, "steps": [step("a", "")]},
+        "long": {"cap": 0.1, "steps": [step("b", "import time; time.sleep(1)")]},
+    }
+    code, out = check(tmp_path, table)
+    assert code == 0 and [o["returncode"] for o in outcomes(out)] == [0, 0]
+
+
+def test_failures_are_printed_at_once(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text("def test_it():\n    assert 1 == 2\n")
+    command = [sys.executable, "-m", "pytest", "-p", "fail_at_once", "--noconftest", "--tb=no"]
+    env = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
+    done = subprocess.run(
+        [*command, "-c", os.devnull, "--rootdir", str(tmp_path), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=env,
+        cwd=tmp_path,
+    )
+    assert "FAILED test_it.py::test_it (call)\n" in done.stdout

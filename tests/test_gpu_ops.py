@@ -1,0 +1,40 @@
+"""Every implementation of every op where a model runs, and rows far apart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from op_cases import arguments, int32
+from sbert_fast import ops
+from sbert_fast.ops import schemas
+from sbert_fast.testing import check_op
+
+OPS = torch.ops.sbert_fast
+GPU_OPS = [op for op in schemas.SCHEMAS if op not in schemas.CPU_ONLY and not op.endswith("_out")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("op", GPU_OPS)
+@pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_implementation_on_a_gpu(op: str, impl: str, dtype: torch.dtype) -> None:
+    args = arguments(op, dtype)
+    there = [a.cuda() if isinstance(a, Tensor) else a for a in args]
+    out = getattr(getattr(OPS, op), impl)(*there)
+    check_op(op, out.cpu(), args, torch.float32 if "pool" in op else dtype)
+    assert ops.resolve(torch.device("cuda"), dtype) == "triton"
+
+
+def test_rows_more_than_2_to_the_31_bytes_apart_are_pooled_in_their_places() -> None:
+    x = torch.zeros(2**21 + 8, 1024, dtype=torch.float16, device="cuda")
+    x[-8:] = 1
+    out = torch.full((2, 1024), -7.0, device="cuda")
+    cu_seqlens = int32(0, 2**21, 2**21 + 8).cuda()
+    OPS.segment_pool_out.triton(x, cu_seqlens, 0, True, 0, None, out, int32(1, 0).cuda())
+    assert not out[1].any()
+    torch.testing.assert_close(out[0], torch.full((1024,), 1 / 32, device="cuda"))

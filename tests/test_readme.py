@@ -154,11 +154,12 @@ def test_promise_of_determinism(dtype: str, minilm_path: str) -> None:
 
 
 def test_figures_of_results(tmp_path: Path) -> None:
-    """What README would show of results: a column a corpus, absent peers named, red gates bare."""
+    """What README would show of results: a row a system, absent peers named, red gates bare."""
     assert report.readme_figures(tmp_path) == "«not measured yet»"
     os.mkdir(tmp_path / "cpu-2core")
     row = {"precision": "float32", "status": "measured", "sentences_per_s": 1000.0}
     document = {
+        "gates": {},
         "device": {"name": "a CPU"},
         "model": {"name": "a model"},
         "versions": {"torch": "2.13.0"},
@@ -183,9 +184,9 @@ def test_figures_of_results(tmp_path: Path) -> None:
     assert "a CPU; a model; torch 2.13.0; 2026-01-02; commit 012345678" in shown
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in shown.splitlines()[2:]]
     assert cells == [
-        ["sentences/s", "short (15 tokens)"],
+        ["sentences/s", "short (15 tokens), float32"],
         ["-" * len(cells[1][0]), "-" * len(cells[1][1])],
-        ["sbert-fast, float32", "1,000"],
-        ["sentence-transformers, float32", "1,000 (2.50x)"],
-        ["openvino, float32", "not measured (not installed)"],
+        ["sbert-fast", "1,000"],
+        ["sentence-transformers", "1,000 (2.50x)"],
+        ["openvino", "not measured (not installed)"],
     ]

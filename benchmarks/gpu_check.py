@@ -205,7 +205,7 @@ def environment() -> dict[str, str]:
             "PYTHONUNBUFFERED": "1",
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "true",
-                # Else torch refuses matrix products where a test asks for deterministic ones.
+            # Else torch refuses matrix products where a test asks for deterministic ones.
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
             "SBERT_FAST_BUILD": os.environ.get("SBERT_FAST_BUILD", "auto"),
         }

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 # Where the build leaves what is no part of the package.
 SCRATCH = ROOT / "build" / "gpu-check"
-WIDE_MODEL = SCRATCH / "model"
+WIDE_MODEL = SCRATCH / "all-MiniLM-L6-v2"
 PATH_HOOK = SCRATCH / "path"
 # Seconds between asking a command to end and ending it.
 GRACE = 8

@@ -37,6 +37,8 @@ PATH_HOOK = SCRATCH / "path"
 # Seconds between asking a command to end and ending it.
 GRACE = 8
 MOST_SECONDS = 530
+# What every other stage needs on a fresh machine.
+PREPARE = "prepare"
 # Tells Python where the package is in a source tree that is not installed. Not by the root on its
 # path: the folder kernels there would pass for a package of Hugging Face's.
 _HOOK = """
@@ -126,15 +128,12 @@ def stages(out: Path, model: str | None) -> dict[str, Stage]:
     found = "import torch; assert torch.cuda.is_available(), 'torch finds no GPU';"
     found += "import sbert_fast.kernels, sbert_fast.ops; print(sbert_fast.ops.explain_ops())"
     build = [
-        Step("path", [python, __file__, "--write-path"], 10),
         Step("machine", ["nvidia-smi"], 10, must=False),
         Step("import", [python, "-c", found], 40),
         # The kernels of a GPU need none of these; the planner is faster with them.
-        Step("native libraries", native, 75, must=False),
+        Step("native libraries", native, 60, must=False),
     ]
-    if model:
-        widen = [python, str(BENCHMARKS / "models.py"), "widen", model, str(WIDE_MODEL)]
-        build.insert(0, Step("model in float32", widen, 20))
+    widen = [python, str(BENCHMARKS / "models.py"), "widen", str(model), str(WIDE_MODEL)]
     parallel = ["-n", "6", "--dist", "worksteal"] if find_spec("xdist") else []
     speed, kept = [str(BENCHMARKS / "test_op_speed.py")], str(out / "ops.jsonl")
     measured = ("--rows", kept, "--benchmark-columns=median,iqr", "--benchmark-disable-gc")
@@ -149,7 +148,8 @@ def stages(out: Path, model: str | None) -> dict[str, Stage]:
     halves = "bfloat16,float16"
     minilm = str(WIDE_MODEL)
     return {
-        "build": Stage(90, build),
+        PREPARE: Stage(20, [Step("model in float32", widen, 20)] if model else [], default=False),
+        "build": Stage(70, build),
         "ops": Stage(
             105,
             [Step("tests", _pytest(op_tests, "-m", "gpu", *parallel), 105)],
@@ -347,23 +347,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--out", type=Path, help="folder of the results")
+    add("--out", type=Path, required=True, help="folder of the results")
     add("--stage", default="", help="some of the stages, comma-separated")
     add("--model", help="folder of MiniLM (default: SBERT_FAST_TEST_MODEL, or the package)")
     add("--seconds", type=float, default=MOST_SECONDS, help="for everything (%(default)s)")
     add("--table", type=Path, help="stages from this JSON file instead")
-    add("--write-path", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if not args.write_path and args.out is None:
-        parser.error("--out is needed")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    if args.write_path:
-        write_path_hook()
-        return 0
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     model = str(Path(args.model).resolve()) if args.model else default_model()
@@ -372,6 +365,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := [n for n in names if n not in table]:
         print(f"no such stage: {', '.join(unknown)}; there are {', '.join(table)}", file=sys.stderr)
         return 2
+    if not args.table:
+        write_path_hook()
+        names = [*([PREPARE] if not _has_model() else []), *(n for n in names if n != PREPARE)]
     outcomes: list[Outcome] = []
     for outcome in run(table, names, out, args.seconds):
         outcomes.append(outcome)

@@ -55,10 +55,11 @@ clean: ## Remove what builds and checks leave behind, but for the environment.
 	find benchmarks csrc examples kernels sbert_fast tests -name __pycache__ -prune -exec rm -rf {} +
 
 # torch comes first and alone: asked for beside the rest, another build of it could be chosen.
-$(REQUIREMENTS): requirements/torch.txt requirements/dev.txt
+$(REQUIREMENTS): requirements/torch.txt requirements/dev.txt requirements/triton.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install $(TORCH)
 	$(PIP) install -r requirements/dev.txt
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install -r requirements/triton.txt
 	touch $@
 
 # The folders are listed too, so that a removed source counts as a change.

@@ -222,7 +222,7 @@ def write_readme(path: Path) -> None:
     _, end, after = rest.partition(END)
     if not end:
         raise ValueError(f"{path.name} must hold the marks {BEGIN} and {END}")
-    stale = "" if _current(RESULTS) else f"\n\n{OLDER}"
+    stale = "" if _current(RESULTS) else f"\n{OLDER}"
     path.write_text(f"{before}{begin}\n{readme_figures()}{stale}\n{end}{after}", encoding="utf-8")
 
 

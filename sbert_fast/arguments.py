@@ -46,6 +46,10 @@ def check_positive(name: str, value: object, alternative: str | None = None) -> 
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 
+# Iterable, but each is one input, or has no order.
+_NOT_TEXTS = (bytes, bytearray, dict, Tensor, set, frozenset)
+
+
 def as_list(inputs: object) -> list[Any]:
     """The elements of anything iterable that is not itself one input."""
     if isinstance(inputs, list):
@@ -54,7 +58,12 @@ def as_list(inputs: object) -> list[Any]:
         listed = inputs.tolist()
         if isinstance(listed, list):
             return listed
-    elif isinstance(inputs, Iterable) and not isinstance(inputs, (bytes, bytearray, dict, Tensor)):
+    elif getattr(inputs, "ndim", 1) != 1:
+        raise InputError(
+            f"inputs must have one dimension, got {type(inputs).__name__} with {inputs.ndim}: "  # type: ignore[attr-defined]
+            "take one column of a table"
+        )
+    elif isinstance(inputs, Iterable) and not isinstance(inputs, _NOT_TEXTS):
         return list(inputs)
     raise InputError(f"inputs must be a str or an iterable of str, got {type(inputs).__name__}")
 

@@ -78,13 +78,16 @@ def build_pipeline(model: SentenceTransformer, dtype: torch.dtype | None, impl: 
 def _max_length(transformer: Any, room: int) -> int:
     """Tokens kept of a text, given the room of the position table."""
     value = transformer.tokenizer.model_max_length
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise ValueError(f"max_seq_length must be an integer, got {value!r}")
     # sentence-transformers falls back to the size of the whole table, offset rows included.
     table = transformer.auto_model.config.max_position_embeddings
     if value is None or value >= _NO_LIMIT or room < value == table:
         return room
-    if not 1 <= value <= room:
+    if not 1 <= value <= room or value != int(value):
         raise ValueError(
-            f"max_seq_length must be 1 to {room}, the room of the position table, got {value}"
+            f"max_seq_length must be an integer from 1 to {room}, the room of the position table, "
+            f"got {value}"
         )
     return int(value)
 

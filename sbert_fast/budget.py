@@ -11,8 +11,8 @@ from sbert_fast.models import Architecture
 
 logger = logging.getLogger("sbert_fast")
 
-# Bytes of the widest activation of a batch, and most tokens of one: with half of that 3 % of the
-# speed are lost, with twice that nothing is gained but memory.
+# Bytes of the widest activation of a batch, and most tokens of one: fewer cost speed, more gain
+# nothing and take memory.
 _CPU_ACTIVATION_BYTES = 12 << 20
 _CPU_TOKENS = 2048
 # Tiles of 128 tokens that each processor of a GPU gets, and the share of its memory that the

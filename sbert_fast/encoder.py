@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -56,6 +58,11 @@ def _arguments_of(model: SentenceTransformer) -> dict[str, Any]:
     }
 
 
+def _with_default_batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`kwargs` with a batch size that limits nothing, where `args` do not get to one."""
+    return kwargs if len(args) > 3 else {"batch_size": DEFAULT_BATCH_SIZE} | kwargs
+
+
 class FastEncoder(SentenceTransformer):
     """A `SentenceTransformer` that embeds text several times faster, with the same results.
 
@@ -104,6 +111,15 @@ class FastEncoder(SentenceTransformer):
             expected = ", ".join(("auto", *ops.IMPLEMENTATIONS))
             raise ValueError(f"impl must be one of {expected}, got {impl!r}")
         source = None
+        if isinstance(model_name_or_path, os.PathLike):
+            model_name_or_path = os.fspath(model_name_or_path)
+        if not isinstance(model_name_or_path, (str, SentenceTransformer, type(None))):
+            raise TypeError(
+                "model_name_or_path must be a name, a path or a SentenceTransformer, got "
+                f"{type(model_name_or_path).__name__}"
+            )
+        if model_name_or_path is None and modules is None:
+            raise ValueError("model_name_or_path or modules must be given, got neither")
         if isinstance(model_name_or_path, SentenceTransformer):
             source, model_name_or_path = model_name_or_path, None
             if modules is not None:
@@ -263,6 +279,8 @@ class FastEncoder(SentenceTransformer):
             NonFiniteEmbeddingError: an embedding holds NaN or infinity; names the texts.
         """
         sentences = kwargs.pop("sentences", None)
+        if inputs is not None and sentences is not None:
+            raise TypeError("encode takes inputs or sentences, its former name, but got both")
         inputs = sentences if inputs is None else inputs
         check_positive("batch_size", batch_size)
         if output_value not in OUTPUT_VALUES:
@@ -286,7 +304,7 @@ class FastEncoder(SentenceTransformer):
         if reason is not None or pool is not None or isinstance(device, list) or distributed:
             if reason is not None:
                 self._count_fallback(reason)
-            return super().encode(
+            result = super().encode(
                 inputs,
                 prompt_name=prompt_name,
                 prompt=prompt,
@@ -303,12 +321,18 @@ class FastEncoder(SentenceTransformer):
                 chunk_size=chunk_size,
                 **kwargs,
             )
+            if reason is not None and output_value == "sentence_embedding":
+                inference.check_embeddings(result, self.dtype)
+            return result
         if show_progress_bar is None:
             level = logging.getLogger("sentence_transformers").getEffectiveLevel()
             show_progress_bar = level in (logging.INFO, logging.DEBUG)
+        prompt = self._resolve_prompt(prompt, prompt_name)
+        if prompt is not None:
+            check_texts([prompt], "prompt")
         result = self._run_packed(
             texts,
-            prompt=self._resolve_prompt(prompt, prompt_name),
+            prompt=prompt,
             batch_size=batch_size,
             show_progress_bar=show_progress_bar,
             output_value=output_value,
@@ -318,6 +342,14 @@ class FastEncoder(SentenceTransformer):
         if output_value == "sentence_embedding":
             result = convert(result, precision, convert_to_numpy, convert_to_tensor)
         return result[0] if single else result
+
+    @functools.wraps(SentenceTransformer.encode_query)
+    def encode_query(self, *args: Any, **kwargs: Any) -> Any:
+        return super().encode_query(*args, **_with_default_batch_size(args, kwargs))
+
+    @functools.wraps(SentenceTransformer.encode_document)
+    def encode_document(self, *args: Any, **kwargs: Any) -> Any:
+        return super().encode_document(*args, **_with_default_batch_size(args, kwargs))
 
     def _count_fallback(self, reason: str) -> None:
         if self._counters.add_fallback(reason):

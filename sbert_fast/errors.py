@@ -26,7 +26,7 @@ class NonFiniteEmbeddingError(SbertFastError, ValueError):
 
     Attributes:
         indices: positions, in the caller's input, of the texts concerned: those of the first batch
-            with any, sorted.
+            or window with any, sorted.
     """
 
     def __init__(self, message: str, indices: Sequence[int]) -> None:

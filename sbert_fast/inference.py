@@ -339,6 +339,16 @@ def token_embeddings(
     return states
 
 
+def check_embeddings(embeddings: object, dtype: torch.dtype) -> None:
+    """Refuse an array or tensor `[N, dimension]` or `[dimension]` of floats that are not finite."""
+    if isinstance(embeddings, np.ndarray) and embeddings.dtype.kind == "f":
+        embeddings = torch.from_numpy(embeddings)
+    if isinstance(embeddings, Tensor) and embeddings.is_floating_point() and embeddings.numel():
+        finite = torch.isfinite(embeddings).reshape(-1, embeddings.shape[-1]).all(dim=1)
+        if not finite.all():
+            _raise_non_finite(torch.nonzero(~finite).flatten().tolist(), dtype)
+
+
 def _raise_non_finite(indices: Sequence[int], dtype: torch.dtype) -> None:
     indices = sorted(indices)
     shown = ", ".join(map(str, indices[:10])) + (", ..." if len(indices) > 10 else "")

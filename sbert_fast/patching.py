@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from sbert_fast import models
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import UnsupportedModelError
+from sbert_fast.models.base import check_finite
 from sbert_fast.packed_forward import PackedForward
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -79,6 +80,7 @@ def accelerate(
         TypeError: `model` is not a torch.nn.Module.
         ValueError: `dtype` or `impl` is none of the above.
         UnsupportedModelError: nothing inside `model` is supported; the message says why not.
+        InvalidWeightsError: weights hold NaN or infinity; the message names the tensor.
         ImplementationError: `impl` cannot run here.
     """
     _check_module("accelerate", model)
@@ -98,6 +100,8 @@ def accelerate(
         for name, module in found.items()
         if reasons[name] is None
     ]
+    for encoder in encoders:
+        check_finite(encoder.model)
     for encoder in encoders:
         current = forward_of(encoder.model)
         if current is None:

@@ -190,5 +190,7 @@ class Fingerprint:
 def _state(parameter: Tensor | None) -> tuple[Any, ...] | None:
     if parameter is None:
         return None
-    version = 0 if parameter.is_inference() else parameter._version
-    return parameter.data_ptr(), version, parameter.dtype, parameter.device
+    # Inference tensors count no writes: a hash of their bits tells of them.
+    counts = not parameter.is_inference()
+    written = parameter._version if counts else torch.hash_tensor(parameter).item()
+    return parameter.data_ptr(), written, parameter.dtype, parameter.device

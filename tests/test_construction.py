@@ -210,7 +210,7 @@ def test_log_says_what_runs(st: SentenceTransformer, caplog: pytest.LogCaptureFi
 def test_max_seq_length_beyond_the_position_table() -> None:
     st = make_sentence_transformer()
     st.max_seq_length = MAX_TOKENS + 1
-    message = f"max_seq_length must be 1 to {MAX_TOKENS}, .* got {MAX_TOKENS + 1}"
+    message = f"max_seq_length must be an integer from 1 to {MAX_TOKENS}, .* got {MAX_TOKENS + 1}"
     with pytest.raises(ValueError, match=message):
         FastEncoder(st)
     st.max_seq_length = MAX_TOKENS
@@ -219,7 +219,7 @@ def test_max_seq_length_beyond_the_position_table() -> None:
     with pytest.raises(ValueError, match=message):
         encoder.encode(TEXTS)
     encoder.max_seq_length = 0
-    with pytest.raises(ValueError, match=f"must be 1 to {MAX_TOKENS}, .* got 0"):
+    with pytest.raises(ValueError, match=f"must be an integer from 1 to {MAX_TOKENS}, .* got 0"):
         encoder.encode(TEXTS)
 
 
@@ -371,3 +371,24 @@ def test_weights_that_are_not_finite(value: float) -> None:
         FastEncoder(st)
     with pytest.raises(InvalidWeightsError, match=name):
         encoder.encode(TEXTS)
+
+
+def test_what_is_no_model_is_refused_by_name() -> None:
+    with pytest.raises(TypeError, match="model_name_or_path must be a name, .* got int"):
+        FastEncoder(3)
+    with pytest.raises(TypeError, match="model_name_or_path must be a name, .* got Linear"):
+        FastEncoder(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="model_name_or_path or modules must be given"):
+        FastEncoder()
+
+
+def test_a_path_object_is_a_path(minilm_path: str) -> None:
+    assert FastEncoder(Path(minilm_path)).packed_engine is not None
+
+
+@pytest.mark.parametrize("value", ["a", 2.5, True])
+def test_max_seq_length_must_be_an_integer(value: object) -> None:
+    st = make_sentence_transformer("bert")
+    st.max_seq_length = value
+    with pytest.raises(ValueError, match="max_seq_length must be an integer"):
+        FastEncoder(st)

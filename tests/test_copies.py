@@ -305,3 +305,16 @@ def test_saved_after_encode(encoder: FastEncoder, st: SentenceTransformer, tmp_p
     assert_same_vectors(loaded.encode(TEXTS), expected)
     again = FastEncoder(str(tmp_path / "ours"), device="cpu")
     assert (bits(again.encode(TEXTS)) == bits(expected)).all()
+
+
+def test_inference_tensors_are_followed() -> None:
+    """They count no writes: `load_state_dict` into them is seen all the same."""
+    st = make_sentence_transformer("bert")
+    with torch.inference_mode():
+        st.half().float()
+    encoder = FastEncoder(st)
+    encoder.encode(["a b c"])
+    other = make_sentence_transformer("bert", seed=5)
+    with torch.inference_mode():
+        st.load_state_dict(other.state_dict())
+    assert np.array_equal(encoder.encode(["a b c"]), FastEncoder(other).encode(["a b c"]))

@@ -246,7 +246,6 @@ def test_truncate_embeddings_context(pair: Pair) -> None:
 def test_old_keyword_sentences(encoder: FastEncoder) -> None:
     expected = encoder.encode(TEXTS)
     assert (encoder.encode(sentences=TEXTS) == expected).all()
-    assert (encoder.encode(inputs=TEXTS, sentences=["left out"]) == expected).all()
     assert (encoder.encode_query(sentences=TEXTS, prompt="") == expected).all()
 
 
@@ -292,3 +291,15 @@ def test_processing_kwargs_run_in_sentence_transformers(pair: Pair) -> None:
     assert encoder.stats.fallbacks == {"argument 'processing_kwargs'": 1}
     assert_same_result(encoder.encode(TEXTS, processing_kwargs=None), encoder.encode(TEXTS))
     assert encoder.stats.fallbacks == {"argument 'processing_kwargs'": 1}
+
+
+@pytest.mark.parametrize("method", ["encode_query", "encode_document"])
+def test_queries_and_documents_have_the_same_default(batch_tokens: list[int], method: str) -> None:
+    encoder = FastEncoder(make_sentence_transformer())
+    texts = ["one two three four"] * 400
+    encoder.encode(texts)
+    whole = len(batch_tokens)
+    getattr(encoder, method)(texts)
+    assert len(batch_tokens) == 2 * whole
+    getattr(encoder, method)(texts, batch_size=1)
+    assert len(batch_tokens) > 3 * whole

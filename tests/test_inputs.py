@@ -305,3 +305,24 @@ def test_error_survives_the_way_from_a_worker() -> None:
     assert str(error) == "not finite"
     assert error.indices == [3, 21]
     assert str(pickle.loads(pickle.dumps(InputError("inputs[3] must be")))) == "inputs[3] must be"
+
+
+def test_tables_and_sets_are_no_list_of_texts(encoder: FastEncoder) -> None:
+    with pytest.raises(InputError, match="inputs must have one dimension, got DataFrame with 2"):
+        encoder.encode(pd.DataFrame({"text": ["a", "b"]}))
+    with pytest.raises(InputError, match="an iterable of str, got set"):
+        encoder.encode({"a", "b"})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [(3, "got int"), (["a"], "got list"), ("\ud800", "got a lone surrogate")],
+)
+def test_prompts_are_checked(encoder: FastEncoder, prompt: object, message: str) -> None:
+    with pytest.raises(InputError, match=rf"prompt\[0\] must be .*{message}"):
+        encoder.encode(["a"], prompt=prompt)
+
+
+def test_inputs_and_its_former_name_exclude_each_other(encoder: FastEncoder) -> None:
+    with pytest.raises(TypeError, match="got both"):
+        encoder.encode(["a"], sentences=["b"])

@@ -244,7 +244,7 @@ from sbert_fast.cli import main
 assert main(["--version"]) == main(["--help"]) == main(["encode", "--help"]) == 0
 assert {"torch", "numpy", "transformers"}.isdisjoint(sys.modules)
 """
-    command = [sys.executable, "-c", script]
+    command = [sys.executable, "-P", "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "encode" in done.stdout and "doctor" in done.stdout
 
@@ -266,7 +266,7 @@ def test_memory_does_not_grow_with_the_file(model: str, tmp_path: Path, target: 
         source, output = str(tmp_path / f"{count}.txt"), str(tmp_path / f"{count}.{target}")
         write_texts(source, make_texts(count, max_words=4))
         options = ["-o", output, "--model", model, "--device", "cpu", "--no-progress"]
-        command = [sys.executable, "-c", _PEAK, "encode", source, *options]
+        command = [sys.executable, "-P", "-c", _PEAK, "encode", source, *options]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout) / 1024)
     assert peaks[1] < peaks[0] + 100, f"peaks in MiB: {peaks}"

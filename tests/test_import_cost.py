@@ -17,7 +17,7 @@ print(json.dumps(sorted(set(sys.modules) - known)))
 
 def newly_imported(before: str, after: str) -> list[str]:
     program = PROGRAM.format(before=before, after=after)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -224,14 +224,16 @@ def test_output_files_are_ordinary(cli: Callable[..., int]) -> None:
 
 def test_a_closed_pipe_is_no_disaster(model: str, tmp_path: Path) -> None:
     write_texts(str(tmp_path / "in.txt"), make_texts(300, max_words=3))
-    command = [sys.executable, "-m", "sbert_fast", "encode", str(tmp_path / "in.txt")]
+    command = [sys.executable, "-P", "-m", "sbert_fast", "encode", str(tmp_path / "in.txt")]
     with subprocess.Popen(
         [*command, "--model", model, "--device", "cpu", "--no-progress"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as process:
         assert process.stdout is not None and process.stderr is not None
-        assert json.loads(process.stdout.readline())["text"]
+        first = process.stdout.readline()
+        assert first, process.stderr.read()
+        assert json.loads(first)["text"]
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 1

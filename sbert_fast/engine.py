@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,11 +195,7 @@ class PackedEncoder:
         """
         p = self.prepared() if prepared is None else prepared
         with torch.no_grad():
-            x = _embed(p, batch)
-            for layer in p.layers:
-                x = _attend(p, layer, batch, x)
-                x = layer.down.add_norm(layer.up(x), x, layer.output_norm)
-        return x
+            return _run_layers(p, p.layers, batch)
 
     def pool(self, batch: PackedBatch, prepared: Prepared, norm_and_pool: NormAndPool) -> None:
         """Run a packed batch up to the last layer's residual and LayerNorm.
@@ -210,12 +206,8 @@ class PackedEncoder:
                 bias if that is still to be added, the residual, and the LayerNorm.
         """
         with torch.no_grad():
-            x = _embed(prepared, batch)
-            last = prepared.layers[-1]
-            for layer in prepared.layers[:-1]:
-                x = _attend(prepared, layer, batch, x)
-                x = layer.down.add_norm(layer.up(x), x, layer.output_norm)
-            x = _attend(prepared, last, batch, x)
+            *layers, last = prepared.layers
+            x = _attend(prepared, last, batch, _run_layers(prepared, layers, batch))
             y, bias = last.down.without_bias(last.up(x))
             norm_and_pool(y, bias, x, last.output_norm)
 
@@ -234,6 +226,15 @@ def _embed(p: Prepared, batch: PackedBatch) -> Tensor:
         p.dtype,
     )
     return x if p.projection is None else p.projection(x)
+
+
+def _run_layers(p: Prepared, layers: Sequence[PreparedLayer], batch: PackedBatch) -> Tensor:
+    """The embeddings, and `layers` over them."""
+    x = _embed(p, batch)
+    for layer in layers:
+        x = _attend(p, layer, batch, x)
+        x = layer.down.add_norm(layer.up(x), x, layer.output_norm)
+    return x
 
 
 def _attend(p: Prepared, layer: PreparedLayer, batch: PackedBatch, x: Tensor) -> Tensor:

@@ -174,6 +174,15 @@ def run(
         )
 
 
+def _how(pipeline: Pipeline, request: Request) -> dict[str, Any]:
+    """How a call pools: the options of the head."""
+    return {
+        "normalize": request.normalize,
+        "skip": 0 if pipeline.head.spec.include_prompt else request.prompt_tokens,
+        "impl": pipeline.engine.impl,
+    }
+
+
 def _pool(
     pipeline: Pipeline,
     request: Request,
@@ -184,8 +193,7 @@ def _pool(
 ) -> None:
     """Write the embeddings of a batch, which is on the device of `out`, to `out[rows]`."""
     engine, head = pipeline.engine, pipeline.head
-    skip = 0 if head.spec.include_prompt else request.prompt_tokens
-    how: dict[str, Any] = {"normalize": request.normalize, "skip": skip, "impl": engine.impl}
+    how = _how(pipeline, request)
     if engine.implementation == "triton" and head.fuses(out.shape[1]):
         engine.pool(batch, prepared, partial(head.norm_and_pool, batch, out, rows, **how))
         return
@@ -290,16 +298,8 @@ class _States:
             if self._pool:
                 shape = len(rows), self._request.dimension
                 embeddings = torch.empty(shape, dtype=torch.float32, device=x.device)
-                skip = 0 if self._pipeline.head.spec.include_prompt else self._request.prompt_tokens
-                self._pipeline.head(
-                    x,
-                    staged,
-                    embeddings,
-                    where,
-                    normalize=self._request.normalize,
-                    skip=skip,
-                    impl=engine.impl,
-                )
+                how = _how(self._pipeline, self._request)
+                self._pipeline.head(x, staged, embeddings, where, **how)
                 embeddings = embeddings.cpu()
             x = x[: batch.num_tokens].cpu()
         parts: list[Tensor] = [x] if embeddings is None else [x, embeddings]

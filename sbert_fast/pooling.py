@@ -120,10 +120,6 @@ class PoolingHead:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["spec"])  # type: ignore[misc]
 
-    def refresh(self) -> None:
-        """Forget the prepared weights."""
-        self._dense = [None] * len(self.spec.tail)
-
     def __call__(
         self,
         x: Tensor,

@@ -326,3 +326,16 @@ def test_prompts_are_checked(encoder: FastEncoder, prompt: object, message: str)
 def test_inputs_and_its_former_name_exclude_each_other(encoder: FastEncoder) -> None:
     with pytest.raises(TypeError, match="got both"):
         encoder.encode(["a"], sentences=["b"])
+
+
+def test_unaccelerated_embeddings_are_finite_too() -> None:
+    st = make_sentence_transformer()
+    weight = st[0].auto_model.embeddings.word_embeddings.weight
+    encoder = FastEncoder(st)
+    # The packed engine would not call it.
+    st[0].auto_model.register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteEmbeddingError, match=r"inputs\[0, 1\]") as error:
+        encoder.encode(["a", "b"])
+    assert error.value.indices == [0, 1]

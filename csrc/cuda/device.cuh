@@ -54,6 +54,9 @@ SBF_DEVICE T shuffle_up(T value, int distance) {
 }
 SBF_DEVICE uint32_t ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
 
+/// The number of zero bits below the lowest one of `bits`, which has one.
+SBF_DEVICE int count_trailing_zeros(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
+
 /// The block's dynamic shared memory, 128-byte aligned.
 SBF_DEVICE unsigned char* shared_memory() {
   extern __shared__ __align__(128) unsigned char sbf_shared_memory[];

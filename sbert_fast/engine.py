@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sbert_fast import models, ops
 from sbert_fast.models.base import Linear, check_finite, has_hooks
+from sbert_fast.ops.dispatch import FUSING
 from sbert_fast.ops.panels import Activation
 from sbert_fast.packing import PackedBatch
 from sbert_fast.prepare import Fingerprint, LinearKernels, PreparedLinear, PreparedNorm
@@ -82,7 +83,8 @@ class PackedEncoder:
         self.requested_dtype = dtype
         self.impl = impl
         self.architecture, _ = models.read(model)
-        ops.resolve(self.device, self.compute_dtype, impl)
+        head_dim = self.architecture.head_dim
+        ops.resolve(self.device, self.compute_dtype, impl, head_dim=head_dim)
         self._prepared: Prepared | None = None
         self._fingerprint: Fingerprint | None = None
         self._lock = threading.Lock()
@@ -108,8 +110,15 @@ class PackedEncoder:
 
     @property
     def implementation(self) -> str:
-        """The implementation of the ops that a forward pass uses now."""
+        """The implementation of the ops that a forward pass uses now, but for those that
+        :mod:`sbert_fast.ops.choices` lists."""
         return ops.resolve(self.device, self.compute_dtype, self.impl)
+
+    @property
+    def fuses_pooling(self) -> bool:
+        """Whether the last LayerNorm and pooling are one kernel: :meth:`pool` is the way then."""
+        name = ops.resolve(self.device, self.compute_dtype, self.impl, op="norm_pool_out")
+        return name in FUSING
 
     def has_hooks(self) -> bool:
         """Whether a module of the model has forward hooks, which a packed pass would not call."""
@@ -179,7 +188,9 @@ class PackedEncoder:
                 for layer in weights.layers
             ),
             embed=ops.bind("embed_norm", device, dtype, self.impl),
-            attend=ops.bind("varlen_attention", device, dtype, self.impl),
+            attend=ops.bind(
+                "varlen_attention", device, dtype, self.impl, head_dim=architecture.head_dim
+            ),
         )
 
     def __call__(self, batch: PackedBatch, prepared: Prepared | None = None) -> Tensor:

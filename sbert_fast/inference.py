@@ -194,7 +194,7 @@ def _pool(
     """Write the embeddings of a batch, which is on the device of `out`, to `out[rows]`."""
     engine, head = pipeline.engine, pipeline.head
     how = _how(pipeline, request)
-    if engine.implementation == "triton" and head.fuses(out.shape[1]):
+    if engine.fuses_pooling and head.fuses(out.shape[1]):
         engine.pool(batch, prepared, partial(head.norm_and_pool, batch, out, rows, **how))
         return
     head(engine(batch, prepared), batch, out, rows, **how)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from sbert_fast import ops
 from sbert_fast.models.base import Linear, Norm
 from sbert_fast.ops import panels
+from sbert_fast.ops.dispatch import requested
 from sbert_fast.ops.panels import Activation
 
 # Rows oneDNN lays prepacked weights out for; any other number of rows works too.
@@ -44,7 +46,8 @@ def panel_linear_preferred(dtype: torch.dtype) -> bool:
 
 def linear_implementation(dtype: torch.dtype, device: torch.device, impl: str = "auto") -> str:
     """What a linear layer runs on: "panels", "onednn" or "torch"."""
-    if device.type != "cpu":
+    # The CUDA ops run on a CPU in tests only, beside the linear layers of a GPU.
+    if device.type != "cpu" or requested(impl) == "cuda":
         return "torch"
     if ops.resolve(device, dtype, impl) == "cpu" and panel_linear_preferred(dtype):
         return "panels"
@@ -76,11 +79,19 @@ class LinearKernels:
     def __init__(self, dtype: torch.dtype, device: torch.device, impl: str) -> None:
         self.dtype = dtype
         self.implementation = linear_implementation(dtype, device, impl)
-        self.gelu = ops.bind("bias_gelu", device, dtype, impl)
-        self.add_norm = ops.bind("add_norm", device, dtype, impl)
+        self._where = device, dtype, impl
         if self.implementation == "panels":
             self.linear = ops.bind("linear", device, dtype, impl)
             self.linear_norm = ops.bind("linear_norm", device, dtype, impl)
+
+    # Bound by their first use: a linear layer alone may run where these do not.
+    @cached_property
+    def gelu(self) -> ops.Kernel:
+        return ops.bind("bias_gelu", *self._where)
+
+    @cached_property
+    def add_norm(self) -> ops.Kernel:
+        return ops.bind("add_norm", *self._where)
 
 
 class PreparedLinear:

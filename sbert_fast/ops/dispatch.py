@@ -13,7 +13,7 @@ import torch
 
 import sbert_fast.kernels as kernels
 from sbert_fast.errors import ImplementationError
-from sbert_fast.ops import extension, schemas
+from sbert_fast.ops import choices, extension, schemas
 
 logger = logging.getLogger("sbert_fast")
 
@@ -21,7 +21,13 @@ _launches: Counter[tuple[str, str]] = Counter()
 _launches_lock = threading.Lock()
 _REFERENCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
+_CUDA_DTYPES = (torch.float16, torch.bfloat16)
+# Of attention on the CUDA ops: rows of 16 bytes.
+_CUDA_HEAD_DIM_STEP = 8
 _PREFERENCES = {"cpu": ("cpu", "reference"), "cuda": ("triton", "torch", "reference")}
+
+# Implementations that have the last layer's LayerNorm and pooling in one kernel.
+FUSING = ("triton", "cuda")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +45,13 @@ class Kernel:
         return self.overload(*args)
 
 
-def rejection(implementation: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `implementation` cannot run on `device` in `dtype`; None where it can."""
+def rejection(
+    implementation: str, device: torch.device, dtype: torch.dtype, head_dim: int | None = None
+) -> str | None:
+    """Why `implementation` cannot run on `device` in `dtype`; None where it can.
+
+    `head_dim` is D of the attention it is to run, where that is known.
+    """
     if implementation == "cpu":
         if not extension.CPU.available:
             return extension.CPU.reason
@@ -51,6 +62,8 @@ def rejection(implementation: str, device: torch.device, dtype: torch.dtype) -> 
         return None
     if implementation == "triton":
         return _rejection_of_triton(device, dtype)
+    if implementation == "cuda":
+        return _rejection_of_cuda(device, dtype, head_dim)
     if implementation == "torch" and device.type != "cuda":
         return f"torch's packed attention runs on cuda, not on {device.type}"
     if dtype not in _REFERENCE_DTYPES:
@@ -72,12 +85,43 @@ def _rejection_of_triton(device: torch.device, dtype: torch.dtype) -> str | None
     return None
 
 
+def _rejection_of_cuda(
+    device: torch.device, dtype: torch.dtype, head_dim: int | None
+) -> str | None:
+    reason = extension.cuda_unavailable(device)
+    if reason is not None:
+        return reason
+    if dtype not in _CUDA_DTYPES:
+        return f"the CUDA ops take float16 and bfloat16, not {dtype}"
+    if head_dim is not None and head_dim % _CUDA_HEAD_DIM_STEP:
+        return (
+            f"the CUDA ops need a head_dim that is a multiple of {_CUDA_HEAD_DIM_STEP}, "
+            f"got {head_dim}"
+        )
+    return None
+
+
 def preference(device: torch.device) -> tuple[str, ...]:
-    """Implementations that `auto` tries on `device`, best first."""
+    """Implementations that `auto` tries on `device`, best first.
+
+    On CUDA `cuda` comes before them for the ops that :mod:`sbert_fast.ops.choices` lists.
+    """
     return _PREFERENCES.get(device.type, ("reference",))
 
 
-def resolve(device: torch.device, dtype: torch.dtype, impl: str = "auto") -> str:
+def requested(impl: str) -> str:
+    """The implementation asked for: `SBERT_FAST_IMPL` takes the place of "auto"."""
+    return os.environ.get("SBERT_FAST_IMPL", "auto") if impl == "auto" else impl
+
+
+def resolve(
+    device: torch.device,
+    dtype: torch.dtype,
+    impl: str = "auto",
+    *,
+    op: str | None = None,
+    head_dim: int | None = None,
+) -> str:
     """The implementation that will run.
 
     Args:
@@ -85,30 +129,44 @@ def resolve(device: torch.device, dtype: torch.dtype, impl: str = "auto") -> str
         dtype: dtype of the activations.
         impl: "auto", or the name of an implementation, which is then used or refused, never
             replaced. `SBERT_FAST_IMPL` takes the place of "auto".
+        op: the op to run; None is any that :mod:`sbert_fast.ops.choices` does not list.
+        head_dim: D of the attention to run, where that is known.
 
     Raises:
         ValueError: `impl` names no implementation.
         ImplementationError: the named implementation cannot run here.
     """
+    impl = requested(impl)
     if impl == "auto":
-        impl = os.environ.get("SBERT_FAST_IMPL", "auto")
-    if impl == "auto":
-        for name in preference(device):
-            if rejection(name, device, dtype) is None:
+        names = preference(device)
+        if op is not None and choices.prefers_cuda(op, device, dtype, head_dim):
+            names = ("cuda", *names)
+        for name in names:
+            if rejection(name, device, dtype, head_dim) is None:
                 return name
         raise ImplementationError(f"no implementation runs on {device} in {dtype}")
     if impl not in schemas.IMPLEMENTATIONS:
         expected = ", ".join(("auto", *schemas.IMPLEMENTATIONS))
         raise ValueError(f"impl must be one of {expected}, got {impl!r}")
-    reason = rejection(impl, device, dtype)
+    reason = rejection(impl, device, dtype, head_dim)
     if reason is not None:
         raise ImplementationError(f"impl={impl!r} was asked for, but {reason}")
     return impl
 
 
-def bind(op: str, device: torch.device, dtype: torch.dtype, impl: str = "auto") -> Kernel:
-    """The kernel of `op` that runs on `device` in `dtype`: resolved once, called many times."""
-    name = resolve(device, dtype, impl)
+def bind(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    impl: str = "auto",
+    *,
+    head_dim: int | None = None,
+) -> Kernel:
+    """The kernel of `op` that runs on `device` in `dtype`: resolved once, called many times.
+
+    `head_dim` is D of the attention it is bound for.
+    """
+    name = resolve(device, dtype, impl, op=op, head_dim=head_dim)
     packet = getattr(torch.ops.sbert_fast, op)
     return Kernel(op, name, getattr(packet, name))
 

@@ -16,7 +16,7 @@ import sbert_fast.kernels as kernels
 from sbert_fast.ops import reference, torch_attention
 
 NAMESPACE = "sbert_fast"
-IMPLEMENTATIONS = ("reference", "cpu", "triton", "torch")
+IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda", "torch")
 
 SCHEMAS = {
     "varlen_attention": "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale,"

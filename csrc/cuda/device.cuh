@@ -8,6 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "host_device.h"
+
 #if !defined(__CUDACC__)
 #include "emulated_device.h"
 #else
@@ -17,7 +19,6 @@
 #include <cuda_runtime.h>
 
 #define SBF_DEVICE __device__ __forceinline__
-#define SBF_HOST_DEVICE __host__ __device__ __forceinline__
 /// A kernel of at most `threads` a block, `blocks` of them on a multiprocessor at the least.
 #define SBF_KERNEL(threads, blocks) static __global__ void __launch_bounds__(threads, blocks)
 #define SBF_SHARED __shared__
@@ -54,6 +55,9 @@ SBF_DEVICE T shuffle_up(T value, int distance) {
 }
 SBF_DEVICE uint32_t ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
 
+/// The number of zero bits below the lowest one of `bits`, which has one.
+SBF_DEVICE int count_trailing_zeros(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
+
 /// The block's dynamic shared memory, 128-byte aligned.
 SBF_DEVICE unsigned char* shared_memory() {
   extern __shared__ __align__(128) unsigned char sbf_shared_memory[];
@@ -66,7 +70,12 @@ SBF_DEVICE float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-SBF_DEVICE float reciprocal(float x) { return __frcp_rn(x); }
+/// 1 / x, one unit in the last place.
+SBF_DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 SBF_DEVICE float rsqrt_approx(float x) { return rsqrtf(x); }
 SBF_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 SBF_DEVICE float infinity() { return __int_as_float(0x7f800000); }

@@ -1,0 +1,54 @@
+// Launches the two kernels of attention. Each head dim and dtype is compiled in a file of its own.
+#pragma once
+
+#include "attention_long.cuh"
+#include "attention_short.cuh"
+#include "launch.cuh"
+
+namespace sbert_fast::cuda {
+
+/// Sequences of a block of the short kernel where there is no table of tiles.
+inline constexpr int kGroup = 8;
+/// Bytes of neighbouring heads that a block of the short kernel reads: one line of the cache.
+inline constexpr int kLine = 128;
+
+template <class T, int CHUNKS, int BLOCKS, bool PLAIN>
+void launch_short(const AttentionParams& p, StreamHandle stream) {
+  const int heads = CHUNKS * kChunk * 2 < kLine ? 2 : 1;
+  const int64_t tiles = p.tiles != nullptr ? p.num_tiles : ceil_div(p.B, kGroup);
+  // The dead tail has to be cleared even where there is no sequence.
+  const int64_t blocks = (tiles > 0 ? tiles : 1) * ceil_div(p.H, heads);
+  launch("varlen_attention", attention_short_kernel<T, CHUNKS, BLOCKS, PLAIN>, blocks,
+         kShortThreads, 0, stream, p, heads, kGroup);
+}
+
+template <class T, int CHUNKS, bool PLAIN>
+void launch_long(const AttentionParams& p, StreamHandle stream) {
+  using Shape = LongShape<CHUNKS, PLAIN>;
+  const int q_blocks = ceil_div(p.max_seqlen, Shape::kQueries);
+  const int64_t tiles = p.tiles != nullptr ? p.num_tiles : static_cast<int64_t>(p.B) * q_blocks;
+  launch("varlen_attention", attention_long_kernel<T, CHUNKS, PLAIN>, tiles * p.H, Shape::kThreads,
+         2 * Buffer<CHUNKS>::kBytes, stream, p, q_blocks);
+}
+
+/// Attention of heads of at most 32 * CHUNKS columns.
+template <class T, int CHUNKS>
+void launch_attention(const AttentionParams& p, StreamHandle stream) {
+  constexpr int kBlocks = short_limit(CHUNKS * kChunk) / kRows;
+  const bool plain = p.bias == nullptr && p.window < 0 && p.scale > 0;
+  if (!plain) {
+    launch_short<T, CHUNKS, kBlocks, false>(p, stream);
+  } else if (p.max_seqlen <= kRows) {
+    launch_short<T, CHUNKS, 1, true>(p, stream);
+  } else if (p.max_seqlen <= 2 * kRows) {
+    launch_short<T, CHUNKS, 2, true>(p, stream);
+  } else if (p.max_seqlen <= 4 * kRows) {
+    launch_short<T, CHUNKS, 4, true>(p, stream);
+  } else {
+    launch_short<T, CHUNKS, kBlocks, true>(p, stream);
+  }
+  if (p.max_seqlen <= short_limit(p.D)) return;
+  plain ? launch_long<T, CHUNKS, true>(p, stream) : launch_long<T, CHUNKS, false>(p, stream);
+}
+
+}  // namespace sbert_fast::cuda

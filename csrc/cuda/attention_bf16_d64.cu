@@ -1,0 +1,7 @@
+#include "attention.cuh"
+
+namespace sbert_fast::cuda {
+
+template void launch_attention<BFloat16, 2>(const AttentionParams&, StreamHandle);
+
+}  // namespace sbert_fast::cuda

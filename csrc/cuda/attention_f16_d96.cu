@@ -1,0 +1,7 @@
+#include "attention.cuh"
+
+namespace sbert_fast::cuda {
+
+template void launch_attention<Half, 3>(const AttentionParams&, StreamHandle);
+
+}  // namespace sbert_fast::cuda

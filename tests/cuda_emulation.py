@@ -108,7 +108,10 @@ def load() -> frozenset[str]:
     torch.ops.load_library(str(path))
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return frozenset(
-        op for op in schemas.SCHEMAS if has_kernel(f"{schemas.NAMESPACE}::{op}.cuda", "CPU")
+        op
+        for op in schemas.SCHEMAS
+        if "cuda" in schemas.implementations(op)
+        and has_kernel(f"{schemas.NAMESPACE}::{op}.cuda", "CPU")
     )
 
 

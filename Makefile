@@ -12,8 +12,8 @@ MODEL ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-CXX_SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp)
-EMULATOR_SOURCES := $(wildcard tests/*/*.h tests/*/*.cpp tests/*/*.cu)
+CXX_SOURCES := $(wildcard $(foreach suffix,h cpp cu cuh,csrc/*/*.$(suffix)))
+EMULATOR_SOURCES := $(wildcard $(foreach suffix,h cpp cu,tests/*/*.$(suffix)))
 REQUIREMENTS := $(VENV)/.requirements
 BUILD := $(VENV)/.build
 
@@ -64,8 +64,8 @@ $(REQUIREMENTS): requirements/torch.txt requirements/dev.txt requirements/triton
 	touch $@
 
 # The folders are listed too, so that a removed source counts as a change.
-$(BUILD): $(REQUIREMENTS) setup.py pyproject.toml csrc/native_build.py \
-		csrc/common csrc/cpu csrc/host $(CXX_SOURCES)
+$(BUILD): $(REQUIREMENTS) setup.py pyproject.toml $(wildcard csrc/*.py) \
+		csrc/common csrc/cpu csrc/cuda csrc/host $(CXX_SOURCES)
 	$(PIP) install --no-build-isolation --no-deps -e .
 	$(PIP) check
 	touch $@

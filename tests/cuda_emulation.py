@@ -28,7 +28,8 @@ COMPILE_FLAGS = [
     *("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
     # Kernels unroll with nvcc's pragma, and read memory through words of other types.
     *("-Wno-unknown-pragmas", "-fno-strict-aliasing"),
-    *("-DSBF_EMULATED", "-Itests/cuda_emulator", "-Icsrc/cuda", "-Icsrc/common"),
+    *("-DSBF_EMULATED", "-DSBF_WITH_SM90=1"),
+    *("-Itests/cuda_emulator", "-Icsrc/cuda", "-Icsrc/common"),
 ]
 
 

@@ -28,9 +28,10 @@ void launch_long(const AttentionParams& p, StreamHandle stream) {
          2 * Buffer<CHUNKS>::kBytes, stream, p, q_blocks);
 }
 
-/// Attention of heads of at most 32 * CHUNKS columns.
+/// Attention of heads of at most 32 * CHUNKS columns; `with_long`: with the sequences that are not
+/// short.
 template <class T, int CHUNKS>
-void launch_attention(const AttentionParams& p, StreamHandle stream) {
+void launch_attention(const AttentionParams& p, bool with_long, StreamHandle stream) {
   constexpr int kBlocks = short_limit(CHUNKS * kChunk) / kRows;
   const bool plain = p.bias == nullptr && p.window < 0 && p.scale > 0;
   if (!plain) {
@@ -44,7 +45,7 @@ void launch_attention(const AttentionParams& p, StreamHandle stream) {
   } else {
     launch_short<T, CHUNKS, kBlocks, true>(p, stream);
   }
-  if (p.max_seqlen <= short_limit(p.D)) return;
+  if (!with_long) return;
   plain ? launch_long<T, CHUNKS, true>(p, stream) : launch_long<T, CHUNKS, false>(p, stream);
 }
 

@@ -75,12 +75,12 @@ struct Queries {
   float total[MATRICES][2];
 };
 
-/// Turns the scores of one matrix into weights, and makes the results so far relative to the new
-/// largest score.
-template <class T, int CHUNKS, bool PLAIN>
+/// Turns the scores of one matrix into weights relative to the largest score of each row so far.
+/// Results so far are relative to the largest one before: `shrink` is the factor that they lack.
+template <class T, bool PLAIN>
 SBF_DEVICE void stream_softmax(const float (&s)[kKeys / 16][2][4],
                                uint32_t (&weights)[kKeys / 16][4], float (&top)[2],
-                               float (&total)[2], Result<CHUNKS>& result, float scale) {
+                               float (&total)[2], float (&shrink)[2], float scale) {
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     float largest = top[row];
@@ -94,7 +94,7 @@ SBF_DEVICE void stream_softmax(const float (&s)[kKeys / 16][2][4],
     largest = row_max(largest);
     // Outside of its window a row has no key at all.
     const float origin = (!PLAIN && largest == -infinity() ? 0.0f : largest) * scale;
-    const float shrink = exp2_approx(fma(top[row], scale, -origin));
+    shrink[row] = exp2_approx(fma(top[row], scale, -origin));
     top[row] = largest;
     float sum = 0;
 #pragma unroll
@@ -108,14 +108,18 @@ SBF_DEVICE void stream_softmax(const float (&s)[kKeys / 16][2][4],
         sum += low + high;
       }
     }
-    total[row] = fma(total[row], shrink, sum);
+    total[row] = fma(total[row], shrink[row], sum);
+  }
+}
+
+template <int CHUNKS>
+SBF_DEVICE void scale_rows(Result<CHUNKS>& result, const float (&factor)[2]) {
 #pragma unroll
-    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+  for (int chunk = 0; chunk < CHUNKS; ++chunk) {
 #pragma unroll
-      for (int word = 0; word < 4; ++word) {
-        result.o[chunk][word][2 * row] *= shrink;
-        result.o[chunk][word][2 * row + 1] *= shrink;
-      }
+    for (int word = 0; word < 4; ++word) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) result.o[chunk][word][e] *= factor[e / 2];
     }
   }
 }
@@ -167,7 +171,9 @@ SBF_DEVICE void attend_keys(const AttentionParams& p, Queries<CHUNKS, MATRICES>&
   uint32_t weights[MATRICES][kKeys / 16][4];
 #pragma unroll
   for (int m = 0; m < MATRICES; ++m) {
-    stream_softmax<T, CHUNKS, PLAIN>(s[m], weights[m], x.top[m], x.total[m], x.result[m], scale);
+    float shrink[2];
+    stream_softmax<T, PLAIN>(s[m], weights[m], x.top[m], x.total[m], shrink, scale);
+    scale_rows(x.result[m], shrink);
   }
   add_values<T, CHUNKS>(x.result, weights, buffer + Buffer<CHUNKS>::kValues);
 }

@@ -12,7 +12,8 @@ MODEL ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-CXX_SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp)
+CXX_SOURCES := $(wildcard $(foreach suffix,h cpp cu cuh,csrc/*/*.$(suffix)))
+EMULATOR_SOURCES := $(wildcard $(foreach suffix,h cpp cu,tests/*/*.$(suffix)))
 REQUIREMENTS := $(VENV)/.requirements
 BUILD := $(VENV)/.build
 
@@ -40,14 +41,14 @@ gpu-check: ## Check and measure on a GPU: OUT=folder [STAGE=build,ops,...] [MODE
 lint: $(BUILD) ## Check style, types and the import rule.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES) $(EMULATOR_SOURCES)
 	$(BIN)/mypy
 	$(BIN)/pytest -q --noconftest tests/test_imports.py
 
 format: $(REQUIREMENTS) ## Rewrite sources in the house style.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CXX_SOURCES)
+	$(BIN)/clang-format -i $(CXX_SOURCES) $(EMULATOR_SOURCES)
 
 clean: ## Remove what builds and checks leave behind, but for the environment.
 	rm -rf build dist *.egg-info sbert_fast/*.so sbert_fast/_build_info.py $(BUILD)
@@ -63,8 +64,8 @@ $(REQUIREMENTS): requirements/torch.txt requirements/dev.txt requirements/triton
 	touch $@
 
 # The folders are listed too, so that a removed source counts as a change.
-$(BUILD): $(REQUIREMENTS) setup.py pyproject.toml csrc/native_build.py \
-		csrc/common csrc/cpu csrc/host $(CXX_SOURCES)
+$(BUILD): $(REQUIREMENTS) setup.py pyproject.toml $(wildcard csrc/*.py) \
+		csrc/common csrc/cpu csrc/cuda csrc/host $(CXX_SOURCES)
 	$(PIP) install --no-build-isolation --no-deps -e .
 	$(PIP) check
 	touch $@

@@ -5,13 +5,19 @@ on its Python code.
 * ``sbert_fast/_C.abi3.so``: torch ops from ``csrc/cpu`` on LibTorch's stable ABI. It is no Python
   module: ``sbert_fast/ops/extension.py`` finds it as ``_C.*so`` in the package's folder and loads
   it with ``torch.ops.load_library``. One file serves every Python and every torch >= 2.11.
+* ``sbert_fast/_C_cuda.abi3.so``: the CUDA ops, from ``csrc/cuda``, in the same way. It is compiled
+  beside any torch, and loaded beside one of the same major version of CUDA.
 
 Environment:
     SBERT_FAST_BUILD: ``auto`` (default) builds what this machine can and records why the rest is
-        missing; ``cpu`` builds both libraries or fails; ``cuda`` adds the CUDA ops or fails;
+        missing; ``cpu`` builds all but the CUDA ops or fails; ``cuda`` builds all or fails;
         ``none`` builds nothing native.
     CXX: the C++20 compiler, by default g++, else clang++.
     MAX_JOBS: compilations at a time, by default ninja's choice.
+    CUDA_HOME, CUDA_PATH: the CUDA toolkit, by default that of the nvcc on the PATH, else
+        /usr/local/cuda.
+    TORCH_CUDA_ARCH_LIST: what the CUDA ops are compiled for, as torch has it ("8.0;9.0a+PTX").
+    NVCC_THREADS: targets that one nvcc compiles at a time.
 """
 
 from __future__ import annotations
@@ -32,6 +38,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))
 
 from native_build import (  # noqa: E402
+    CUDA,
     LIBRARIES,
     Library,
     Toolchain,
@@ -67,13 +74,12 @@ def make_plan(mode: str) -> Plan:
     """
     if mode not in MODES:
         raise SystemExit(f"SBERT_FAST_BUILD must be one of {', '.join(MODES)}, got {mode!r}")
-    if mode == "cuda" and not any(ROOT.glob("csrc/cuda/*.cu")):
-        raise SystemExit("SBERT_FAST_BUILD=cuda: this version has no CUDA sources (csrc/cuda/*.cu)")
     plan = Plan(mode)
     for library in LIBRARIES:
+        if mode == "none" or (mode == "cpu" and library is CUDA):
+            plan.skipped[library] = f"SBERT_FAST_BUILD={mode}"
+            continue
         try:
-            if mode == "none":
-                raise Unavailable("SBERT_FAST_BUILD=none")
             plan.toolchains[library] = find_toolchain(library)
         except Unavailable as reason:
             if mode in ("cpu", "cuda"):
@@ -85,12 +91,14 @@ def make_plan(mode: str) -> Plan:
 
 def build_info(plan: Plan) -> str:
     """The text of sbert_fast/_build_info.py, which `sbert-fast doctor` reads."""
-    compiler, torch = "", ""
+    compiler, torch, cuda, targets = "", "", "", ()
     for toolchain in plan.toolchains.values():
         command = [*toolchain.compiler, "--version"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         compiler = done.stdout.partition("\n")[0]
         torch = toolchain.torch.version if toolchain.torch else torch
+        if toolchain.nvcc:
+            cuda, targets = toolchain.nvcc.version, toolchain.nvcc.targets
     skipped = {library.name: reason for library, reason in plan.skipped.items()}
     return f'''"""Written by setup.py: what was built, with what, and why the rest was not."""
 
@@ -99,7 +107,15 @@ BUILT: tuple[str, ...] = {tuple(plan.libraries)!r}
 SKIPPED: dict[str, str] = {skipped!r}
 COMPILER: str = {compiler!r}
 TORCH: str = {torch!r}
+CUDA: str = {cuda!r}
+CUDA_TARGETS: tuple[str, ...] = {targets!r}
 '''
+
+
+def write_build_info(package: Path) -> None:
+    """Put the record into a folder of the package."""
+    package.mkdir(parents=True, exist_ok=True)
+    package.joinpath("_build_info.py").write_text(build_info(plan))
 
 
 class BuildPython(build_py):
@@ -109,15 +125,14 @@ class BuildPython(build_py):
         if self.editable_mode:
             package = ROOT / "sbert_fast"
             kept = {library.filename for library in plan.toolchains}
-            for path in (*package.glob("_C.*so"), *package.glob("_host.*so")):
+            for path in (*package.glob("_C*.*so"), *package.glob("_host.*so")):
                 if path.name not in kept:
                     path.unlink()
         else:
             package = Path(self.build_lib, "sbert_fast")
             shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
-        package.mkdir(parents=True, exist_ok=True)
-        package.joinpath("_build_info.py").write_text(build_info(plan))
+        write_build_info(package)
 
 
 class BuildLibraries(build_ext):
@@ -126,6 +141,11 @@ class BuildLibraries(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         *packages, name = fullname.split(".")
         return str(Path(*packages, plan.libraries[name].filename))
+
+    def run(self) -> None:
+        super().run()
+        if self.inplace:
+            write_build_info(ROOT / "sbert_fast")
 
     def build_extensions(self) -> None:
         folder = ROOT / compile_libraries(plan.toolchains)

@@ -1,8 +1,8 @@
 """How the native libraries are compiled: what is needed, with which flags, in which ninja file.
 
-`setup.py` decides what to build and where the result goes; everything about compilers is here.
-Neither imports torch: its headers are found by path, so that an isolated build needs no torch of
-its own.
+`setup.py` decides what to build and where the result goes; everything about compilers is here, and
+about NVIDIA's in `nvcc.py`. None of them imports torch: its headers are found by path, so that an
+isolated build needs no torch of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ import sysconfig
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+import nvcc
+from nvcc import Nvcc, Unavailable
 
 ROOT = Path(__file__).resolve().parent.parent
 MIN_TORCH = (2, 11)
@@ -37,10 +40,6 @@ ISA_FLAGS = {
 COMPILE_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
 
-class Unavailable(Exception):
-    """A library that cannot be built here; the message says what is missing."""
-
-
 @dataclass(frozen=True)
 class Library:
     """A shared library: its name, its file beside `sbert_fast/__init__.py`, and its sources."""
@@ -53,23 +52,26 @@ class Library:
 
 HOST = Library("_host", f"_host{sysconfig.get_config_var('EXT_SUFFIX')}", "csrc/host", False)
 CPU = Library("_C", "_C.abi3.so", "csrc/cpu", True)
-LIBRARIES = (HOST, CPU)
+CUDA = Library("_C_cuda", "_C_cuda.abi3.so", "csrc/cuda", True)
+LIBRARIES = (HOST, CPU, CUDA)
 
 
 @dataclass(frozen=True)
 class Torch:
-    """A torch installation, seen from outside."""
+    """A torch installation, seen from outside; `cuda` is "" where it has none."""
 
     root: Path
     version: str
+    cuda: str = ""
 
 
 @dataclass(frozen=True)
 class Toolchain:
-    """What compiles: the compiler as a command, and torch where a library needs it."""
+    """What compiles: the compiler as a command, and torch and nvcc where a library needs them."""
 
     compiler: list[str]
     torch: Torch | None = None
+    nvcc: Nvcc | None = None
 
 
 def _import_path(python: Path) -> list[str]:
@@ -98,10 +100,12 @@ def find_torch() -> Torch:
         root = Path(entry, "torch")
         if not (root / "include/torch/csrc/stable/library.h").is_file():
             continue
-        found = re.search(r"__version__ = '([^']+)'", (root / "version.py").read_text())
+        text = (root / "version.py").read_text()
+        found = re.search(r"__version__ = '([^']+)'", text)
         version = found[1] if found else "unknown"
+        cuda = re.search(r"^cuda\b.*= '([^']+)'", text, re.MULTILINE)
         if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) >= MIN_TORCH:
-            return Torch(root, version)
+            return Torch(root, version, cuda[1] if cuda else "")
         minimum = ".".join(map(str, MIN_TORCH))
         raise Unavailable(f"torch must be {minimum} or later, got {version} at {root}")
     raise Unavailable("there is no torch to compile against: install torch, then build again")
@@ -129,6 +133,11 @@ def find_compiler() -> list[str]:
     return compiler
 
 
+def has_cuda_sources() -> bool:
+    """Whether this version has CUDA kernels."""
+    return any(ROOT.glob(f"{CUDA.folder}/*.cu"))
+
+
 def find_toolchain(library: Library) -> Toolchain:
     """Everything that `library` needs to be built.
 
@@ -143,7 +152,26 @@ def find_toolchain(library: Library) -> Toolchain:
     header = Path(sysconfig.get_path("include"), "Python.h")
     if library is HOST and not header.is_file():
         raise Unavailable(f"Python's headers are not installed: {header} is missing")
-    return Toolchain(find_compiler(), find_torch() if library.uses_torch else None)
+    if library is CUDA and not has_cuda_sources():
+        raise Unavailable("this version has no CUDA sources (csrc/cuda/*.cu)")
+    compiler, torch = find_compiler(), find_torch() if library.uses_torch else None
+    return Toolchain(compiler, torch, find_nvcc(compiler, torch) if library is CUDA else None)
+
+
+def find_nvcc(compiler: list[str], torch: Torch | None) -> Nvcc:
+    """The nvcc that compiles CUDA ops for `torch`.
+
+    Raises:
+        Unavailable: there is none, or it is of another CUDA than torch.
+    """
+    found = nvcc.find_nvcc(compiler)
+    # A torch without CUDA has the headers, too: what is built is for another torch.
+    if torch and torch.cuda and torch.cuda.split(".")[0] != found.version.split(".")[0]:
+        raise Unavailable(
+            f"nvcc must be of the major version of torch's CUDA, {torch.cuda}, got "
+            f"{found.version} at {found.path}"
+        )
+    return found
 
 
 def sources(library: Library) -> list[Path]:
@@ -156,6 +184,7 @@ def sources(library: Library) -> list[Path]:
     folder = ROOT / library.folder
     kernels = [folder / f"kernels_{isa}.cpp" for isa in isas]
     plain = [path for path in sorted(folder.glob("*.cpp")) if not path.stem.startswith("kernels_")]
+    plain += sorted(folder.glob("*.cu"))
     return [path.relative_to(ROOT) for path in (*plain, *kernels) if path.is_file()]
 
 
@@ -170,8 +199,26 @@ def _flags(library: Library, toolchain: Toolchain) -> tuple[list[str], list[str]
     headers = [root / "include", root / "include/torch/csrc/api/include"]
     defines = [f"-DTORCH_TARGET_VERSION={TORCH_ABI}", "-Icsrc/common"]
     # No rpath: the process has loaded torch before, and the loader knows it again by its soname.
-    linking = ["-shared", "-Wl,--as-needed", "-Wl,-z,defs", f"-L{root / 'lib'}", "-ltorch_cpu"]
+    linking = [f"-L{root / 'lib'}", "-ltorch_cpu"]
+    if toolchain.nvcc:
+        defines += ["-DUSE_CUDA", *_sm90_flags(toolchain.nvcc)]
+        # Functions of torch's CUDA library stay undefined: it may not be here.
+        linking = [f"-ccbin={nvcc.host_compiler(toolchain.compiler)}", *nvcc.LINK_FLAGS, *linking]
+    else:
+        linking = ["-shared", "-Wl,--as-needed", "-Wl,-z,defs", *linking]
     return [*defines, *(f"-isystem{path}" for path in headers)], linking
+
+
+def _sm90_flags(compiler: Nvcc) -> list[str]:
+    return ["-DSBF_WITH_SM90=1"] if compiler.with_sm90 else []
+
+
+def _nvcc_flags(toolchain: Toolchain, source: Path) -> list[str]:
+    """Flags of a .cu file."""
+    assert toolchain.nvcc
+    shared = [f"-ccbin={nvcc.host_compiler(toolchain.compiler)}", "-Icsrc/common"]
+    shared += [*_sm90_flags(toolchain.nvcc), f"--threads={nvcc.threads()}"]
+    return [*shared, *toolchain.nvcc.code_flags(source)]
 
 
 def _quoted(words: list[str]) -> str:
@@ -187,25 +234,45 @@ def ninja_file(toolchains: dict[Library, Toolchain], folder: Path) -> str:
     lines = [
         f"builddir = {_path(folder)}",
         "rule compile",
-        f"  command = $cxx {_quoted(COMPILE_FLAGS)} $flags -MMD -MF $out.d -c $in -o $out",
+        f"  command = $program {_quoted(COMPILE_FLAGS)} $flags -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $in",
+        # What nvcc says is kept beside the object, for the tests to read.
+        "rule compile_cuda",
+        f"  command = $program {_quoted(nvcc.COMPILE_FLAGS)} $flags -MMD -MF $out.d -c $in -o $out"
+        " > $out.log 2>&1; status=$$?; cat $out.log; exit $$status",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = compile $in",
         "rule link",
-        "  command = $cxx $in $flags -o $out",
+        "  command = $program $in $flags -o $out",
         "  description = link $out",
     ]
     for library, toolchain in toolchains.items():
-        lines.append(f"cxx = {_quoted(toolchain.compiler)}")
         compiling, linking = _flags(library, toolchain)
+        linker = [str(toolchain.nvcc.path)] if toolchain.nvcc else toolchain.compiler
         objects = []
         for source in sources(library):
-            objects.append(_path(folder, library.name, source.with_suffix(".o").name))
+            if toolchain.nvcc and not toolchain.nvcc.compiles(source):
+                continue
+            rule, program = "compile", toolchain.compiler
             isa = ISA_FLAGS.get(source.stem.removeprefix("kernels_"), [])
-            lines.append(f"build {objects[-1]}: compile {_path(source)}")
-            lines.append(f"  flags = {_quoted([*compiling, *isa])}")
-        lines.append(f"build {_path(folder, library.filename)}: link {' '.join(objects)}")
-        lines.append(f"  flags = {_quoted(linking)}")
+            stem, flags = source.stem, [*compiling, *isa]
+            if source.suffix == ".cu":
+                rule, program = "compile_cuda", linker
+                stem, flags = source.name, _nvcc_flags(toolchain, source)
+            objects.append(_path(folder, library.name, f"{stem}.o"))
+            lines += [
+                f"build {objects[-1]}: {rule} {_path(source)}",
+                f"  flags = {_quoted(flags)}",
+                f"  program = {_quoted(program)}",
+            ]
+        lines += [
+            f"build {_path(folder, library.filename)}: link {' '.join(objects)}",
+            f"  flags = {_quoted(linking)}",
+            f"  program = {_quoted(linker)}",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -227,6 +294,6 @@ def compile_libraries(toolchains: dict[Library, Toolchain]) -> Path:
     if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
         raise SystemExit(
             "sbert_fast: the native build failed, the compiler's message is above; "
-            "SBERT_FAST_BUILD=none installs the package without native code"
+            "SBERT_FAST_BUILD=cpu leaves the CUDA ops out, SBERT_FAST_BUILD=none all native code"
         )
     return folder

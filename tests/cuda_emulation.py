@@ -6,6 +6,7 @@ again.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import platform
 import shlex
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -26,7 +28,8 @@ COMPILE_FLAGS = [
     *("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
     # Kernels unroll with nvcc's pragma, and read memory through words of other types.
     *("-Wno-unknown-pragmas", "-fno-strict-aliasing"),
-    *("-DSBF_EMULATED", "-Itests/cuda_emulator", "-Icsrc/cuda", "-Icsrc/common"),
+    *("-DSBF_EMULATED", "-DSBF_WITH_SM90=1"),
+    *("-Itests/cuda_emulator", "-Icsrc/cuda", "-Icsrc/common"),
 ]
 
 
@@ -34,7 +37,8 @@ class BuildError(Exception):
     """A library that does not compile; the message is the compiler's."""
 
 
-def _native_build():  # noqa: ANN202
+def _native_build() -> ModuleType:
+    """csrc/native_build.py, which is in no package."""
     if "native_build" not in sys.modules:
         sys.path.insert(0, str(ROOT / "csrc"))
         try:
@@ -42,6 +46,19 @@ def _native_build():  # noqa: ANN202
         finally:
             sys.path.remove(str(ROOT / "csrc"))
     return sys.modules["native_build"]
+
+
+@cache
+def unavailable() -> str | None:
+    """Why nothing can be emulated here; None where it can."""
+    if platform.machine() not in ("x86_64", "aarch64"):
+        return f"kernels are emulated on x86_64 and aarch64, not on {platform.machine()}"
+    native = _native_build()
+    try:
+        native.find_compiler()
+    except native.Unavailable as error:
+        return str(error)
+    return None
 
 
 def _ninja_file(name: str, sources: list[Path]) -> str:
@@ -94,6 +111,19 @@ def build(name: str, sources: list[Path]) -> Path:
 
 
 @cache
+def library() -> Path:
+    """The library of the CUDA ops, compiled for the emulator.
+
+    `sbert_fast.ops.extension.load_emulated_cuda` takes it, for tests of what chooses ops.
+
+    Raises:
+        BuildError: it does not compile.
+    """
+    folder = ROOT / "csrc/cuda"
+    return build("ops", sorted([*folder.glob("*.cu"), *folder.glob("*.cpp")]))
+
+
+@cache
 def load() -> frozenset[str]:
     """Load the emulated CUDA ops, once; the names of the ops they have a kernel for.
 
@@ -102,12 +132,13 @@ def load() -> frozenset[str]:
     Raises:
         BuildError: they do not compile.
     """
-    folder = ROOT / "csrc/cuda"
-    path = build("ops", sorted([*folder.glob("*.cu"), *folder.glob("*.cpp")]))
-    torch.ops.load_library(str(path))
+    torch.ops.load_library(str(library()))
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return frozenset(
-        op for op in schemas.SCHEMAS if has_kernel(f"{schemas.NAMESPACE}::{op}.cuda", "CPU")
+        op
+        for op in schemas.SCHEMAS
+        if "cuda" in schemas.implementations(op)
+        and has_kernel(f"{schemas.NAMESPACE}::{op}.cuda", "CPU")
     )
 
 
@@ -115,10 +146,6 @@ def set_order(seed: int) -> None:
     """Choose the order in which the threads of the ops' kernels run from now on.
 
     Args:
-        seed: of a random order; 0 takes the threads by their numbers.
+        seed: of a random order; 0 takes the threads by their numbers. It is 1 at first.
     """
-    import ctypes
-
-    load()
-    library = ctypes.CDLL(str(ROOT / FOLDER / "ops.so"))
-    library.sbf_emulation_set_order(ctypes.c_uint64(seed))
+    ctypes.CDLL(str(library())).sbf_emulation_set_order(ctypes.c_uint64(seed))

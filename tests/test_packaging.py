@@ -24,6 +24,7 @@ from sbert_fast import _build_info
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(sbert_fast.__file__).parent
 PACKED = ("csrc", "kernels", "sbert_fast", "tests", "examples", "requirements")
+MOST_BYTES = 30 << 20
 PACKED_FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile")
 
 
@@ -57,6 +58,9 @@ def _library(name: str) -> Path:
     return next(PACKAGE.glob(f"{name}.*so"))
 
 
+ops_libraries = pytest.mark.parametrize("name", ["_C", "_C_cuda"])
+
+
 class TestInstalled:
     """The package these tests import."""
 
@@ -71,6 +75,7 @@ class TestInstalled:
         assert present == set(_build_info.BUILT)
         assert present.isdisjoint(_build_info.SKIPPED)
         assert all(_build_info.SKIPPED.values())
+        assert ("_C_cuda" in present) == bool(_build_info.CUDA) == bool(_build_info.CUDA_TARGETS)
 
     def test_kernels_do_not_shadow_hugging_face(self, tmp_path: Path) -> None:
         assert not (ROOT / "kernels/__init__.py").exists()
@@ -82,17 +87,29 @@ class TestInstalled:
         assert ours.endswith("__init__.py")
         assert not theirs.startswith(str(ROOT))
 
-    def test_ops_library_uses_only_the_stable_abi(self) -> None:
-        listing = _run("nm", "-D", "-C", "--undefined-only", _library("_C"))
-        names = [line.split(maxsplit=1)[1] for line in listing.splitlines()]
-        assert any(name.startswith("aoti_torch_") for name in names)
-        assert [name for name in names if re.match(r"(at|c10|torch|caffe2)::", name)] == []
+    @ops_libraries
+    def test_ops_library_uses_only_the_stable_abi(self, name: str) -> None:
+        listing = _run("nm", "-D", "--undefined-only", _library(name))
+        needed = [line.split()[1] for line in listing.splitlines() if line.split()[0] == "U"]
+        ours = [symbol for symbol in needed if "@" not in symbol]  # the rest is the system's
+        assert any(symbol.startswith("aoti_torch_") for symbol in ours)
+        assert [symbol for symbol in ours if not re.match(r"(aoti_)?torch_\w+$", symbol)] == []
 
-    def test_ops_library_names_no_folder_of_the_build_machine(self) -> None:
-        dynamic = _run("readelf", "-d", _library("_C"))
+    @ops_libraries
+    def test_ops_library_names_no_folder_of_the_build_machine(self, name: str) -> None:
+        dynamic = _run("readelf", "-d", _library(name))
         assert "RPATH" not in dynamic
         assert "RUNPATH" not in dynamic
         assert re.findall(r"\[(libtorch\S*|libc10\S*)\]", dynamic) == ["libtorch_cpu.so"]
+
+    def test_cuda_library_keeps_its_runtime_to_itself(self) -> None:
+        assert "libcudart" not in _run("readelf", "-d", _library("_C_cuda"))
+        listing = _run("nm", "-D", _library("_C_cuda"))
+        assert re.findall(r"\bcuda[A-Z]\w+|\bcu[A-Z]\w+", listing) == []
+
+    def test_libraries_are_small_enough_to_ship(self) -> None:
+        size = sum(path.stat().st_size for path in PACKAGE.glob("_*.*so"))
+        assert size <= MOST_BYTES
 
     def test_host_module_needs_no_torch(self) -> None:
         assert "torch" not in _run("readelf", "-d", _library("_host"))
@@ -101,7 +118,7 @@ class TestInstalled:
 class TestSources:
     """Rules of the build's own sources."""
 
-    @pytest.mark.parametrize("path", ["setup.py", "csrc/native_build.py"])
+    @pytest.mark.parametrize("path", ["setup.py", "csrc/native_build.py", "csrc/nvcc.py"])
     def test_build_never_imports_torch(self, path: str) -> None:
         tree = ast.parse((ROOT / path).read_text())
         names = [
@@ -135,17 +152,45 @@ class TestPlan:
         with pytest.raises(SystemExit, match=expected):
             build.make_plan("gpu")
 
-    @pytest.mark.skipif(any(ROOT.glob("csrc/cuda/*.cu")), reason="there are CUDA sources")
-    def test_cuda_without_sources(self, build: ModuleType) -> None:
-        with pytest.raises(SystemExit, match="this version has no CUDA sources"):
+    def test_cpu_leaves_the_cuda_ops_out(self, build: ModuleType) -> None:
+        plan = build.make_plan("cpu")
+        assert set(plan.libraries) == {"_host", "_C"}
+        assert plan.skipped == {build.CUDA: "SBERT_FAST_BUILD=cpu"}
+        assert "CUDA: str = ''\nCUDA_TARGETS: tuple[str, ...] = ()" in build.build_info(plan)
+
+    def test_without_nvcc(
+        self, build: ModuleType, native: ModuleType, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def find(*_: object) -> None:
+            raise native.Unavailable("there is no nvcc")
+
+        monkeypatch.setattr(native, "find_nvcc", find)
+        monkeypatch.setattr(native, "has_cuda_sources", lambda: True)
+        plan = build.make_plan("auto")
+        assert plan.skipped == {build.CUDA: "there is no nvcc"}
+        with pytest.raises(SystemExit, match="=cuda cannot build _C_cuda: there is no nvcc"):
             build.make_plan("cuda")
+
+    def test_with_nvcc(
+        self, build: ModuleType, native: ModuleType, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        nvcc = native.Nvcc(Path("/cuda/bin/nvcc"), "13.0", ("8.0", "9.0a"))
+        monkeypatch.setattr(native, "find_nvcc", lambda *_: nvcc)
+        monkeypatch.setattr(native, "has_cuda_sources", lambda: True)
+        for mode in ("auto", "cuda"):
+            plan = build.make_plan(mode)
+            assert set(plan.libraries) == {"_host", "_C", "_C_cuda"}
+            record = build.build_info(plan)
+            assert "CUDA: str = '13.0'" in record and "= ('8.0', '9.0a')" in record
 
     def test_no_compiler(self, build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("CXX", "no-such-compiler -flag")
         reason = "the C++ compiler no-such-compiler is not installed"
         plan = build.make_plan("auto")
         assert plan.toolchains == {}
-        assert set(plan.skipped.values()) == {reason}
+        assert {why for library, why in plan.skipped.items() if library is not build.CUDA} == {
+            reason
+        }
         with pytest.raises(SystemExit, match=re.escape(f"=cpu cannot build _host: {reason}")):
             build.make_plan("cpu")
 
@@ -168,10 +213,10 @@ class TestPlan:
         header = torch / "include/torch/csrc/stable/library.h"
         header.parent.mkdir(parents=True)
         header.touch()
-        (torch / "version.py").write_text(f"__version__ = '{version}'\n")
+        (torch / "version.py").write_text(f"__version__ = '{version}'\ncuda: str = '13.0'\n")
         sys.path.append(str(tmp_path))
         if accepted:
-            assert native.find_torch() == native.Torch(torch, version)
+            assert native.find_torch() == native.Torch(torch, version, "13.0")
             return
         with pytest.raises(native.Unavailable, match=r"torch must be 2\.11 or later, got 2\.10\.1"):
             native.find_torch()

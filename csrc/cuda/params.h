@@ -30,6 +30,9 @@ struct AttentionParams {
 
 /// Launches on `stream` of the current device.
 void launch_varlen_attention(Dtype dtype, const AttentionParams& params, StreamHandle stream);
+/// The part of it that computes what is not short, on compute capability 9.0; false, and nothing is
+/// launched, where that kernel does not do it.
+bool launch_long_sm90(Dtype dtype, const AttentionParams& params, StreamHandle stream);
 
 /// Widest row of the row and pooling kernels, and what its width is a multiple of.
 inline constexpr int64_t kMaxWidth = 4096;

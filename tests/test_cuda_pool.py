@@ -204,20 +204,18 @@ def test_nothing_to_pool(op: str) -> None:
 
 @both_ops
 def test_what_is_refused(op: str) -> None:
-    def refused(message: str, name: str = op, E: int = 16, **changes: Any) -> None:
+    def refused(message: str, at: int = 0, value: Any = None, E: int = 16) -> None:
         args = arguments(op, E, torch.float16, "mean", lengths=[3, 2])
-        if name.endswith("_out"):
-            args += [torch.zeros(2, E), None]
-        for key, value in changes.items():
-            args[{"x": 0, "cu_seqlens": len(args) - 5, "skip": len(args) - 2}.get(key) or 0] = value
-        with pytest.raises(RuntimeError, match=f"^{name}: {message}"):
-            run(name, args)
+        if value is not None:
+            args[at] = value
+        with pytest.raises(RuntimeError, match=f"^{op}: {message}"):
+            run(op, args)
 
     refused("x must have a multiple of 8 columns, at most 4096, .* got 20: impl='triton'", E=20)
-    refused("x must be float16 or bfloat16, got float32", x=randn(12, 16))
-    refused("cu_seqlens must be contiguous int32", cu_seqlens=torch.tensor([0, 3, 5]))
-    refused("cu_seqlens must be int32", cu_seqlens=int32())
-    refused("skip must be at least 0, got -1", skip=-1)
+    refused("x must be float16 or bfloat16, got float32", 0, randn(12, 16))
+    refused("cu_seqlens must be contiguous int32", -5, torch.tensor([0, 3, 5]))
+    refused("cu_seqlens must be int32", -5, int32())
+    refused("skip must be at least 0, got -1", -2, -1)
     for out, rows, message in (
         (torch.zeros(1, 16), None, "out must have at least 2 rows"),
         (torch.zeros(2, 8), None, r"out must be float32 \[N, E\]"),
@@ -227,3 +225,14 @@ def test_what_is_refused(op: str) -> None:
         args = [*arguments(op, 16, torch.float16, "mean", lengths=[3, 2]), out, rows]
         with pytest.raises(RuntimeError, match=f"^{op}_out: {message}"):
             run(f"{op}_out", args)
+
+
+def test_views_that_are_not_aligned_are_refused() -> None:
+    x, *how = pool_args(16, torch.float16, "mean", [3, 2])
+    for view, message in (
+        (randn(12, 20, dtype=torch.float16)[:, :16], "must have rows a multiple of 8 columns apart"),
+        (randn(12, 24, dtype=torch.float16)[:, 4:20], "must begin at a multiple of 16 bytes"),
+        (randn(16, 12, dtype=torch.float16).T, r"must be \[T, E\] with unit inner stride"),
+    ):
+        with pytest.raises(RuntimeError, match=f"^segment_pool: x {message}"):
+            run("segment_pool", [view, *how])

@@ -53,20 +53,23 @@ embed_norm_kernel(EmbedNormParams params) {
   const int64_t position = params.positions[token];
   const int64_t type = params.types != nullptr ? params.types[token] : 0;
 
-  RawRow<Layout> word, at, kind;
+  RawRow<Layout> word, at;
   word.load(static_cast<const T*>(params.word) + id * params.E + lane.start, lane);
   at.load(static_cast<const T*>(params.position_table) + position * params.E + lane.start, lane);
-  const bool has_types = params.type_table != nullptr;
-  kind.load_if(has_types, static_cast<const T*>(params.type_table) + type * params.E + lane.start,
-               lane);
   Row<Layout> row;
   row.template assign<T>(word);
   row.template add<T>(at);
-  row.template add<T>(kind);
+  if (params.type_table != nullptr) {
+    // Two rows that every multiprocessor has at hand.
+    RawRow<Layout> kind;
+    kind.load(static_cast<const T*>(params.type_table) + type * params.E + lane.start, lane);
+    row.template add<T>(kind);
+  }
   row.multiply(center(row, lane, params.inverse_width, params.eps, sums));
   row.scale_and_shift(params.weight, params.bias, 1.0f, lane);
-  if (place > last) return;
-  const int64_t offset = token * params.E + lane.start;
+  const uint32_t target = group_index<Layout>(kNormThreads);
+  if (target >= static_cast<uint32_t>(params.T)) return;
+  const int64_t offset = static_cast<int64_t>(target) * params.E + lane.start;
   if (params.out_dtype == kFloat16) {
     row.store(static_cast<Half*>(params.out) + offset, lane);
   } else {

@@ -61,14 +61,17 @@ Dtype check_activation(const char* op, const char* name, const Tensor& tensor, c
 
 Dtype check_activation_rows(const char* op, const char* name, const Tensor& tensor,
                             const char* dims) {
-  constexpr int64_t kNumbers = kAlignment / 2;
   const Dtype dtype = check_activation_dtype(op, name, tensor);
   SBF_CHECK(tensor.dim() == 2 && (tensor.stride(1) == 1 || tensor.size(1) <= 1), op, name,
             " must be ", dims, " with unit inner stride, got ", describe(tensor));
+  return dtype;
+}
+
+void check_row_alignment(const char* op, const char* name, const Tensor& tensor) {
+  constexpr int64_t kNumbers = kAlignment / 2;
   SBF_CHECK(tensor.stride(0) % kNumbers == 0 || tensor.size(0) <= 1, op, name,
             " must have rows a multiple of ", kNumbers, " columns apart, got ", describe(tensor));
   check_alignment(op, name, tensor);
-  return dtype;
 }
 
 void check_device_like(const char* op, const char* name, const Tensor& tensor, const Tensor& like) {

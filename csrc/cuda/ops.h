@@ -21,7 +21,7 @@ inline constexpr int64_t kAlignment = 16;
 Dtype check_activation(const char* op, const char* name, const Tensor& tensor, const char* dims,
                        std::initializer_list<int64_t> sizes);
 
-/// Requires aligned rows [T, E] on a GPU, of float16 or bfloat16, with a unit inner stride.
+/// Requires rows [T, E] on a GPU, of float16 or bfloat16, with a unit inner stride.
 Dtype check_activation_rows(const char* op, const char* name, const Tensor& tensor,
                             const char* dims);
 
@@ -34,6 +34,9 @@ void check_tensor_like(const char* op, const char* name, const Tensor& tensor, c
 void check_tensor_like(const char* op, const char* name, const std::optional<Tensor>& tensor,
                        const Tensor& like, ScalarType dtype, const char* dims,
                        std::initializer_list<int64_t> sizes);
+
+/// Requires 16-bit rows that all begin at a multiple of kAlignment bytes.
+void check_row_alignment(const char* op, const char* name, const Tensor& tensor);
 
 /// Requires data that begins at a multiple of kAlignment bytes.
 void check_alignment(const char* op, const char* name, const Tensor& tensor);

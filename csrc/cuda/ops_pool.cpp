@@ -44,7 +44,9 @@ Pooling check_pooling(const char* op, const Tensor& x, Dtype dtype, const Tensor
 Pooling check_segments(const char* op, const Tensor& x, const Tensor& cu_seqlens, int64_t mode,
                        bool normalize, int64_t skip, const std::optional<Tensor>& spans) {
   const Dtype dtype = check_activation_rows(op, "x", x, "[T, E]");
-  return check_pooling(op, x, dtype, cu_seqlens, mode, normalize, skip, spans);
+  const Pooling pooling = check_pooling(op, x, dtype, cu_seqlens, mode, normalize, skip, spans);
+  check_row_alignment(op, "x", x);
+  return pooling;
 }
 
 Pooling check_norm_pooling(const char* op, const Tensor& x, const std::optional<Tensor>& bias,

@@ -28,7 +28,8 @@ struct RowLayout {
 template <class Function>
 void with_row_layout(int32_t E, Function&& function) {
   if (E <= 128) return function(RowLayout<16, 1, 0>());
-  if (E <= 384) return function(RowLayout<16, 3, 1>());
+  if (E <= 256) return function(RowLayout<16, 2, 1>());
+  if (E <= 384) return function(RowLayout<16, 3, 2>());
   if (E <= 512) return function(RowLayout<32, 2, 1>());
   if (E <= 768) return function(RowLayout<32, 3, 2>());
   if (E <= 1024) return function(RowLayout<32, 4, 3>());

@@ -139,20 +139,23 @@ SBF_DEVICE void add_tokens(const PoolParams& params, const RowLane<Layout>& lane
                            int offset, Row<Layout>& total) {
   const bool weighted = params.mode == kWeightedMean;
   const T* rows = static_cast<const T*>(params.x) + lane.start;
+  int token = tokens.next;
+  RawRow<Layout> x, y;
+  Row<Layout> row;
+  // Two at a time, both loaded before the first is used.
 #pragma unroll 1
-  for (int token = tokens.next; token < tokens.end; token += 2 * tokens.stride) {
-    const int second = token + tokens.stride;
-    RawRow<Layout> x, y;
+  for (int second; (second = token + tokens.stride) < tokens.end; token = second + tokens.stride) {
     x.load(rows + token * params.x_stride, lane);
-    y.load(rows + (second < tokens.end ? second : token) * params.x_stride, lane);
-    Row<Layout> row;
+    y.load(rows + second * params.x_stride, lane);
     row.template assign<T>(x);
     take<Layout, kMaxMode>(total, row, weighted ? static_cast<float>(token + offset) : 1.0f);
     row.template assign<T>(y);
-    if (second < tokens.end) {
-      take<Layout, kMaxMode>(total, row, weighted ? static_cast<float>(second + offset) : 1.0f);
-    }
+    take<Layout, kMaxMode>(total, row, weighted ? static_cast<float>(second + offset) : 1.0f);
   }
+  if (token >= tokens.end) return;
+  x.load(rows + token * params.x_stride, lane);
+  row.template assign<T>(x);
+  take<Layout, kMaxMode>(total, row, weighted ? static_cast<float>(token + offset) : 1.0f);
 }
 
 /// The same of the normalised tokens.

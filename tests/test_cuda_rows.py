@@ -1,5 +1,5 @@
-"""embed_norm, add_norm and bias_gelu in CUDA C++, run thread by thread on a CPU: figures, isolation,
-and what is refused."""
+"""embed_norm, add_norm and bias_gelu in CUDA C++, run thread by thread on a CPU: figures,
+isolation, and what is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from sbert_fast.testing import check_op
 OPS = torch.ops.sbert_fast
 HALVES = [torch.float16, torch.bfloat16]
 # Every layout of rows: within one piece of sixteen bytes, half full, full, over several warps.
-SHAPES = [(1, 8), (37, 24), (9, 128), (19, 312), (33, 384), (9, 512), (9, 520), (17, 768), (5, 1024)]
+SHAPES = [(1, 8), (37, 24), (9, 128), (9, 136), (19, 312), (33, 384), (9, 512), (9, 520)]
+SHAPES += [(17, 768), (5, 1024)]
 WIDE_SHAPES = [(3, 1032), (2, 2048), (2, 2056), (3, 4096)]
 
 

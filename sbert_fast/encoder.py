@@ -191,7 +191,7 @@ class FastEncoder(SentenceTransformer):
         if pipeline is None:
             try:
                 pipeline = build_pipeline(self, self._dtype_to_request(), self._impl)
-                pipeline.engine.prepared()
+                pipeline.prepare()
             except InvalidWeightsError:
                 raise
             except UnsupportedModelError as error:

@@ -60,11 +60,16 @@ def _installation() -> list[str]:
 
 
 def _fast_encoder(model: FastEncoder) -> list[str]:
-    engine, stats = model.packed_engine, model.stats
-    if engine is None:
-        lines = [f"encode: sentence-transformers: {model.unsupported_reason}"]
+    stats = model.stats
+    try:
+        engine = model.packed_engine
+    except (SbertFastError, ValueError) as error:
+        lines = [f"encode: refused: {error}"]
     else:
-        lines = [f"encode: packed, {_engine(engine)}"]
+        if engine is None:
+            lines = [f"encode: sentence-transformers: {model.unsupported_reason}"]
+        else:
+            lines = [f"encode: packed, {_engine(engine)}"]
     lines.append(
         f"so far: {stats.texts} texts, {stats.tokens} tokens, {stats.batches} batches, "
         f"{stats.truncated} texts truncated"

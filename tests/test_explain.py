@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
+
 import families
 from patched import LENGTHS
 from sbert_fast import FastEncoder, accelerate, explain
@@ -33,3 +36,22 @@ def test_explain_a_fast_encoder() -> None:
     assert "encode: packed, float32 on cpu" in text
     assert "2 texts" in text
     assert "accelerate(model)" not in text
+
+
+@pytest.mark.parametrize("length", [0, families.MAX_TOKENS + 1, "many"])
+def test_a_max_seq_length_that_is_refused_is_told(length: object) -> None:
+    encoder = FastEncoder(families.make_sentence_transformer("bert"))
+    encoder.max_seq_length = length
+    with pytest.raises(ValueError, match="max_seq_length must be an integer") as error:
+        encoder.encode(["one"])
+    assert encoder.unsupported_reason == str(error.value)
+    assert f"  encode: refused: {error.value}" in explain(encoder).splitlines()
+
+
+def test_weights_that_are_refused_are_told() -> None:
+    encoder = FastEncoder(families.make_sentence_transformer("bert"))
+    with torch.no_grad():
+        encoder[0].auto_model.embeddings.LayerNorm.bias[3] = float("nan")
+    encoder.refresh()
+    assert encoder.unsupported_reason == "weights hold NaN or infinity: embeddings.LayerNorm.bias"
+    assert f"encode: refused: {encoder.unsupported_reason}" in explain(encoder)

@@ -13,6 +13,7 @@ MODEL ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CXX_SOURCES := $(wildcard $(foreach suffix,h cpp cu cuh,csrc/*/*.$(suffix)))
+EMULATOR_SOURCES := $(wildcard $(foreach suffix,h cpp cu,tests/*/*.$(suffix)))
 REQUIREMENTS := $(VENV)/.requirements
 BUILD := $(VENV)/.build
 
@@ -40,14 +41,14 @@ gpu-check: ## Check and measure on a GPU: OUT=folder [STAGE=build,ops,...] [MODE
 lint: $(BUILD) ## Check style, types and the import rule.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES) $(EMULATOR_SOURCES)
 	$(BIN)/mypy
 	$(BIN)/pytest -q --noconftest tests/test_imports.py
 
 format: $(REQUIREMENTS) ## Rewrite sources in the house style.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CXX_SOURCES)
+	$(BIN)/clang-format -i $(CXX_SOURCES) $(EMULATOR_SOURCES)
 
 clean: ## Remove what builds and checks leave behind, but for the environment.
 	rm -rf build dist *.egg-info sbert_fast/*.so sbert_fast/_build_info.py $(BUILD)

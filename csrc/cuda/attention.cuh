@@ -9,17 +9,14 @@ namespace sbert_fast::cuda {
 
 /// Sequences of a block of the short kernel where there is no table of tiles.
 inline constexpr int kGroup = 8;
-/// Bytes of neighbouring heads that a block of the short kernel reads: one line of the cache.
-inline constexpr int kLine = 128;
 
 template <class T, int CHUNKS, int BLOCKS, bool PLAIN>
 void launch_short(const AttentionParams& p, StreamHandle stream) {
-  const int heads = CHUNKS * kChunk * 2 < kLine ? 2 : 1;
   const int64_t tiles = p.tiles != nullptr ? p.num_tiles : ceil_div(p.B, kGroup);
   // The dead tail has to be cleared even where there is no sequence.
-  const int64_t blocks = (tiles > 0 ? tiles : 1) * ceil_div(p.H, heads);
+  const int64_t blocks = (tiles > 0 ? tiles : 1) * ceil_div(p.H, kShortHeads<CHUNKS>);
   launch("varlen_attention", attention_short_kernel<T, CHUNKS, BLOCKS, PLAIN>, blocks,
-         kShortThreads, 0, stream, p, heads, kGroup);
+         kShortThreads, 0, stream, p, kGroup);
 }
 
 template <class T, int CHUNKS, bool PLAIN>
@@ -31,9 +28,10 @@ void launch_long(const AttentionParams& p, StreamHandle stream) {
          2 * Buffer<CHUNKS>::kBytes, stream, p, q_blocks);
 }
 
-/// Attention of heads of at most 32 * CHUNKS columns.
+/// Attention of heads of at most 32 * CHUNKS columns; `with_long`: with the sequences that are not
+/// short.
 template <class T, int CHUNKS>
-void launch_attention(const AttentionParams& p, StreamHandle stream) {
+void launch_attention(const AttentionParams& p, bool with_long, StreamHandle stream) {
   constexpr int kBlocks = short_limit(CHUNKS * kChunk) / kRows;
   const bool plain = p.bias == nullptr && p.window < 0 && p.scale > 0;
   if (!plain) {
@@ -47,7 +45,7 @@ void launch_attention(const AttentionParams& p, StreamHandle stream) {
   } else {
     launch_short<T, CHUNKS, kBlocks, true>(p, stream);
   }
-  if (p.max_seqlen <= short_limit(p.D)) return;
+  if (!with_long) return;
   plain ? launch_long<T, CHUNKS, true>(p, stream) : launch_long<T, CHUNKS, false>(p, stream);
 }
 

@@ -2,6 +2,6 @@
 
 namespace sbert_fast::cuda {
 
-template void launch_attention<Half, 1>(const AttentionParams&, StreamHandle);
+template void launch_attention<Half, 1>(const AttentionParams&, bool, StreamHandle);
 
 }  // namespace sbert_fast::cuda

@@ -19,21 +19,28 @@ struct RowPair {
   Vector row[2][CHUNKS];
 };
 
-/// Rows `first + g` and `first + g + 8` of `rows` at `base`, `stride` numbers apart; zeros behind
-/// the last row and from column D on.
+/// Where lane 4g + c finds its columns of row g, in numbers, of rows `stride` numbers apart. The
+/// rows of a tile are near enough for 32 bits, which take a third of the instructions of 64.
+SBF_DEVICE uint32_t lane_offset(int stride) {
+  const int lane = thread_index() % 32;
+  return static_cast<uint32_t>(lane / 4 * stride + lane % 4 * 8);
+}
+
+/// Rows g and g + 8 behind `base`, `stride` numbers apart; zeros where they are not among the first
+/// `rows`, and from column D on.
 template <class T, int CHUNKS>
-SBF_DEVICE RowPair<CHUNKS> load_rows(const T* base, int64_t stride, int first, int rows, int D) {
+SBF_DEVICE RowPair<CHUNKS> load_rows(const T* base, int stride, int rows, int D) {
   const int lane = thread_index() % 32, column = lane % 4 * 8;
+  const T* at = base + lane_offset(stride);
   RowPair<CHUNKS> pair;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int row = first + lane / 4 + 8 * half;
-    const T* at = base + row * stride + column;
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-      const bool live = row < rows && chunk * kChunk + column < D;
+      const bool live = lane / 4 + 8 * half < rows && chunk * kChunk + column < D;
       pair.row[half][chunk] = live ? load_16(at + chunk * kChunk) : Vector{};
     }
+    at += static_cast<uint32_t>(8 * stride);
   }
   return pair;
 }
@@ -82,15 +89,14 @@ SBF_DEVICE void multiply_values(Result<CHUNKS>& result, const float (&weights)[2
   }
 }
 
-/// Stores rows `first + g` and `first + g + 8`, those below `rows`, each times its factor.
+/// Stores rows g and g + 8 behind `base`, those among the first `rows`, each times its factor.
 template <class T, int CHUNKS>
-SBF_DEVICE void store_rows(T* base, int64_t stride, int first, int rows, int D,
-                           const Result<CHUNKS>& result, const float (&factor)[2]) {
+SBF_DEVICE void store_rows(T* base, int stride, int rows, int D, const Result<CHUNKS>& result,
+                           const float (&factor)[2]) {
   const int lane = thread_index() % 32, column = lane % 4 * 8;
+  T* at = base + lane_offset(stride);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int row = first + lane / 4 + 8 * half;
-    T* at = base + row * stride + column;
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
       Vector v;
@@ -99,8 +105,10 @@ SBF_DEVICE void store_rows(T* base, int64_t stride, int first, int rows, int D,
         const float* pair = result.o[chunk][word] + 2 * half;
         v.word[word] = pack<T>(pair[0] * factor[half], pair[1] * factor[half]);
       }
-      if (row < rows && chunk * kChunk + column < D) store_16(at + chunk * kChunk, v);
+      const bool live = lane / 4 + 8 * half < rows && chunk * kChunk + column < D;
+      if (live) store_16(at + chunk * kChunk, v);
     }
+    at += static_cast<uint32_t>(8 * stride);
   }
 }
 

@@ -32,18 +32,19 @@ struct Buffer {
 };
 
 /// Start copying the keys and values [key, key + 64) of a sequence of `length`.
-template <class T, int CHUNKS>
-SBF_DEVICE void copy_keys(unsigned char* buffer, const T* k_rows, int64_t width, int key,
-                          int length, int D) {
+template <class T, int CHUNKS, int THREADS>
+SBF_DEVICE void copy_keys(unsigned char* buffer, const T* k_rows, int width, int key, int length,
+                          int D) {
   constexpr int kVectors = CHUNKS * kChunk / 8, kWidth = Buffer<CHUNKS>::kWidth;
-  for (int index = thread_index(); index < kKeys * kVectors; index += block_threads()) {
+  const T* base = k_rows + static_cast<int64_t>(key) * 3 * width;
+#pragma unroll 1
+  for (int index = thread_index(); index < kKeys * kVectors; index += THREADS) {
     const int row = index / kVectors, column = index % kVectors * 8;
     const bool live = key + row < length && column < D;
-    const T* k = live ? k_rows + (key + row) * 3 * width + column : k_rows;
-    const T* v = live ? k + width : k_rows;
+    const T* k = base + (live ? static_cast<uint32_t>(row * 3 * width + column) : 0u);
     copy_async_16(buffer + offset_by_pairs(row, column, kWidth), k, live);
     unsigned char* values = buffer + Buffer<CHUNKS>::kValues;
-    copy_async_16(values + offset_by_columns(row, column, kWidth), v, live);
+    copy_async_16(values + offset_by_columns(row, column, kWidth), k + width, live);
   }
   copy_async_commit();
 }
@@ -74,12 +75,12 @@ struct Queries {
   float total[MATRICES][2];
 };
 
-/// Turns the scores of one matrix into weights, and makes the results so far relative to the new
-/// largest score.
-template <class T, int CHUNKS, bool PLAIN>
+/// Turns the scores of one matrix into weights relative to the largest score of each row so far.
+/// Results so far are relative to the largest one before: `shrink` is the factor that they lack.
+template <class T, bool PLAIN>
 SBF_DEVICE void stream_softmax(const float (&s)[kKeys / 16][2][4],
                                uint32_t (&weights)[kKeys / 16][4], float (&top)[2],
-                               float (&total)[2], Result<CHUNKS>& result, float scale) {
+                               float (&total)[2], float (&shrink)[2], float scale) {
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     float largest = top[row];
@@ -93,7 +94,7 @@ SBF_DEVICE void stream_softmax(const float (&s)[kKeys / 16][2][4],
     largest = row_max(largest);
     // Outside of its window a row has no key at all.
     const float origin = (!PLAIN && largest == -infinity() ? 0.0f : largest) * scale;
-    const float shrink = exp2_approx(fma(top[row], scale, -origin));
+    shrink[row] = exp2_approx(fma(top[row], scale, -origin));
     top[row] = largest;
     float sum = 0;
 #pragma unroll
@@ -107,14 +108,18 @@ SBF_DEVICE void stream_softmax(const float (&s)[kKeys / 16][2][4],
         sum += low + high;
       }
     }
-    total[row] = fma(total[row], shrink, sum);
+    total[row] = fma(total[row], shrink[row], sum);
+  }
+}
+
+template <int CHUNKS>
+SBF_DEVICE void scale_rows(Result<CHUNKS>& result, const float (&factor)[2]) {
 #pragma unroll
-    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+  for (int chunk = 0; chunk < CHUNKS; ++chunk) {
 #pragma unroll
-      for (int word = 0; word < 4; ++word) {
-        result.o[chunk][word][2 * row] *= shrink;
-        result.o[chunk][word][2 * row + 1] *= shrink;
-      }
+    for (int word = 0; word < 4; ++word) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) result.o[chunk][word][e] *= factor[e / 2];
     }
   }
 }
@@ -166,26 +171,28 @@ SBF_DEVICE void attend_keys(const AttentionParams& p, Queries<CHUNKS, MATRICES>&
   uint32_t weights[MATRICES][kKeys / 16][4];
 #pragma unroll
   for (int m = 0; m < MATRICES; ++m) {
-    stream_softmax<T, CHUNKS, PLAIN>(s[m], weights[m], x.top[m], x.total[m], x.result[m], scale);
+    float shrink[2];
+    stream_softmax<T, PLAIN>(s[m], weights[m], x.top[m], x.total[m], shrink, scale);
+    scale_rows(x.result[m], shrink);
   }
   add_values<T, CHUNKS>(x.result, weights, buffer + Buffer<CHUNKS>::kValues);
 }
 
-/// Stores the rows below `rows` of one matrix, whose first is `first`.
+/// Stores rows g and g + 8 of one matrix behind `base`, those among the first `rows`.
 template <class T, int CHUNKS>
-SBF_DEVICE void store_stream(T* base, int64_t stride, int first, int rows, int D,
-                             const Result<CHUNKS>& result, const float (&total)[2]) {
+SBF_DEVICE void store_stream(T* base, int stride, int rows, int D, const Result<CHUNKS>& result,
+                             const float (&total)[2]) {
   const int lane = thread_index() % 32;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float factor = reciprocal(row_sum(total[half]));
-    const int row = first + lane / 4 + 8 * half;
+    const int row = lane / 4 + 8 * half;
+    T* at = base + static_cast<uint32_t>(row * stride + lane % 4 * 2);
 #pragma unroll
     for (int word = 0; word < CHUNKS * 4; ++word) {
       const float* pair = result.o[word / 4][word % 4] + 2 * half;
       const uint32_t rounded = pack<T>(pair[0] * factor, pair[1] * factor);
-      T* at = base + row * stride + word * 8 + lane % 4 * 2;
-      if (row < rows && word * 8 < D) *reinterpret_cast<uint32_t*>(at) = rounded;
+      if (row < rows && word * 8 < D) *reinterpret_cast<uint32_t*>(at + word * 8) = rounded;
     }
   }
 }
@@ -240,16 +247,21 @@ SBF_DEVICE Work next_work(const AttentionParams& p, const Tile& tile, int querie
 template <class T, int CHUNKS, bool PLAIN>
 SBF_DEVICE void attend_long(const AttentionParams& p, const Work& work, int head) {
   constexpr int kMatrices = LongShape<CHUNKS, PLAIN>::kMatrices;
-  const int64_t width = static_cast<int64_t>(p.H) * p.D;
-  const T* q_rows = static_cast<const T*>(p.qkv) + work.start * 3 * width + head * p.D;
+  constexpr int kThreads = LongShape<CHUNKS, PLAIN>::kThreads;
+  const int width = p.H * p.D;
+  const T* q_rows =
+      static_cast<const T*>(p.qkv) + static_cast<int64_t>(work.start) * 3 * width + head * p.D;
   const int first = work.query + thread_index() / 32 * 16 * kMatrices;
 
   const Keys keys = visible_keys(work.query, work.end, work.length, p.window, kKeys);
-  copy_keys<T, CHUNKS>(shared_memory(), q_rows + width, width, keys.first, work.length, p.D);
+  copy_keys<T, CHUNKS, kThreads>(shared_memory(), q_rows + width, width, keys.first, work.length,
+                                 p.D);
   Queries<CHUNKS, kMatrices> x{};
 #pragma unroll
   for (int m = 0; m < kMatrices; ++m) {
-    x.q[m] = load_rows<T, CHUNKS>(q_rows, 3 * width, first + 16 * m, work.end, p.D);
+    const int query = first + 16 * m;
+    const T* rows = q_rows + static_cast<int64_t>(query) * 3 * width;
+    x.q[m] = load_rows<T, CHUNKS>(rows, 3 * width, work.end - query, p.D);
     x.top[m][0] = x.top[m][1] = -infinity();
   }
   int turn = 0;
@@ -257,7 +269,7 @@ SBF_DEVICE void attend_long(const AttentionParams& p, const Work& work, int head
     const unsigned char* buffer = shared_memory() + turn * Buffer<CHUNKS>::kBytes;
     if (key + kKeys < keys.last) {
       unsigned char* other = shared_memory() + (turn ^ 1) * Buffer<CHUNKS>::kBytes;
-      copy_keys<T, CHUNKS>(other, q_rows + width, width, key + kKeys, work.length, p.D);
+      copy_keys<T, CHUNKS, kThreads>(other, q_rows + width, width, key + kKeys, work.length, p.D);
       copy_async_wait<1>();
     } else {
       copy_async_wait<0>();
@@ -266,10 +278,12 @@ SBF_DEVICE void attend_long(const AttentionParams& p, const Work& work, int head
     attend_keys<T, CHUNKS, PLAIN>(p, x, buffer, head, first, key, work.length);
     sync_block();
   }
-  T* out = static_cast<T*>(p.out) + work.start * width + head * p.D;
 #pragma unroll
   for (int m = 0; m < kMatrices; ++m) {
-    store_stream<T, CHUNKS>(out, width, first + 16 * m, work.end, p.D, x.result[m], x.total[m]);
+    const int query = first + 16 * m;
+    T* rows = static_cast<T*>(p.out) + static_cast<int64_t>(work.start + query) * width;
+    store_stream<T, CHUNKS>(rows + head * p.D, width, work.end - query, p.D, x.result[m],
+                            x.total[m]);
   }
 }
 

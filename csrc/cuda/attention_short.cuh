@@ -29,12 +29,13 @@ constexpr int short_blocks(int chunks, int blocks) {
 template <class T, int CHUNKS, int BLOCKS, bool PLAIN>
 SBF_DEVICE void attend_short(const AttentionParams& p, int64_t start, int length, int head,
                              int query) {
-  const int64_t width = static_cast<int64_t>(p.H) * p.D;
+  const int width = p.H * p.D;
   const T* q_rows = static_cast<const T*>(p.qkv) + start * 3 * width + head * p.D;
   const T* k_rows = q_rows + width;
   const T* v_rows = k_rows + width;
   const auto load = [&](const T* rows, int first) {
-    return load_rows<T, CHUNKS>(rows, 3 * width, first, length, p.D);
+    const T* base = rows + static_cast<uint32_t>(first * 3 * width);
+    return load_rows<T, CHUNKS>(base, 3 * width, length - first, p.D);
   };
 
   const RowPair<CHUNKS> q = load(q_rows, query);
@@ -91,21 +92,25 @@ SBF_DEVICE void attend_short(const AttentionParams& p, int64_t start, int length
     }
   }
   const float factor[2] = {reciprocal(row_sum(total[0])), reciprocal(row_sum(total[1]))};
-  T* out = static_cast<T*>(p.out) + start * width + head * p.D;
-  store_rows<T, CHUNKS>(out, width, query, length, p.D, result, factor);
+  T* out = static_cast<T*>(p.out) + (start + query) * width + head * p.D;
+  store_rows<T, CHUNKS>(out, width, length - query, p.D, result, factor);
 }
 
-/// The sequences of one tile that are short, `heads` heads of them; and the dead tail.
+/// Heads of a block of threads: their loads are neighbours in a line of the cache.
+template <int CHUNKS>
+inline constexpr int kShortHeads = CHUNKS == 1 ? 2 : 1;
+
+/// The sequences of one tile that are short, some heads of them; and the dead tail.
 ///
-/// Warps take items in turn: of a sequence all query blocks of a head, then its other heads.
+/// Warps take items in turn: of a sequence the heads of a query block, then the next query block.
 template <class T, int CHUNKS, int BLOCKS, bool PLAIN>
 SBF_KERNEL(kShortThreads, short_blocks(CHUNKS, BLOCKS))
-attention_short_kernel(const AttentionParams p, int heads, int group) {
+attention_short_kernel(const AttentionParams p, int group) {
   clear_dead_tail<T>(p);
-  const int head_groups = ceil_div(p.H, heads);
+  constexpr int kHeads = kShortHeads<CHUNKS>;
+  const int head_groups = ceil_div(p.H, kHeads);
   const Tile tile = tile_of_sequences(p.tiles, block_index() / head_groups, group, p.B);
-  const int first_head = block_index() % head_groups * heads;
-  const int count = p.H - first_head < heads ? p.H - first_head : heads;
+  const int first_head = block_index() % head_groups * kHeads;
   const int lane = thread_index() % 32, warp = thread_index() / 32;
   const int limit = short_limit(p.D);
 
@@ -118,20 +123,20 @@ attention_short_kernel(const AttentionParams p, int heads, int group) {
     }
     if (length > limit) length = 0;
     const int blocks = ceil_div(length, kRows);
-    int before = blocks;  // query blocks of this sequence and those before it
+    int behind = blocks;  // query blocks of this sequence and those before it
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
-      const int other = shuffle_up(before, distance);
-      if (lane >= distance) before += other;
+      const int other = shuffle_up(behind, distance);
+      if (lane >= distance) behind += other;
     }
-    const int items = shuffle(before, 31) * count;
+    const int items = shuffle(behind, 31) * kHeads;
     for (int item = warp; item < items; item += kShortThreads / 32) {
-      const uint32_t reached = ballot(before * count > item);
-      const int owner = count_trailing_zeros(reached);
-      const int owned = shuffle(blocks, owner);
-      const int within = item - (shuffle(before, owner) - owned) * count;
-      attend_short<T, CHUNKS, BLOCKS, PLAIN>(p, shuffle(start, owner), shuffle(length, owner),
-                                             first_head + within / owned, within % owned * kRows);
+      const int block = item / kHeads, head = first_head + item % kHeads;
+      const int owner = count_trailing_zeros(ballot(behind > block));
+      const int query = (block - shuffle(behind - blocks, owner)) * kRows;
+      const int64_t first = shuffle(start, owner);
+      const int rows = shuffle(length, owner);
+      if (head < p.H) attend_short<T, CHUNKS, BLOCKS, PLAIN>(p, first, rows, head, query);
     }
   }
 }

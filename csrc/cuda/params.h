@@ -30,5 +30,8 @@ struct AttentionParams {
 
 /// Launches on `stream` of the current device.
 void launch_varlen_attention(Dtype dtype, const AttentionParams& params, StreamHandle stream);
+/// The part of it that computes what is not short, on compute capability 9.0; false, and nothing is
+/// launched, where that kernel does not do it.
+bool launch_long_sm90(Dtype dtype, const AttentionParams& params, StreamHandle stream);
 
 }  // namespace sbert_fast::cuda

@@ -8,10 +8,13 @@
 
 #include "emulated_fibers.h"
 
-// The registers that a function must leave as they were, then the address to return to.
+// The registers that a function must leave as they were, then the address to return to: by a jump,
+// since a processor foretells where `ret` goes, and here would be wrong.
 #if defined(__x86_64__)
 asm(R"(
 .pushsection .text
+.globl sbf_switch_context
+.hidden sbf_switch_context
 .type sbf_switch_context, @function
 sbf_switch_context:
   pushq %rbp
@@ -28,13 +31,16 @@ sbf_switch_context:
   popq %r12
   popq %rbx
   popq %rbp
-  retq
+  popq %rcx
+  jmpq *%rcx
 .size sbf_switch_context, . - sbf_switch_context
 .popsection
 )");
 #elif defined(__aarch64__)
 asm(R"(
 .pushsection .text
+.globl sbf_switch_context
+.hidden sbf_switch_context
 .type sbf_switch_context, %function
 sbf_switch_context:
   stp x29, x30, [sp, #-160]!
@@ -68,8 +74,6 @@ sbf_switch_context:
 #error "kernels are emulated on x86-64 and aarch64"
 #endif
 
-extern "C" [[gnu::visibility("hidden")]] void sbf_switch_context(void** from, void* to);
-
 namespace sbert_fast::cuda::emulation {
 namespace {
 
@@ -100,8 +104,6 @@ const Stacks& stacks() {
 
 }  // namespace
 
-void switch_context(Context* from, Context to) { sbf_switch_context(from, to); }
-
 Context new_context(unsigned char* top, void (*entry)()) {
   void** slot = reinterpret_cast<void**>(top);
 #if defined(__x86_64__)
@@ -115,7 +117,10 @@ Context new_context(unsigned char* top, void (*entry)()) {
   return slot;
 }
 
-unsigned char* stack_of(int thread) { return stacks().begin + (thread + 1) * kStackBytes; }
+unsigned char* stack_of(int thread) {
+  // Stacks of a warp that began at the same offset would fight for the same lines of the cache.
+  return stacks().begin + (thread + 1) * kStackBytes - thread % kWarpThreads * 128;
+}
 
 bool is_stack_guard(const void* address) {
   const auto offset = static_cast<const unsigned char*>(address) - stacks().begin;

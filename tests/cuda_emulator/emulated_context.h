@@ -3,13 +3,15 @@
 
 #include <cstddef>
 
+extern "C" [[gnu::visibility("hidden")]] void sbf_switch_context(void** from, void* to);
+
 namespace sbert_fast::cuda::emulation {
 
 /// Where a fiber goes on that does not run: its stack pointer, the registers saved above it.
 using Context = void*;
 
 /// Goes on with `to`; whoever goes on with `*from` comes back from this call.
-void switch_context(Context* from, Context to);
+inline void switch_context(Context* from, Context to) { sbf_switch_context(from, to); }
 
 /// A fiber that begins with `entry`, which must not return, on the stack that ends at `top`.
 Context new_context(unsigned char* top, void (*entry)());

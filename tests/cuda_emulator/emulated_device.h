@@ -17,7 +17,6 @@
 #include "emulated_numbers.h"
 
 #define SBF_DEVICE inline
-#define SBF_HOST_DEVICE inline
 #define SBF_KERNEL(threads, blocks) static void
 // Thread-local variables of a library lie side by side, so that all of them can be poisoned.
 #define SBF_SHARED static thread_local

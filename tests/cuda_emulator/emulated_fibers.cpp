@@ -52,9 +52,12 @@ int lowest(uint32_t lanes) { return __builtin_ctz(lanes); }
 
 void suspend() { switch_context(&block.threads[running.thread], block.scheduler); }
 
+bool same_text(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
+
 bool operator==(const Site& a, const Site& b) {
   return a.location.line() == b.location.line() && a.location.column() == b.location.column() &&
-         std::strcmp(a.operation, b.operation) == 0;
+         same_text(a.operation, b.operation) &&
+         same_text(a.location.file_name(), b.location.file_name());
 }
 
 std::ostream& operator<<(std::ostream& out, const Site& site) {

@@ -1,7 +1,9 @@
 // A block of threads on one CPU thread: every thread of it is a fiber, and runs until it has to
 // wait for others.
 //
-// A thread that waits names its site, so that a block in which nobody can go on is reported.
+// A thread that waits names its site, so that a block in which nobody can go on is reported. What a
+// GPU does beyond taking threads in any order is not shown: memory is in order after every meeting,
+// while on a GPU only sync_warp and sync_block see to that.
 #pragma once
 
 #include <cstdint>

@@ -16,8 +16,6 @@ from cuda_objects import Kernel, Objects
 KNOWN_SPILLS = {
     ("attention_long_kernel<__half, 2, true>", "sm_100"),
     ("attention_long_kernel<__nv_bfloat16, 2, true>", "sm_100"),
-    ("attention_short_kernel<__half, 1, 1, true>", "sm_100"),
-    ("attention_short_kernel<__nv_bfloat16, 1, 1, true>", "sm_100"),
 }
 # Loads of 16 bytes, to registers or to shared memory, or the copy engine's.
 WIDE_LOADS = r"LDG\.E\.128|LDGSTS\.E.*\.128|UBLKCP|UTMALDG"

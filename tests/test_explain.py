@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import families
 from patched import LENGTHS
-from sbert_fast import FastEncoder, accelerate, explain
+from sbert_fast import FastEncoder, accelerate, explain, ops
 
 
 def test_explain_the_installation() -> None:
@@ -15,6 +17,14 @@ def test_explain_the_installation() -> None:
     assert "float32" in text
     assert "C++ ops" in text
     assert "batch planner" in text
+    reason = ops.extension.CUDA.reason
+    assert f"CUDA ops: {reason or ops.extension.CUDA.path}" in text
+
+
+def test_explain_the_cuda_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = ops.extension.Extension("_C_cuda", Path("a.so"), None, "13.0", ("8.0", "9.0a"))
+    monkeypatch.setattr(ops.extension, "CUDA", library)
+    assert "CUDA ops: a.so (CUDA 13.0, for 8.0, 9.0a)" in explain()
 
 
 def test_explain_a_model() -> None:

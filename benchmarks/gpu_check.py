@@ -1,6 +1,7 @@
 """All that needs a GPU, in one command: build, tests, benchmarks; what is known is kept at once.
 
     make gpu-check OUT=results-tmp/gpu [STAGE=build,ops,models,kernels,encode] [MODEL=folder]
+    make gpu-check OUT=results-tmp/gpu STAGE=build,sanitize
 
 Runs with the `python3` that has torch, in the source tree, without network. A stage is a list of
 commands; each has a time cap, and so has the stage. One that fails or is cut short does not stop
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import rows
+from sanitize import TOOLS
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -124,14 +126,14 @@ def stages(out: Path, model: str | None) -> dict[str, Stage]:
         model: folder of MiniLM, weights in any precision; None where there is none.
     """
     python, op_tests, model_tests = sys.executable, *_gpu_tests()
-    native = [python, "setup.py", "-q", "build_ext", "--inplace"]
+    native = [python, str(BENCHMARKS / "build_for_gpu.py")]
     found = "import torch; assert torch.cuda.is_available(), 'torch finds no GPU';"
     found += "import sbert_fast.kernels, sbert_fast.ops; print(sbert_fast.ops.explain_ops())"
     build = [
         Step("machine", ["nvidia-smi"], 10, must=False),
         Step("import", [python, "-c", found], 40),
-        # The kernels of a GPU need none of these; the planner is faster with them.
-        Step("native libraries", native, 60, must=False),
+        # Triton needs none of these; the planner is faster with them, and the CUDA ops are there.
+        Step("native libraries", native, 85, must=False),
     ]
     widen = [python, str(BENCHMARKS / "models.py"), "widen", str(model), str(WIDE_MODEL)]
     parallel = ["-n", "6", "--dist", "worksteal"] if find_spec("xdist") else []
@@ -149,14 +151,14 @@ def stages(out: Path, model: str | None) -> dict[str, Stage]:
     minilm = str(WIDE_MODEL)
     return {
         PREPARE: Stage(20, [Step("model in float32", widen, 20)] if model else [], default=False),
-        "build": Stage(70, build),
+        "build": Stage(95, build),
         "ops": Stage(
-            105,
-            [Step("tests", _pytest(op_tests, "-m", "gpu", *parallel), 105)],
+            100,
+            [Step("tests", _pytest(op_tests, "-m", "gpu", *parallel), 100)],
         ),
         "models": Stage(75, [Step("tests", _pytest(model_tests, "-m", "gpu"), 75)]),
         "kernels": Stage(
-            140,
+            135,
             [
                 Step("attention", _pytest(speed, "-k", "attention", *measured), 80),
                 Step("rows", _pytest(speed, "-k", "rows", *measured), 70),
@@ -164,12 +166,17 @@ def stages(out: Path, model: str | None) -> dict[str, Stage]:
             ],
         ),
         "encode": Stage(
-            120,
+            105,
             [
                 Step("MiniLM, short", encode(minilm, "short", 20_000, "s3,s1", halves), 85),
                 Step("base, passages", encode("random-base", "passages", 4000, "s3", halves), 60),
                 Step("large, wiki", encode("random-large", "wiki", 1200, "s3", "bfloat16"), 60),
             ],
+        ),
+        "sanitize": Stage(
+            500,
+            [Step(tool, [python, str(BENCHMARKS / "sanitize.py"), tool], 170) for tool in TOOLS],
+            default=False,
         ),
         "ground": Stage(
             240,

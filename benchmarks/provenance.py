@@ -24,6 +24,8 @@ PACKAGES = (
 _SOURCES = {
     "cpu": ("sbert_fast/**/*.py", "csrc/**/*.cpp", "csrc/**/*.h"),
     "cuda": ("sbert_fast/**/*.py", "kernels/**/*.py", "csrc/cuda/**/*.*", "csrc/host/**/*.*"),
+    # What sbert_fast/ops/choices.py goes by.
+    "cuda kernels": ("csrc/cuda/**/*.*",),
 }
 _WRITTEN_BY_THE_BUILD = "sbert_fast/_build_info.py"
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
@@ -48,6 +50,7 @@ def provenance(threads: int, kind: str = "cpu") -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "source_sha256": source_hash(kind=kind),
+        **({"kernels_sha256": source_hash(kind="cuda kernels")} if kind == "cuda" else {}),
         "device": _gpu(threads) if kind == "cuda" else _cpu(threads),
         "load_average_before": list(os.getloadavg()),
         "versions": {"python": platform.python_version()} | {n: _version(n) for n in PACKAGES},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -11,15 +13,10 @@ from sentence_transformers.util import quantize_embeddings
 from torch import Tensor
 
 from sbert_fast.errors import InputError
+from sbert_fast.values import DTYPES, shown
 
-PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
 OUTPUT_VALUES = ("sentence_embedding", "token_embeddings", None)
-_DTYPES = {
-    "auto": None,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+_DTYPES = {name: getattr(torch, name, None) for name in DTYPES}
 
 
 class DefaultBatchSize(int):
@@ -29,12 +26,25 @@ class DefaultBatchSize(int):
 DEFAULT_BATCH_SIZE = DefaultBatchSize(32)
 
 
+def with_default_batch_size(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method` of sentence-transformers with a default of `batch_size` that limits nothing."""
+    position = list(inspect.signature(method).parameters).index("batch_size")
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if len(args) <= position:
+            kwargs.setdefault("batch_size", DEFAULT_BATCH_SIZE)
+        return method(*args, **kwargs)
+
+    return call
+
+
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     if isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():
         return dtype
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         expected = ", ".join(map(repr, _DTYPES))
-        raise ValueError(f"dtype must be one of {expected} or the torch dtype, got {dtype!r}")
+        raise ValueError(f"dtype must be one of {expected} or the torch dtype, got {shown(dtype)}")
     return _DTYPES[dtype]
 
 
@@ -43,7 +53,19 @@ def check_positive(name: str, value: object, alternative: str | None = None) -> 
         return
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
         wanted = "a positive integer" + (f" or {alternative!r}" if alternative else "")
-        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+        raise ValueError(f"{name} must be {wanted}, got {shown(value)}")
+
+
+def check_keywords(given: Iterable[str], of_model: Callable[[], Iterable[str]]) -> None:
+    """Refuse keyword arguments of `encode` that nothing reads, as sentence-transformers does."""
+    if not given:
+        return
+    known = ["task", "processing_kwargs", *of_model()]
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise ValueError(
+            f"keyword arguments must be among {', '.join(known)}, got {', '.join(unknown)}"
+        )
 
 
 # Iterable, but each is one input, or has no order.

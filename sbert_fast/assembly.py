@@ -67,7 +67,8 @@ def build_pipeline(model: SentenceTransformer, dtype: torch.dtype | None, impl: 
         raise UnsupportedModelError("the Transformer module has no tokenizer")
     base = transformer.auto_model
     architecture, _ = models.read(base)
-    spec = read_pooling(children[1:], architecture.hidden_size)
+    after = dict(list(model.named_children())[1:])
+    spec = read_pooling(after, architecture.hidden_size)
     max_length = _max_length(transformer, architecture.max_tokens)
     engine = PackedEncoder(base, dtype=dtype, impl=impl)
     if model.device.type != "cpu" and impl == "auto" and engine.implementation == "reference":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import warnings
@@ -19,19 +18,21 @@ from sbert_fast import inference, ops
 from sbert_fast.arguments import (
     DEFAULT_BATCH_SIZE,
     OUTPUT_VALUES,
-    PRECISIONS,
     DefaultBatchSize,
     as_list,
+    check_keywords,
     check_positive,
     convert,
     parse_dtype,
+    with_default_batch_size,
 )
 from sbert_fast.assembly import Derived, build_pipeline, signature
 from sbert_fast.engine import PackedEncoder
-from sbert_fast.errors import InvalidWeightsError, UnsupportedModelError
+from sbert_fast.errors import InvalidWeightsError, SbertFastError, UnsupportedModelError
 from sbert_fast.inference import Pipeline, Request
 from sbert_fast.stats import Counters, EncoderStats
 from sbert_fast.tokenization import check_texts
+from sbert_fast.values import PRECISIONS, Precision, shown
 
 logger = logging.getLogger("sbert_fast")
 
@@ -56,11 +57,6 @@ def _arguments_of(model: SentenceTransformer) -> dict[str, Any]:
         "model_card_data": model.model_card_data,
         "backend": model.backend,
     }
-
-
-def _with_default_batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """`kwargs` with a batch size that limits nothing, where `args` do not get to one."""
-    return kwargs if len(args) > 3 else {"batch_size": DEFAULT_BATCH_SIZE} | kwargs
 
 
 class FastEncoder(SentenceTransformer):
@@ -170,8 +166,14 @@ class FastEncoder(SentenceTransformer):
 
     @property
     def unsupported_reason(self) -> str | None:
-        """Why the packed engine does not run this model; None where it does."""
-        pipeline = self._pipeline()
+        """Why the packed engine does not run this model; None where it does.
+
+        Where `encode` raises an error because of the model, the message of that error.
+        """
+        try:
+            pipeline = self._pipeline()
+        except (SbertFastError, ValueError) as error:
+            return str(error)
         return pipeline if isinstance(pipeline, str) else None
 
     @property
@@ -191,7 +193,7 @@ class FastEncoder(SentenceTransformer):
         if pipeline is None:
             try:
                 pipeline = build_pipeline(self, self._dtype_to_request(), self._impl)
-                pipeline.engine.prepared()
+                pipeline.prepare()
             except InvalidWeightsError:
                 raise
             except UnsupportedModelError as error:
@@ -205,6 +207,11 @@ class FastEncoder(SentenceTransformer):
             return self._requested_dtype
         first = next(self.parameters(), None)
         return torch.float16 if first is not None and first.dtype == torch.float32 else None
+
+    def _takes_texts_only(self) -> bool:
+        """Whether the first module says so; those of other packages may say nothing."""
+        modalities = getattr(self[0], "modalities", ())
+        return "text" in modalities and all(m in ("text", "message") for m in modalities)
 
     def _token_budget(self, pipeline: Pipeline, batch_size: int) -> int:
         budget = self.batch_tokens
@@ -239,7 +246,7 @@ class FastEncoder(SentenceTransformer):
         show_progress_bar: bool | None = None,
         output_value: Literal["sentence_embedding", "token_embeddings"]
         | None = "sentence_embedding",
-        precision: Literal["float32", "int8", "uint8", "binary", "ubinary"] = "float32",
+        precision: Precision = "float32",
         convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
         device: str | torch.device | list[str | torch.device] | None = None,
@@ -252,13 +259,17 @@ class FastEncoder(SentenceTransformer):
         """Embed texts; arguments and results as in `SentenceTransformer.encode`.
 
         Args:
-            inputs: a text, or a list, tuple, generator, numpy array or pandas column of texts.
+            inputs: a text, or a list, tuple, generator, numpy array or pandas column of texts. On
+                the packed engine texts only: pairs, and dicts that hold a text, are refused.
             prompt_name: name of a prompt in `self.prompts` to prepend.
             prompt: text to prepend.
             batch_size: limits memory, not rows: a batch holds at most `batch_size * max_seq_length`
                 tokens, and never more than `batch_tokens`. The default limits nothing.
             show_progress_bar: default: shown where the logger of sentence-transformers says INFO.
-            output_value: "sentence_embedding", "token_embeddings", or None for a dict a text.
+            output_value: "sentence_embedding", "token_embeddings" (for each text `[L, E]`), or
+                None for a dict a text. Both are unpadded: `L` counts the tokens of the text itself,
+                special tokens included. In sentence-transformers the dicts hold tensors that are
+                padded to the longest text of their batch.
             precision: "float32", "int8", "uint8", "binary" or "ubinary".
             convert_to_numpy: a numpy array instead of a list of tensors.
             convert_to_tensor: one tensor; overrides `convert_to_numpy`.
@@ -275,7 +286,7 @@ class FastEncoder(SentenceTransformer):
 
         Raises:
             InputError: an input is no text; names its index.
-            ValueError: an argument is invalid; names it.
+            ValueError: an argument is invalid or unknown; names it.
             NonFiniteEmbeddingError: an embedding holds NaN or infinity; names the texts.
         """
         sentences = kwargs.pop("sentences", None)
@@ -284,9 +295,11 @@ class FastEncoder(SentenceTransformer):
         inputs = sentences if inputs is None else inputs
         check_positive("batch_size", batch_size)
         if output_value not in OUTPUT_VALUES:
-            raise ValueError(f"output_value must be one of {OUTPUT_VALUES}, got {output_value!r}")
+            raise ValueError(
+                f"output_value must be one of {OUTPUT_VALUES}, got {shown(output_value)}"
+            )
         if precision is not None and precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+            raise ValueError(f"precision must be one of {PRECISIONS}, got {shown(precision)}")
         truncate_dim = self.truncate_dim if truncate_dim is None else truncate_dim
         if truncate_dim is not None:
             check_positive("truncate_dim", truncate_dim)
@@ -295,18 +308,21 @@ class FastEncoder(SentenceTransformer):
         distributed = getattr(self, "_distributed_inference", None) is not None and device is None
         if device is not None and not isinstance(device, list):
             self._move(device)
+        check_keywords(kwargs, self.get_model_kwargs)
+        prompt = self._resolve_prompt(prompt, prompt_name)
+        if prompt is not None:
+            check_texts([prompt], "prompt")
         reason = self._call_reason(kwargs)
         single = isinstance(inputs, str)
-        if reason is None:
+        if reason is None or (self._takes_texts_only() and not isinstance(inputs, dict)):
             texts = [inputs] if single else as_list(inputs)
-            check_texts(texts)
+            check_texts(texts, besides=() if reason is None else (dict, list, tuple))
             inputs = texts[0] if single else texts
         if reason is not None or pool is not None or isinstance(device, list) or distributed:
             if reason is not None:
                 self._count_fallback(reason)
             result = super().encode(
                 inputs,
-                prompt_name=prompt_name,
                 prompt=prompt,
                 batch_size=batch_size,
                 show_progress_bar=show_progress_bar,
@@ -327,9 +343,6 @@ class FastEncoder(SentenceTransformer):
         if show_progress_bar is None:
             level = logging.getLogger("sentence_transformers").getEffectiveLevel()
             show_progress_bar = level in (logging.INFO, logging.DEBUG)
-        prompt = self._resolve_prompt(prompt, prompt_name)
-        if prompt is not None:
-            check_texts([prompt], "prompt")
         result = self._run_packed(
             texts,
             prompt=prompt,
@@ -343,13 +356,9 @@ class FastEncoder(SentenceTransformer):
             result = convert(result, precision, convert_to_numpy, convert_to_tensor)
         return result[0] if single else result
 
-    @functools.wraps(SentenceTransformer.encode_query)
-    def encode_query(self, *args: Any, **kwargs: Any) -> Any:
-        return super().encode_query(*args, **_with_default_batch_size(args, kwargs))
-
-    @functools.wraps(SentenceTransformer.encode_document)
-    def encode_document(self, *args: Any, **kwargs: Any) -> Any:
-        return super().encode_document(*args, **_with_default_batch_size(args, kwargs))
+    encode_query = with_default_batch_size(SentenceTransformer.encode_query)
+    encode_document = with_default_batch_size(SentenceTransformer.encode_document)
+    encode_multi_process = with_default_batch_size(SentenceTransformer.encode_multi_process)
 
     def _count_fallback(self, reason: str) -> None:
         if self._counters.add_fallback(reason):

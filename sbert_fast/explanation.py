@@ -11,6 +11,8 @@ from sbert_fast.encoder import FastEncoder
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import SbertFastError
 from sbert_fast.ops.dispatch import preference
+from sbert_fast.ops.extension import Extension
+from sbert_fast.ops.schemas import CPU_ONLY, SCHEMAS
 from sbert_fast.packed_forward import PACKED
 from sbert_fast.patching import candidates, forward_of, refusal
 
@@ -48,23 +50,35 @@ def explain(model: nn.Module | None = None) -> str:
 
 
 def _installation() -> list[str]:
-    extension = ops.extension.CPU
+    cpu, cuda = ops.extension.CPU, ops.extension.CUDA
     native = packing.HAS_NATIVE_PLANNER
     planner = "native" if native else "numpy (sbert_fast/_host was not built)"
     return [
         "device dtype     implementation",
         *ops.explain_ops().splitlines(),
-        f"C++ ops: {extension.path if extension.available else extension.reason}",
+        f"C++ ops: {cpu.path if cpu.available else cpu.reason}",
+        f"CUDA ops: {_cuda_ops(cuda)}",
         f"batch planner: {planner}",
     ]
 
 
+def _cuda_ops(library: Extension) -> str:
+    if not library.available:
+        return str(library.reason)
+    return f"{library.path} (CUDA {library.cuda}, for {', '.join(library.targets)})"
+
+
 def _fast_encoder(model: FastEncoder) -> list[str]:
-    engine, stats = model.packed_engine, model.stats
-    if engine is None:
-        lines = [f"encode: sentence-transformers: {model.unsupported_reason}"]
+    stats = model.stats
+    try:
+        engine = model.packed_engine
+    except (SbertFastError, ValueError) as error:
+        lines = [f"encode: refused: {error}"]
     else:
-        lines = [f"encode: packed, {_engine(engine)}"]
+        if engine is None:
+            lines = [f"encode: sentence-transformers: {model.unsupported_reason}"]
+        else:
+            lines = [f"encode: packed, {_engine(engine)}"]
     lines.append(
         f"so far: {stats.texts} texts, {stats.tokens} tokens, {stats.batches} batches, "
         f"{stats.truncated} texts truncated"
@@ -100,8 +114,19 @@ def _engine(engine: PackedEncoder) -> str:
             for other in preference(engine.device)
             if (reason := ops.rejection(other, engine.device, engine.compute_dtype)) is not None
         ]
-        why = "; ".join(["picked by auto", *passed])
+        why = "; ".join(["picked by auto", *passed, *_chosen(engine)])
     return f"{dtype} on {engine.device}, ops: {name} ({why})"
+
+
+def _chosen(engine: PackedEncoder) -> list[str]:
+    """The ops that `auto` runs on their CUDA kernels, and the result that says so."""
+    device, dtype = engine.device, engine.compute_dtype
+    lines = []
+    for op in SCHEMAS.keys() - CPU_ONLY if device.type == "cuda" else ():
+        head_dim = engine.architecture.head_dim if op == "varlen_attention" else None
+        if ops.resolve(device, dtype, op=op, head_dim=head_dim) == "cuda":
+            lines.append(f"{op}: cuda, by sbert_fast/ops/choices.py")
+    return sorted(lines)
 
 
 def _tally(title: str, reasons: dict[str, int]) -> list[str]:

@@ -37,6 +37,15 @@ class Pipeline:
     head: PoolingHead
     limit: budget.MemoryLimit = field(default_factory=budget.MemoryLimit)
 
+    def prepare(self) -> None:
+        """Lay out every weight where that has not been done.
+
+        Raises:
+            InvalidWeightsError: weights hold NaN or infinity; the message names the tensor.
+        """
+        self.engine.prepared()
+        self.head.prepare(self.engine.device, self.engine.impl)
+
     def default_batch_tokens(self) -> int:
         """Tokens of a batch, by the model and its device."""
         engine = self.engine

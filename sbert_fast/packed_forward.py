@@ -24,7 +24,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import ModelOutput
 
 from sbert_fast.engine import PackedEncoder, Prepared
-from sbert_fast.errors import UnsupportedModelError
+from sbert_fast.errors import InvalidWeightsError, UnsupportedModelError
 from sbert_fast.models.base import has_hooks
 from sbert_fast.packing import PackedBatch, pack_padded, padded_positions
 from sbert_fast.transfer import Transfers
@@ -69,6 +69,9 @@ class PackedForward:
 
     Args:
         encoder: the packed forward pass of the base model.
+
+    Raises:
+        InvalidWeightsError: by a packed call, where weights have come to hold NaN or infinity.
     """
 
     def __init__(self, encoder: PackedEncoder) -> None:
@@ -121,6 +124,8 @@ class PackedForward:
             call = self._read(arguments)
         except _UseOriginalError as error:
             self._count(str(error))
+        except InvalidWeightsError:
+            raise
         except UnsupportedModelError as error:
             self._count(f"the model is no longer supported: {error}", logging.WARNING)
         else:

@@ -66,9 +66,14 @@ def accelerate(
     training, hooks inside the model, tracing) goes to the original forward; :func:`counts` tells
     how often, and why.
 
+    Call it again after writes that torch does not count (`p.data.copy_(x)`): weights are then read
+    anew. A forward checks weights, when it reads them, and not its results: where weights have come
+    to hold NaN or infinity it raises `InvalidWeightsError`, but hidden states that overflow are
+    returned as the model computes them.
+
     Args:
         model: a loaded model of transformers or sentence-transformers, or any module that holds
-            some. Already accelerated, it takes on the new `dtype` and `impl`.
+            some. Already accelerated, it takes on `dtype` and `impl` of this call.
         dtype: dtype to compute in: float32, bfloat16 or float16. None is the dtype of the model.
             Outputs have the dtype of the model either way.
         impl: implementation of the ops, see :mod:`sbert_fast.ops`.

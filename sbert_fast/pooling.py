@@ -33,19 +33,19 @@ class PoolingSpec:
     Attributes:
         modes: names of :data:`sbert_fast.ops.POOLING_MODES`, concatenated in this order.
         include_prompt: False leaves the prompt's tokens out.
-        tail: the `Dense` and `Normalize` modules that follow, in order.
+        tail: the `Dense` and `Normalize` modules that follow, in order, by name.
         width: hidden size of the tokens.
     """
 
     modes: tuple[str, ...]
     include_prompt: bool
-    tail: tuple[nn.Module, ...]
+    tail: dict[str, nn.Module]
     width: int
 
     @property
     def dimension(self) -> int:
         """Components of an embedding, before truncation."""
-        for module in reversed(self.tail):
+        for module in reversed(self.tail.values()):
             if is_module(module, "Dense"):
                 dense: Any = module
                 return int(dense.linear.out_features)
@@ -53,7 +53,7 @@ class PoolingSpec:
 
     @property
     def has_dense(self) -> bool:
-        return any(is_module(module, "Dense") for module in self.tail)
+        return any(is_module(module, "Dense") for module in self.tail.values())
 
 
 def is_module(module: nn.Module, name: str) -> bool:
@@ -62,21 +62,22 @@ def is_module(module: nn.Module, name: str) -> bool:
     return cls.__name__ == name and cls.__module__.startswith("sentence_transformers.")
 
 
-def read_pooling(modules: list[nn.Module], width: int) -> PoolingSpec:
+def read_pooling(modules: dict[str, nn.Module], width: int) -> PoolingSpec:
     """The pooling spec of the modules that follow the transformer.
 
     Args:
-        modules: everything after the first module.
+        modules: everything after the first module, by name.
         width: hidden size of the transformer.
 
     Raises:
         UnsupportedModelError: a module, or an option of one, that is not supported.
     """
-    if not modules or not is_module(modules[0], "Pooling"):
-        found = type(modules[0]).__name__ if modules else "nothing"
+    first, *names = modules or [""]
+    pooling: Any = modules.get(first)
+    if pooling is None or not is_module(pooling, "Pooling"):
+        found = "nothing" if pooling is None else type(pooling).__name__
         raise UnsupportedModelError(f"the second module must be Pooling, got {found}")
-    pooling: Any = modules[0]
-    tail = tuple(modules[1:])
+    tail = {name: modules[name] for name in names}
     modes = pooling.pooling_mode
     modes = (modes,) if isinstance(modes, str) else tuple(modes)
     unknown = [mode for mode in modes if mode not in _MODES]
@@ -84,7 +85,7 @@ def read_pooling(modules: list[nn.Module], width: int) -> PoolingSpec:
         raise UnsupportedModelError(
             f"pooling mode must be one of {', '.join(_MODES)}, got {unknown}"
         )
-    for module in tail:
+    for module in tail.values():
         _check_tail(module)
     return PoolingSpec(tuple(_MODES[mode] for mode in modes), pooling.include_prompt, tail, width)
 
@@ -101,6 +102,10 @@ def _check_tail(module: nn.Module) -> None:
             )
 
 
+# Of one `Dense`: its layer, and the projection of its residual if there is one.
+_PreparedDense = tuple[Fingerprint, PreparedLinear, PreparedLinear | None]
+
+
 class PoolingHead:
     """Pools packed hidden states into rows of an output array.
 
@@ -110,9 +115,7 @@ class PoolingHead:
 
     def __init__(self, spec: PoolingSpec) -> None:
         self.spec = spec
-        self._dense: list[tuple[Fingerprint, PreparedLinear, PreparedLinear | None] | None] = [
-            None
-        ] * len(spec.tail)
+        self._dense: dict[str, _PreparedDense] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"spec": self.spec}
@@ -156,11 +159,11 @@ class PoolingHead:
             part = pooled[:, i * spec.width : (i + 1) * spec.width]
             mode = ops.POOLING_MODES.index(mode_name)
             pool(x, batch.cu_seqlens, mode, False, skip, None, part, None)
-        for i, module in enumerate(spec.tail):
+        for name, module in spec.tail.items():
             if is_module(module, "Normalize"):
                 pooled = F.normalize(pooled, dim=1)
             else:
-                pooled = self._apply_dense(i, module, pooled, impl)
+                pooled = self._apply_dense(name, module, pooled, impl)
         pooled = pooled[:, :dimension]
         out[rows.long()] = F.normalize(pooled, dim=1) if normalize else pooled
 
@@ -170,7 +173,7 @@ class PoolingHead:
         return len(spec.modes) == 1 and not spec.has_dense and dimension == spec.dimension
 
     def _one_pass(self, normalize: bool, skip: int) -> tuple[int, bool, int, None]:
-        ends_normalized = any(is_module(module, "Normalize") for module in self.spec.tail)
+        ends_normalized = any(is_module(m, "Normalize") for m in self.spec.tail.values())
         mode = ops.POOLING_MODES.index(self.spec.modes[0])
         return mode, ends_normalized or normalize, skip, None
 
@@ -201,12 +204,32 @@ class PoolingHead:
         last = bias, residual, norm.weight, norm.bias, norm.eps
         kernel(y, *last, batch.cu_seqlens, *self._one_pass(normalize, skip), out, rows)
 
-    def _apply_dense(self, index: int, module: Any, x: Tensor, impl: str) -> Tensor:
-        """`Dense` on rows padded to a multiple of 16, so that a row depends on no other row."""
-        entry = self._dense[index]
+    def prepare(self, device: torch.device, impl: str) -> None:
+        """Lay out the weights of every `Dense` where that has not been done.
+
+        Args:
+            device: where the weights are.
+            impl: implementation of the ops.
+
+        Raises:
+            InvalidWeightsError: weights hold NaN or infinity; the message names the tensor.
+        """
+        for name, module in self.spec.tail.items():
+            if is_module(module, "Dense"):
+                self._prepared(name, module, device, impl)
+
+    def _prepared(
+        self, name: str, module: nn.Module, device: torch.device, impl: str
+    ) -> _PreparedDense:
+        entry = self._dense.get(name)
         if entry is None or not entry[0].is_current():
-            entry = self._dense[index] = _prepare_dense(module, x.device, impl)
-        _, linear, residual = entry
+            check_finite(module, f"{name}.")
+            entry = self._dense[name] = _prepare_dense(module, device, impl)
+        return entry
+
+    def _apply_dense(self, name: str, module: Any, x: Tensor, impl: str) -> Tensor:
+        """`Dense` on rows padded to a multiple of 16, so that a row depends on no other row."""
+        _, linear, residual = self._prepared(name, module, x.device, impl)
         count = x.shape[0]
         padded = F.pad(x, (0, 0, 0, -count % ROW_ALIGNMENT))
         y = module.activation_function(linear(padded))
@@ -215,10 +238,7 @@ class PoolingHead:
         return y[:count]
 
 
-def _prepare_dense(
-    module: Any, device: torch.device, impl: str
-) -> tuple[Fingerprint, PreparedLinear, PreparedLinear | None]:
-    check_finite(module)
+def _prepare_dense(module: Any, device: torch.device, impl: str) -> _PreparedDense:
     fingerprint = Fingerprint(module)
     kernels = LinearKernels(torch.float32, device, impl)
     with torch.inference_mode(False), torch.no_grad():

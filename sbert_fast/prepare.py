@@ -173,6 +173,8 @@ def _side_by_side(linears: tuple[Linear, ...]) -> Tensor | None:
 class Fingerprint:
     """Tells whether any parameter or submodule of a model was added, replaced or written to.
 
+    Of what is no parameter it sees the eps of every LayerNorm.
+
     It keeps the tensors it was taken from alive, so that an address cannot be used again unseen.
 
     Attributes:
@@ -183,6 +185,8 @@ class Fingerprint:
         self.modules = modules = list(model.modules())
         self._children = [(module._modules, dict(module._modules)) for module in modules]
         self._parameters = [module._parameters for module in modules]
+        self._norms = [module for module in modules if isinstance(module, nn.LayerNorm)]
+        self._eps = [norm.eps for norm in self._norms]
         self._held = [parameter.detach() for parameter in model.parameters()]
         self._values = self._read()
 
@@ -195,7 +199,11 @@ class Fingerprint:
 
     def is_current(self) -> bool:
         # Modules compare by identity.
-        return all(now == then for now, then in self._children) and self._read() == self._values
+        return (
+            all(now == then for now, then in self._children)
+            and [norm.eps for norm in self._norms] == self._eps
+            and self._read() == self._values
+        )
 
 
 def _state(parameter: Tensor | None) -> tuple[Any, ...] | None:

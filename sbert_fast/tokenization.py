@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sbert_fast.errors import InputError
+from sbert_fast.values import lone_surrogate, shown
 
 # Characters per token of `max_length` beyond which a text is cut before it is tokenised.
 _CHARACTERS_PER_TOKEN = 64
@@ -40,26 +41,42 @@ class TokenizedTexts:
     truncated: int
 
 
-def check_texts(texts: Sequence[Any], name: str = "inputs") -> None:
+def check_texts(
+    texts: Sequence[Any], name: str = "inputs", *, besides: tuple[type, ...] = ()
+) -> None:
     """Refuse anything that is not a text, before anything is computed.
+
+    Args:
+        texts: to be checked.
+        name: what the caller calls them.
+        besides: types of elements that are passed by.
 
     Raises:
         InputError: names the index, what was expected and what came.
     """
     for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise InputError(
-                f"{name}[{index}] must be a str, got {type(text).__name__}"
-                + (f" ({text!r})" if text is None or isinstance(text, (int, float)) else "")
-            )
-        if not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
+        if isinstance(text, str):
+            where = None if text.isascii() else lone_surrogate(text)
+            if where is not None:
                 raise InputError(
                     f"{name}[{index}] must be valid Unicode, got a lone surrogate "
-                    f"{text[error.start]!r} at character {error.start}"
-                ) from None
+                    f"{text[where]!r} at character {where}"
+                )
+        elif not isinstance(text, besides):
+            raise InputError(
+                f"{name}[{index}] must be a str, got {type(text).__name__}{_about(text)}"
+            )
+
+
+def _about(element: object) -> str:
+    """What a message adds about an element that is not a text."""
+    if element is None or isinstance(element, (int, float)):
+        return f" ({shown(element)})"
+    if isinstance(element, dict):
+        return ": pass the text that it holds"
+    if isinstance(element, (list, tuple)):
+        return ": pairs and nested lists are not embedded"
+    return ""
 
 
 def tokenizer_state(tokenizer: Any) -> tuple[Any, ...]:  # noqa: ANN401

@@ -24,10 +24,15 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(capsys.readouterr().out)
     assert report["versions"]["torch"] != "not installed"
     assert report["libraries"]["_C"]["reason"] == extension.CPU.reason
+    cuda = report["libraries"]["_C_cuda"]
+    assert cuda["reason"] == extension.CUDA.reason
+    assert report["build"]["cuda"] == cuda.get("CUDA", "")
+    assert report["build"]["cuda_targets"] == cuda.get("compiled for", [])
     rows = {(row["device"], row["dtype"]): row for row in report["ops"]}
     expected = "cpu" if extension.CPU.available else "reference"
     assert rows["cpu", "float32"]["implementation"] == expected
     assert "cpu" in rows["cpu", "float16"]["rejected"]
+    assert "CUDA ops" in rows["cpu", "float16"]["rejected"]["cuda"]
     assert main(["doctor"]) == 0
     assert set(report) <= set(capsys.readouterr().out.splitlines())
 

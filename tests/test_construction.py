@@ -33,7 +33,7 @@ from families import (
     make_tokenizer,
     randomize,
 )
-from sbert_fast import FastEncoder, ops
+from sbert_fast import FastEncoder, explain, ops
 from sbert_fast.errors import ImplementationError, InvalidWeightsError
 
 TEXTS = make_texts(30)
@@ -191,6 +191,20 @@ def test_impl_is_used_or_refused(
     monkeypatch.setattr(ops.dispatch, "rejection", lambda *_: "it is not there")
     with pytest.raises(ImplementationError, match="impl='cpu' was asked for, but it is not there"):
         FastEncoder(st, impl="cpu")
+
+
+def test_the_variable_that_names_no_implementation_is_named(
+    st: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = FastEncoder(st)
+    monkeypatch.setenv("SBERT_FAST_IMPL", "fastest")
+    message = "^SBERT_FAST_IMPL must be one of auto, .*, got 'fastest'$"
+    with pytest.raises(ValueError, match=message):
+        FastEncoder(st)
+    with pytest.raises(ValueError, match=message):
+        encoder.refresh()
+        encoder.encode(TEXTS)
+    assert "SBERT_FAST_IMPL must be one of" in explain(encoder)
 
 
 def test_log_says_what_runs(st: SentenceTransformer, caplog: pytest.LogCaptureFixture) -> None:

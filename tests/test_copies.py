@@ -318,3 +318,10 @@ def test_inference_tensors_are_followed() -> None:
     with torch.inference_mode():
         st.load_state_dict(other.state_dict())
     assert np.array_equal(encoder.encode(["a b c"]), FastEncoder(other).encode(["a b c"]))
+
+
+def test_the_eps_of_a_norm_is_followed(encoder: FastEncoder, st: SentenceTransformer) -> None:
+    before = encoder.encode(TEXTS)
+    st[0].auto_model.encoder.layer[1].output.LayerNorm.eps = 0.5
+    assert_same_vectors(encoder.encode(TEXTS), st.encode(TEXTS))
+    assert (cosine_distances(encoder.encode(TEXTS), before) > MAX_DISTANCE).any()

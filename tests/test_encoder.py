@@ -16,7 +16,7 @@ from sentence_transformers.util import quantize_embeddings
 from checks import assert_same_result, assert_same_vectors
 from families import make_sentence_transformer, make_texts
 from sbert_fast import FastEncoder, inference
-from sbert_fast.arguments import PRECISIONS
+from sbert_fast.values import PRECISIONS
 
 PROMPTS = {"query": "find: ", "document": "a passage of a book: ", "empty": ""}
 TEXTS = make_texts(40)

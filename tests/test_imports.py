@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A room may import from the rooms of lower layers, and from those beside it.
 LAYERS = (
-    {"errors", "stats", "data"},
+    {"errors", "stats", "data", "values"},
     {"_build_info", "_host", "kernels"},
     {"ops"},
     {"models"},

@@ -72,6 +72,20 @@ def test_accelerating_twice_updates() -> None:
     assert_identical(run(model, batch), run(original, batch))
 
 
+def test_accelerating_again_reads_writes_that_torch_does_not_count() -> None:
+    original, model = pair("bert")
+    batch = families.make_batch("bert", LENGTHS)
+    before = run(model, batch)[0]
+    for m in (original, model):
+        weight = m.encoder.layer[1].output.dense.weight
+        weight.data.copy_(3 * weight)
+    accelerate(model)
+    after = run(model, batch)
+    assert not torch.equal(after[0], before)
+    assert_same_states(after, run(original, batch), batch["attention_mask"])
+    assert counts(model) == {"packed": 2}
+
+
 def test_every_supported_model_inside_a_module() -> None:
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96}
     mpnet = MPNetModel(MPNetConfig(num_hidden_layers=1, vocab_size=99, **sizes))

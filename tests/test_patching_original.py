@@ -15,6 +15,7 @@ import families
 from checks import assert_same_vectors
 from patched import LENGTHS, Batch, assert_identical, assert_same_states, pair, run
 from sbert_fast import accelerate
+from sbert_fast.errors import InvalidWeightsError
 from sbert_fast.patching import counts
 
 
@@ -209,16 +210,34 @@ def test_trainable_pooler_on_a_frozen_encoder() -> None:
     assert counts(model) == {"packed": 1}
 
 
-def test_weights_that_are_not_finite(caplog: pytest.LogCaptureFixture) -> None:
-    _, model = pair("bert")
+def test_weights_that_are_not_finite() -> None:
+    original, model = pair("bert")
+    batch = families.make_batch("bert", LENGTHS)
+    run(model, batch)
+    weight = model.encoder.layer[0].output.dense.bias
+    value = weight[0].item()
     with torch.no_grad():
-        model.encoder.layer[0].output.dense.bias[0] = float("nan")
+        weight[0] = float("nan")
+    for _ in range(2):
+        with pytest.raises(InvalidWeightsError, match=r"encoder\.layer\.0\.output\.dense\.bias"):
+            run(model, batch)
+    with torch.no_grad():
+        weight[0] = value
+    assert_same_states(run(model, batch), run(original, batch), batch["attention_mask"])
+    assert counts(model) == {"packed": 2}
+
+
+def test_weights_that_the_packed_path_no_longer_takes(caplog: pytest.LogCaptureFixture) -> None:
+    original, model = pair("bert")
+    batch = families.make_batch("bert", LENGTHS)
+    run(model, batch)
+    for m in (original, model):
+        m.adapter = torch.nn.Linear(2, 2)
     with caplog.at_level(logging.WARNING, logger="sbert_fast"):
-        assert run(model, families.make_batch("bert", LENGTHS)).last_hidden_state.isnan().any()
-    (reason,) = counts(model)
-    assert "no longer supported" in reason
-    assert "encoder.layer.0.output.dense.bias" in reason
-    assert "encoder.layer.0.output.dense.bias" in caplog.text
+        assert_identical(run(model, batch), run(original, batch))
+    reason = "the model is no longer supported: unknown parameter 'adapter.weight' (an adapter?)"
+    assert counts(model) == {"packed": 1, reason: 1}
+    assert reason in caplog.text
 
 
 @pytest.mark.slow

@@ -171,7 +171,7 @@ def test_dense_after_a_concatenation(launches: Launches) -> None:
 @pytest.mark.parametrize("tail", TAILS.values(), ids=TAILS)
 def test_dense_rows_do_not_depend_on_the_batch(tail: Callable[[], list[nn.Module]]) -> None:
     """The head alone: the same hidden states in batches of other sizes give the same bits."""
-    head = PoolingHead(read_pooling(list(build("mean", *tail()))[1:], WIDTH))
+    head = PoolingHead(read_pooling(dict(list(build("mean", *tail()).named_children())[1:]), WIDTH))
     lengths = np.array([5, 1, 17, 2, 30, 9, 4] * 7)
     offsets = np.concatenate(([0], np.cumsum(lengths)))
     ids = np.zeros(offsets[-1], dtype=np.int32)
@@ -223,9 +223,15 @@ def test_dense_computes_in_fp32_under_a_16_bit_encoder() -> None:
     assert_same_vectors(encoder.encode(TEXTS), expected.numpy())
 
 
-def test_dense_weights_that_are_not_finite() -> None:
-    st = build("mean", dense())
+@pytest.mark.parametrize("name", ["2.linear.bias", "4.residual.weight"])
+def test_dense_weights_that_are_not_finite(name: str) -> None:
+    st = build("mean", dense(), Normalize(), dense(out=24, use_residual=True))
+    encoder = FastEncoder(st)
+    encoder.encode(TEXTS)
     with torch.no_grad():
-        st[2].linear.bias[7] = float("nan")
-    with pytest.raises(InvalidWeightsError, match="linear.bias"):
-        FastEncoder(st).encode(TEXTS)
+        dict(st.named_parameters())[name].view(-1)[7] = float("nan")
+    message = f"weights hold NaN or infinity: {name}$"
+    with pytest.raises(InvalidWeightsError, match=message):
+        FastEncoder(st)
+    with pytest.raises(InvalidWeightsError, match=message):
+        encoder.encode(TEXTS)

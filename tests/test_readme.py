@@ -82,10 +82,18 @@ def check_pip(arguments: list[str]) -> None:
     extras = tomllib.loads(ROOT.joinpath("pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
-    verb, what = arguments
+    verb, *options, what = arguments
+    assert set(options) <= {"--no-build-isolation"}
     found = re.fullmatch(r"\.(?:\[(.+)\])?", what)
     assert verb == "install" and found
     assert found[1] is None or found[1] in extras
+
+
+def build_modes() -> list[str]:
+    """The values of SBERT_FAST_BUILD that setup.py knows."""
+    found = re.search(r"^MODES = \((.*)\)$", ROOT.joinpath("setup.py").read_text(), re.MULTILINE)
+    assert found
+    return re.findall(r"\w+", found[1])
 
 
 def check_sbert_fast(arguments: list[str]) -> None:
@@ -104,6 +112,9 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(command: str, reader: Path) -> None:
     program, *arguments = shlex.split(command, comments=True)
+    if program.startswith("SBERT_FAST_BUILD="):
+        assert program.partition("=")[2] in build_modes()
+        program, *arguments = arguments
     CHECKS[program](arguments)
 
 

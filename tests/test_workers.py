@@ -46,6 +46,7 @@ class ReportingEncoder(FastEncoder):
         content = {
             "launches": {op: count for (op, _), count in ops.launches().items()},
             "texts": stats.texts,
+            "batches": stats.batches,
             "fallbacks": stats.fallbacks,
         }
         path = Path(self.folder) / f"{os.getpid()}.json"
@@ -66,7 +67,7 @@ def st() -> SentenceTransformer:
 
 @pytest.fixture(scope="module")
 def encoder(st: SentenceTransformer, tmp_path_factory: pytest.TempPathFactory) -> ReportingEncoder:
-    encoder = ReportingEncoder(st)
+    encoder = ReportingEncoder(st, batch_tokens=1_000_000)
     encoder.folder = str(tmp_path_factory.mktemp("reports"))
     return encoder
 
@@ -138,6 +139,21 @@ def test_other_ways_to_reach_the_workers(encoder: ReportingEncoder, pool: Pool) 
     query = encoder.encode_query(TEXTS, pool=pool)
     assert_same_vectors(query, encoder.encode_query(TEXTS))
     assert_same_vectors(encoder.encode(TEXTS[0], pool=pool), expected[0])
+
+
+@pytest.mark.filterwarnings("ignore:The `encode_multi_process` method has been deprecated")
+@pytest.mark.parametrize("method", ["encode", "encode_query", "encode_multi_process"])
+def test_the_default_batch_size_limits_nothing_in_workers(
+    encoder: ReportingEncoder, pool: Pool, method: str
+) -> None:
+    def batches(**arguments: int) -> int:
+        before = sum(worker["batches"] for worker in reports(encoder))
+        getattr(encoder, method)(texts, pool=pool, chunk_size=len(texts), **arguments)
+        return sum(worker["batches"] for worker in reports(encoder)) - before
+
+    texts = ["the sea and the sun"] * (32 * encoder.max_seq_length // 4)
+    assert batches() == 1
+    assert batches(batch_size=32) > 1
 
 
 def test_bad_input_never_reaches_a_worker(encoder: ReportingEncoder, pool: Pool) -> None:

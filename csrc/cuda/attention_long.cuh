@@ -312,9 +312,8 @@ attention_long_kernel(const AttentionParams p, int q_blocks) {
       }
     }
     sync_block();
-    const Work mine = work;
-    if (mine.end == 0) return;
-    attend_long<T, CHUNKS, PLAIN>(p, mine, block_index() % p.H);
+    if (work.end == 0) return;
+    attend_long<T, CHUNKS, PLAIN>(p, work, block_index() % p.H);
   }
 }
 

@@ -51,7 +51,7 @@ embed_norm_kernel(EmbedNormParams params) {
   const int64_t token = place < last ? place : last;
   const int64_t id = params.ids[token];
   const int64_t position = params.positions[token];
-  const int64_t type = params.types != nullptr ? params.types[token] : 0;
+  const int32_t type = params.types != nullptr ? params.types[token] : 0;
 
   RawRow<Layout> word, at;
   word.load(static_cast<const T*>(params.word) + id * params.E + lane.start, lane);
@@ -62,7 +62,7 @@ embed_norm_kernel(EmbedNormParams params) {
   if (params.type_table != nullptr) {
     // Two rows that every multiprocessor has at hand.
     RawRow<Layout> kind;
-    kind.load(static_cast<const T*>(params.type_table) + type * params.E + lane.start, lane);
+    kind.load(static_cast<const T*>(params.type_table) + int64_t{type} * params.E + lane.start, lane);
     row.template add<T>(kind);
   }
   row.multiply(center(row, lane, params.inverse_width, params.eps, sums));

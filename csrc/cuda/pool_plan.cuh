@@ -21,7 +21,7 @@ inline constexpr int kOwned = kPoolThreads<kNorm> / Layout::kLanes;
 
 /// Blocks on a multiprocessor at the least, by the registers that a row takes.
 template <class Layout, bool kNorm, bool kMaxMode>
-inline constexpr int kPoolBlocks = Layout::kPieces <= 3 && !(kNorm && kMaxMode) ? 2 : 1;
+inline constexpr int kPoolBlocks = Layout::kPieces + (kMaxMode ? 1 + kNorm : 0) <= 3 ? 2 : 1;
 
 template <class Layout, bool kNorm>
 struct PoolShared {

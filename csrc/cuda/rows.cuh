@@ -40,20 +40,20 @@ void with_row_layout(int32_t E, Function&& function) {
 /// The place of a thread in its group, and what it holds of a row.
 template <class Layout>
 struct RowLane {
-  int start;   // its first column
-  int pieces;  // of the whole row
+  int start;  // its first column
+  int width;  // of the row
 
   SBF_DEVICE explicit RowLane(int32_t E)
       : start(static_cast<int>(static_cast<uint32_t>(thread_index()) % Layout::kLanes * 8)),
-        pieces(static_cast<int>(static_cast<uint32_t>(E) / 8)) {}
+        width(E) {}
 
   /// Whether piece i of this lane is part of the row.
   SBF_DEVICE bool live(int i) const {
-    return i < Layout::kFull || start / 8 + i * Layout::kLanes < pieces;
+    return i < Layout::kFull || start < width - i * Layout::kLanes * 8;
   }
   /// The columns from the first one to piece i, to the last piece of the row where it is not live.
   SBF_DEVICE int offset(int i) const {
-    return live(i) ? i * Layout::kLanes * 8 : (pieces - 1) * 8 - start;
+    return live(i) ? i * Layout::kLanes * 8 : width - 8 - start;
   }
 };
 

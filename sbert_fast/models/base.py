@@ -211,8 +211,12 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(hook, "__module__", "") != _IDLE_HOOKS for hook in hooks)
 
 
-def check_finite(model: nn.Module) -> None:
+def check_finite(model: nn.Module, prefix: str = "") -> None:
     """Refuse weights that hold NaN or infinity, naming the tensor.
+
+    Args:
+        model: holds the weights.
+        prefix: what stands before their names in the model around it.
 
     Raises:
         InvalidWeightsError: a parameter is not finite.
@@ -222,4 +226,4 @@ def check_finite(model: nn.Module) -> None:
             continue
         # Both are NaN where a value is. Unlike isfinite(), this makes no copies of a large table.
         if not all(math.isfinite(value) for value in torch.aminmax(parameter.detach())):
-            raise InvalidWeightsError(f"weights hold NaN or infinity: {name}")
+            raise InvalidWeightsError(f"weights hold NaN or infinity: {prefix}{name}")

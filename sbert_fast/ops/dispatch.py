@@ -136,6 +136,7 @@ def resolve(
         ValueError: `impl` names no implementation.
         ImplementationError: the named implementation cannot run here.
     """
+    asked = "SBERT_FAST_IMPL" if impl == "auto" else "impl"
     impl = requested(impl)
     if impl == "auto":
         names = preference(device)
@@ -147,7 +148,7 @@ def resolve(
         raise ImplementationError(f"no implementation runs on {device} in {dtype}")
     if impl not in schemas.IMPLEMENTATIONS:
         expected = ", ".join(("auto", *schemas.IMPLEMENTATIONS))
-        raise ValueError(f"impl must be one of {expected}, got {impl!r}")
+        raise ValueError(f"{asked} must be one of {expected}, got {impl!r}")
     reason = rejection(impl, device, dtype, head_dim)
     if reason is not None:
         raise ImplementationError(f"impl={impl!r} was asked for, but {reason}")

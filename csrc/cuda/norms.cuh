@@ -16,9 +16,10 @@ namespace sbert_fast::cuda {
 
 inline constexpr int kNormThreads = 128;
 
-/// Blocks on a multiprocessor at the least: half of its threads, with up to three pieces a lane.
+/// Blocks on a multiprocessor at the least: what the registers of a row leave room for without
+/// spills.
 template <class Layout>
-inline constexpr int kNormBlocks = Layout::kPieces <= 3 ? 8 : 5;
+inline constexpr int kNormBlocks = Layout::kPieces <= 3 ? 7 : 5;
 
 template <class T, class Layout>
 SBF_KERNEL(kNormThreads, kNormBlocks<Layout>)
@@ -33,9 +34,8 @@ add_norm_kernel(AddNormParams params) {
   x.load(static_cast<const T*>(params.x) + offset, lane);
   residual.load_if(params.residual != nullptr, static_cast<const T*>(params.residual) + offset,
                    lane);
-  const bool has_bias = params.bias != nullptr;
   Row<Layout> row;
-  row.template assign_sum<T>(x, has_bias ? params.bias : params.weight, has_bias, residual, lane);
+  row.template assign_sum<T>(x, params.bias, params.has_bias, residual, lane);
   row.multiply(center(row, lane, params.inverse_width, params.eps, sums));
   row.scale_and_shift(params.weight, params.ln_bias, 1.0f, lane);
   if (place <= last) row.store(static_cast<T*>(params.out) + offset, lane);

@@ -110,13 +110,14 @@ Tensor add_norm(const Tensor& x, const std::optional<Tensor>& bias,
   if (T == 0) return out;
   const AddNormParams params{
       .x = x.const_data_ptr(),
-      .bias = data_or_null<float>(bias),
+      .bias = static_cast<const float*>((bias.has_value() ? *bias : weight).const_data_ptr()),
       .residual = data_or_null<void>(residual),
       .weight = static_cast<const float*>(weight.const_data_ptr()),
       .ln_bias = static_cast<const float*>(ln_bias.const_data_ptr()),
       .out = out.mutable_data_ptr(),
       .T = T,
       .E = static_cast<int32_t>(E),
+      .has_bias = bias.has_value(),
       .inverse_width = 1.0f / static_cast<float>(E),
       .eps = static_cast<float>(eps),
   };

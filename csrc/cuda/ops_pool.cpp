@@ -59,7 +59,8 @@ Pooling check_norm_pooling(const char* op, const Tensor& x, const std::optional<
   check_norm(op, x, bias, residual, weight, ln_bias);
   PoolParams& params = pooling.params;
   params.residual = data_or_null<void>(residual);
-  params.bias = data_or_null<float>(bias);
+  params.bias = static_cast<const float*>((bias.has_value() ? *bias : weight).const_data_ptr());
+  params.has_bias = bias.has_value();
   params.weight = static_cast<const float*>(weight.const_data_ptr());
   params.ln_bias = static_cast<const float*>(ln_bias.const_data_ptr());
   params.eps = static_cast<float>(eps);

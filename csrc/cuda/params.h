@@ -58,13 +58,14 @@ struct EmbedNormParams {
 
 struct AddNormParams {
   const void* x;         // [T, E]
-  const float* bias;     // [E] or null
+  const float* bias;     // [E], or any such vector where not has_bias
   const void* residual;  // [T, E] or null
   const float* weight;   // [E]
   const float* ln_bias;  // [E]
   void* out;             // [T, E]
   int64_t T;
   int32_t E;
+  bool has_bias;
   float inverse_width;  // 1 / E
   float eps;
 };
@@ -88,7 +89,7 @@ struct PoolParams {
   float* out;               // [N, E], rows out_stride apart
   const int32_t* out_rows;  // [segments], or null: row i
   const void* residual;     // [T, E] or null, as all that follow where there is no LayerNorm
-  const float* bias;        // [E]
+  const float* bias;        // [E], or any such vector where not has_bias
   const float* weight;      // [E]
   const float* ln_bias;     // [E]
   int64_t x_stride;
@@ -100,6 +101,7 @@ struct PoolParams {
   PoolMode mode;
   bool spans;
   bool normalize;
+  bool has_bias;
   bool out_aligned;     // its rows, to 16 bytes
   float inverse_width;  // 1 / E
   float eps;

@@ -96,8 +96,6 @@ SBF_DEVICE void add_tokens(const PoolParams& params, const RowLane<Layout>& lane
 template <class T, class Layout, bool kMaxMode>
 SBF_DEVICE void add_normalized(const PoolParams& params, const RowLane<Layout>& lane, Tokens tokens,
                                int offset, GroupSums& sums, Row<Layout>& total) {
-  const bool has_bias = params.bias != nullptr;
-  const float* bias = has_bias ? params.bias : params.weight;
   int token = tokens.next;
 #pragma unroll 1
   for (int left = tokens.steps; left > 0; --left, token += tokens.stride) {
@@ -108,7 +106,7 @@ SBF_DEVICE void add_normalized(const PoolParams& params, const RowLane<Layout>& 
     residual.load_if(params.residual != nullptr, static_cast<const T*>(params.residual) + start,
                      lane);
     Row<Layout> row;
-    row.template assign_sum<T>(x, bias, has_bias, residual, lane);
+    row.template assign_sum<T>(x, params.bias, params.has_bias, residual, lane);
     float factor = center(row, lane, params.inverse_width, params.eps, sums);
     if constexpr (kMaxMode) {
       row.multiply(factor);

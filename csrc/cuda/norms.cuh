@@ -19,7 +19,7 @@ inline constexpr int kNormThreads = 128;
 /// Blocks on a multiprocessor at the least: what the registers of a row leave room for without
 /// spills.
 template <class Layout>
-inline constexpr int kNormBlocks = Layout::kPieces <= 3 ? 7 : 5;
+inline constexpr int kNormBlocks = Layout::kPieces <= 3 ? 8 : 5;
 
 template <class T, class Layout>
 SBF_KERNEL(kNormThreads, kNormBlocks<Layout>)
@@ -37,8 +37,8 @@ add_norm_kernel(AddNormParams params) {
   Row<Layout> row;
   row.template assign_sum<T>(x, params.bias, params.has_bias, residual, lane);
   row.multiply(center(row, lane, params.inverse_width, params.eps, sums));
-  row.scale_and_shift(params.weight, params.ln_bias, 1.0f, lane);
-  if (place <= last) row.store(static_cast<T*>(params.out) + offset, lane);
+  row.store_scaled(static_cast<T*>(params.out) + offset, place <= last, params.weight,
+                   params.ln_bias, lane);
 }
 
 template <class T, class Layout>
@@ -67,14 +67,13 @@ embed_norm_kernel(EmbedNormParams params) {
     row.template add<T>(kind);
   }
   row.multiply(center(row, lane, params.inverse_width, params.eps, sums));
-  row.scale_and_shift(params.weight, params.bias, 1.0f, lane);
-  const uint32_t target = group_index<Layout>(kNormThreads);
-  if (target >= static_cast<uint32_t>(params.T)) return;
-  const int64_t offset = static_cast<int64_t>(target) * params.E + lane.start;
+  const int64_t offset = token * params.E + lane.start;
   if (params.out_dtype == kFloat16) {
-    row.store(static_cast<Half*>(params.out) + offset, lane);
+    row.store_scaled(static_cast<Half*>(params.out) + offset, place <= last, params.weight,
+                     params.bias, lane);
   } else {
-    row.store(static_cast<BFloat16*>(params.out) + offset, lane);
+    row.store_scaled(static_cast<BFloat16*>(params.out) + offset, place <= last, params.weight,
+                     params.bias, lane);
   }
 }
 

@@ -163,13 +163,18 @@ struct Row {
     for (int i = 0; i < Layout::kPieces; ++i) {
       // Loads do not move up past this: the registers of all of them at once would be too many.
       sync_warp();
-      float factor[8], term[8];
-      load_8(factor, weight + lane.start + lane.offset(i));
-      load_8(term, bias + lane.start + lane.offset(i));
+      scale_and_shift_piece(i, weight, bias, share, lane);
+    }
+  }
+
+  SBF_DEVICE void scale_and_shift_piece(int i, const float* weight, const float* bias, float share,
+                                        const RowLane<Layout>& lane) {
+    float factor[8], term[8];
+    load_8(factor, weight + lane.start + lane.offset(i));
+    load_8(term, bias + lane.start + lane.offset(i));
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        value[i * 8 + j] = fma(value[i * 8 + j], factor[j], share * term[j]);
-      }
+    for (int j = 0; j < 8; ++j) {
+      value[i * 8 + j] = fma(value[i * 8 + j], factor[j], share * term[j]);
     }
   }
 
@@ -222,18 +227,21 @@ struct Row {
     }
   }
 
-  /// Rounded once, to the row whose column lane.start is at `row`.
+  /// value * weight + bias, rounded once, to the row whose column lane.start is at `row`; nothing
+  /// is written where not `present`. Piece by piece: no load moves up past a store, so that few
+  /// registers hold weights.
   template <class T>
-  SBF_DEVICE void store(T* row, const RowLane<Layout>& lane) const {
+  SBF_DEVICE void store_scaled(T* row, bool present, const float* weight, const float* bias,
+                               const RowLane<Layout>& lane) {
 #pragma unroll
     for (int i = 0; i < Layout::kPieces; ++i) {
-      if (!lane.live(i)) continue;
+      scale_and_shift_piece(i, weight, bias, 1.0f, lane);
       Vector piece;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         piece.word[j] = pack<T>(value[i * 8 + 2 * j], value[i * 8 + 2 * j + 1]);
       }
-      store_16(row + lane.offset(i), piece);
+      if (present && lane.live(i)) store_16(row + lane.offset(i), piece);
     }
   }
 };

@@ -106,7 +106,7 @@ def varlen_attention(
         contracts.relative_bias(bias, qkv)
     reach = -1 if window is None else validation.integer("window", window, 0, optional=True)
     cos, sin = (None, None) if rotary is None else contracts.rotary(rotary, qkv)
-    kernel = bind("varlen_attention", qkv.device, qkv.dtype, impl)
+    kernel = bind("varlen_attention", qkv.device, qkv.dtype, impl, head_dim=qkv.shape[3])
     return kernel(qkv, cu_seqlens, longest, scale, bias, reach, cos, sin, tiles)
 
 

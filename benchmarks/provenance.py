@@ -22,7 +22,7 @@ PACKAGES = (
 )
 # What is timed, by kind of device.
 _SOURCES = {
-    "cpu": ("sbert_fast/**/*.py", "csrc/**/*.cpp", "csrc/**/*.h"),
+    "cpu": ("sbert_fast/**/*.py", "csrc/common/*.*", "csrc/cpu/*.*", "csrc/host/*.*"),
     "cuda": ("sbert_fast/**/*.py", "kernels/**/*.py", "csrc/cuda/**/*.*", "csrc/host/**/*.*"),
     # What sbert_fast/ops/choices.py goes by.
     "cuda kernels": ("csrc/cuda/**/*.*",),

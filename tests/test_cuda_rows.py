@@ -37,7 +37,7 @@ def run(op: str, args: list[Any]) -> Tensor:
 
 
 @pytest.mark.parametrize("out_dtype", HALVES)
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
 @pytest.mark.parametrize(("T", "E"), [*SHAPES, *WIDE_SHAPES])
 def test_embed_norm(T: int, E: int, dtype: torch.dtype, out_dtype: torch.dtype) -> None:
     for types in ("given", "type 0", "no table"):

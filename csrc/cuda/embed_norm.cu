@@ -17,7 +17,14 @@ void launch_typed(const EmbedNormParams& params, StreamHandle stream) {
 }  // namespace
 
 void launch_embed_norm(Dtype dtype, const EmbedNormParams& params, StreamHandle stream) {
-  dtype == kFloat16 ? launch_typed<Half>(params, stream) : launch_typed<BFloat16>(params, stream);
+  switch (dtype) {
+    case kFloat16:
+      return launch_typed<Half>(params, stream);
+    case kBFloat16:
+      return launch_typed<BFloat16>(params, stream);
+    case kFloat32:
+      return launch_typed<float>(params, stream);
+  }
 }
 
 }  // namespace sbert_fast::cuda

@@ -41,6 +41,34 @@ add_norm_kernel(AddNormParams params) {
                    params.ln_bias, lane);
 }
 
+/// The sum of a row of each table, which begin at these offsets.
+template <class T, class Layout>
+SBF_DEVICE void add_tables(Row<Layout>& row, const EmbedNormParams& params, int64_t word,
+                           int64_t position, int64_t type, const RowLane<Layout>& lane) {
+  const T* words = static_cast<const T*>(params.word) + word;
+  const T* positions = static_cast<const T*>(params.position_table) + position;
+  const T* types = static_cast<const T*>(params.type_table) + type;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    row.fill(0);
+    row.add_fp32(words, lane);
+    row.add_fp32(positions, lane);
+    if (params.type_table != nullptr) row.add_fp32(types, lane);
+  } else {
+    RawRow<Layout> first, second;
+    first.load(words, lane);
+    second.load(positions, lane);
+    row.template assign<T>(first);
+    row.template add<T>(second);
+    if (params.type_table != nullptr) {
+      // Two rows that every multiprocessor has at hand.
+      RawRow<Layout> third;
+      third.load(types, lane);
+      row.template add<T>(third);
+    }
+  }
+}
+
+/// T is the dtype of the tables.
 template <class T, class Layout>
 SBF_KERNEL(kNormThreads, kNormBlocks<Layout>)
 embed_norm_kernel(EmbedNormParams params) {
@@ -53,19 +81,9 @@ embed_norm_kernel(EmbedNormParams params) {
   const int64_t position = params.positions[token];
   const int32_t type = params.types != nullptr ? params.types[token] : 0;
 
-  RawRow<Layout> word, at;
-  word.load(static_cast<const T*>(params.word) + id * params.E + lane.start, lane);
-  at.load(static_cast<const T*>(params.position_table) + position * params.E + lane.start, lane);
   Row<Layout> row;
-  row.template assign<T>(word);
-  row.template add<T>(at);
-  if (params.type_table != nullptr) {
-    // Two rows that every multiprocessor has at hand.
-    RawRow<Layout> kind;
-    kind.load(static_cast<const T*>(params.type_table) + int64_t{type} * params.E + lane.start,
-              lane);
-    row.template add<T>(kind);
-  }
+  add_tables<T>(row, params, id * params.E + lane.start, position * params.E + lane.start,
+                int64_t{type} * params.E + lane.start, lane);
   row.multiply(center(row, lane, params.inverse_width, params.eps, sums));
   const int64_t offset = token * params.E + lane.start;
   if (params.out_dtype == kFloat16) {

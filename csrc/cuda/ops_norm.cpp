@@ -49,12 +49,26 @@ void check_norm(const char* op, const Tensor& x, const std::optional<Tensor>& bi
   check_vector(op, "ln_bias", ln_bias, x, "[E]", E);
 }
 
+namespace {
+
+/// Requires a table of embeddings: float32, or what activations are.
+Dtype check_table(const char* op, const char* name, const Tensor& table) {
+  if (table.scalar_type() != ScalarType::Float) {
+    return check_activation(op, name, table, "[V, E]", {kAnySize, kAnySize});
+  }
+  check_tensor_like(op, name, table, table, ScalarType::Float, "[V, E]", {kAnySize, kAnySize});
+  check_alignment(op, name, table);
+  return kFloat32;
+}
+
+}  // namespace
+
 Tensor embed_norm(const Tensor& ids, const Tensor& positions, const std::optional<Tensor>& types,
                   const Tensor& word, const Tensor& position_table,
                   const std::optional<Tensor>& type_table, const Tensor& weight, const Tensor& bias,
                   double eps, ScalarType out_dtype) {
   constexpr const char* op = "embed_norm";
-  const Dtype dtype = check_activation(op, "word", word, "[V, E]", {kAnySize, kAnySize});
+  const Dtype dtype = check_table(op, "word", word);
   const int64_t E = word.size(1);
   check_width(op, "word", E, kMaxWidth);
   check_tensor_like(op, "ids", ids, word, ScalarType::Int, "[T]", {kAnySize});

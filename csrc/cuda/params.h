@@ -9,7 +9,8 @@ namespace sbert_fast::cuda {
 /// A stream of the CUDA runtime; the API layer sees no CUDA header.
 using StreamHandle = void*;
 
-enum Dtype : int32_t { kFloat16, kBFloat16 };
+/// kFloat32 is for tables of embeddings alone.
+enum Dtype : int32_t { kFloat16, kBFloat16, kFloat32 };
 
 struct AttentionParams {
   const void* qkv;            // [T, 3, H, D]
@@ -107,6 +108,7 @@ struct PoolParams {
   float eps;
 };
 
+/// `dtype` is that of the tables.
 void launch_embed_norm(Dtype dtype, const EmbedNormParams& params, StreamHandle stream);
 void launch_add_norm(Dtype dtype, const AddNormParams& params, StreamHandle stream);
 void launch_bias_gelu(Dtype dtype, bool tanh, const BiasGeluParams& params, StreamHandle stream);

@@ -137,6 +137,17 @@ struct Row {
     }
   }
 
+  /// Adds the fp32 row whose column lane.start is at `row`.
+  SBF_DEVICE void add_fp32(const float* row, const RowLane<Layout>& lane) {
+#pragma unroll
+    for (int i = 0; i < Layout::kPieces; ++i) {
+      float term[8];
+      load_8(term, row + lane.offset(i));
+#pragma unroll
+      for (int j = 0; j < 8; ++j) value[i * 8 + j] += term[j];
+    }
+  }
+
   /// x + bias + residual; there is no bias where not `has_bias`, though some vector is read.
   template <class T>
   SBF_DEVICE void assign_sum(const RawRow<Layout>& x, const float* bias, bool has_bias,

@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sbert_fast.values import shown
+
 try:
     from sbert_fast import _host  # type: ignore[attr-defined]
 except ImportError:
@@ -22,26 +24,33 @@ HAS_NATIVE_PLANNER = _host is not None
 ROW_ALIGNMENT = 16
 TILE_TOKENS = 128
 
+# More tokens than any input has, and still an int64 when lengths are added to it.
+_NO_LIMIT = 2**62
 
-def _check_lengths(lengths: NDArray[np.int32], name: str, limit: int) -> NDArray[np.int32]:
-    lengths = np.ascontiguousarray(lengths)
+
+def _checked(lengths: NDArray[np.int32], name: str, limit: int) -> tuple[NDArray[np.int32], int]:
+    """The arguments of either planner, contiguous and within 64 bits."""
+    if not isinstance(lengths, np.ndarray):
+        raise TypeError(f"lengths must be a numpy array int32 [N], got {type(lengths).__name__}")
     if lengths.ndim != 1 or lengths.dtype != np.int32:
         raise ValueError(
             f"lengths must be int32 [N], got {lengths.dtype} with shape {list(lengths.shape)}"
         )
+    if isinstance(limit, bool) or not isinstance(limit, (int, np.integer)):
+        raise TypeError(f"{name} must be an int, got {type(limit).__name__} {shown(limit)}")
     if limit <= 0:
-        raise ValueError(f"{name} must be at least 1, got {limit}")
+        raise ValueError(f"{name} must be at least 1, got {shown(limit)}")
     if lengths.size and lengths.min() < 0:
         at = int(np.argmin(lengths))
         raise ValueError(f"lengths must be at least 0, got {int(lengths[at])} at index {at}")
-    return lengths
+    return np.ascontiguousarray(lengths), min(int(limit), _NO_LIMIT)
 
 
 def plan_batches_numpy(
     lengths: NDArray[np.int32], budget: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The numpy planner; see :func:`plan_batches`."""
-    lengths = _check_lengths(lengths, "budget", budget)
+    lengths, budget = _checked(lengths, "budget", budget)
     order = np.argsort(-lengths.astype(np.int64), kind="stable")
     ends = np.cumsum(lengths[order], dtype=np.int64)
     starts, position, used = [0], 0, 0
@@ -54,8 +63,10 @@ def plan_batches_numpy(
 
 def plan_tiles_numpy(lengths: NDArray[np.int32], tile: int) -> NDArray[np.int32]:
     """The numpy planner; see :func:`plan_tiles`."""
-    lengths = _check_lengths(lengths, "tile", tile)
+    lengths, tile = _checked(lengths, "tile", tile)
     ends = np.cumsum(lengths, dtype=np.int64)
+    if ends.size and ends[-1] >= 2**31:
+        raise ValueError(f"lengths must sum to less than 2^31 tokens, got {ends[-1]}")
     rows: list[tuple[int, int, int, int]] = []
     sequence = 0
     while sequence < lengths.size:
@@ -78,26 +89,27 @@ def plan_batches(
     """Cut texts into batches of at most `budget` tokens, longest texts first.
 
     Args:
-        lengths: int32 `[N]`, tokens of each text.
-        budget: tokens of a batch, at least 1; a longer text becomes a batch of its own.
+        lengths: numpy int32 `[N]`, tokens of each text, at least 0.
+        budget: int, tokens of a batch, at least 1; a longer text becomes a batch of its own.
 
     Returns:
         `order` int64 `[N]`, a stable sort by decreasing length, and `starts` int64 `[batches + 1]`:
         batch b holds `order[starts[b]:starts[b + 1]]`.
 
     Raises:
+        TypeError: `lengths` is not a numpy array, or `budget` is not an int.
         ValueError: `lengths` is not int32 `[N]` or negative somewhere, or `budget` is below 1.
     """
     planner = plan_batches_numpy if _host is None else _host.plan_batches
-    return planner(lengths, budget)
+    return planner(*_checked(lengths, "budget", budget))
 
 
 def plan_tiles(lengths: NDArray[np.int32], tile: int = TILE_TOKENS) -> NDArray[np.int32]:
     """Group the consecutive sequences of a batch into tiles of at most `tile` tokens.
 
     Args:
-        lengths: int32 `[B]`, tokens of each sequence, in packed order.
-        tile: tokens of a tile, at least 1.
+        lengths: numpy int32 `[B]`, tokens of each sequence, at least 0, in packed order.
+        tile: int, tokens of a tile, at least 1.
 
     Returns:
         int32 `[n, 4]`, rows `(q_start, q_end, first_sequence, sequences)` in packed token offsets.
@@ -105,10 +117,10 @@ def plan_tiles(lengths: NDArray[np.int32], tile: int = TILE_TOKENS) -> NDArray[n
         tile; a sequence longer than `tile` is cut into tiles of its own.
 
     Raises:
-        ValueError: as :func:`plan_batches`.
+        TypeError, ValueError: as :func:`plan_batches`; or `lengths` sum to 2^31 or more.
     """
     planner = plan_tiles_numpy if _host is None else _host.plan_tiles
-    return planner(lengths, tile)
+    return planner(*_checked(lengths, "tile", tile))
 
 
 @dataclass(frozen=True, slots=True)

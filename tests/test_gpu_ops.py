@@ -41,3 +41,28 @@ def test_rows_more_than_2_to_the_31_bytes_apart_are_pooled_in_their_places() -> 
     OPS.segment_pool_out.triton(x, cu_seqlens, 0, True, 0, None, out, int32(1, 0).cuda())
     assert not out[1].any()
     torch.testing.assert_close(out[0], torch.full((1024,), 1 / 32, device="cuda"))
+
+
+def test_values_are_checked_on_a_gpu_only_where_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, out = torch.ones(16, 64, device="cuda"), torch.full((3, 64), -7.0, device="cuda")
+    table, weight = torch.ones(4, 64, device="cuda"), torch.ones(64, device="cuda")
+    good, bad = int32(0, 3, 8).cuda(), int32(0, 9, 8).cuda()
+    rows, twice = int32(2, 0).cuda(), int32(2, 2).cuda()
+    monkeypatch.setenv("SBERT_FAST_DEBUG", "1")
+    with pytest.raises(ValueError, match="^cu_seqlens must never decrease, got 9 then 8"):
+        ops.segment_pool(x, bad, out=out, out_rows=rows)
+    with pytest.raises(ValueError, match="^out_rows must name a row at most once, got 2 twice"):
+        ops.segment_pool(x, good, out=out, out_rows=twice)
+    with pytest.raises(ValueError, match=r"^ids\[1\] must be in \[0, 4\)"):
+        ops.embed_norm(bad[:2], rows, None, table, table, None, weight, weight, 1e-5)
+    assert (out == -7).all()
+    ops.segment_pool(x, good, out=out, out_rows=rows)
+
+    monkeypatch.delenv("SBERT_FAST_DEBUG")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.segment_pool(x, good, out=out, out_rows=rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

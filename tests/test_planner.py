@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +33,7 @@ TILES = st.one_of(st.integers(1, 16), st.integers(1, 400), st.just(2**40))
 no_deadline = settings(deadline=None)
 
 
-def _int32(lengths: list[int]) -> NDArray[np.int32]:
+def _int32(lengths: list) -> NDArray[np.int32]:
     return np.array(lengths, dtype=np.int32)
 
 
@@ -126,43 +128,94 @@ def test_one_endless_text_costs_no_endless_memory() -> None:
     assert starts.tolist() == [0, 1, 3]
 
 
+# What `lengths` and the limit of a planner must not be, and words of the message.
 BAD_ARGUMENTS = [
-    ([1, 2], 0, r"{limit} must be at least 1, got 0"),
-    ([1, 2], -7, r"{limit} must be at least 1, got -7"),
-    ([4, -2, -5], 8, r"lengths must be at least 0, got -5 at index 2"),
-    ([[1, 2]], 8, r"lengths must be int32 \[N\], got int32 with shape \[1, 2\]"),
+    (_int32([1, 2]), 0, ValueError, r"{limit} must be at least 1, got 0"),
+    (_int32([1, 2]), -7, ValueError, r"{limit} must be at least 1, got -7"),
+    (_int32([1, 2]), 8.0, TypeError, r"{limit} must be an int, got float 8\.0"),
+    (_int32([1, 2]), True, TypeError, r"{limit} must be an int, got bool True"),
+    (_int32([1, 2]), "8", TypeError, r"{limit} must be an int, got str '8'"),
+    (_int32([1, 2]), None, TypeError, r"{limit} must be an int, got NoneType None"),
+    (_int32([4, -2, -5]), 8, ValueError, r"lengths must be at least 0, got -5 at index 2"),
+    (np.int32(3), 8, TypeError, r"lengths must be a numpy array int32 \[N\], got int32"),
+    ([1, 2], 8, TypeError, r"lengths must be a numpy array int32 \[N\], got list"),
+    (["a", "b"], 8, TypeError, r"lengths must be a numpy array int32 \[N\], got list"),
+    (None, 8, TypeError, r"lengths must be a numpy array int32 \[N\], got NoneType"),
+    (np.array([1, 2]), 8, ValueError, r"lengths must be int32 \[N\], got int64 with shape \[2\]"),
+    (np.array([1.0, 2.0]), 8, ValueError, r"lengths must be int32 \[N\], got float64 with shape"),
+    (np.array(["a"]), 8, ValueError, r"lengths must be int32 \[N\], got <U1 with shape \[1\]"),
+    (
+        _int32([[1, 2]]),
+        8,
+        ValueError,
+        r"lengths must be int32 \[N\], got int32 with shape \[1, 2\]",
+    ),
 ]
 
 
-@pytest.mark.parametrize(
-    ("plan", "limit"),
-    [*((plan, "budget") for plan in BATCH_PLANNERS), *((plan, "tile") for plan in TILE_PLANNERS)],
-    ids=["batches-numpy", "batches-native", "tiles-numpy", "tiles-native"],
+@pytest.fixture(params=PLANNER_IDS)
+def planner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each planner; it is the one that the package uses for the test."""
+    if request.param == "numpy":
+        monkeypatch.setattr(packing, "_host", None)
+    else:
+        assert packing._host is _host
+    return request.param
+
+
+PUBLIC_PLANNERS = pytest.mark.parametrize(
+    ("plan", "limit"), [(packing.plan_batches, "budget"), (packing.plan_tiles, "tile")]
 )
-class TestBadArguments:
-    """Both planners name the argument, what was expected and what they got, in the same words."""
-
-    @pytest.mark.parametrize(("lengths", "value", "message"), BAD_ARGUMENTS)
-    def test_values(
-        self, plan: Callable, limit: str, lengths: list, value: int, message: str
-    ) -> None:
-        with pytest.raises(ValueError, match=message.format(limit=limit)):
-            plan(_int32(lengths), value)
-
-    def test_dtype(self, plan: Callable, limit: str) -> None:
-        with pytest.raises(ValueError, match=r"lengths must be int32 \[N\], got int64 with shape"):
-            plan(np.array([1, 2], dtype=np.int64), 8)
 
 
-@pytest.mark.parametrize("plan", [_host.plan_batches, _host.plan_tiles], ids=["batches", "tiles"])
-def test_native_planner_refuses_strides(plan: Callable) -> None:
-    with pytest.raises(ValueError, match="lengths must be contiguous, got a stride of 8 bytes"):
-        plan(_int32([1, 2, 3, 4])[::2], 8)
+@PUBLIC_PLANNERS
+@pytest.mark.parametrize(("lengths", "value", "error", "message"), BAD_ARGUMENTS)
+def test_both_planners_refuse_in_the_same_words(
+    planner: str,
+    plan: Callable,
+    limit: str,
+    lengths: Any,
+    value: Any,
+    error: type[Exception],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=message.format(limit=limit)) as raised:
+        plan(lengths, value)
+    assert raised.type is error
 
 
-def test_tiles_refuse_offsets_beyond_int32() -> None:
+@PUBLIC_PLANNERS
+def test_both_planners_take_strides_and_any_limit(planner: str, plan: Callable, limit: str) -> None:
+    lengths = _int32([7, 0, 7, 0, 7, 0])[::2]
+    expected = plan(lengths.copy(), 1000)
+    for value in (np.int32(1000), sys.maxsize, 2**80):
+        for want, have in zip(expected, plan(lengths, value), strict=True):
+            np.testing.assert_array_equal(have, want)
+
+
+def test_tiles_refuse_offsets_beyond_int32(planner: str) -> None:
     with pytest.raises(ValueError, match=r"lengths must sum to less than 2\^31 tokens, got 2147"):
-        _host.plan_tiles(_int32([2**31 - 1, 1]), 128)
+        packing.plan_tiles(_int32([2**31 - 1, 1]), 2**30)
+
+
+# Callers of the native module itself.
+NATIVE_REFUSALS = [
+    (_int32([1, 2]), 0, r"{limit} must be at least 1, got 0"),
+    (_int32([4, -2, -5]), 8, r"lengths must be at least 0, got -5 at index 2"),
+    (_int32([[1, 2]]), 8, r"lengths must be int32 \[N\], got int32 with shape \[1, 2"),
+    (np.array([1, 2]), 8, r"lengths must be int32 \[N\], got int64 with shape"),
+    (_int32([1, 2, 3, 4])[::2], 8, "lengths must be contiguous, got a stride of 8 bytes"),
+]
+
+
+@pytest.mark.parametrize(("lengths", "value", "message"), NATIVE_REFUSALS)
+def test_the_native_module_refuses_by_itself(
+    lengths: NDArray[np.int32], value: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message.format(limit="budget")):
+        _host.plan_batches(lengths, value)
+    with pytest.raises(ValueError, match=message.format(limit="tile")):
+        _host.plan_tiles(lengths, value)
 
 
 class TestCpuFeatures:

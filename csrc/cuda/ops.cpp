@@ -39,24 +39,52 @@ int32_t dtype_code(ScalarType dtype) {
 
 }  // namespace
 
-Dtype check_activation(const char* op, const char* name, const Tensor& tensor, const char* dims,
-                       std::initializer_list<int64_t> sizes) {
+namespace {
+
+Dtype check_activation_dtype(const char* op, const char* name, const Tensor& tensor) {
   const ScalarType dtype = tensor.scalar_type();
   SBF_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, op, name,
             " must be float16 or bfloat16, got ", dtype_name(dtype));
   SBF_CHECK(device_type_of(tensor) == device_type(), op, name, " must be on ", kDeviceName);
-  check_tensor(op, name, tensor, dtype, dims, sizes);
-  check_alignment(op, name, tensor);
   return dtype == ScalarType::Half ? kFloat16 : kBFloat16;
+}
+
+}  // namespace
+
+Dtype check_activation(const char* op, const char* name, const Tensor& tensor, const char* dims,
+                       std::initializer_list<int64_t> sizes) {
+  const Dtype dtype = check_activation_dtype(op, name, tensor);
+  check_tensor(op, name, tensor, tensor.scalar_type(), dims, sizes);
+  check_alignment(op, name, tensor);
+  return dtype;
+}
+
+Dtype check_activation_rows(const char* op, const char* name, const Tensor& tensor,
+                            const char* dims) {
+  const Dtype dtype = check_activation_dtype(op, name, tensor);
+  SBF_CHECK(tensor.dim() == 2 && (tensor.stride(1) == 1 || tensor.size(1) <= 1), op, name,
+            " must be ", dims, " with unit inner stride, got ", describe(tensor));
+  return dtype;
+}
+
+void check_row_alignment(const char* op, const char* name, const Tensor& tensor) {
+  constexpr int64_t kNumbers = kAlignment / 2;
+  SBF_CHECK(tensor.stride(0) % kNumbers == 0 || tensor.size(0) <= 1, op, name,
+            " must have rows a multiple of ", kNumbers, " columns apart, got ", describe(tensor));
+  check_alignment(op, name, tensor);
+}
+
+void check_device_like(const char* op, const char* name, const Tensor& tensor, const Tensor& like) {
+  SBF_CHECK(device_type_of(tensor) == device_type() &&
+                tensor.get_device_index() == like.get_device_index(),
+            op, name, " must be on ", kDeviceName, ':', like.get_device_index(),
+            ", like the other tensors");
 }
 
 void check_tensor_like(const char* op, const char* name, const Tensor& tensor, const Tensor& like,
                        ScalarType dtype, const char* dims, std::initializer_list<int64_t> sizes) {
   check_tensor(op, name, tensor, dtype, dims, sizes);
-  SBF_CHECK(device_type_of(tensor) == device_type() &&
-                tensor.get_device_index() == like.get_device_index(),
-            op, name, " must be on ", kDeviceName, ':', like.get_device_index(),
-            ", like the other tensors");
+  check_device_like(op, name, tensor, like);
 }
 
 void check_tensor_like(const char* op, const char* name, const std::optional<Tensor>& tensor,
@@ -101,4 +129,11 @@ STABLE_TORCH_LIBRARY_IMPL(sbert_fast, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(sbert_fast, CUDA, m) {
 #endif
   m.impl("varlen_attention.cuda", TORCH_BOX(&sbert_fast::cuda::varlen_attention));
+  m.impl("embed_norm.cuda", TORCH_BOX(&sbert_fast::cuda::embed_norm));
+  m.impl("add_norm.cuda", TORCH_BOX(&sbert_fast::cuda::add_norm));
+  m.impl("bias_gelu.cuda", TORCH_BOX(&sbert_fast::cuda::bias_gelu));
+  m.impl("segment_pool.cuda", TORCH_BOX(&sbert_fast::cuda::segment_pool));
+  m.impl("segment_pool_out.cuda", TORCH_BOX(&sbert_fast::cuda::segment_pool_out));
+  m.impl("norm_pool.cuda", TORCH_BOX(&sbert_fast::cuda::norm_pool));
+  m.impl("norm_pool_out.cuda", TORCH_BOX(&sbert_fast::cuda::norm_pool_out));
 }

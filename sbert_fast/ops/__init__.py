@@ -1,11 +1,22 @@
 """The ops of a packed BERT-family encoder: one contract, several implementations.
 
 Dims: `B` sequences, `T` packed tokens, `H` heads, `D` head dim, `E` hidden, `F` FFN width.
+Tensors are dense, contiguous unless said otherwise, and all of a call on one device.
+
+Activations are float32, bfloat16 or float16, or float64, which only the reference takes (as
+float16 on a CPU). Parameters are float32 whatever the activations are (beside float64 ones, also
+float64). Indices and offsets are int32.
+
 `cu_seqlens`, everywhere: contiguous int32 `[B + 1]` on the op's device; it starts at 0, never
 decreases, may repeat (empty sequences) and may end before `T` (a dead tail that reaches no result).
 
 `impl`, everywhere: "auto" picks by device and dtype (:func:`explain_ops` shows the table); a name
 runs that implementation or raises :class:`sbert_fast.errors.ImplementationError`.
+
+Errors, everywhere: the message names the argument, what was expected and what came, and nothing
+has been computed or written. TypeError: a wrong type or dtype. ValueError: a wrong shape, device,
+layout or value, or an `impl` that does not exist. The values of int32 tensors are checked on a CPU;
+on CUDA that would wait for the GPU, and only `SBERT_FAST_DEBUG=1` does it.
 """
 
 from __future__ import annotations
@@ -13,7 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sbert_fast.ops import extension, validation
+from sbert_fast.ops import contracts, extension, validation
 from sbert_fast.ops.dispatch import (
     Kernel,
     bind,
@@ -23,6 +34,7 @@ from sbert_fast.ops.dispatch import (
     reset_launches,
     resolve,
 )
+from sbert_fast.ops.pool import norm_pool, segment_pool
 from sbert_fast.ops.reference import POOLING_MODES
 from sbert_fast.ops.schemas import IMPLEMENTATIONS
 
@@ -45,8 +57,6 @@ __all__ = [
     "varlen_attention",
 ]
 
-MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 128
-
 
 def varlen_attention(
     qkv: Tensor,
@@ -63,16 +73,16 @@ def varlen_attention(
     """Attention of every token over the tokens of its own sequence.
 
     Args:
-        qkv: `[T, 3, H, D]`, contiguous, 8 <= D <= 128; fp32 or bf16 (the reference also takes
-            fp16 and fp64).
-        cu_seqlens: int32 `[B + 1]`, see the module docstring.
-        max_seqlen: at least the length of the longest sequence, in tokens.
-        scale: factor of the logits; default `D ** -0.5`.
-        bias: `[H, 2R + 1]`: `bias[h, clamp(j - i, -R, R) + R]` is added to the scaled logit of
+        qkv: `[T, 3, H, D]`, activations; H >= 1, 8 <= D <= 128.
+        cu_seqlens: int32 `[B + 1]`, in tokens, see the module docstring.
+        max_seqlen: int (in a graph, SymInt), at least the longest sequence, in tokens.
+        scale: finite factor of the logits; default `D ** -0.5`.
+        bias: fp32 `[H, 2R + 1]`: `bias[h, clamp(j - i, -R, R) + R]` is added to the scaled logit of
             query i and key j.
-        window: keep keys with `|j - i| <= window`, in tokens.
-        rotary: `(cos, sin)`, each `[T, D/2]`, applied to q and k.
-        tiles: int32 `[n, 4]` of :func:`sbert_fast.packing.plan_tiles`: a scheduling hint.
+        window: int >= 0: keep keys with `|j - i| <= window`, in tokens. None keeps all.
+        rotary: `(cos, sin)`, each fp32 `[T, D/2]`, applied to q and k; D is even.
+        tiles: int32 `[n, 4]` of :func:`sbert_fast.packing.plan_tiles`, rows in any order: a
+            scheduling hint that changes no result.
         impl: see the module docstring.
 
     Returns:
@@ -80,35 +90,24 @@ def varlen_attention(
 
     Raises:
         TypeError, ValueError: an argument breaks the contract; the message names it.
+        ImplementationError: the implementation asked for cannot run here.
 
     Numerics:
         fp32 logits, softmax and accumulation (fp64 for fp64); one rounding at the end. On CPUs with
         bf16 dot products, bf16 inputs stay bf16 there: softmax weights are rounded to bf16 too.
+
+    Source:
+        Vaswani et al., arXiv:1706.03762; rotary tables: Su et al., arXiv:2104.09864; `bias`: T5,
+        arXiv:1910.10683.
     """
-    validation.activations("qkv", qkv, ("T", 3, "H", "D"))
-    tokens, _, heads, dim = qkv.shape
-    if not MIN_HEAD_DIM <= dim <= MAX_HEAD_DIM:
-        raise ValueError(f"qkv must have a head dim D from 8 to 128, got {dim}")
-    validation.integers("cu_seqlens", cu_seqlens, ("B + 1",), qkv.device)
-    validation.cu_seqlens_values(cu_seqlens, tokens, max_seqlen)
+    longest = contracts.attention(qkv, cu_seqlens, max_seqlen, tiles)
+    scale = qkv.shape[3] ** -0.5 if scale is None else validation.number("scale", scale)
     if bias is not None:
-        bias = validation.parameter("bias", bias, (heads, "2R + 1"), qkv.device)
-        if bias.shape[1] % 2 == 0:
-            raise ValueError(f"bias must have an odd width 2R + 1, got {bias.shape[1]}")
-    if window is not None and window < 0:
-        raise ValueError(f"window must be None or at least 0, got {window}")
-    cos = sin = None
-    if rotary is not None:
-        if dim % 2:
-            raise ValueError(f"rotary needs an even head dim D, got {dim}")
-        cos = validation.parameter("rotary[0]", rotary[0], (tokens, dim // 2), qkv.device)
-        sin = validation.parameter("rotary[1]", rotary[1], (tokens, dim // 2), qkv.device)
-    if tiles is not None:
-        validation.integers("tiles", tiles, ("n", 4), qkv.device)
-    kernel = bind("varlen_attention", qkv.device, qkv.dtype, impl)
-    scale = dim**-0.5 if scale is None else float(scale)
-    reach = -1 if window is None else window
-    return kernel(qkv, cu_seqlens, max_seqlen, scale, bias, reach, cos, sin, tiles)
+        contracts.relative_bias(bias, qkv)
+    reach = -1 if window is None else validation.integer("window", window, 0, optional=True)
+    cos, sin = (None, None) if rotary is None else contracts.rotary(rotary, qkv)
+    kernel = bind("varlen_attention", qkv.device, qkv.dtype, impl, head_dim=qkv.shape[3])
+    return kernel(qkv, cu_seqlens, longest, scale, bias, reach, cos, sin, tiles)
 
 
 def embed_norm(
@@ -128,14 +127,17 @@ def embed_norm(
     """`LayerNorm(word[ids] + position_table[positions] + type_table[types])`.
 
     Args:
-        ids, positions: int32 `[T]`, inside their tables.
-        types: int32 `[T]`; None with a table means type 0 everywhere.
-        word: `[V, E]`, contiguous, fp32 or bf16.
+        ids: int32 `[T]`, rows of `word`.
+        positions: int32 `[T]`, rows of `position_table`.
+        types: int32 `[T]`, rows of `type_table`; None with a table means type 0 everywhere.
+        word: `[V, E]`, activations; E >= 1.
         position_table: `[P, E]`, dtype of `word`.
-        type_table: `[N, E]` or None, dtype of `word`.
-        weight, bias: LayerNorm parameters `[E]`.
-        eps: LayerNorm epsilon.
-        out_dtype: dtype of the result; default that of `word`.
+        type_table: `[N, E]`, N >= 1, dtype of `word`; or None.
+        weight: fp32 `[E]`, factor of the LayerNorm.
+        bias: fp32 `[E]`, added by the LayerNorm.
+        eps: finite, at least 0, added to the variance.
+        out_dtype: dtype of the result: that of `word` (the default), or with float32 tables also
+            bfloat16 or float16.
         impl: see the module docstring.
 
     Returns:
@@ -143,26 +145,19 @@ def embed_norm(
 
     Raises:
         TypeError, ValueError: an argument breaks the contract; the message names it.
+        ImplementationError: the implementation asked for cannot run here.
 
     Numerics:
         fp32 sum and statistics, two passes (mean, then centred variance); one rounding.
+
+    Source:
+        The embeddings of BERT, arXiv:1810.04805; LayerNorm: Ba et al., arXiv:1607.06450.
     """
-    validation.activations("word", word, ("V", "E"))
-    width = word.shape[1]
-    validation.integers("ids", ids, ("T",), word.device)
-    validation.integers("positions", positions, (ids.shape[0],), word.device)
-    for name, table in (("position_table", position_table), ("type_table", type_table)):
-        if table is not None:
-            validation.activations(name, table, ("N", width))
-            validation.dtype(name, table, (word.dtype,))
-            validation.device(name, table, word.device)
-    if types is not None:
-        if type_table is None:
-            raise ValueError("types was given without type_table: pass both or neither")
-        validation.integers("types", types, (ids.shape[0],), word.device)
-    weight = validation.parameter("weight", weight, (width,), word.device)
-    bias = validation.parameter("bias", bias, (width,), word.device)
-    out_dtype = out_dtype or word.dtype
+    contracts.embedding(ids, positions, types, word, position_table, type_table)
+    validation.parameter("weight", weight, (word.shape[1],), word)
+    validation.parameter("bias", bias, (word.shape[1],), word)
+    eps = validation.number("eps", eps, 0)
+    out_dtype = contracts.embedding_dtype(out_dtype, word)
     kernel = bind("embed_norm", word.device, out_dtype, impl)
     return kernel(
         ids, positions, types, word, position_table, type_table, weight, bias, eps, out_dtype
@@ -182,11 +177,12 @@ def add_norm(
     """`LayerNorm(x + bias + residual)`.
 
     Args:
-        x: `[T, E]`, contiguous.
-        bias: `[E]` of the linear that made `x`, or None.
+        x: `[T, E]`, activations; E >= 1.
+        bias: fp32 `[E]` of the linear that made `x`, or None.
         residual: `[T, E]`, dtype of `x`, or None.
-        weight, ln_bias: LayerNorm parameters `[E]`.
-        eps: LayerNorm epsilon.
+        weight: fp32 `[E]`, factor of the LayerNorm.
+        ln_bias: fp32 `[E]`, added by the LayerNorm.
+        eps: finite, at least 0, added to the variance.
         impl: see the module docstring.
 
     Returns:
@@ -194,11 +190,15 @@ def add_norm(
 
     Raises:
         TypeError, ValueError: an argument breaks the contract; the message names it.
+        ImplementationError: the implementation asked for cannot run here.
 
     Numerics:
         fp32 sum and statistics, two passes; one rounding.
+
+    Source:
+        Ba et al., arXiv:1607.06450.
     """
-    bias, weight, ln_bias = validation.norm(x, bias, residual, weight, ln_bias)
+    eps = contracts.norm(x, bias, residual, weight, ln_bias, eps)
     return bind("add_norm", x.device, x.dtype, impl)(x, bias, residual, weight, ln_bias, eps)
 
 
@@ -206,9 +206,9 @@ def bias_gelu(x: Tensor, bias: Tensor | None, *, tanh: bool = False, impl: str =
     """`gelu(x + bias)`: the exact erf form, or the tanh approximation where a model asks for it.
 
     Args:
-        x: `[T, F]`, contiguous.
-        bias: `[F]` or None.
-        tanh: the tanh approximation (`gelu_new`, `gelu_pytorch_tanh`) instead of erf.
+        x: `[T, F]`, activations; F >= 1.
+        bias: fp32 `[F]` or None.
+        tanh: bool, the tanh approximation (`gelu_new`, `gelu_pytorch_tanh`) instead of erf.
         impl: see the module docstring.
 
     Returns:
@@ -216,109 +216,17 @@ def bias_gelu(x: Tensor, bias: Tensor | None, *, tanh: bool = False, impl: str =
 
     Raises:
         TypeError, ValueError: an argument breaks the contract; the message names it.
+        ImplementationError: the implementation asked for cannot run here.
 
     Numerics:
         evaluated in fp32; one rounding.
+
+    Source:
+        Hendrycks and Gimpel, arXiv:1606.08415.
     """
     validation.activations("x", x, ("T", "F"))
+    width = validation.columns("x", x)
     if bias is not None:
-        bias = validation.parameter("bias", bias, (x.shape[1],), x.device)
+        validation.parameter("bias", bias, (width,), x)
+    validation.flag("tanh", tanh)
     return bind("bias_gelu", x.device, x.dtype, impl)(x, bias, tanh)
-
-
-def segment_pool(
-    x: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    mode: str = "mean",
-    normalize: bool = True,
-    skip: int = 0,
-    spans: Tensor | None = None,
-    out: Tensor | None = None,
-    out_rows: Tensor | None = None,
-    impl: str = "auto",
-) -> Tensor:
-    """Pool the tokens of each sequence into one vector, and L2-normalise it.
-
-    Args:
-        x: `[T, E]`, unit inner stride.
-        cu_seqlens: int32 `[B + 1]`, see the module docstring.
-        mode: "mean", "cls", "max", "mean_sqrt_len", "weighted_mean" (weight = position + 1) or
-            "last_token".
-        normalize: divide each row by `max(its L2 norm, 1e-12)`.
-        skip: leading tokens left out of pooling (a prompt), at least 0; see DESIGN.md for the
-            sequences that are no longer than that.
-        spans: int32 `[P, 2]`: pool the packed ranges `[start, end)` instead of whole sequences.
-        out: fp32 `[N, E]`, unit inner stride, written in place and returned.
-        out_rows: int32 `[B]` (or `[P]`): row i of the result goes to `out[out_rows[i]]`.
-        impl: see the module docstring.
-
-    Returns:
-        `[B, E]` fp32 (`[P, E]` with `spans`), or `out`. Empty sequences give zeros.
-
-    Raises:
-        TypeError, ValueError: an argument breaks the contract; the message names it.
-
-    Numerics:
-        fp32 accumulation in an order fixed by the length of the sequence, no atomics.
-    """
-    validation.shape("x", x, ("T", "E"))
-    validation.dtype("x", x, validation.FLOATS)
-    if x.stride(1) != 1 and x.shape[1] > 1:
-        raise ValueError(f"x must have a unit inner stride, got strides {x.stride()}")
-    code = validation.pooling(x, cu_seqlens, mode, skip, spans)
-    validation.pooled_rows("segment_pool", x, cu_seqlens, spans, out, out_rows)
-    how = code, normalize, skip, spans
-    if out is None:
-        return bind("segment_pool", x.device, x.dtype, impl)(x, cu_seqlens, *how)
-    bind("segment_pool_out", x.device, x.dtype, impl)(x, cu_seqlens, *how, out, out_rows)
-    return out
-
-
-def norm_pool(
-    x: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    weight: Tensor,
-    ln_bias: Tensor,
-    eps: float,
-    cu_seqlens: Tensor,
-    *,
-    mode: str = "mean",
-    normalize: bool = True,
-    skip: int = 0,
-    spans: Tensor | None = None,
-    out: Tensor | None = None,
-    out_rows: Tensor | None = None,
-    impl: str = "auto",
-) -> Tensor:
-    """`segment_pool(add_norm(x, bias, residual, ...))`, for the last layer of a model.
-
-    Args:
-        x: `[T, E]`, contiguous.
-        bias, residual, weight, ln_bias, eps: as in :func:`add_norm`.
-        cu_seqlens: int32 `[B + 1]`, see the module docstring.
-        mode, normalize, skip, spans, out, out_rows: as in :func:`segment_pool`.
-        impl: see the module docstring.
-
-    Returns:
-        `[B, E]` fp32 (`[P, E]` with `spans`), or `out`. Empty sequences give zeros.
-
-    Raises:
-        TypeError, ValueError: an argument breaks the contract; the message names it.
-
-    Numerics:
-        as both; the normalised tokens are rounded to the dtype of `x` on a CPU only, where they
-        are stored.
-    """
-    bias, weight, ln_bias = validation.norm(x, bias, residual, weight, ln_bias)
-    code = validation.pooling(x, cu_seqlens, mode, skip, spans)
-    validation.pooled_rows("norm_pool", x, cu_seqlens, spans, out, out_rows)
-    norm = bias, residual, weight, ln_bias, eps
-    how = code, normalize, skip, spans
-    if out is None:
-        return bind("norm_pool", x.device, x.dtype, impl)(x, *norm, cu_seqlens, *how)
-    validation.no_grad("norm_pool", residual, bias, weight, ln_bias)
-    kernel = bind("norm_pool_out", x.device, x.dtype, impl)
-    kernel(x, *norm, cu_seqlens, *how, out, out_rows)
-    return out

@@ -1,34 +1,51 @@
-"""Argument checks of the public ops: name, what was expected, what came; before any allocation."""
+"""Argument checks of the public ops: name, what was expected, what came; before any allocation.
+
+What each op asks of its arguments is in :mod:`sbert_fast.ops.contracts`.
+"""
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sbert_fast.ops.reference import POOLING_MODES
+from sbert_fast.values import shown
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INT64_MAX = 2**63 - 1
+_LARGEST = sys.float_info.max
 
 
 def shape(name: str, tensor: Tensor, expected: Sequence[int | str]) -> None:
-    """Check `tensor` against a shape: integers must match, strings are free dimensions."""
+    """Check that `tensor` is one, and its shape: integers must match, strings are free."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    fits = tensor.dim() == len(expected) and all(
-        isinstance(want, str) or got == want
-        for got, want in zip(tensor.shape, expected, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join(map(str, expected))
-        raise ValueError(f"{name} must have shape [{wanted}], got {list(tensor.shape)}")
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "a nested one" if tensor.is_nested else str(tensor.layout)[6:]
+        raise TypeError(f"{name} must be a dense torch.Tensor, got {kind}")
+    sizes = tensor.shape
+    if len(sizes) == len(expected):
+        for want, got in zip(expected, sizes, strict=True):
+            if not isinstance(want, str) and got != want:
+                break
+        else:
+            return
+    wanted = ", ".join(map(str, expected))
+    raise ValueError(f"{name} must have shape [{wanted}], got {list(sizes)}")
 
 
 def dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:
     if tensor.dtype not in allowed:
-        wanted = " or ".join(str(d)[6:] for d in allowed)
-        raise TypeError(f"{name} must be {wanted}, got {str(tensor.dtype)[6:]}")
+        raise TypeError(f"{name} must be {either(allowed)}, got {str(tensor.dtype)[6:]}")
+
+
+def either(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(str(d)[6:] for d in dtypes)
 
 
 def device(name: str, tensor: Tensor, expected: torch.device) -> None:
@@ -36,120 +53,84 @@ def device(name: str, tensor: Tensor, expected: torch.device) -> None:
         raise ValueError(f"{name} must be on {expected}, got {tensor.device}")
 
 
+def contiguous(name: str, tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+
+
 def activations(name: str, tensor: Tensor, expected: Sequence[int | str]) -> None:
     shape(name, tensor, expected)
     dtype(name, tensor, FLOATS)
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+    contiguous(name, tensor)
+
+
+def like(name: str, tensor: Tensor, expected: Sequence[int | str], x: Tensor) -> None:
+    """Check a tensor that goes with `x`: its dtype, its device."""
+    shape(name, tensor, expected)
+    dtype(name, tensor, (x.dtype,))
+    device(name, tensor, x.device)
+    contiguous(name, tensor)
+
+
+def parameter(name: str, tensor: Tensor, expected: Sequence[int | str], x: Tensor) -> None:
+    """Check a parameter that goes with `x`: fp32, or also fp64 beside fp64."""
+    shape(name, tensor, expected)
+    wide = x.dtype == torch.float64
+    dtype(name, tensor, (torch.float32, torch.float64) if wide else (torch.float32,))
+    device(name, tensor, x.device)
+    contiguous(name, tensor)
 
 
 def integers(name: str, tensor: Tensor, expected: Sequence[int | str], where: torch.device) -> None:
     shape(name, tensor, expected)
     dtype(name, tensor, (torch.int32,))
     device(name, tensor, where)
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+    contiguous(name, tensor)
 
 
-def parameter(
-    name: str, tensor: Tensor, expected: Sequence[int | str], where: torch.device
-) -> Tensor:
-    """Check a parameter and return it as contiguous fp32, or fp64 as it is."""
-    shape(name, tensor, expected)
-    dtype(name, tensor, FLOATS)
-    device(name, tensor, where)
-    return tensor if tensor.dtype == torch.float64 else tensor.float().contiguous()
+def columns(name: str, tensor: Tensor) -> int:
+    """Check that the rows of `tensor` `[T, E]` hold something, and return E."""
+    width = tensor.shape[1]
+    if width == 0:
+        raise ValueError(f"{name} must have at least one column, got shape {list(tensor.shape)}")
+    return width
 
 
-def cu_seqlens_values(cu_seqlens: Tensor, tokens: int, max_seqlen: int | None = None) -> None:
-    """Check the values of a host `cu_seqlens`; on a device they are trusted, to save a sync."""
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if isinstance(cu_seqlens, torch._subclasses.FakeTensor):
-        return
-    if cu_seqlens.numel() == 0:
-        raise ValueError("cu_seqlens must have shape [B + 1] with B >= 0, got an empty tensor")
-    if int(cu_seqlens[0]) != 0:
-        raise ValueError(f"cu_seqlens must start at 0, got {int(cu_seqlens[0])}")
-    lengths = cu_seqlens.diff()
-    if lengths.numel() and int(lengths.min()) < 0:
-        at = int((lengths < 0).nonzero()[0])
-        raise ValueError(
-            f"cu_seqlens must never decrease, got {int(cu_seqlens[at])} then "
-            f"{int(cu_seqlens[at + 1])} at index {at + 1}"
-        )
-    if int(cu_seqlens[-1]) > tokens:
-        raise ValueError(
-            f"cu_seqlens must end at or before T = {tokens}, got {int(cu_seqlens[-1])}"
-        )
-    if max_seqlen is not None and lengths.numel() and int(lengths.max()) > max_seqlen:
-        raise ValueError(
-            f"max_seqlen must be at least the longest sequence ({int(lengths.max())} tokens), "
-            f"got {max_seqlen}"
-        )
+def integer(name: str, value: Any, least: int | None, *, optional: bool = False) -> int:
+    """Check a whole number; `least` None leaves its value to the graph that is being captured."""
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    none = "None or " if optional else ""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be {none}an int, got {describe(value)}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be {none}at least {least}, got {shown(value)}")
+    if least is not None and value > _INT64_MAX:
+        raise ValueError(f"{name} must be below 2^63, got {shown(value)}")
+    return value if isinstance(value, int) else int(value)
 
 
-def pooling_mode(mode: str) -> int:
-    if mode not in POOLING_MODES:
-        raise ValueError(f"mode must be one of {', '.join(POOLING_MODES)}, got {mode!r}")
-    return POOLING_MODES.index(mode)
+def number(name: str, value: Any, least: float = -math.inf) -> float:
+    """Check a finite number of at least `least`."""
+    if isinstance(value, torch.SymFloat):
+        return value  # type: ignore[return-value]
+    if isinstance(value, bool) or not isinstance(value, (float, int, np.floating, np.integer)):
+        raise TypeError(f"{name} must be a number, got {describe(value)}")
+    if isinstance(value, np.generic):
+        value = value.item()
+    if not (least <= value and -_LARGEST <= value <= _LARGEST):
+        bound = "" if least == -math.inf else f" of at least {least:g}"
+        raise ValueError(f"{name} must be a finite number{bound}, got {shown(value)}")
+    return value if isinstance(value, float) else float(value)
 
 
-def norm(
-    x: Tensor, bias: Tensor | None, residual: Tensor | None, weight: Tensor, ln_bias: Tensor
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Check the arguments of a LayerNorm over `x + bias + residual`; its vectors come back fp32."""
-    activations("x", x, ("T", "E"))
-    width = x.shape[1]
-    if bias is not None:
-        bias = parameter("bias", bias, (width,), x.device)
-    if residual is not None:
-        activations("residual", residual, tuple(x.shape))
-        dtype("residual", residual, (x.dtype,))
-        device("residual", residual, x.device)
-    weight = parameter("weight", weight, (width,), x.device)
-    return bias, weight, parameter("ln_bias", ln_bias, (width,), x.device)
+def flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {describe(value)}")
 
 
-def pooling(x: Tensor, cu_seqlens: Tensor, mode: str, skip: int, spans: Tensor | None) -> int:
-    """Check what the tokens of `x` are pooled by, and return the code of the mode."""
-    integers("cu_seqlens", cu_seqlens, ("B + 1",), x.device)
-    cu_seqlens_values(cu_seqlens, x.shape[0])
-    code = pooling_mode(mode)
-    if skip < 0:
-        raise ValueError(f"skip must be at least 0, got {skip}")
-    if spans is not None:
-        integers("spans", spans, ("P", 2), x.device)
-    return code
-
-
-def pooled_rows(
-    op: str,
-    x: Tensor,
-    cu_seqlens: Tensor,
-    spans: Tensor | None,
-    out: Tensor | None,
-    out_rows: Tensor | None,
-) -> None:
-    """Check where the pooled rows of `x` go."""
-    if out is None:
-        if out_rows is not None:
-            raise ValueError("out_rows was given without out: pass both or neither")
-        return
-    rows = cu_seqlens.shape[0] - 1 if spans is None else spans.shape[0]
-    shape("out", out, ("N", x.shape[1]))
-    dtype("out", out, (torch.float32,))
-    device("out", out, x.device)
-    no_grad(op, x, out)
-    if out_rows is not None:
-        integers("out_rows", out_rows, (rows,), x.device)
-    elif out.shape[0] < rows:
-        raise ValueError(f"out must have at least {rows} rows, got {out.shape[0]}")
-
-
-def no_grad(op: str, *tensors: Tensor | None) -> None:
-    """Refuse inputs whose gradient would be lost by an op that writes into `out`."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise NotImplementedError(
-            f"{op} with out= has no backward: call it under torch.inference_mode() or without out="
-        )
+def describe(value: Any) -> str:
+    """What came where a scalar was expected."""
+    if value is None or isinstance(value, Tensor):
+        return "None" if value is None else f"a tensor of shape {list(value.shape)}"
+    return f"{type(value).__name__} {shown(value)}"

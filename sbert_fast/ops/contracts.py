@@ -1,0 +1,193 @@
+"""What the public ops ask of their arguments, the same whichever implementation runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sbert_fast.ops import validation, values
+from sbert_fast.ops.reference import POOLING_MODES
+from sbert_fast.values import shown
+
+MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 128
+
+
+def pooling_mode(mode: str) -> int:
+    expected = f"mode must be one of {', '.join(POOLING_MODES)}"
+    if not isinstance(mode, str):
+        raise TypeError(f"{expected}, got {validation.describe(mode)}")
+    if mode not in POOLING_MODES:
+        raise ValueError(f"{expected}, got {shown(mode)}")
+    return POOLING_MODES.index(mode)
+
+
+def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, tiles: Tensor | None) -> int:
+    """Check what attention runs over, and return `max_seqlen`."""
+    validation.activations("qkv", qkv, ("T", 3, "H", "D"))
+    tokens, _, heads, dim = qkv.shape
+    if heads == 0:
+        raise ValueError(f"qkv must have at least one head H, got shape {list(qkv.shape)}")
+    if not MIN_HEAD_DIM <= dim <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"qkv must have a head dim D from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {dim}"
+        )
+    sequences(cu_seqlens, qkv.device)
+    longest = validation.integer(
+        "max_seqlen", max_seqlen, None if torch.compiler.is_compiling() else 0
+    )
+    if tiles is not None:
+        validation.integers("tiles", tiles, ("n", 4), qkv.device)
+    ends = values.cu_seqlens(cu_seqlens, tokens, longest)
+    if tiles is not None and ends is not None:
+        values.tiles(tiles, ends)
+    return longest
+
+
+def sequences(cu_seqlens: Tensor, where: torch.device) -> None:
+    validation.integers("cu_seqlens", cu_seqlens, ("B + 1",), where)
+    if cu_seqlens.shape[0] == 0:
+        raise ValueError("cu_seqlens must have shape [B + 1] with B >= 0, got an empty tensor")
+
+
+def relative_bias(bias: Tensor, qkv: Tensor) -> None:
+    """Check the bias `[H, 2R + 1]` of attention."""
+    validation.parameter("bias", bias, (qkv.shape[2], "2R + 1"), qkv)
+    if bias.shape[1] % 2 == 0:
+        raise ValueError(f"bias must have an odd width 2R + 1, got {bias.shape[1]}")
+
+
+def rotary(tables: Sequence[Tensor], qkv: Tensor) -> tuple[Tensor, Tensor]:
+    """Check the tables `(cos, sin)` of attention."""
+    if not isinstance(tables, (tuple, list)):
+        raise TypeError(
+            f"rotary must be a tuple (cos, sin) or None, got {validation.describe(tables)}"
+        )
+    if len(tables) != 2:
+        raise ValueError(f"rotary must be a tuple (cos, sin), got {len(tables)} items")
+    tokens, _, _, dim = qkv.shape
+    if dim % 2:
+        raise ValueError(f"rotary needs an even head dim D, got {dim}")
+    for index, table in enumerate(tables):
+        validation.parameter(f"rotary[{index}]", table, (tokens, dim // 2), qkv)
+    return tables[0], tables[1]
+
+
+def embedding(
+    ids: Tensor,
+    positions: Tensor,
+    types: Tensor | None,
+    word: Tensor,
+    position_table: Tensor,
+    type_table: Tensor | None,
+) -> None:
+    """Check ids and the tables they index."""
+    validation.activations("word", word, ("V", "E"))
+    width = validation.columns("word", word)
+    validation.like("position_table", position_table, ("P", width), word)
+    if type_table is not None:
+        validation.like("type_table", type_table, ("N", width), word)
+        if type_table.shape[0] == 0:
+            raise ValueError("type_table must have a row for type 0, got 0 rows")
+    validation.integers("ids", ids, ("T",), word.device)
+    validation.integers("positions", positions, (ids.shape[0],), word.device)
+    if types is not None:
+        if type_table is None:
+            raise ValueError("types was given without type_table: pass both or neither")
+        validation.integers("types", types, (ids.shape[0],), word.device)
+        values.indices("types", types, type_table.shape[0], "type_table")
+    values.indices("ids", ids, word.shape[0], "word")
+    values.indices("positions", positions, position_table.shape[0], "position_table")
+
+
+def embedding_dtype(out_dtype: torch.dtype | None, word: Tensor) -> torch.dtype:
+    """The dtype of embeddings from the table `word`; fp32 tables also serve 16-bit results."""
+    if out_dtype is None:
+        return word.dtype
+    if not isinstance(out_dtype, torch.dtype):
+        raise TypeError(
+            f"out_dtype must be a torch.dtype or None, got {validation.describe(out_dtype)}"
+        )
+    allowed = validation.FLOATS[:3] if word.dtype == torch.float32 else (word.dtype,)
+    if out_dtype not in allowed:
+        raise TypeError(
+            f"out_dtype must be {validation.either(allowed)} where word is {str(word.dtype)[6:]}, "
+            f"got {str(out_dtype)[6:]}"
+        )
+    return out_dtype
+
+
+def norm(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+) -> float:
+    """Check the arguments of a LayerNorm over `x + bias + residual`, and return `eps`."""
+    validation.activations("x", x, ("T", "E"))
+    width = validation.columns("x", x)
+    if bias is not None:
+        validation.parameter("bias", bias, (width,), x)
+    if residual is not None:
+        validation.like("residual", residual, tuple(x.shape), x)
+    validation.parameter("weight", weight, (width,), x)
+    validation.parameter("ln_bias", ln_bias, (width,), x)
+    return validation.number("eps", eps, 0)
+
+
+def pooling(
+    x: Tensor, cu_seqlens: Tensor, mode: str, normalize: bool, skip: int, spans: Tensor | None
+) -> tuple[int, bool, int, Tensor | None]:
+    """Check how the tokens of `x` are pooled; the arguments of the schema come back."""
+    sequences(cu_seqlens, x.device)
+    code = pooling_mode(mode)
+    validation.flag("normalize", normalize)
+    skip = validation.integer("skip", skip, 0)
+    if spans is not None:
+        validation.integers("spans", spans, ("P", 2), x.device)
+    ends = values.cu_seqlens(cu_seqlens, x.shape[0])
+    if spans is not None and ends is not None:
+        values.spans(spans, int(ends[-1]))
+    return code, normalize, skip, spans
+
+
+def pooled_rows(
+    op: str,
+    x: Tensor,
+    cu_seqlens: Tensor,
+    spans: Tensor | None,
+    out: Tensor | None,
+    out_rows: Tensor | None,
+) -> None:
+    """Check where the pooled rows of `x` go."""
+    if out is None:
+        if out_rows is not None:
+            raise ValueError("out_rows was given without out: pass both or neither")
+        return
+    rows = cu_seqlens.shape[0] - 1 if spans is None else spans.shape[0]
+    width = x.shape[1]
+    validation.shape("out", out, ("N", width))
+    validation.dtype("out", out, (torch.float32,))
+    validation.device("out", out, x.device)
+    if (out.stride(1) != 1 and width > 1) or (out.stride(0) < width and out.shape[0] > 1):
+        raise ValueError(
+            f"out must have a unit inner stride and rows apart, got strides {out.stride()}"
+        )
+    no_grad(op, x, out)
+    if out_rows is not None:
+        validation.integers("out_rows", out_rows, (rows,), x.device)
+        values.indices("out_rows", out_rows, out.shape[0], "out")
+        values.distinct("out_rows", out_rows)
+    elif out.shape[0] < rows:
+        raise ValueError(f"out must have at least {rows} rows, got {out.shape[0]}")
+
+
+def no_grad(op: str, *tensors: Tensor | None) -> None:
+    """Refuse inputs whose gradient would be lost by an op that writes into `out`."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise NotImplementedError(
+            f"{op} with out= has no backward: call it under torch.inference_mode() or without out="
+        )

@@ -1,6 +1,6 @@
 """Benchmarks for a GPU without one: ours in CUDA C++ beside ours in Triton.
 
-Attention runs on the emulated CUDA op; where only the place counts, another stands in for it.
+Some run on the emulated CUDA ops; where only the place counts, other ops stand in for them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 
 import cuda_emulation
 import families
+from sbert_fast import ops
 from sbert_fast.ops import extension
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,25 +49,31 @@ COPY = op_systems.COPY
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The emulated CUDA ops, as far as there are any."""
+    """The CUDA ops compiled for a CPU."""
     if (reason := cuda_emulation.unavailable()) is not None:
         pytest.skip(reason)
-    cuda_emulation.load()
-    here = extension.Extension("_C_cuda", cuda_emulation.library(), None, emulated=True)
-    monkeypatch.setattr(extension, "CUDA", here)
+    loaded = extension.load_emulated_cuda(cuda_emulation.library())
+    assert loaded.available, loaded.reason
+    monkeypatch.setattr(extension, "CUDA", loaded)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("emulated")
-def test_both_are_checked_timed_and_compared() -> None:
-    case = op_systems.attention_case(CPU, torch.bfloat16, LENGTHS[:5], 32, 2, (SDPA,))
-    assert case.ours == (OURS, OURS_CUDA) and set(case.systems) == {OURS, OURS_CUDA, SDPA, COPY}
+@pytest.mark.parametrize("op", ["varlen_attention", *test_op_speed.ROW_OPS])
+def test_both_are_checked_timed_and_compared(op: str) -> None:
+    dtype, few = torch.bfloat16, LENGTHS[:5]
+    if op == "varlen_attention":
+        case = op_systems.attention_case(CPU, dtype, few, 32, 2, (SDPA,))
+    else:
+        case = op_systems.row_case(op, CPU, dtype, few, 64, 2, (EAGER,))
+    peer = SDPA if op == "varlen_attention" else EAGER
+    assert case.ours == (OURS, OURS_CUDA) and set(case.systems) == {OURS, OURS_CUDA, peer, COPY}
     row = op_rows.measure(case, CPU, 1e10, samples=2)
     assert row["ok"], row["systems"]
     for name in (OURS, OURS_CUDA):
         assert row["systems"][name]["us"] > 0 and row["systems"][name]["wrong"] is None
-    assert set(row["ratios"]) == {OURS_CUDA, SDPA, COPY}
-    assert set(row["ratios_cuda"]) == {OURS, SDPA, COPY}
+    assert set(row["ratios"]) == {OURS_CUDA, peer, COPY}
+    assert set(row["ratios_cuda"]) == {OURS, peer, COPY}
     assert row["ratios"][OURS_CUDA] > row["ratios_cuda"][OURS] > 0, "an emulator is slow"
     json.dumps(row)
 
@@ -322,6 +329,25 @@ def test_encode_compares_both(run: Any, monkeypatch: pytest.MonkeyPatch) -> None
     assert found[OURS_CUDA, "bfloat16"]["gate"]["green"]
     text = "\n".join(gpu_report.encode(list(found.values())))
     assert f"{OURS_CUDA} is faster by" in text
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("emulated")
+def test_encode_runs_the_cuda_ops(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Narrow(gpu_systems.PackedCuda):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            # On a CPU tables in float32 stay so, and the op of a GPU takes no such.
+            self.encoder.to(torch.bfloat16)
+
+    monkeypatch.setitem(gpu_systems.SYSTEMS, OURS_CUDA, Narrow)
+    ops.reset_launches()
+    code, found = run("bfloat16")
+    assert code == 0 and found[OURS_CUDA, "bfloat16"]["gate"]["green"]
+    assert set(found[REFERENCE, "bfloat16"]["ratios_cuda"]) == {"bfloat16"}
+    assert {"varlen_attention", "embed_norm", "norm_pool_out"} <= {
+        op for op, name in ops.launches() if name == "cuda"
+    }
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ BENCH_ARGS ?=
 OP_BENCH_ARGS ?=
 OUT ?= results-tmp/gpu
 STAGE ?=
+KERNELS ?=
 MODEL ?=
 
 BIN := $(VENV)/bin
@@ -35,8 +36,9 @@ bench: $(BUILD) ## Time encoding (BENCH_ARGS) and every op (OP_BENCH_ARGS) besid
 	$(BIN)/pytest benchmarks $(OP_BENCH_ARGS)
 
 # With the python3 on the PATH, as it is: the environment made here has no torch for a GPU.
-gpu-check: ## Check and measure on a GPU: OUT=folder [STAGE=build,ops,...] [MODEL=folder].
-	$(PYTHON) benchmarks/gpu_check.py --out $(OUT) --stage "$(STAGE)" $(if $(MODEL),--model $(MODEL))
+gpu-check: ## Check and measure on a GPU: OUT=folder [STAGE=build,ops,...] [KERNELS=attention] [MODEL=folder].
+	$(PYTHON) benchmarks/gpu_check.py --out $(OUT) --stage "$(STAGE)" --kernels "$(KERNELS)" \
+		$(if $(MODEL),--model $(MODEL))
 
 lint: $(BUILD) ## Check style, types and the import rule.
 	$(BIN)/ruff check .

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from report import OURS, REFERENCE
+from report import OURS, OURS_CUDA, REFERENCE
 
 FLOAT32_LOSS = 1e-6
 WORST_LOSS = 5e-4
@@ -25,7 +26,9 @@ def cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float6
 
 
 def check(
-    embeddings: dict[tuple[str, str], NDArray[np.float32]], precisions: list[str]
+    embeddings: dict[tuple[str, str], NDArray[np.float32]],
+    precisions: list[str],
+    system: str = OURS,
 ) -> dict[str, dict[str, Any]]:
     """The gate of each precision: our worst 1 - cosine, its limit, and whether it is green.
 
@@ -33,6 +36,7 @@ def check(
         embeddings: `[N, E]` by system and precision; ours and the reference in each of
             `precisions`, and the reference in float32.
         precisions: which to check.
+        system: the one of ours to check.
     """
     truth = embeddings[REFERENCE, "float32"]
 
@@ -45,7 +49,30 @@ def check(
         if precision != "float32":
             limit = min(2 * loss(REFERENCE, precision), WORST_LOSS)
             rule = f"twice what {REFERENCE} loses, at most {WORST_LOSS:.0e}"
-        ours = loss(OURS, precision)
+        ours = loss(system, precision)
         # Written so that NaN, which compares false, is never green.
         gates[precision] = {"green": ours <= limit, "loss": ours, "limit": limit, "rule": rule}
     return gates
+
+
+def ratios(
+    ours: str, each: Any, running: Sequence[Any], gates: dict[tuple[str, str], dict[str, Any]]
+) -> dict[str, float]:
+    """How many times faster ours is than `each`, by the precision of ours.
+
+    Args:
+        ours: name of the one of ours.
+        each: a system with `name`, `precision` and `seconds`, one a round.
+        running: all systems that took their turns.
+        gates: of ours, by name and precision; what has no green one has no ratios.
+    """
+
+    def trusted(system: Any) -> bool:
+        gate = gates.get((system.name, system.precision))
+        return system.name not in (OURS, OURS_CUDA) or (gate is not None and gate["green"])
+
+    return {
+        other.precision: float(np.median(np.divide(each.seconds, other.seconds)))
+        for other in running
+        if other.name == ours != each.name and trusted(other) and trusted(each)
+    }

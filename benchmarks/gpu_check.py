@@ -2,6 +2,7 @@
 
     make gpu-check OUT=results-tmp/gpu [STAGE=build,ops,models,kernels,encode] [MODEL=folder]
     make gpu-check OUT=results-tmp/gpu STAGE=build,sanitize
+    make gpu-check OUT=results-tmp/gpu STAGE=kernels KERNELS="attention and cold and fp16"
 
 Runs with the `python3` that has torch, in the source tree, without network. A stage is a list of
 commands; each has a time cap, and so has the stage. One that fails or is cut short does not stop
@@ -193,6 +194,13 @@ def stages(out: Path, model: str | None) -> dict[str, Stage]:
     }
 
 
+def chosen_kernels(stage: Stage, expression: str) -> Stage:
+    """The rows of the op benchmarks that pytest's `-k expression` selects, in one step."""
+    command = list(stage.steps[0].command)
+    command[command.index("-k") + 1] = expression
+    return Stage(stage.cap, [Step(expression, command, stage.cap)])
+
+
 def read_table(path: Path) -> dict[str, Stage]:
     """Stages from JSON, in place of the built-in ones."""
     table = json.loads(path.read_text(encoding="utf-8"))
@@ -356,6 +364,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the results")
     add("--stage", default="", help="some of the stages, comma-separated")
+    add("--kernels", default="", help="rows of the stage kernels, as pytest's -k selects them")
     add("--model", help="folder of MiniLM (default: SBERT_FAST_TEST_MODEL, or the package)")
     add("--seconds", type=float, default=MOST_SECONDS, help="for everything (%(default)s)")
     add("--table", type=Path, help="stages from this JSON file instead")
@@ -372,6 +381,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := [n for n in names if n not in table]:
         print(f"no such stage: {', '.join(unknown)}; there are {', '.join(table)}", file=sys.stderr)
         return 2
+    if args.kernels and "kernels" in table:
+        table["kernels"] = chosen_kernels(table["kernels"], args.kernels)
     if not args.table:
         write_path_hook()
         names = [*([PREPARE] if not _has_model() else []), *(n for n in names if n != PREPARE)]

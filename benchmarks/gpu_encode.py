@@ -2,8 +2,9 @@
 
 Two scopes: s1, strings to numpy, and s3, prepared ids on the device to embeddings on the device.
 In each, every system finds its best batch size, its embeddings are compared with those of unpatched
-sentence-transformers in float32, and all take turns, round after round. Rows are stored scope by
-scope; a system that fails leaves its row, and the others run.
+sentence-transformers in float32, and all take turns, round after round. Ours runs twice in half
+precision: on the ops that it chooses, and on those in CUDA C++. Rows are stored scope by scope; a
+system that fails leaves its row, and the others run.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ import report
 import roofline
 import torch
 from corpora import length_stats, load_corpus
-from gpu_systems import SYSTEMS, Staged, Tokens
+from gpu_systems import SYSTEMS, Staged, Tokens, cuda_ops
 from numpy.typing import NDArray
 from padded import ModelFolder
 from provenance import provenance
-from report import OURS, REFERENCE
+from report import OURS, OURS_CUDA, REFERENCE
 from rows import append
 from stopwatch import message, synchronize
 
@@ -158,9 +159,7 @@ class Benchmark:
         truth = self._truth(scope, checked)
         running = []
         for precision in self.args.dtype:
-            for name in dict.fromkeys((OURS, REFERENCE, *self.args.peers)):
-                if scope == "s1" and name == "torch-compile":
-                    continue
+            for name in self._names(scope, precision):
                 each = Contender(name, precision)
                 try:
                     self._prepare(each, scope, checked, running)
@@ -186,6 +185,19 @@ class Benchmark:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _names(self, scope: str, precision: str) -> list[str]:
+        """The systems that run; a row is left for ours where it cannot."""
+        names = dict.fromkeys((OURS, OURS_CUDA, REFERENCE, *self.args.peers))
+        if scope == "s1":
+            names.pop("torch-compile", None)
+        reason = cuda_ops(self.device, getattr(torch, precision))
+        if reason is not None:
+            del names[OURS_CUDA]
+        if reason:
+            row = self._row(Contender(OURS_CUDA, precision), scope)
+            self.store("row", row | {"status": f"not measured: {reason}"})
+        return list(names)
 
     def _truth(self, scope: str, checked: Corpus) -> NDArray[np.float32]:
         reference = Contender(REFERENCE, FULL, batch_size=128)
@@ -218,14 +230,16 @@ class Benchmark:
 
     def _gates(
         self, running: list[Contender], truth: NDArray[np.float32]
-    ) -> dict[str, dict[str, Any]]:
-        """The gate of each precision that has both ours and the reference."""
+    ) -> dict[tuple[str, str], dict[str, Any]]:
+        """The gates of ours, by name and precision; there is none without the reference."""
         embeddings = {(each.name, each.precision): each.embeddings for each in running}
         embeddings.setdefault((REFERENCE, FULL), truth)
-        precisions = [
-            p for p in self.args.dtype if (OURS, p) in embeddings and (REFERENCE, p) in embeddings
-        ]
-        return gate.check(embeddings, precisions)
+        return {
+            (name, p): gate.check(embeddings, [p], name)[p]
+            for name in (OURS, OURS_CUDA)
+            for p in self.args.dtype
+            if (name, p) in embeddings and (REFERENCE, p) in embeddings
+        }
 
     def _row(self, each: Contender, scope: str) -> dict[str, Any]:
         named = {"scope": scope, "system": each.name, "precision": each.precision}
@@ -237,7 +251,7 @@ class Benchmark:
         scope: str,
         running: list[Contender],
         truth: NDArray[np.float32],
-        gates: dict[str, dict[str, Any]],
+        gates: dict[tuple[str, str], dict[str, Any]],
     ) -> dict[str, Any]:
         texts, tokens = self.what["texts"], self.what["tokens"]
         median = float(np.median(each.seconds))
@@ -248,15 +262,12 @@ class Benchmark:
             "seconds": each.seconds,
             "sweep_seconds": each.sweep,
             "loss": float((1 - gate.cosines(each.embeddings, truth)).max()),
-            "gate": gates.get(each.precision),
+            "gate": gates.get((each.name if each.name == OURS_CUDA else OURS, each.precision)),
             "peak_bytes": each.peak_bytes,
         }
-        row["ratios"] = {
-            other.precision: float(np.median(np.divide(each.seconds, other.seconds)))
-            for other in running
-            if other.name == OURS != each.name
-            and gates.get(other.precision, {}).get("green", False)
-        }
+        row["ratios"] = gate.ratios(OURS, each, running, gates)
+        if any(other.name == OURS_CUDA for other in running):
+            row["ratios_cuda"] = gate.ratios(OURS_CUDA, each, running, gates)
         if each.staged is not None:
             row["real_token_share"] = tokens / sum(each.staged.batch_tokens)
             try:
@@ -267,10 +278,14 @@ class Benchmark:
 
     def _roofline(self, each: Contender, median: float) -> dict[str, Any]:
         """What the linear layers take on the batches of ours, where ours can be asked."""
-        if each.name != OURS:
+        if each.name not in (OURS, OURS_CUDA):
             return {}
         sizes, dtype = each.staged.batch_tokens, getattr(torch, each.precision)
-        seconds = roofline.gemm_seconds(sizes, self.folder.config, dtype, self.device)
+        key = each.precision, tuple(sizes)
+        if key not in self.gemm:
+            config = self.folder.config
+            self.gemm[key] = roofline.gemm_seconds(sizes, config, dtype, self.device)
+        seconds = self.gemm[key]
         return {"gemm_seconds": seconds, "gemm_fraction": seconds / median, "batches": sizes}
 
 
@@ -298,7 +313,7 @@ def main(args: argparse.Namespace) -> int:
         rows.append((kind, line))
         append(args.rows, kind, line)
         red = not (line.get("gate") or {}).get("green", True)
-        if line.get("system") == OURS and (kind == "error" or red):
+        if line.get("system") in (OURS, OURS_CUDA) and (kind == "error" or red):
             bad.append(line)
 
     rows: list[tuple[str, dict[str, Any]]] = []

@@ -15,56 +15,106 @@ import provenance
 import rows as row_files
 from tables import markdown
 
-OURS = "sbert-fast"
+# Ours: what it chooses (on a GPU, ops in Triton), and its ops in CUDA C++.
+OURS, OURS_CUDA = "sbert-fast", "sbert-fast cuda"
+COPY = "copy of as many bytes"
+# Where a row has the ratios of each of ours.
+_RATIOS = {OURS: "ratios", OURS_CUDA: "ratios_cuda"}
+_SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 Row = dict[str, Any]
 
 
-def _cell(figures: Row | None, ratio: float | None) -> str:
-    if figures is None:
-        return ""
-    if "error" in figures:
-        return "error"
-    text = f"{figures['us']:.1f}" + (" !" if figures.get("wrong") else "")
-    return text + (f" ({ratio:.2f}x)" if ratio is not None else "")
+def _us(figures: Row) -> str:
+    us = figures["us"]
+    return f"{us:.{0 if us >= 1000 else 1}f}" + (" !" if figures.get("wrong") else "")
+
+
+def _ours_cells(figures: Row) -> tuple[str, str]:
+    """Microseconds and the fraction of the floor."""
+    if "us" not in figures:
+        return "ERROR" if "error" in figures else "", ""
+    bound = " (launches)" if figures["launch_bound"] else ""
+    return _us(figures) + bound, f"{figures['floor_fraction']:.0%}"
+
+
+def _peer_cell(row: Row, name: str, ours: tuple[str, ...]) -> str:
+    """Microseconds, and how many times faster each of `ours` is."""
+    figures = row["systems"].get(name)
+    if figures is None or "us" not in figures:
+        return "" if figures is None else "error"
+    ratios = [row.get(_RATIOS[each], {}).get(name) for each in ours]
+    if name == COPY or ratios == [None] * len(ratios):
+        return _us(figures)
+    return f"{_us(figures)} ({' '.join('-' if r is None else f'{r:.2f}x' for r in ratios)})"
+
+
+def _op_cells(row: Row, ours: tuple[str, ...], peers: list[str]) -> tuple[str, ...]:
+    systems = row.get("systems", {})
+    found = [systems.get(name, {}) for name in ours]
+    if not any("us" in figures for figures in found):
+        return (f"ERROR {found[0].get('error', row.get('error', 'no figures'))[:60]}",)
+    cells = [cell for figures in found for cell in _ours_cells(figures)]
+    if OURS_CUDA in ours:
+        ratio = row.get(_RATIOS[OURS_CUDA], {}).get(OURS)
+        cells.append("" if ratio is None else f"{ratio:.2f}x")
+    cells += [_peer_cell(row, name, ours) for name in peers]
+    return ("yes" if row["ok"] else "NO", *cells)
+
+
+def _op_table(rows: list[Row]) -> list[str]:
+    """A table of ops with the same peers, and what there is to say of it."""
+    every = [(n, figures) for row in rows for n, figures in row.get("systems", {}).items()]
+    ran = dict.fromkeys(name for name, figures in every if "us" in figures)
+    tried = {name for name, figures in every if "missing" not in figures}
+    ours = (OURS, OURS_CUDA) if OURS_CUDA in tried else (OURS,)
+    peers = [name for name in ran if name not in ours]
+    header = ("op", "lengths", "state", "dtype", "size", "correct", "us", "of floor")
+    header += ("cuda us", "of floor", "cuda is") if OURS_CUDA in ours else ()
+    table = []
+    for row in rows:
+        size = f"D={row['dim']}" if "dim" in row else f"E={row.get('width')}"
+        left = (_op(row).removeprefix("varlen_"), row["lengths"], row["state"])
+        left += (_SHORT.get(row["dtype"], row["dtype"]), size)
+        table.append((*left, *_op_cells(row, ours, peers)))
+    told = {
+        f"{name}: {'not measured' if 'missing' in figures else 'error'}: {why}": None
+        for name, figures in every
+        if (why := figures.get("missing") or figures.get("error"))
+        and (name not in ran or name in ours)
+    }
+    legend = [f"In brackets: how many times faster {' and '.join(ours)} is."] if peers else []
+    header += tuple("copy" if name == COPY else name for name in peers)
+    return [*markdown(header, table), "", *legend, *told]
+
+
+def _op(row: Row) -> str:
+    return row.get("op", "varlen_attention")
 
 
 def ops(rows: list[Row], short: bool = False) -> list[str]:
-    """A row an op and input: microseconds, the fraction of the floor, and ratios to the peers.
+    """A row an op and input: microseconds, the fraction of the floor, and ratios to the peers, of
+    ours and, where it was measured, of ours in CUDA C++; attention has a table of its own.
 
     Args:
         rows: measured, or with an `error`.
         short: float16 on cold inputs only.
     """
-    names = dict.fromkeys(n for r in rows for n in r.get("systems", ()) if n != OURS)
-    header = ("op", "lengths", "state", "dtype", "size", "correct", "us", "of floor", "Mtok/s")
-    table = []
-    for row in rows:
-        if short and (row["state"] != "cold" or row["dtype"] != "float16"):
-            continue
-        size = f"D={row['dim']}" if "dim" in row else f"E={row.get('width')}"
-        op = row.get("op", "varlen_attention")
-        left = (op, row["lengths"], row["state"], row["dtype"], size)
-        ours = row.get("systems", {}).get(OURS, {"error": row.get("error", "no figures")})
-        if "error" in ours:
-            table.append((*left, f"ERROR {ours['error'][:60]}"))
-            continue
-        cells = [_cell(row["systems"].get(n), row["ratios"].get(n)) for n in names]
-        bound = " (launches)" if ours["launch_bound"] else ""
-        table.append(
-            (
-                *(*left, "yes" if row["ok"] else "NO", f"{ours['us']:.1f}{bound}"),
-                *(f"{ours['floor_fraction']:.0%}", f"{ours['tokens_per_s'] / 1e6:.0f}", *cells),
-            )
-        )
-    return markdown((*header, *names), table) if table else []
+    if short:
+        rows = [r for r in rows if r["state"] == "cold" and r["dtype"] == "float16"]
+    attention = [row for row in rows if _op(row) == "varlen_attention"]
+    others = [row for row in rows if _op(row) != "varlen_attention"]
+    tables = [_op_table(each) for each in (attention, others) if each]
+    return [line for i, table in enumerate(tables) for line in ([""] if i else []) + table]
 
 
 def encode(rows: list[Row]) -> list[str]:
     """A row a scope and system: rates, the fraction of the GEMM roofline, and ratios."""
     header = (
         *("model", "corpus", "scope", "system", "precision", "batch", "sentences/s", "Mtok/s"),
-        *("of GEMM", "worst 1-cos", "ours is faster by"),
+        *("of GEMM", "worst 1-cos"),
     )
+    has_cuda = any(_RATIOS[OURS_CUDA] in row for row in rows)
+    ours = (OURS, OURS_CUDA) if has_cuda else (OURS,)
     table = []
     for row in rows:
         left = tuple(str(row.get(k, "")) for k in ("model", "corpus", "scope", "system"))
@@ -79,10 +129,16 @@ def encode(rows: list[Row]) -> list[str]:
                 f"{row['tokens_per_s'] / 1e6:.2f}",
                 "" if fraction is None else f"{fraction:.0%}",
                 "" if loss is None else f"{loss:.1e}",
-                ", ".join(f"{r:.2f}x ({p})" for p, r in row.get("ratios", {}).items()),
+                *(", ".join(_encode_ratios(row, each)) for each in ours),
             )
         )
-    return markdown(header, table) if table else []
+    faster = tuple(f"{name} is faster by" for name in ours)
+    return markdown((*header, *faster), table) if table else []
+
+
+def _encode_ratios(row: Row, ours: str) -> list[str]:
+    ratios = row.get(_RATIOS[ours], {})
+    return [f"{ratio:.2f}x {_SHORT.get(p, p)}" for p, ratio in ratios.items()]
 
 
 def ground(rows: list[Row]) -> list[str]:

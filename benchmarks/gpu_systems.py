@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import unpadded
 from numpy.typing import NDArray
 from padded import ModelFolder
-from report import OURS, REFERENCE, UNPADDED
+from report import OURS, OURS_CUDA, REFERENCE, UNPADDED
 from torch import Tensor
 
 COMPILED = "torch-compile"
@@ -62,11 +62,14 @@ class Packed:
     """FastEncoder with its default settings."""
 
     batch_sizes = False
+    implementation = "auto"
 
     def __init__(self, folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> None:
         from sbert_fast import FastEncoder
 
-        self.encoder = FastEncoder(str(folder.path), device=str(device), dtype=dtype)
+        self.encoder = FastEncoder(
+            str(folder.path), device=str(device), dtype=dtype, impl=self.implementation
+        )
         if self.encoder.unsupported_reason:
             raise RuntimeError(f"unaccelerated: {self.encoder.unsupported_reason}")
         self.normalize, self.device = not folder.normalizes, device
@@ -116,6 +119,12 @@ class Packed:
             return out
 
         return Staged(run, order, [int(batch.input_ids.shape[0]) for batch, _ in batches])
+
+
+class PackedCuda(Packed):
+    """FastEncoder on the ops in CUDA C++."""
+
+    implementation = "cuda"
 
 
 class SentenceTransformers:
@@ -211,7 +220,18 @@ class Compiled(SentenceTransformers):
 
 SYSTEMS: dict[str, Any] = {
     OURS: Packed,
+    OURS_CUDA: PackedCuda,
     REFERENCE: SentenceTransformers,
     UNPADDED: Unpadded,
     COMPILED: Compiled,
 }
+
+
+def cuda_ops(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the CUDA ops cannot run on `device` in `dtype`, None where they can, "" where nobody
+    would expect them to: on a CPU, and in float32."""
+    from sbert_fast import ops
+
+    if dtype == torch.float32 or not (device.type == "cuda" or ops.extension.CUDA.emulated):
+        return ""
+    return ops.rejection("cuda", device, dtype)

@@ -2,12 +2,15 @@
 
 A maker takes the arguments of an op's schema, lays them out as its system wants them (not timed),
 and returns what is timed: a call without arguments whose result has the op's shape, or, where
-the system's own layout differs, a :class:`Laid` that knows how to read it.
+the system's own layout differs, a :class:`Laid` that knows how to read it. A maker that fails says
+why its system cannot run here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -19,6 +22,7 @@ from torch import Tensor
 Maker = Callable[..., Callable[[], Any]]
 
 VARLEN, SDPA, FLEX = "varlen_attn", "padded SDPA", "FlexAttention"
+FA3, FA4, CUDNN = "varlen_attn FA3", "varlen_attn FA4", "padded cuDNN"
 EAGER, COMPILED = "eager torch", "torch.compile"
 ROW_PEERS = (EAGER, COMPILED)
 # Rectangles that length-sorted sequences are padded to.
@@ -38,6 +42,17 @@ def as_packed(result: Any) -> Tensor:
     return result.read(result.value) if isinstance(result, Laid) else result
 
 
+@dataclass(frozen=True)
+class Within:
+    """A call that must run inside a context, see :func:`stopwatch.context_of`."""
+
+    call: Callable[[], Any]
+    context: Callable[[], AbstractContextManager[Any]]
+
+    def __call__(self) -> Any:
+        return self.call()
+
+
 def makers(op: str, lengths: list[int]) -> dict[str, Maker]:
     """The peers of `op` by name; `lengths` are those of the packed sequences."""
     if op == "varlen_attention":
@@ -45,6 +60,9 @@ def makers(op: str, lengths: list[int]) -> dict[str, Maker]:
             VARLEN: _varlen,
             SDPA: partial(_padded_sdpa, lengths),
             FLEX: partial(_flex, lengths),
+            FA3: partial(_varlen_by, "FA3"),
+            FA4: partial(_varlen_by, "FA4"),
+            CUDNN: partial(_cudnn, lengths),
         }
     return {EAGER: partial(_formula, op, False), COMPILED: partial(_formula, op, True)}
 
@@ -54,6 +72,35 @@ def _varlen(qkv: Tensor, cu_seqlens: Tensor, longest: int, *_: Any) -> Callable[
 
     q, k, v = qkv.unbind(1)
     return lambda: varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest)
+
+
+@contextmanager
+def _flash_attention(name: str) -> Iterator[None]:
+    """The flash attention that torch calls, for a while: "FA3" or "FA4"."""
+    from torch.nn import attention
+
+    for needed in ("activate_flash_attention_impl", "restore_flash_attention_impl"):
+        if not hasattr(attention, needed):
+            raise RuntimeError(f"torch {torch.__version__} has no {needed}")
+    attention.activate_flash_attention_impl(name)
+    try:
+        yield
+    finally:
+        attention.restore_flash_attention_impl()
+
+
+def _varlen_by(name: str, *arguments: Any) -> Within:
+    with _flash_attention(name):  # says so where it is not installed
+        return Within(_varlen(*arguments), partial(_flash_attention, name))
+
+
+def _cudnn(lengths: list[int], qkv: Tensor, *_: Any) -> Within:
+    """The rectangles of padded SDPA, by cuDNN."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if qkv.device.type != "cuda":
+        raise RuntimeError("cuDNN has no attention for a CPU")
+    return Within(_padded_sdpa(lengths, qkv), partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION))
 
 
 def _padded_sdpa(lengths: list[int], qkv: Tensor, *_: Any) -> Callable[[], Laid]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import stopwatch
 import torch
 from op_peers import as_packed
 from op_systems import COPY, Case
-from report import OURS
+from report import OURS, OURS_CUDA
 from stopwatch import Timing, message
 
 
@@ -20,8 +20,10 @@ def _poisoned() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def check(case: Case) -> dict[str, str | None]:
@@ -34,12 +36,12 @@ def check(case: Case) -> dict[str, str | None]:
         if name == COPY:
             continue
         try:
-            if name == OURS:
-                with _poisoned():
-                    out = call(0)
-            else:
+            ours = name in case.ours
+            with stopwatch.context_of(call), _poisoned() if ours else nullcontext():
                 out = call(0)
             found[name] = case.wrong(as_packed(out))
+            if ours:
+                out.fill_(float("nan"))  # the next result may be given this memory
         except Exception as error:
             case.missing[name] = message(error)
             del case.systems[name]
@@ -56,27 +58,33 @@ def measure(case: Case, device: torch.device, copy_rate: float, samples: int) ->
         samples: samples of each system.
 
     Returns:
-        `ok`: whether our result is right; `systems`: for each its figures, or its `error`;
-        `ratios`: how many times faster ours is, none while `ok` is False.
+        `ok`: whether every result of ours is right; `systems`: for each its figures, its `error`,
+        or, of ours that this device cannot run, what is `missing`; `ratios`: how many times faster
+        ours is than each other system, and `ratios_cuda`, where the CUDA op was to run, how many
+        times it is. What is wrong has none.
     """
     wrong = check(case)
     timings = stopwatch.take_turns(case.systems, len(case.sets), device, samples)
     floor = case.moved_bytes / copy_rate
     systems: dict[str, dict[str, Any]] = {
         name: {"error": why} for name, why in case.missing.items()
-    }
+    } | {name: {"missing": why} for name, why in case.absent.items()}
     for name, timing in timings.items():
         if timing.error is not None:
             systems[name] = {"error": timing.error}
             continue
         systems[name] = _figures(timing, case, floor) | {"wrong": wrong.get(name)}
-    ours = timings.get(OURS, Timing(error="did not run"))
-    ok = ours.error is None and wrong.get(OURS, "did not run") is None
-    ratios = {
-        name: stopwatch.paired_ratio(timing, ours)
-        for name, timing in timings.items()
-        if ok and name != OURS and timing.error is None
-    }
+    ran = {name: timing for name, timing in timings.items() if timing.error is None}
+    right = [n for n in case.ours if n in ran and wrong.get(n, "did not run") is None]
+    # Ours that is wrong is no peer either.
+    peers = {name: t for name, t in ran.items() if name in right or name not in case.ours}
+
+    def ratios(ours: str) -> dict[str, float]:
+        others = {name: timing for name, timing in peers.items() if name != ours}
+        if ours not in right:
+            return {}
+        return {name: stopwatch.paired_ratio(t, ran[ours]) for name, t in others.items()}
+
     return {
         "op": case.op,
         "tokens": case.tokens,
@@ -85,10 +93,10 @@ def measure(case: Case, device: torch.device, copy_rate: float, samples: int) ->
         "floor_us": floor * 1e6,
         "copy_bytes_per_s": copy_rate,
         "sets": len(case.sets),
-        "ok": ok,
+        "ok": len(right) == len(case.ours),
         "systems": systems,
-        "ratios": ratios,
-    }
+        "ratios": ratios(OURS),
+    } | ({"ratios_cuda": ratios(OURS_CUDA)} if OURS_CUDA in case.ours else {})
 
 
 def _figures(timing: Timing, case: Case, floor: float) -> dict[str, Any]:

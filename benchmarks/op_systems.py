@@ -1,22 +1,24 @@
 """Inputs of the op benchmarks, and the systems that compute the same from them.
 
-A case holds several sets of inputs and, by name, what runs on them: ours, its peers, and a copy of
-as many bytes. A peer that cannot be made here says why.
+A case holds several sets of inputs and, by name, what runs on them: ours, on a GPU in Triton and in
+CUDA C++, its peers, and a copy of as many bytes. What cannot be made here says why.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import op_peers
 import torch
 from corpora import CORPORA, target_lengths
+from gpu_report import COPY, OURS, OURS_CUDA
 from op_peers import Maker
-from report import OURS
 from stopwatch import Call, message
 from torch import Tensor
 
@@ -25,9 +27,11 @@ from sbert_fast.packing import plan_tiles
 from sbert_fast.testing import PEERS, assert_close_to_oracle, oracle, pack_lengths
 
 HEADS, EPS, VOCABULARY, POSITIONS = 12, 1e-12, 30522, 512
-COPY = "copy of as many bytes"
+
 # Tokens of the sequences whose results are compared with the oracle.
 _CHECKED_TOKENS, _CHECKED_ROWS = 2048, 512
+# Attention in plain torch holds all scores of a sequence: of a longer one, two heads are compared.
+_ALL_HEADS_UP_TO = 1024
 # Arguments that have a row a token.
 _PER_TOKEN = {
     "embed_norm": (0, 1),
@@ -45,12 +49,15 @@ class Case:
     Attributes:
         op: its name.
         systems: by name, what runs it.
-        missing: peers that cannot run here, and why.
+        ours: those of them that must be right.
+        absent: ours that cannot run on this device, and why.
+        missing: other systems that do not run here, and why.
         sets: the arguments of the op's schema, several times.
         moved_bytes: the least that the op reads and writes.
         tokens, sequences: of one set.
         rows: from a result, and which of its rows, to compare with :attr:`checked`.
         checked: arguments of the op, on the CPU, that make those rows.
+        heads: of attention, the heads to compare; None is all.
     """
 
     op: str
@@ -61,16 +68,24 @@ class Case:
     rows: Tensor
     checked: tuple[Any, ...]
     eps_dtype: torch.dtype
+    heads: list[int] | None = None
     systems: dict[str, Call] = field(default_factory=dict)
+    ours: tuple[str, ...] = (OURS,)
+    absent: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def truth(self) -> tuple[Tensor, Tensor]:
+        """What the checked rows are in fp64, and what plain torch makes of them."""
+        return oracle(self.op, *self.checked), PEERS[self.op](*self.checked)
 
     def wrong(self, out: Tensor) -> str | None:
         """Why `out`, a result on the first set, is wrong by the 2x rule; None where it is right."""
         try:
             assert torch.isfinite(out).all(), "the result holds NaN or infinity, or was not written"
-            few = out[self.rows.to(out.device)].cpu()
-            expected = oracle(self.op, *self.checked)
-            assert_close_to_oracle(few, expected, PEERS[self.op](*self.checked), self.eps_dtype)
+            few = out[self.rows.to(out.device)]
+            few = (few if self.heads is None else few[:, self.heads]).cpu()
+            assert_close_to_oracle(few, *self.truth, self.eps_dtype)
         except AssertionError as error:
             return message(error)
         return None
@@ -98,19 +113,19 @@ def lengths_of(name: str, tokens: int, seed: int = 0) -> list[int]:
     return lengths
 
 
-def _some_sequences(lengths: list[int]) -> tuple[list[int], Tensor]:
-    """The first, the last and random sequences between them; their numbers, and their tokens."""
+def _some_sequences(lengths: list[int], tokens: int = _CHECKED_TOKENS) -> tuple[list[int], Tensor]:
+    """The last, the first and random sequences between them, while they have no more than `tokens`
+    tokens; their numbers, and their tokens."""
     order = list(range(1, len(lengths) - 1))
     random.Random(1).shuffle(order)
-    wanted, chosen, used = [0, len(lengths) - 1, *order], [], 0
+    wanted, chosen, used = [len(lengths) - 1, 0, *order], [], 0
     for i in wanted:
-        if used + lengths[i] <= _CHECKED_TOKENS or not chosen:
+        if used + lengths[i] <= tokens or not chosen:
             chosen.append(i)
             used += lengths[i]
     chosen = sorted(set(chosen))
     starts = np.concatenate(([0], np.cumsum(lengths)))
-    tokens = [torch.arange(starts[i], starts[i + 1]) for i in chosen]
-    return chosen, torch.cat(tokens)
+    return chosen, torch.cat([torch.arange(starts[i], starts[i + 1]) for i in chosen])
 
 
 def _some_rows(tokens: int) -> Tensor:
@@ -122,21 +137,43 @@ def _randn(device: torch.device, dtype: torch.dtype, *shape: int, seed: int = 0)
     return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
 
+class _OverSets:
+    """A system: its calls on the sets of inputs, and the context that they must run inside."""
+
+    def __init__(self, calls: list[Callable[[], Any]]) -> None:
+        self.calls = calls
+        self.context = getattr(calls[0], "context", nullcontext)
+
+    def __call__(self, i: int) -> Any:
+        return self.calls[i]()
+
+
 def _add(case: Case, names: tuple[str, ...], make: Callable[[str], Maker]) -> None:
     """Add the systems `names` to a case; a maker takes the arguments of a set and returns a call
     without any."""
     for name in names:
         try:
             maker = make(name)
-            calls = [maker(*arguments) for arguments in case.sets]
-            case.systems[name] = lambda i, calls=calls: calls[i]()
+            case.systems[name] = _OverSets([maker(*arguments) for arguments in case.sets])
         except Exception as error:
             case.missing[name] = message(error)
 
 
-def _ours(op: str, device: torch.device, dtype: torch.dtype) -> Maker:
-    kernel = ops.bind(op, device, dtype, "triton" if device.type == "cuda" else "auto")
+def _ours(op: str, device: torch.device, dtype: torch.dtype, name: str) -> Maker:
+    of_device = "triton" if device.type == "cuda" else "auto"
+    kernel = ops.bind(op, device, dtype, "cuda" if name == OURS_CUDA else of_device)
     return lambda *arguments: lambda: kernel(*arguments)
+
+
+def _expect_cuda(case: Case, device: torch.device, dtype: torch.dtype, dim: int | None) -> None:
+    """Note whether the CUDA op is to run on a case, or why it cannot."""
+    if device.type != "cuda" and not ops.extension.CUDA.emulated:
+        return
+    reason = ops.rejection("cuda", device, dtype, dim)
+    if reason is None:
+        case.ours = (OURS, OURS_CUDA)
+    else:
+        case.absent[OURS_CUDA] = reason
 
 
 def _copies(moved_bytes: int, sets: int, device: torch.device) -> Call:
@@ -146,14 +183,20 @@ def _copies(moved_bytes: int, sets: int, device: torch.device) -> Call:
 
 
 def _finish(
-    case: Case, device: torch.device, dtype: torch.dtype, peers: tuple[str, ...], lengths: list[int]
+    case: Case,
+    device: torch.device,
+    dtype: torch.dtype,
+    peers: tuple[str, ...],
+    lengths: list[int],
+    dim: int | None = None,
 ) -> Case:
+    _expect_cuda(case, device, dtype, dim)
     makers = op_peers.makers(case.op, lengths)
 
     def make(name: str) -> Maker:
-        return _ours(case.op, device, dtype) if name == OURS else makers[name]
+        return _ours(case.op, device, dtype, name) if name in case.ours else makers[name]
 
-    _add(case, (OURS, *peers), make)
+    _add(case, (*case.ours, *peers), make)
     case.systems[COPY] = _copies(case.moved_bytes, len(case.sets), device)
     return case
 
@@ -173,9 +216,12 @@ def attention_case(
     rest = (cu_seqlens, max(lengths), dim**-0.5, None, -1, None, None, tiles)
     shape = (tokens, 3, HEADS, dim)
     made = [(_randn(device, dtype, *shape, seed=i), *rest) for i in range(sets)]
-    chosen, rows = _some_sequences(lengths)
-    few = [lengths[i] for i in chosen]
-    checked = (made[0][0][rows.to(device)].cpu(), pack_lengths(few), *rest[1:-1], None)
+    long = max(lengths) > _ALL_HEADS_UP_TO
+    heads = [0, HEADS - 1] if long else None
+    chosen, rows = _some_sequences(lengths, 4 * _ALL_HEADS_UP_TO if long else _CHECKED_TOKENS)
+    qkv = made[0][0][rows.to(device)].cpu()
+    qkv = qkv[:, :, heads].contiguous() if long else qkv
+    checked = (qkv, pack_lengths([lengths[i] for i in chosen]), *rest[1:-1], None)
     case = Case(
         op="varlen_attention",
         sets=made,
@@ -185,8 +231,9 @@ def attention_case(
         rows=rows,
         checked=checked,
         eps_dtype=dtype,
+        heads=heads,
     )
-    return _finish(case, device, dtype, peers, lengths)
+    return _finish(case, device, dtype, peers, lengths, dim)
 
 
 def row_case(

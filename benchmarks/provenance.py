@@ -23,7 +23,10 @@ PACKAGES = (
 # What is timed, by kind of device.
 _SOURCES = {
     "cpu": ("sbert_fast/**/*.py", "csrc/common/*.*", "csrc/cpu/*.*", "csrc/host/*.*"),
-    "cuda": ("sbert_fast/**/*.py", "kernels/**/*.py", "csrc/cuda/**/*.*", "csrc/host/**/*.*"),
+    "cuda": (
+        *("sbert_fast/**/*.py", "kernels/**/*.py"),
+        *(f"csrc/{room}/**/*.*" for room in ("common", "cuda", "host")),
+    ),
     # What sbert_fast/ops/choices.py goes by.
     "cuda kernels": ("csrc/cuda/**/*.*",),
 }

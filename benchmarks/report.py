@@ -22,7 +22,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
 OLDER = "Older code: sources have changed since this run."
 # Names as they stand in results.
-OURS = "sbert-fast"
+OURS, OURS_CUDA = gpu_report.OURS, gpu_report.OURS_CUDA
 REFERENCE = "sentence-transformers"
 PEERS = (REFERENCE, "onnxruntime", "openvino", "zentorch", "torch-compile")
 UNPADDED = "st-unpadded"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +51,11 @@ def message(error: BaseException) -> str:
     """An exception in one line."""
     text = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {text}"[:160]
+
+
+def context_of(call: Any) -> AbstractContextManager[Any]:
+    """What a call says it must run inside, by an attribute `context`: entered once a sample."""
+    return getattr(call, "context", nullcontext)()
 
 
 def synchronize(device: torch.device) -> None:
@@ -158,8 +164,9 @@ def take_turns(
     def step(action: Callable[[Runner], None]) -> None:
         for name, runner in list(running.items()):
             try:
-                action(runner)
-                synchronize(device)
+                with context_of(runner.call):
+                    action(runner)
+                    synchronize(device)
             except Exception as error:
                 runner.drop(error)
                 del running[name]

@@ -3,27 +3,31 @@
     pytest benchmarks/test_op_speed.py -k attention --rows rows.jsonl
 
 A cold row has at least 64k tokens on a GPU, in sets of inputs that together exceed its L2 cache
-four times; a hot row has one set that fits. What pytest-benchmark reports are the samples of ours,
-taken in turn with those of its peers; the rest of the row is in `extra_info`.
+four times; a hot row has one set that fits. What pytest-benchmark reports are the samples of ours
+(on a GPU, in Triton), taken in turn with those of the CUDA op and the peers; the rest of the row is
+in `extra_info`. The rows that tell most come first: a run may be cut short.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from op_peers import EAGER, FLEX, ROW_PEERS, SDPA, VARLEN
+from op_peers import CUDNN, EAGER, FA3, FA4, FLEX, ROW_PEERS, SDPA, VARLEN
 from op_rows import measure
-from op_systems import OURS, Case, attention_case, lengths_of, row_case
+from op_systems import Case, attention_case, lengths_of, row_case
+from report import OURS, OURS_CUDA
 from stopwatch import cache_bytes, cold_sets, message, synchronize
 
 COLD_TOKENS = {"cuda": 65_536, "cpu": 4096}
 FIXED = ("16", "32", "64", "128", "256", "512")
+LONG = ("1024", "2048", "4096")
 DISTRIBUTIONS = ("short", "passages", "wiki", "mixed", "uniform")
 # FlexAttention is compiled anew for every mask: three lengths tell.
 FLEX_LENGTHS = ("64", "512", "short")
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 ROW_OPS = ("embed_norm", "add_norm", "bias_gelu", "segment_pool", "norm_pool")
 
 
@@ -69,14 +73,15 @@ def row(
             _stop_if_lost(device)
             raise
         record("row", what | figures)
-        ours = figures["systems"][OURS]
-        if "error" not in ours:
-            _replay.left = [us / 1e6 for us in ours["samples_us"]]
+        systems = figures["systems"]
+        if "error" not in systems[OURS]:
+            _replay.left = [us / 1e6 for us in systems[OURS]["samples_us"]]
             benchmark.extra_info |= what | figures
             benchmark.pedantic(_replay.step, rounds=len(_replay.left))
         _stop_if_lost(device)
-        assert "error" not in ours, ours["error"]
-        assert figures["ok"], ours["wrong"]
+        ours = {name: systems[name] for name in (OURS, OURS_CUDA) if name in systems}
+        faults = {name: each.get("error") or each.get("wrong") for name, each in ours.items()}
+        assert figures["ok"], faults
 
     return run
 
@@ -105,13 +110,19 @@ def in_half(device: torch.device, dtype: torch.dtype) -> None:
         pytest.skip("float16 is for GPUs")
 
 
-half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+half = pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
 
 
-@half
-@pytest.mark.parametrize("dim", [32, 64])
-@pytest.mark.parametrize("lengths", [*FIXED, *DISTRIBUTIONS])
-@pytest.mark.parametrize("state", ["cold", "hot"])
+def _attention_rows() -> Iterator[Any]:
+    """State, dtype, lengths and head dim; the rows that tell most come first."""
+    for state, name in (("cold", "fp16"), ("cold", "bf16"), ("hot", "fp16")):
+        for lengths in (*FIXED, *LONG, *DISTRIBUTIONS):
+            for dim in (32, 64) if state == "cold" or lengths not in LONG else (32,):
+                key = f"{state}-{name}-{lengths}-{dim}"
+                yield pytest.param(state, HALVES[name], lengths, dim, id=key)
+
+
+@pytest.mark.parametrize(("state", "dtype", "lengths", "dim"), _attention_rows())
 def test_attention(
     row: Callable[..., None],
     request: pytest.FixtureRequest,
@@ -122,7 +133,11 @@ def test_attention(
     dtype: torch.dtype,
 ) -> None:
     in_half(device, dtype)
-    _attention(row, request, device, lengths, state, dim, dtype, (VARLEN, SDPA))
+    peers: tuple[str, ...] = (VARLEN, SDPA)
+    if device.type == "cuda" and state == "cold" and dtype == torch.float16:
+        # cuDNN looks for a kernel for each shape: it gets those that need no mask.
+        peers += (FA3, FA4) if lengths in DISTRIBUTIONS else (FA3, FA4, CUDNN)
+    _attention(row, request, device, lengths, state, dim, dtype, peers)
 
 
 @pytest.mark.parametrize("dim", [32, 64])
@@ -154,9 +169,9 @@ def _attention(
     row(what, lambda: attention_case(device, dtype, drawn, dim, sets, peers))
 
 
-@half
 @pytest.mark.parametrize("op", ROW_OPS)
 @pytest.mark.parametrize("width", [384, 1024, 768])
+@half
 @pytest.mark.parametrize("state", ["cold", "hot"])
 def test_rows(
     row: Callable[..., None],

@@ -16,6 +16,7 @@ from sbert_fast.ops.choices import CHOICES, Choice
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import provenance  # noqa: E402
+from gpu_report import OURS_CUDA  # noqa: E402
 
 
 def faults(choice: Choice, root: Path = ROOT) -> list[str]:
@@ -38,10 +39,10 @@ def faults(choice: Choice, root: Path = ROOT) -> list[str]:
         for dtype in choice.dtypes:
             name = str(dtype).removeprefix("torch.")
             rows = [r for r in document["rows"] if (r.get("op"), r.get("dtype")) == (op, name)]
-            rows = [r for r in rows if r.get("implementation") == "cuda"]
+            rows = [r for r in rows if "us" in r.get("systems", {}).get(OURS_CUDA, {})]
             if not rows or not all(row.get("ok") is True for row in rows):
                 wrong.append(f"no green rows of {op} in {name}")
-            dims = {row.get("head_dim") for row in rows}
+            dims = {row.get("dim") for row in rows}
             wrong += [f"no rows of {op} for D = {d}" for d in choice.head_dims if d not in dims]
     return wrong
 
@@ -62,7 +63,8 @@ def tree(tmp_path: Path) -> Path:
     """A source tree with a result that justifies `ROW`."""
     (tmp_path / "csrc" / "cuda").mkdir(parents=True)
     (tmp_path / "csrc" / "cuda" / "attention.cu").write_text("// a kernel")
-    row = {"op": "varlen_attention", "dtype": "float16", "implementation": "cuda", "head_dim": 64}
+    row = {"op": "varlen_attention", "dtype": "float16", "dim": 64}
+    row |= {"systems": {OURS_CUDA: {"us": 1.0, "wrong": None}}}
     document = {
         "device": {"capability": "9.0"},
         "kernels_sha256": provenance.source_hash(tmp_path, "cuda kernels"),
@@ -90,8 +92,8 @@ def test_a_planted_row_passes(tree: Path) -> None:
         ({"kernels_sha256": "0"}, "measured with other sources in csrc/cuda"),
         ({"row": {"ok": False}}, "no green rows of varlen_attention in float16"),
         ({"row": {"dtype": "bfloat16"}}, "no green rows of varlen_attention in float16"),
-        ({"row": {"implementation": "triton"}}, "no green rows of varlen_attention in float16"),
-        ({"row": {"head_dim": 32}}, "no rows of varlen_attention for D = 64"),
+        ({"row": {"systems": {}}}, "no green rows of varlen_attention in float16"),
+        ({"row": {"dim": 32}}, "no rows of varlen_attention for D = 64"),
     ],
 )
 def test_a_row_without_its_result_is_found(tree: Path, changes: dict[str, Any], fault: str) -> None:

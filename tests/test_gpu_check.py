@@ -209,3 +209,12 @@ def test_failures_are_printed_at_once(tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     assert "FAILED test_it.py::test_it (call)\n" in done.stdout
+
+
+def test_some_rows_of_the_op_benchmarks_can_be_chosen(tmp_path: Path) -> None:
+    kernels = gpu_check.stages(tmp_path, None)["kernels"]
+    chosen = gpu_check.chosen_kernels(kernels, "attention and fp16")
+    (only,) = chosen.steps
+    assert only.command[only.command.index("-k") + 1] == "attention and fp16"
+    assert str(tmp_path / "ops.jsonl") in only.command
+    assert only.cap == chosen.cap == kernels.cap

@@ -15,7 +15,13 @@ from sbert_fast.models.base import Linear, check_finite, has_hooks
 from sbert_fast.ops.dispatch import FUSING
 from sbert_fast.ops.panels import Activation
 from sbert_fast.packing import PackedBatch
-from sbert_fast.prepare import Fingerprint, LinearKernels, PreparedLinear, PreparedNorm
+from sbert_fast.prepare import (
+    Fingerprint,
+    LinearKernels,
+    PreparedLinear,
+    PreparedNorm,
+    aligned,
+)
 
 NormAndPool = Callable[[Tensor, "Tensor | None", Tensor, PreparedNorm], None]
 
@@ -163,9 +169,11 @@ class PackedEncoder:
         types = embeddings.token_type
         # On a CPU fp32 tables serve every dtype as they are: no copy, no rounding before the sum.
         in_place = device.type == "cpu" and embeddings.word.dtype == torch.float32
+        vectors = self.implementation == "cuda"
 
         def table(values: Tensor) -> Tensor:
-            return values.detach() if in_place else values.detach().to(dtype)
+            values = values.detach() if in_place else values.detach().to(dtype)
+            return aligned(values) if vectors else values
 
         return Prepared(
             architecture=architecture,

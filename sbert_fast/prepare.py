@@ -54,6 +54,14 @@ def linear_implementation(dtype: torch.dtype, device: torch.device, impl: str = 
     return "onednn" if onednn_linear_available(dtype) else "torch"
 
 
+def aligned(values: Tensor) -> Tensor:
+    """`values`, copied where they begin between the 16 bytes that a kernel loads at once.
+
+    A file that is mapped into memory has its tensors anywhere.
+    """
+    return values if values.data_ptr() % 16 == 0 else values.clone()
+
+
 @dataclass(frozen=True, slots=True)
 class PreparedNorm:
     """LayerNorm parameters in fp32."""
@@ -64,7 +72,8 @@ class PreparedNorm:
 
     @classmethod
     def of(cls, norm: Norm) -> PreparedNorm:
-        return cls(norm.weight.detach().float(), norm.bias.detach().float(), norm.eps)
+        weight, bias = norm.weight.detach().float(), norm.bias.detach().float()
+        return cls(aligned(weight), aligned(bias), norm.eps)
 
 
 class LinearKernels:

@@ -5,6 +5,7 @@ Without a GPU the kernels run in Triton's interpreter; what needs a device is ma
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,12 +16,14 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
+import cuda_emulation
 import families
 from sbert_fast import FastEncoder, accelerate, budget, ops
 from sbert_fast.data import sample_texts
 from sbert_fast.engine import PackedEncoder, Prepared
 from sbert_fast.errors import NonFiniteEmbeddingError
 from sbert_fast.models import Architecture
+from sbert_fast.ops import extension
 from sbert_fast.packing import PackedBatch
 from sbert_fast.testing import worst_cosine
 
@@ -135,6 +138,40 @@ def test_engine_on_triton_kernels(
     ran = {op for op, _ in launches()}
     assert {"embed_norm", "varlen_attention", "add_norm"} <= ran
     assert ("norm_pool_out" in ran) == isinstance(pooling, str)
+
+
+@pytest.fixture
+def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CUDA ops take CPU tensors."""
+    cuda_emulation.load()
+    library = extension.load_emulated_cuda(cuda_emulation.library())
+    monkeypatch.setattr(extension, "CUDA", library)
+
+
+@pytest.mark.usefixtures("emulated_cuda")
+@every_dtype
+@pytest.mark.parametrize("name", [*families.FAMILIES, "capability 9.0"])
+def test_engine_on_cuda_kernels(
+    name: str,
+    dtype: torch.dtype,
+    launches: Callable[[], dict[tuple[str, str], int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The whole engine, thread by thread: no worse than twice what the original loses."""
+    if name == "capability 9.0":
+        monkeypatch.setenv("SBF_EMULATED_SM90", "1")
+        name = "bert"
+    texts = [*TEXTS[:7], "word " * 200]
+    st = families.make_sentence_transformer(name)
+    expected = st.encode(texts, normalize_embeddings=True)
+    ops.reset_launches()
+    got = FastEncoder(st, impl="cuda", dtype=dtype).encode(texts, normalize_embeddings=True)
+    assert {name for _, name in launches()} == {"cuda"}
+    ran = {"embed_norm", "varlen_attention", "add_norm", "bias_gelu", "norm_pool_out"}
+    assert {op for op, _ in launches()} == ran
+    peer = copy.deepcopy(st).to(dtype).encode(texts, normalize_embeddings=True)
+    lost = 1 - worst_cosine(peer.astype(np.float32), expected)
+    assert 1 - worst_cosine(got, expected) <= max(2 * lost, 1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -188,6 +188,24 @@ def sources(library: Library) -> list[Path]:
     return [path.relative_to(ROOT) for path in (*plain, *kernels) if path.is_file()]
 
 
+def _build_folder() -> Path:
+    return Path("build", f"native-{sys.implementation.cache_tag}-{platform.machine()}")
+
+
+# What is linked for its name alone: torch's CUDA library, which may not be here.
+STUBS = _build_folder() / "stubs"
+STUB_SOURCE = Path("csrc/cuda/stub/torch_cuda.cpp")
+
+
+def _stub_lines(toolchain: Toolchain) -> list[str]:
+    flags = ["-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so"]
+    return [
+        f"build {_path(STUBS, 'libtorch_cuda.so')}: link {_path(STUB_SOURCE)}",
+        f"  flags = {_quoted(flags)}",
+        f"  program = {_quoted(toolchain.compiler)}",
+    ]
+
+
 def _flags(library: Library, toolchain: Toolchain) -> tuple[list[str], list[str]]:
     """Compiler flags shared by the sources of a library, and its linker flags."""
     if toolchain.torch is None:
@@ -202,8 +220,8 @@ def _flags(library: Library, toolchain: Toolchain) -> tuple[list[str], list[str]
     linking = [f"-L{root / 'lib'}", "-ltorch_cpu"]
     if toolchain.nvcc:
         defines += ["-DUSE_CUDA", *_sm90_flags(toolchain.nvcc)]
-        # Functions of torch's CUDA library stay undefined: it may not be here.
         linking = [f"-ccbin={nvcc.host_compiler(toolchain.compiler)}", *nvcc.LINK_FLAGS, *linking]
+        linking += [f"-L{STUBS}", "-ltorch_cuda"]
     else:
         linking = ["-shared", "-Wl,--as-needed", "-Wl,-z,defs", *linking]
     return [*defines, *(f"-isystem{path}" for path in headers)], linking
@@ -268,8 +286,12 @@ def ninja_file(toolchains: dict[Library, Toolchain], folder: Path) -> str:
                 f"  flags = {_quoted(flags)}",
                 f"  program = {_quoted(program)}",
             ]
+        stubs = ""
+        if toolchain.nvcc:
+            lines += _stub_lines(toolchain)
+            stubs = f" | {_path(STUBS, 'libtorch_cuda.so')}"
         lines += [
-            f"build {_path(folder, library.filename)}: link {' '.join(objects)}",
+            f"build {_path(folder, library.filename)}: link {' '.join(objects)}{stubs}",
             f"  flags = {_quoted(linking)}",
             f"  program = {_quoted(linker)}",
         ]
@@ -284,7 +306,7 @@ def compile_libraries(toolchains: dict[Library, Toolchain]) -> Path:
     """
     import ninja
 
-    folder = Path("build", f"native-{sys.implementation.cache_tag}-{platform.machine()}")
+    folder = _build_folder()
     script = folder / "build.ninja"
     ROOT.joinpath(folder).mkdir(parents=True, exist_ok=True)
     ROOT.joinpath(script).write_text(ninja_file(toolchains, folder))

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -175,3 +177,26 @@ class TestTheChecks:
         (tmp_path / "a.cu.o.log").write_text(said)
         warnings = Objects("13.0", {"a.cu": tmp_path / "a.cu.o"}).warnings()
         assert set(warnings) == ({"a.cu"} if counts else set())
+
+
+def test_the_library_finds_torch_in_a_scope_of_its_own(objects: Objects) -> None:
+    """torch keeps its symbols out of the global scope: the library names where they come from."""
+    code = """
+import ctypes, sys
+import torch
+from sbert_fast.ops import schemas
+library, beside = sys.argv[1:]
+if beside:
+    ctypes.CDLL(beside, ctypes.RTLD_LOCAL)
+torch.ops.load_library(library)
+has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+names = [op for op in schemas.SCHEMAS if "cuda" in schemas.implementations(op)]
+assert all(has_kernel(f"{schemas.NAMESPACE}::{op}.cuda", "CUDA") for op in names)
+"""
+    folder = next(iter(objects.files.values())).parent.parent
+    stub = folder / "stubs/libtorch_cuda.so"
+    command = [sys.executable, "-P", "-c", code, str(folder / "_C_cuda.abi3.so")]
+    alone = subprocess.run([*command, ""], capture_output=True, text=True)
+    assert alone.returncode != 0 and "libtorch_cuda.so: cannot open shared object" in alone.stderr
+    beside = subprocess.run([*command, str(stub)], capture_output=True, text=True)
+    assert beside.returncode == 0, beside.stderr

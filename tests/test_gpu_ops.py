@@ -33,6 +33,20 @@ def test_every_implementation_on_a_gpu(op: str, impl: str, dtype: torch.dtype) -
     assert ops.resolve(torch.device("cuda"), dtype) == "triton"
 
 
+@pytest.mark.parametrize("dim", [32, 64, 128])
+def test_every_cuda_kernel_of_attention_and_pooling(dim: int) -> None:
+    """Small enough for compute-sanitizer: short and long sequences, wide rows, ragged ends."""
+    dtype = torch.float16
+    if (reason := ops.rejection("cuda", torch.device("cuda"), dtype)) is not None:
+        pytest.skip(reason)
+    lengths = (5, 0, 16, 60, 130, 200, 300)
+    for op in ("varlen_attention", "segment_pool", "norm_pool"):
+        args = arguments(op, dtype, lengths, heads=12, dim=dim)
+        there = [a.cuda() if isinstance(a, Tensor) else a for a in args]
+        out = getattr(OPS, op).cuda(*there)
+        check_op(op, out.cpu(), args, torch.float32 if "pool" in op else dtype)
+
+
 def test_rows_more_than_2_to_the_31_bytes_apart_are_pooled_in_their_places() -> None:
     x = torch.zeros(2**21 + 8, 1024, dtype=torch.float16, device="cuda")
     x[-8:] = 1

@@ -26,7 +26,7 @@ void launch_dtype(const AttentionParams& p, bool with_long, StreamHandle stream)
 }  // namespace
 
 void launch_varlen_attention(Dtype dtype, const AttentionParams& p, StreamHandle stream) {
-  bool with_long = p.max_seqlen > short_limit(p.D);
+  bool with_long = p.max_seqlen > kShort;
 #if defined(SBF_WITH_SM90)
   if (with_long && launch_long_sm90(dtype, p, stream)) with_long = false;
 #endif

@@ -32,7 +32,7 @@ void launch_long(const AttentionParams& p, StreamHandle stream) {
 /// short.
 template <class T, int CHUNKS>
 void launch_attention(const AttentionParams& p, bool with_long, StreamHandle stream) {
-  constexpr int kBlocks = short_limit(CHUNKS * kChunk) / kRows;
+  constexpr int kBlocks = kShort / kRows;
   const bool plain = p.bias == nullptr && p.window < 0 && p.scale > 0;
   if (!plain) {
     launch_short<T, CHUNKS, kBlocks, false>(p, stream);
@@ -40,8 +40,6 @@ void launch_attention(const AttentionParams& p, bool with_long, StreamHandle str
     launch_short<T, CHUNKS, 1, true>(p, stream);
   } else if (p.max_seqlen <= 2 * kRows) {
     launch_short<T, CHUNKS, 2, true>(p, stream);
-  } else if (p.max_seqlen <= 4 * kRows) {
-    launch_short<T, CHUNKS, 4, true>(p, stream);
   } else {
     launch_short<T, CHUNKS, kBlocks, true>(p, stream);
   }

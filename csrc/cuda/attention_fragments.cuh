@@ -45,20 +45,35 @@ SBF_DEVICE RowPair<CHUNKS> load_rows(const T* base, int stride, int rows, int D)
   return pair;
 }
 
-/// Scores of sixteen queries and sixteen keys: s[0] of the first eight keys, s[1] of the others.
+/// Sixteen queries as the tensor cores take them, sixteen columns at a time.
+template <int CHUNKS>
+struct QueryRows {
+  uint32_t a[CHUNKS][2][4];
+
+  SBF_DEVICE void assign(const RowPair<CHUNKS>& rows) {
+#pragma unroll
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        a[chunk][i / 4][i % 4] = rows.row[i % 2][chunk].word[i / 4 * 2 + i % 4 / 2];
+      }
+    }
+  }
+};
+
+/// Adds the scores of sixteen queries and sixteen keys: s[0] of the first eight, s[1] of the
+/// others.
 template <class T, int CHUNKS>
-SBF_DEVICE void multiply_scores(float (&s)[2][4], const RowPair<CHUNKS>& q,
+SBF_DEVICE void multiply_scores(float (&s)[2][4], const QueryRows<CHUNKS>& q,
                                 const RowPair<CHUNKS>& k) {
 #pragma unroll
   for (int chunk = 0; chunk < CHUNKS; ++chunk) {
 #pragma unroll
-    for (int word = 0; word < 4; word += 2) {
-      const uint32_t a[4] = {q.row[0][chunk].word[word], q.row[1][chunk].word[word],
-                             q.row[0][chunk].word[word + 1], q.row[1][chunk].word[word + 1]};
+    for (int step = 0; step < 2; ++step) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const Vector& keys = k.row[half][chunk];
-        mma_16x8x16<T>(s[half], a, keys.word[word], keys.word[word + 1]);
+        const uint32_t* keys = k.row[half][chunk].word + 2 * step;
+        mma_16x8x16<T>(s[half], q.a[chunk][step], keys[0], keys[1]);
       }
     }
   }

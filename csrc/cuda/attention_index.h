@@ -15,11 +15,9 @@ inline constexpr int kChunk = 32;
 /// Keys of a block of the long kernel, counted from the start of the sequence.
 inline constexpr int kKeys = 64;
 
-/// The longest sequence of the short kernel. It decides about bits, so it may depend on the head
-/// dim, but not on the batch.
-SBF_HOST_DEVICE constexpr int short_limit(int head_dim) {
-  return head_dim <= 2 * kChunk ? 128 : 64;
-}
+/// The longest sequence of the short kernel. It decides about bits, so it may not depend on the
+/// batch.
+inline constexpr int kShort = 64;
 
 SBF_HOST_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 

@@ -69,7 +69,7 @@ SBF_DEVICE RowPair<CHUNKS> keys_of(const unsigned char* buffer, int first) {
 /// One warp's queries, their results so far in columns 8j + 2c and the next of o[chunk][j].
 template <int CHUNKS, int MATRICES>
 struct Queries {
-  RowPair<CHUNKS> q[MATRICES];
+  QueryRows<CHUNKS> q[MATRICES];
   Result<CHUNKS> result[MATRICES];
   float top[MATRICES][2];
   float total[MATRICES][2];
@@ -222,7 +222,7 @@ SBF_DEVICE Work next_work(const AttentionParams& p, const Tile& tile, int querie
       start = p.cu_seqlens[sequence + lane];
       length = p.cu_seqlens[sequence + lane + 1] - start;
     }
-    const uint32_t found = ballot(length > short_limit(p.D));
+    const uint32_t found = ballot(length > kShort);
     if (found == 0) {
       sequence += 32;
       query = 0;
@@ -261,7 +261,7 @@ SBF_DEVICE void attend_long(const AttentionParams& p, const Work& work, int head
   for (int m = 0; m < kMatrices; ++m) {
     const int query = first + 16 * m;
     const T* rows = q_rows + static_cast<int64_t>(query) * 3 * width;
-    x.q[m] = load_rows<T, CHUNKS>(rows, 3 * width, work.end - query, p.D);
+    x.q[m].assign(load_rows<T, CHUNKS>(rows, 3 * width, work.end - query, p.D));
     x.top[m][0] = x.top[m][1] = -infinity();
   }
   int turn = 0;

@@ -18,7 +18,7 @@ inline constexpr int kShortThreads = 128;
 
 /// Blocks on a multiprocessor, at the least: they are what hides the latency of loads.
 constexpr int short_blocks(int chunks, int blocks) {
-  if (chunks == 1) return blocks == 1 ? 7 : blocks == 2 ? 4 : blocks == 4 ? 3 : 2;
+  if (chunks == 1) return blocks == 1 ? 6 : blocks == 2 ? 4 : 3;
   if (chunks == 2) return blocks == 1 ? 4 : blocks == 2 ? 3 : 2;
   return blocks == 1 ? 3 : 2;
 }
@@ -38,20 +38,23 @@ SBF_DEVICE void attend_short(const AttentionParams& p, int64_t start, int length
     return load_rows<T, CHUNKS>(base, 3 * width, length - first, p.D);
   };
 
-  const RowPair<CHUNKS> q = load(q_rows, query);
-  RowPair<CHUNKS> next = load(k_rows, 0);
+  QueryRows<CHUNKS> q;
+  q.assign(load(q_rows, query));
+  // As many blocks under way as registers allow: latency is what short sequences wait for.
+  constexpr int kAhead = CHUNKS <= 2 || BLOCKS == 1 ? BLOCKS : PLAIN ? 2 : 1;
+  RowPair<CHUNKS> rows[kAhead];
+#pragma unroll
+  for (int block = 0; block < kAhead; ++block) rows[block] = load(k_rows, block * kRows);
   float s[BLOCKS][2][4];
 #pragma unroll
   for (int block = 0; block < BLOCKS; ++block) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) s[block][0][e] = s[block][1][e] = 0;
-    if (block * kRows < length) {
-      const RowPair<CHUNKS> k = next;
-      if (block + 1 < BLOCKS) next = load(k_rows, (block + 1) * kRows);
-      multiply_scores<T, CHUNKS>(s[block], q, k);
-    }
+    if (block * kRows < length) multiply_scores<T, CHUNKS>(s[block], q, rows[block % kAhead]);
+    if (block + kAhead < BLOCKS) rows[block % kAhead] = load(k_rows, (block + kAhead) * kRows);
   }
-  next = load(v_rows, 0);
+#pragma unroll
+  for (int block = 0; block < kAhead; ++block) rows[block] = load(v_rows, block * kRows);
 
   float top[2] = {-infinity(), -infinity()};
 #pragma unroll
@@ -59,7 +62,9 @@ SBF_DEVICE void attend_short(const AttentionParams& p, int64_t start, int length
     if (block * kRows >= length) continue;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      mask_scores<PLAIN>(s[block][half], p, head, query, block * kRows + half * 8, length);
+      if (!PLAIN || (block + 1) * kRows > length) {
+        mask_scores<PLAIN>(s[block][half], p, head, query, block * kRows + half * 8, length);
+      }
 #pragma unroll
       for (int e = 0; e < 4; ++e) top[e / 2] = fmaxf(top[e / 2], s[block][half][e]);
     }
@@ -86,10 +91,9 @@ SBF_DEVICE void attend_short(const AttentionParams& p, int64_t start, int length
 #pragma unroll
   for (int block = 0; block < BLOCKS; ++block) {
     if (block * kRows < length) {
-      const RowPair<CHUNKS> v = next;
-      if (block + 1 < BLOCKS) next = load(v_rows, (block + 1) * kRows);
-      multiply_values<T, CHUNKS>(result, s[block], v);
+      multiply_values<T, CHUNKS>(result, s[block], rows[block % kAhead]);
     }
+    if (block + kAhead < BLOCKS) rows[block % kAhead] = load(v_rows, (block + kAhead) * kRows);
   }
   const float factor[2] = {reciprocal(row_sum(total[0])), reciprocal(row_sum(total[1]))};
   T* out = static_cast<T*>(p.out) + (start + query) * width + head * p.D;
@@ -112,7 +116,6 @@ attention_short_kernel(const AttentionParams p, int group) {
   const Tile tile = tile_of_sequences(p.tiles, block_index() / head_groups, group, p.B);
   const int first_head = block_index() % head_groups * kHeads;
   const int lane = thread_index() % 32, warp = thread_index() / 32;
-  const int limit = short_limit(p.D);
 
   for (int base = tile.first; base < tile.last; base += 32) {
     const int sequence = base + lane;
@@ -121,7 +124,7 @@ attention_short_kernel(const AttentionParams p, int group) {
       start = p.cu_seqlens[sequence];
       length = p.cu_seqlens[sequence + 1] - start;
     }
-    if (length > limit) length = 0;
+    if (length > kShort) length = 0;
     const int blocks = ceil_div(length, kRows);
     int behind = blocks;  // query blocks of this sequence and those before it
 #pragma unroll

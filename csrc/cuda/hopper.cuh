@@ -52,8 +52,8 @@ SBF_DEVICE void barrier_wait(Barrier* barrier, uint32_t parity) {
       ".reg .pred done;\n"
       "wait:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra.uni finished;\n"
-      "bra.uni wait;\n"
+      "@done bra finished;\n"
+      "bra wait;\n"
       "finished:\n"
       "}" ::"r"(shared_address(barrier)),
       "r"(parity)

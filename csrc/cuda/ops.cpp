@@ -117,6 +117,7 @@ Tensor new_output(const Tensor& like, std::initializer_list<int64_t> sizes, Scal
 OnDevice::OnDevice(const Tensor&) {}
 #else
 OnDevice::OnDevice(const Tensor& tensor) : guard_(std::in_place, tensor.get_device_index()) {
+  use_device(tensor.get_device_index());
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
 }
 #endif

@@ -29,6 +29,9 @@ struct AttentionParams {
   float scale;     // of the logits, times log2(e)
 };
 
+/// Makes a device the current one of the CUDA runtime that launches: it is not torch's.
+void use_device(int32_t index);
+
 /// Launches on `stream` of the current device.
 void launch_varlen_attention(Dtype dtype, const AttentionParams& params, StreamHandle stream);
 /// The part of it that computes what is not short, on compute capability 9.0; false, and nothing is

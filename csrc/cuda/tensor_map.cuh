@@ -38,9 +38,13 @@ inline TensorMap make_tensor_map(const char* op, Dtype dtype, const Boxes& boxes
   static const auto encode = [op] {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
     check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000,
                                            cudaEnableDefault, &found),
           op);
+#else
+    check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found), op);
+#endif
     if (found != cudaDriverEntryPointSuccess) {
       throw std::runtime_error(std::string(op) + ": the driver has no cuTensorMapEncodeTiled");
     }

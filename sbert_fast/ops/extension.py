@@ -51,7 +51,8 @@ def _load(path: Path, implementation: str, key: str) -> str | None:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"{path.name} does not load beside this torch: {error}"
+        # torch tells the file, and keeps what the loader said as the cause.
+        return f"{path.name} does not load beside this torch: {error.__cause__ or error}"
     # A library of another version may lack a kernel, and calling it would crash the process.
     missing = [
         op

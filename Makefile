@@ -9,6 +9,7 @@ OP_BENCH_ARGS ?=
 OUT ?= results-tmp/gpu
 STAGE ?=
 MODEL ?=
+TUNE_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -19,7 +20,7 @@ BUILD := $(VENV)/.build
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench gpu-check lint format clean
+.PHONY: help demo test bench gpu-check tune lint format clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +38,9 @@ bench: $(BUILD) ## Time encoding (BENCH_ARGS) and every op (OP_BENCH_ARGS) besid
 # With the python3 on the PATH, as it is: the environment made here has no torch for a GPU.
 gpu-check: ## Check and measure on a GPU: OUT=folder [STAGE=build,ops,...] [MODEL=folder].
 	$(PYTHON) benchmarks/gpu_check.py --out $(OUT) --stage "$(STAGE)" $(if $(MODEL),--model $(MODEL))
+
+tune: ## Time launch parameters on a GPU, rewrite their table: OUT=folder [TUNE_ARGS=--dry-run].
+	$(PYTHON) benchmarks/tune.py --out $(OUT) $(TUNE_ARGS)
 
 lint: $(BUILD) ## Check style, types and the import rule.
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ OUT ?= results-tmp/gpu
 STAGE ?=
 KERNELS ?=
 MODEL ?=
+TUNE_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -20,7 +21,7 @@ BUILD := $(VENV)/.build
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench gpu-check lint format clean
+.PHONY: help demo test bench gpu-check tune lint format clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +40,9 @@ bench: $(BUILD) ## Time encoding (BENCH_ARGS) and every op (OP_BENCH_ARGS) besid
 gpu-check: ## Check and measure on a GPU: OUT=folder [STAGE=build,ops,...] [KERNELS=attention] [MODEL=folder].
 	$(PYTHON) benchmarks/gpu_check.py --out $(OUT) --stage "$(STAGE)" --kernels "$(KERNELS)" \
 		$(if $(MODEL),--model $(MODEL))
+
+tune: ## Time launch parameters on a GPU, rewrite their table: OUT=folder [TUNE_ARGS=--dry-run].
+	$(PYTHON) benchmarks/tune.py --out $(OUT) $(TUNE_ARGS)
 
 lint: $(BUILD) ## Check style, types and the import rule.
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ class Attention:
             loads are neighbours in memory.
         head_stages: 2 loads the next head while one is computed.
         block_q, warps: query rows of a block of a long sequence, and warps of its program.
+        far_block_q, far_warps: the same for batches that hold more than 256 tokens in a sequence.
         stages: its key blocks in flight.
         registers: what a thread of the long kernel may have, where it needs few more: 128 let twice
             as many programs share a multiprocessor. None: as many as the compiler likes.
@@ -33,6 +34,8 @@ class Attention:
     head_stages: int
     block_q: int
     warps: int
+    far_block_q: int
+    far_warps: int
     stages: int
     registers: int | None = None
 
@@ -57,8 +60,8 @@ def attention(
         capability: compute capability of the device.
     """
     row = _ATTENTION[bits, width]
-    if bits == 16 and width <= 64 and max_seqlen > _LONG_FROM:
-        row = replace(row, block_q=128, warps=8)
+    if max_seqlen > _FAR_FROM:
+        row = replace(row, block_q=row.far_block_q, warps=row.far_warps)
     if rotary and bits == 16:
         row = replace(row, head_stages=1)
         if width >= 64:
@@ -80,25 +83,34 @@ def heads_together(limit: int, heads: int, groups: int) -> int:
 # Two waves of programs on a GPU of 132 multiprocessors that hold about eight each.
 _ENOUGH_PROGRAMS = 2048
 
-_LONG_FROM = 256
+_FAR_FROM = 256
 
+# `make tune` rewrites the rows, in this very form, on a GPU.
 # fmt: off
 _ATTENTION = {
     (16, 16): Attention(32, 64, group=4, group_warps=4, heads=4, head_stages=2,
-                        block_q=64, warps=4, stages=3, registers=128),
+                        block_q=64, warps=4, far_block_q=128, far_warps=8,
+                        stages=3, registers=128),
     (16, 32): Attention(32, 64, group=4, group_warps=4, heads=2, head_stages=2,
-                        block_q=64, warps=4, stages=3, registers=128),
+                        block_q=64, warps=4, far_block_q=128, far_warps=8,
+                        stages=3, registers=128),
     (16, 64): Attention(32, 64, group=4, group_warps=4, heads=1, head_stages=1,
-                        block_q=64, warps=4, stages=3, registers=128),
+                        block_q=64, warps=4, far_block_q=128, far_warps=8,
+                        stages=3, registers=128),
     (16, 128): Attention(16, 64, group=4, group_warps=4, heads=1, head_stages=1,
-                         block_q=64, warps=4, stages=1),
+                         block_q=64, warps=4, far_block_q=64, far_warps=4,
+                         stages=1),
     (32, 16): Attention(32, 32, group=4, group_warps=8, heads=2, head_stages=1,
-                        block_q=32, warps=4, stages=1),
+                        block_q=32, warps=4, far_block_q=32, far_warps=4,
+                        stages=1),
     (32, 32): Attention(32, 32, group=4, group_warps=8, heads=1, head_stages=1,
-                        block_q=32, warps=4, stages=1),
+                        block_q=32, warps=4, far_block_q=32, far_warps=4,
+                        stages=1),
     (32, 64): Attention(32, 32, group=2, group_warps=8, heads=1, head_stages=1,
-                        block_q=32, warps=4, stages=1),
+                        block_q=32, warps=4, far_block_q=32, far_warps=4,
+                        stages=1),
     (32, 128): Attention(16, 32, group=2, group_warps=8, heads=1, head_stages=1,
-                         block_q=32, warps=4, stages=1),
+                         block_q=32, warps=4, far_block_q=32, far_warps=4,
+                         stages=1),
 }
 # fmt: on

@@ -30,9 +30,10 @@ from sbert_fast.assembly import Derived, build_pipeline, signature
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import InvalidWeightsError, SbertFastError, UnsupportedModelError
 from sbert_fast.inference import Pipeline, Request
+from sbert_fast.models.base import has_hooks
 from sbert_fast.stats import Counters, EncoderStats
 from sbert_fast.tokenization import check_texts
-from sbert_fast.values import PRECISIONS, Precision, shown
+from sbert_fast.values import PRECISIONS, Precision, check_model, shown
 
 logger = logging.getLogger("sbert_fast")
 
@@ -123,6 +124,8 @@ class FastEncoder(SentenceTransformer):
             modules = OrderedDict(source._modules)
             kwargs = _arguments_of(source) | kwargs
             device = source.device if device is None else device
+        if model_name_or_path is not None and modules is None:
+            check_model("model_name_or_path", model_name_or_path)
         super().__init__(model_name_or_path, modules=modules, device=device, **kwargs)
         if source is not None:
             self.module_kwargs = source.module_kwargs
@@ -228,6 +231,12 @@ class FastEncoder(SentenceTransformer):
             return pipeline
         if pipeline.engine.has_hooks():
             return "the base model has forward hooks"
+        if pipeline.engine.has_own_forwards():
+            return "a module of the base model has a forward of its own"
+        if type(self).forward is not SentenceTransformer.forward or any(
+            has_hooks(module) or "forward" in module.__dict__ for module in (self, *self.children())
+        ):
+            return "a module has forward hooks, or a forward of its own"
         # sentence-transformers refuses the names it does not know, whatever their value.
         given = [
             name
@@ -313,6 +322,8 @@ class FastEncoder(SentenceTransformer):
         if prompt is not None:
             check_texts([prompt], "prompt")
         reason = self._call_reason(kwargs)
+        if reason is None and output_value != "sentence_embedding" and precision != "float32":
+            reason = None if precision is None else f"precision={precision!r} of {output_value}"
         single = isinstance(inputs, str)
         if reason is None or (self._takes_texts_only() and not isinstance(inputs, dict)):
             texts = [inputs] if single else as_list(inputs)
@@ -343,15 +354,23 @@ class FastEncoder(SentenceTransformer):
         if show_progress_bar is None:
             level = logging.getLogger("sentence_transformers").getEffectiveLevel()
             show_progress_bar = level in (logging.INFO, logging.DEBUG)
-        result = self._run_packed(
-            texts,
-            prompt=prompt,
-            batch_size=batch_size,
-            show_progress_bar=show_progress_bar,
-            output_value=output_value,
-            normalize_embeddings=normalize_embeddings,
-            truncate_dim=truncate_dim,
-        )
+        how: dict[str, Any] = {
+            "prompt": prompt,
+            "batch_size": batch_size,
+            "show_progress_bar": show_progress_bar,
+            "output_value": output_value,
+            "normalize_embeddings": normalize_embeddings,
+            "truncate_dim": truncate_dim,
+        }
+        try:
+            result = self._run_packed(texts, **how)
+        except InvalidWeightsError:
+            raise
+        except UnsupportedModelError as error:
+            # A module inside the base model was replaced since the last call.
+            self._derived.set(signature(self), str(error))
+            how |= {"convert_to_numpy": convert_to_numpy, "convert_to_tensor": convert_to_tensor}
+            return self.encode(inputs, precision=precision, **how, **kwargs)
         if output_value == "sentence_embedding":
             result = convert(result, precision, convert_to_numpy, convert_to_tensor)
         return result[0] if single else result

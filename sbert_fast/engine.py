@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,9 +128,16 @@ class PackedEncoder:
 
     def has_hooks(self) -> bool:
         """Whether a module of the model has forward hooks, which a packed pass would not call."""
+        return any(map(has_hooks, self._modules()))
+
+    def has_own_forwards(self) -> bool:
+        """Whether a module inside the model had its forward replaced, which would not be called."""
+        own = (module for module in self._modules() if module is not self.model)
+        return any("forward" in module.__dict__ for module in own)
+
+    def _modules(self) -> Iterable[nn.Module]:
         fingerprint = self._fingerprint
-        modules = self.model.modules() if fingerprint is None else fingerprint.modules
-        return any(map(has_hooks, modules))
+        return self.model.modules() if fingerprint is None else fingerprint.modules
 
     def refresh(self) -> None:
         """Forget prepared weights: needed after writes torch does not count (`p.data[...] = x`)."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Literal, get_args
 
 Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# A folder without any of these holds no model.
+MODEL_FILES = ("modules.json", "config.json", "adapter_config.json")
 # Characters of a value that a message quotes.
 _SHOWN = 80
 
@@ -28,3 +32,27 @@ def lone_surrogate(text: str) -> int | None:
     except UnicodeEncodeError as error:
         return error.start
     return None
+
+
+def check_model(argument: str, model: str) -> None:
+    """Refuse what can be neither a folder with a model nor a name on the Hugging Face Hub.
+
+    Raises:
+        ValueError: naming `argument`, the name of the argument.
+    """
+    if any((Path(model) / name).is_file() for name in MODEL_FILES):
+        return
+    problem = None
+    if not model:
+        problem = "it is empty"
+    elif Path(model).is_dir():
+        problem = f"the folder holds none of {', '.join(MODEL_FILES)}"
+    elif Path(model).exists():
+        problem = "that is a file"
+    elif not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
+        problem = "there is no such folder"
+    if problem is not None:
+        raise ValueError(
+            f"{argument} must be a folder with a model or a name on the Hugging Face Hub, "
+            f"got {shown(model)}: {problem}"
+        )

@@ -365,12 +365,12 @@ def test_hooks_on_the_base_model_are_honoured(launches: Launches) -> None:
 
 def test_folder_that_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no model here")
-    with pytest.raises((OSError, ValueError), match=tmp_path.name):
+    with pytest.raises(ValueError, match=f"^model_name_or_path must .*{tmp_path.name}.*holds none"):
         FastEncoder(str(tmp_path))
 
 
 def test_path_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="missing"):
+    with pytest.raises(ValueError, match="missing.*no such folder"):
         FastEncoder(str(tmp_path / "missing"))
 
 
@@ -406,3 +406,12 @@ def test_max_seq_length_must_be_an_integer(value: object) -> None:
     st.max_seq_length = value
     with pytest.raises(ValueError, match="max_seq_length must be an integer"):
         FastEncoder(st)
+
+
+@pytest.mark.parametrize(
+    ("model", "problem"),
+    [("", "it is empty"), ("/nowhere/at all", "there is no such folder"), (__file__, "a file")],
+)
+def test_what_is_no_model_is_named(model: str, problem: str) -> None:
+    with pytest.raises(ValueError, match=f"^model_name_or_path must be .* got .*: .*{problem}"):
+        FastEncoder(model)

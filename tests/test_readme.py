@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from patched import counts
 from sbert_fast import FastEncoder, cli, models
 from sbert_fast.data import sample_texts
 
@@ -53,6 +54,11 @@ def test_every_block_is_run() -> None:
 
 @pytest.mark.parametrize("code", PYTHON, ids=[code.split("\n")[0] for code in PYTHON])
 def test_python(code: str, reader: Path) -> None:
+    names: dict[str, object] = {"__name__": "__main__"}
+    lines = [line for line in code.splitlines() if not line.startswith("sbert_fast.restore")]
+    exec(compile("\n".join(lines), "README.md", "exec"), names)
+    if "accelerate" in code:
+        assert counts(names["model"]) == {"packed": 1}
     exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
 
 

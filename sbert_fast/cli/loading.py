@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from sbert_fast.values import check_model
 
 if TYPE_CHECKING:
     from sbert_fast.encoder import FastEncoder
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-# A folder without any of these holds no model.
-_MODEL_FILES = ("modules.json", "config.json", "adapter_config.json")
 
 
 def note(message: str) -> None:
@@ -34,7 +32,7 @@ def load_encoder(args: argparse.Namespace) -> FastEncoder:
         torch.set_num_threads(args.threads)
     _check_device(args.device)
     model = _model_path(args.model)
-    _check_model(model)
+    check_model("--model", model)
     try:
         return FastEncoder(
             model,
@@ -75,24 +73,6 @@ def _check_device(device: str | None) -> None:
             f"--device must be one that this machine has ({', '.join(devices)}), got {device!r}: "
             f"{error}"
         ) from error
-
-
-def _check_model(model: str) -> None:
-    """Refuse what can be neither a folder with a model nor a name on the Hugging Face Hub."""
-    if any((Path(model) / name).is_file() for name in _MODEL_FILES):
-        return
-    problem = None
-    if Path(model).is_dir():
-        problem = f"the folder holds none of {', '.join(_MODEL_FILES)}"
-    elif Path(model).exists():
-        problem = "that is a file"
-    elif not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
-        problem = "there is no such folder"
-    if problem is not None:
-        raise ValueError(
-            "--model must be a folder with a model or a name on the Hugging Face Hub, "
-            f"got {model!r}: {problem}"
-        )
 
 
 def _model_path(model: str | None) -> str:

@@ -151,7 +151,7 @@ def resolve(
         raise ValueError(f"{asked} must be one of {expected}, got {impl!r}")
     reason = rejection(impl, device, dtype, head_dim)
     if reason is not None:
-        raise ImplementationError(f"impl={impl!r} was asked for, but {reason}")
+        raise ImplementationError(f"{asked}={impl!r} was asked for, but {reason}")
     return impl
 
 

@@ -42,10 +42,11 @@ class TestSanitize:
         monkeypatch.setenv("PATH", "/usr/bin:/bin")
         return tmp_path
 
-    def make_tool(self, folder: Path, planted: int, tests: int) -> None:
+    def make_tool(self, folder: Path, planted: int, tests: int, said: str = "3 passed") -> None:
         tool = folder / "compute-sanitizer"
         tool.write_text(
-            f'#!/bin/sh\ncase "$*" in\n*planted) exit {planted};;\n*) exit {tests};;\nesac\n'
+            f'#!/bin/sh\ncase "$*" in\n*planted) exit {planted};;\n'
+            f'*) echo "in all {said}"; exit {tests};;\nesac\n'
         )
         tool.chmod(0o755)
 
@@ -56,6 +57,11 @@ class TestSanitize:
     def test_verdict(self, folder: Path, planted: int, tests: int, code: int) -> None:
         self.make_tool(folder, planted, tests)
         assert sanitize.main("memcheck") == code
+
+    @pytest.mark.parametrize("said", ["3 skipped", "3 passed, 1 skipped", ""])
+    def test_skipped_tests_show_nothing(self, folder: Path, said: str) -> None:
+        self.make_tool(folder, sanitize.FOUND, 0, said)
+        assert sanitize.main("memcheck") == 2
 
     def test_without_the_tool(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert sanitize.main("racecheck") == 2

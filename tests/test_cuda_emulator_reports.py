@@ -93,7 +93,7 @@ class TestReports:
     def test_the_wrong_kind_of_memory(self):
         with pytest.raises(RuntimeError, match="store_16: the address is in shared memory"):
             run("stores_to_shared", [0], aligned(4), shared=16)
-        with pytest.raises(RuntimeError, match="load_matrices: the address is outside"):
+        with pytest.raises(RuntimeError, match="load_matrices_transposed: the address is outside"):
             run("loads_matrix_of_global", [0], aligned(4), shared=16)
 
     @pytest.mark.parametrize(

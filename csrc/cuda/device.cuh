@@ -152,18 +152,8 @@ SBF_DEVICE uint32_t transpose_8x8(uint32_t row) {
   return column;
 }
 
-/// Four 8 x 8 matrices of 16-bit numbers from shared memory; lane l names row l % 8 of matrix l /
-/// 8, 16 bytes, and gets in word m two neighbours of row l / 4 of matrix m.
-SBF_DEVICE Vector load_matrices(const void* row) {
-  Vector v;
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
-               : "r"(address)
-               : "memory");
-  return v;
-}
-/// The same four matrices, each transposed.
+/// Four 8 x 8 matrices of 16-bit numbers from shared memory, each transposed; lane l names row l %
+/// 8 of matrix l / 8, 16 bytes, and gets in word m two neighbours of column l / 4 of matrix m.
 SBF_DEVICE Vector load_matrices_transposed(const void* row) {
   Vector v;
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));

@@ -142,11 +142,8 @@ inline uint32_t transpose_8x8(uint32_t row, Location at = Location::current()) {
   return row;
 }
 
-inline Vector load_matrices(const void* row, Location at = Location::current()) {
-  return emulation::load_row_fragments<false>({"load_matrices", at}, row);
-}
 inline Vector load_matrices_transposed(const void* row, Location at = Location::current()) {
-  return emulation::load_row_fragments<true>({"load_matrices_transposed", at}, row);
+  return emulation::load_column_fragments({"load_matrices_transposed", at}, row);
 }
 
 inline void copy_async_16(void* shared, const void* global, bool live) {

@@ -55,11 +55,10 @@ void multiply_fragments(Operands operands) {
 
 using Matrix = uint16_t[8][8];
 
-/// Of the matrices of lane l: two neighbours of row l / 4, or of column l / 4.
-inline uint32_t neighbours(const Matrix& matrix, int lane, bool transposed) {
+/// What lane l gets of a matrix: two neighbours of column l / 4.
+inline uint32_t neighbours(const Matrix& matrix, int lane) {
   const int row = lane / 4, column = lane % 4 * 2;
-  const uint16_t low = transposed ? matrix[column][row] : matrix[row][column];
-  const uint16_t high = transposed ? matrix[column + 1][row] : matrix[row][column + 1];
+  const uint16_t low = matrix[column][row], high = matrix[column + 1][row];
   return low | static_cast<uint32_t>(high) << 16;
 }
 
@@ -69,7 +68,7 @@ inline void transpose_fragments(Operands operands) {
     std::memcpy(&matrix[lane / 4][lane % 4 * 2], operands[lane], sizeof(uint32_t));
   }
   for (int lane = 0; lane < kWarpThreads; ++lane) {
-    *static_cast<uint32_t*>(operands[lane]) = neighbours(matrix, lane, true);
+    *static_cast<uint32_t*>(operands[lane]) = neighbours(matrix, lane);
   }
 }
 
@@ -78,26 +77,23 @@ struct MatrixRow {
   Vector result;
 };
 
-template <bool TRANSPOSED>
-void load_fragments(Operands operands) {
+inline void load_fragments(Operands operands) {
   Matrix matrices[4];
   for (int lane = 0; lane < kWarpThreads; ++lane) {
     std::memcpy(matrices[lane / 8][lane % 8], static_cast<MatrixRow*>(operands[lane])->row, 16);
   }
   for (int lane = 0; lane < kWarpThreads; ++lane) {
     for (int i = 0; i < 4; ++i) {
-      static_cast<MatrixRow*>(operands[lane])->result.word[i] =
-          neighbours(matrices[i], lane, TRANSPOSED);
+      static_cast<MatrixRow*>(operands[lane])->result.word[i] = neighbours(matrices[i], lane);
     }
   }
 }
 
-template <bool TRANSPOSED>
-Vector load_row_fragments(const Site& site, const void* row) {
+inline Vector load_column_fragments(const Site& site, const void* row) {
   require_aligned(site.operation, row);
   require_shared(site.operation, row, 16);
   MatrixRow operand = {row, {}};
-  meet_warp(site, &operand, load_fragments<TRANSPOSED>);
+  meet_warp(site, &operand, load_fragments);
   return operand.result;
 }
 

@@ -89,14 +89,13 @@ SBF_KERNEL(32, 1) transposes(const void* in, void* out) {
   *at<uint32_t>(out, thread_index()) = transpose_8x8(value_at<uint32_t>(in, thread_index()));
 }
 
-// in [4, 8, 8]: matrices of 16-bit numbers; out [2, 32, 4] words: as they are, and transposed.
+// in [4, 8, 8]: matrices of 16-bit numbers; out [32, 4] words: transposed.
 SBF_KERNEL(32, 1) matrices(const void* in, void* out) {
   const int t = thread_index();
   Vector* rows = reinterpret_cast<Vector*>(shared_memory());
   rows[t] = load_16(at<const Vector>(const_cast<void*>(in), t));
   sync_warp();
-  store_16(at<Vector>(out, t), load_matrices(rows + t));
-  store_16(at<Vector>(out, 32 + t), load_matrices_transposed(rows + t));
+  store_16(at<Vector>(out, t), load_matrices_transposed(rows + t));
 }
 
 // Two groups of copies, the second one of zeros. The source is `out`, and changes after the start.
@@ -200,10 +199,11 @@ SBF_KERNEL(32, 1) starts_copies(const void* in, void* out) {
   copy_async_16(shared_memory() + value_at<int64_t>(in, 0), out, true);
 }
 SBF_KERNEL(32, 1) loads_matrices(const void* in, void* out) {
-  *at<uint32_t>(out, 0) = load_matrices(shared_memory() + value_at<int64_t>(in, 0)).word[0];
+  *at<uint32_t>(out, 0) =
+      load_matrices_transposed(shared_memory() + value_at<int64_t>(in, 0)).word[0];
 }
 SBF_KERNEL(32, 1) stores_to_shared(const void*, void*) { store_16(shared_memory(), Vector{}); }
-SBF_KERNEL(32, 1) loads_matrix_of_global(const void*, void* out) { load_matrices(out); }
+SBF_KERNEL(32, 1) loads_matrix_of_global(const void*, void* out) { load_matrices_transposed(out); }
 SBF_KERNEL(32, 1) writes_shared(const void* in, void*) {
   if (thread_index() == 3) *(shared_memory() + value_at<int64_t>(in, 0)) = 0;
 }

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sbert_fast.packing import plan_tiles
 from sbert_fast.testing import PEERS, assert_close_to_oracle, oracle, pack_lengths
+
+Attend = Callable[[Sequence[Any]], Tensor]
 
 # One below, at and above every size of a vector, a tile and a block.
 RAGGED = (0, 1, 15, 16, 17, 63, 64, 65, 0, 127, 128, 129, 511, 512)
@@ -54,9 +57,13 @@ def figures(case: Case) -> tuple[Tensor, Tensor]:
     return oracle("varlen_attention", *args), PEERS["varlen_attention"](*args)
 
 
-def check(case: Case, attention: Callable[[Sequence[Any]], Tensor]) -> None:
-    """The 2x rule, over all rows, those of the dead tail included."""
-    assert_close_to_oracle(attention(case.args()), *figures(case), case.dtype)
+def check(case: Case, attend: Attend, tile: int | None = None) -> None:
+    """The 2x rule, over all rows, those of the dead tail included; `tile`: with a table of tiles of
+    that size."""
+    args = case.args()
+    if tile is not None:
+        args[-1] = tiles_of(args[1], tile)
+    assert_close_to_oracle(attend(args), *figures(case), case.dtype)
 
 
 def adversarial(kind: str, qkv: Tensor) -> Tensor:
@@ -93,3 +100,81 @@ def assert_same_bits(a: Tensor, b: Tensor) -> None:
 
 def sequence_rows(cu_seqlens: Tensor, index: int) -> slice:
     return slice(int(cu_seqlens[index]), int(cu_seqlens[index + 1]))
+
+
+def tiles_of(cu_seqlens: Tensor, tile: int) -> Tensor:
+    return torch.from_numpy(plan_tiles(cu_seqlens.diff().numpy(), tile))
+
+
+def assert_dead_tail_is_zero(attend: Attend, args: Sequence[Any]) -> None:
+    """Whatever it holds, and however long it is."""
+    args, clean = list(args), list(args)
+    tail = torch.full((300, *args[0].shape[1:]), float("nan"), dtype=args[0].dtype)
+    args[0] = torch.cat((args[0], tail))
+    clean[0] = args[0].nan_to_num()
+    out = attend(args)
+    assert_same_bits(out, attend(clean))
+    assert (out[int(args[1][-1]) :] == 0).all()
+
+
+def assert_neighbours_change_no_bit(attend: Attend, args: Sequence[Any]) -> None:
+    """NaN in every other sequence, in the dead tail and in the other head reaches nothing."""
+    args = list(args)
+    per_token = [(i, args[i]) for i in (0, 6, 7) if args[i] is not None]
+    expected = attend(args)
+    for index in range(len(args[1]) - 1):
+        rows = sequence_rows(args[1], index)
+        for position, tensor in per_token:
+            args[position] = torch.full_like(tensor, float("nan"))
+            args[position][rows] = tensor[rows]
+        args[0][:, :, 1] = float("nan")
+        assert_same_bits(attend(args)[rows, 0], expected[rows, 0])
+
+
+def assert_nan_stays_in_its_sequence(attend: Attend, part: int, dtype: torch.dtype) -> None:
+    """`part` 0 is a query, 1 a key, 2 a value: of one token of one head."""
+    lengths = (12, 10, 20, 140, 20)
+    cu_seqlens = pack_lengths(lengths)
+    for index, at in ((0, 3), (2, 30), (3, 50)):
+        args = Case(lengths, 32, dtype).args()
+        args[0][at, part, 0] = float("nan")
+        expected = torch.zeros(sum(lengths) + DEAD_TAIL, HEADS, 32, dtype=torch.bool)
+        rows = slice(at, at + 1) if part == 0 else sequence_rows(cu_seqlens, index)
+        expected[rows, 0] = True
+        assert torch.equal(attend(args).isnan(), expected)
+
+
+def assert_place_changes_no_bit(attend: Attend, args: Sequence[Any]) -> None:
+    """Permuted or alone, with any table of tiles or none, a sequence keeps its bits."""
+    args = list(args)
+    qkv, cu_seqlens = args[0], args[1]
+    expected = attend(args)
+    pieces = [sequence_rows(cu_seqlens, i) for i in range(cu_seqlens.shape[0] - 1)]
+    lengths = cu_seqlens.diff().tolist()
+    for tile in (16, 100, 1000):
+        args[-1] = tiles_of(cu_seqlens, tile)
+        assert_same_bits(attend(args), expected)
+    args[-1] = None
+    order = torch.randperm(len(pieces)).tolist()
+    rows = torch.cat([torch.arange(pieces[i].start, pieces[i].stop) for i in order])
+    args[0], args[1] = qkv[rows], pack_lengths([lengths[i] for i in order])
+    assert_same_bits(attend(args), expected[rows])
+    for piece in pieces:
+        length = piece.stop - piece.start
+        args[0], args[1], args[2] = qkv[piece].clone(), pack_lengths([length]), length
+        assert_same_bits(attend(args), expected[piece])
+
+
+def assert_nothing_to_attend(attend: Attend, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+    """`lengths` holds zeros alone, or nothing."""
+    nothing = torch.zeros(DEAD_TAIL, HEADS, 32, dtype=dtype)
+    args = Case(lengths, 32, dtype).args()
+    for longest in (0, 1, 500):
+        args[2] = longest
+        assert_same_bits(attend(args), nothing)
+    args[-1] = torch.zeros(0, 4, dtype=torch.int32)
+    assert_same_bits(attend(args), nothing)
+    args[0] = args[0][:0]
+    assert attend(args).shape == (0, HEADS, 32)
+    args[-1] = None
+    assert attend(args).shape == (0, HEADS, 32)

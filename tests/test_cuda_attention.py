@@ -5,14 +5,13 @@ The emulator runs the kernels of every GPU, and those of compute capability 9.0 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import attention_cases
 import cuda_emulation
 from attention_cases import (
     DEAD_TAIL,
@@ -20,20 +19,23 @@ from attention_cases import (
     KINDS,
     RAGGED,
     SHORT,
+    Attend,
     Case,
+    assert_dead_tail_is_zero,
+    assert_nan_stays_in_its_sequence,
+    assert_neighbours_change_no_bit,
+    assert_nothing_to_attend,
+    assert_place_changes_no_bit,
     assert_same_bits,
-    sequence_rows,
+    check,
+    tiles_of,
 )
 from sbert_fast.ops import extension
-from sbert_fast.packing import plan_tiles
-from sbert_fast.testing import pack_lengths
 
 HALF, BFLOAT = torch.float16, torch.bfloat16
 TINY = (9, 0, 1, 16, 17, 3, 32, 20, 0)
 MANY = tuple(i % 37 for i in range(200))
 LONG = (140, 5, 64, 300, 129, 128, 65)
-
-Attend = Callable[[Sequence[Any]], Tensor]
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 everywhere = pytest.mark.parametrize("place", ["any", "sm90", GPU], indirect=True)
@@ -67,19 +69,6 @@ def attend(place: str) -> Attend:
         return torch.ops.sbert_fast.varlen_attention.cuda(*there).cpu()
 
     return run
-
-
-def check(case: Case, attend: Attend, tile: int | None = None) -> None:
-    """The 2x rule, and zeros in the dead tail; `tile`: with a table of tiles of that size."""
-
-    def with_tiles(args: Sequence[Any]) -> Tensor:
-        args = list(args)
-        if tile is not None:
-            lengths = torch.tensor(case.lengths, dtype=torch.int32).numpy()
-            args[-1] = torch.from_numpy(plan_tiles(lengths, tile))
-        return attend(args)
-
-    attention_cases.check(case, with_tiles)
 
 
 @everywhere
@@ -149,25 +138,12 @@ def test_adversarial_inputs(attend: Attend, kind: str, dtype: torch.dtype) -> No
 @anywhere
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0, 0)], ids=str)
 def test_nothing_to_attend(attend: Attend, lengths: tuple[int, ...]) -> None:
-    args = Case(lengths, 32, HALF).args()
-    for longest in (0, 1, 500):
-        args[2] = longest
-        assert_same_bits(attend(args), torch.zeros(DEAD_TAIL, HEADS, 32, dtype=HALF))
-    args[-1] = torch.zeros(0, 4, dtype=torch.int32)
-    assert_same_bits(attend(args), torch.zeros(DEAD_TAIL, HEADS, 32, dtype=HALF))
-    args[0] = args[0][:0]
-    assert attend(args).shape == (0, HEADS, 32)
+    assert_nothing_to_attend(attend, lengths, HALF)
 
 
 @everywhere
 def test_dead_tail_is_zero_whatever_it_holds(attend: Attend) -> None:
-    args = Case(LONG, 32, HALF).args()
-    args[0] = torch.cat((args[0], torch.full((300, 3, HEADS, 32), float("nan"), dtype=HALF)))
-    clean = list(args)
-    clean[0] = args[0].nan_to_num()
-    out = attend(args)
-    assert_same_bits(out, attend(clean))
-    assert (out[sum(LONG) :] == 0).all()
+    assert_dead_tail_is_zero(attend, Case(LONG, 32, HALF).args())
 
 
 @everywhere
@@ -176,54 +152,21 @@ def test_dead_tail_is_zero_whatever_it_holds(attend: Attend) -> None:
 def test_neighbours_change_no_bit(
     attend: Attend, options: dict[str, int], dtype: torch.dtype
 ) -> None:
-    """NaN in every other sequence, in the dead tail and in the other head reaches nothing."""
-    lengths = (5, 0, 16, 30, 33, 140)
-    args = Case(lengths, 32, dtype, **options).args()
-    qkv, cu_seqlens = args[0], args[1]
-    expected = attend(args)
-    for index in range(len(lengths)):
-        rows = sequence_rows(cu_seqlens, index)
-        args[0] = torch.full_like(qkv, float("nan"))
-        args[0][rows] = qkv[rows]
-        args[0][:, :, 1] = float("nan")
-        assert_same_bits(attend(args)[rows, 0], expected[rows, 0])
+    case = Case((5, 0, 16, 30, 33, 140), 32, dtype, **options)
+    assert_neighbours_change_no_bit(attend, case.args())
 
 
 @everywhere
 @pytest.mark.parametrize("part", range(3))
 def test_nan_spreads_through_its_own_sequence_only(attend: Attend, part: int) -> None:
-    lengths = (12, 10, 20, 140, 20)
-    cu_seqlens = pack_lengths(lengths)
-    for index, at in ((0, 3), (2, 30), (3, 50)):
-        args = Case(lengths, 32, HALF).args()
-        args[0][at, part, 0] = float("nan")  # one token of one head
-        expected = torch.zeros(sum(lengths) + DEAD_TAIL, HEADS, 32, dtype=torch.bool)
-        rows = slice(at, at + 1) if part == 0 else sequence_rows(cu_seqlens, index)
-        expected[rows, 0] = True
-        assert torch.equal(attend(args).isnan(), expected)
+    assert_nan_stays_in_its_sequence(attend, part, HALF)
 
 
 @everywhere
 @pytest.mark.parametrize("window", [-1, 30])
 def test_place_in_the_batch_changes_no_bit(attend: Attend, window: int) -> None:
-    """Permuted or alone, with any table of tiles or none, a sequence keeps its bits."""
-    args = Case((*TINY, *SHORT, 200), 32, HALF, window=window).args()
-    qkv, cu_seqlens = args[0], args[1]
-    expected = attend(args)
-    pieces = [sequence_rows(cu_seqlens, i) for i in range(cu_seqlens.shape[0] - 1)]
-    lengths = cu_seqlens.diff().numpy()
-    for tile in (16, 100, 1000):
-        args[-1] = torch.from_numpy(plan_tiles(lengths, tile))
-        assert_same_bits(attend(args), expected)
-    args[-1] = None
-    order = torch.randperm(len(pieces)).tolist()
-    rows = torch.cat([torch.arange(pieces[i].start, pieces[i].stop) for i in order])
-    args[0], args[1] = qkv[rows], pack_lengths([int(lengths[i]) for i in order])
-    assert_same_bits(attend(args), expected[rows])
-    for piece in pieces:
-        length = piece.stop - piece.start
-        args[0], args[1], args[2] = qkv[piece].clone(), pack_lengths([length]), length
-        assert_same_bits(attend(args), expected[piece])
+    case = Case((*TINY, *SHORT, 200), 32, HALF, window=window)
+    assert_place_changes_no_bit(attend, case.args())
 
 
 @pytest.mark.parametrize("place", ["any", "sm90"], indirect=True)
@@ -231,7 +174,7 @@ def test_place_in_the_batch_changes_no_bit(attend: Attend, window: int) -> None:
 def test_order_of_threads_changes_no_bit(attend: Attend, dim: int) -> None:
     """Where a barrier is missing, some order of the threads reads what is not there yet."""
     args = Case((*TINY, *LONG), dim, HALF).args()
-    args[-1] = torch.from_numpy(plan_tiles(args[1].diff().numpy(), 128))
+    args[-1] = tiles_of(args[1], 128)
     expected = attend(args)
     try:
         for seed in (0, 2, 3, 4, 5):

@@ -5,7 +5,7 @@ The interpreter multiplies bf16 matrices wrongly: bf16 runs on a GPU alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,21 +13,23 @@ import pytest
 import torch
 from torch import Tensor
 
-import attention_cases
 import triton_aot
 from attention_cases import (
     DEAD_TAIL,
-    HEADS,
     KINDS,
     RAGGED,
     SHORT,
+    Attend,
     Case,
+    assert_dead_tail_is_zero,
+    assert_nan_stays_in_its_sequence,
+    assert_neighbours_change_no_bit,
+    assert_nothing_to_attend,
+    assert_place_changes_no_bit,
     assert_same_bits,
-    sequence_rows,
+    check,
 )
 from sbert_fast import ops
-from sbert_fast.packing import plan_tiles
-from sbert_fast.testing import pack_lengths
 
 kernel = pytest.importorskip("sbert_fast.kernels.varlen_attention")
 
@@ -48,8 +50,6 @@ on_gpu = pytest.mark.parametrize(
     "triton_device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
 )
 
-Attend = Callable[[Sequence[Any]], Tensor]
-
 
 @pytest.fixture(autouse=True)
 def poisoned_and_quiet(poisoned: None) -> Iterator[None]:
@@ -68,19 +68,6 @@ def attend(triton_device: str) -> Attend:
         return OP(*there).cpu()
 
     return run
-
-
-def check(case: Case, attend: Attend, tile: int | None = None) -> None:
-    """The 2x rule, and zeros in the dead tail; `tile`: with a table of tiles of that size."""
-
-    def with_tiles(args: Sequence[Any]) -> Tensor:
-        args = list(args)
-        if tile is not None:
-            lengths = torch.tensor(case.lengths, dtype=torch.int32).numpy()
-            args[-1] = torch.from_numpy(plan_tiles(lengths, tile))
-        return attend(args)
-
-    attention_cases.check(case, with_tiles)
 
 
 @every_dtype
@@ -147,45 +134,18 @@ def test_adversarial_inputs(attend: Attend, kind: str, dtype: torch.dtype) -> No
 @every_dtype
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0, 0)], ids=str)
 def test_nothing_to_attend(attend: Attend, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
-    args = Case(lengths, 32, dtype).args()
-    for longest in (0, 1, 500):
-        args[2] = longest
-        assert_same_bits(attend(args), torch.zeros(DEAD_TAIL, HEADS, 32, dtype=dtype))
-    args[-1] = torch.zeros(0, 4, dtype=torch.int32)
-    assert_same_bits(attend(args), torch.zeros(DEAD_TAIL, HEADS, 32, dtype=dtype))
-
-
-def test_no_tokens(attend: Attend) -> None:
-    args = Case((), 32, HALF).args()
-    args[0] = args[0][:0]
-    assert attend(args).shape == (0, HEADS, 32)
+    assert_nothing_to_attend(attend, lengths, dtype)
 
 
 @every_dtype
 def test_dead_tail_is_zero_whatever_it_holds(attend: Attend, dtype: torch.dtype) -> None:
-    args = Case(SHORT, 37, dtype).args()
-    args[0] = torch.cat((args[0], torch.full((300, 3, HEADS, 37), float("nan"), dtype=dtype)))
-    clean = list(args)
-    clean[0] = args[0].nan_to_num()
-    out = attend(args)
-    assert_same_bits(out, attend(clean))
-    assert (out[sum(SHORT) :] == 0).all()
+    assert_dead_tail_is_zero(attend, Case(SHORT, 37, dtype).args())
 
 
 @every_dtype
 def test_neighbours_change_no_bit(attend: Attend, dtype: torch.dtype) -> None:
-    """NaN in every other sequence, in the dead tail and in the other head reaches nothing."""
-    lengths = (5, 0, 16, 30, 33, 100)
-    args = Case(lengths, 26, dtype, reach=4, window=50, rotary=True).args()
-    qkv, cu_seqlens, cos, sin = args[0], args[1], args[6], args[7]
-    expected = attend(args)
-    for index in range(len(lengths)):
-        rows = sequence_rows(cu_seqlens, index)
-        for position, tensor in ((0, qkv), (6, cos), (7, sin)):
-            args[position] = torch.full_like(tensor, float("nan"))
-            args[position][rows] = tensor[rows]
-        args[0][:, :, 1] = float("nan")
-        assert_same_bits(attend(args)[rows, 0], expected[rows, 0])
+    case = Case((5, 0, 16, 30, 33, 100), 26, dtype, reach=4, window=50, rotary=True)
+    assert_neighbours_change_no_bit(attend, case.args())
 
 
 @every_dtype
@@ -193,38 +153,14 @@ def test_neighbours_change_no_bit(attend: Attend, dtype: torch.dtype) -> None:
 def test_nan_spreads_through_its_own_sequence_only(
     attend: Attend, part: int, dtype: torch.dtype
 ) -> None:
-    lengths = (12, 10, 20, 140, 20)
-    cu_seqlens = pack_lengths(lengths)
-    for index, at in ((0, 3), (2, 30), (3, 50)):
-        args = Case(lengths, 32, dtype).args()
-        args[0][at, part, 0] = float("nan")  # one token of one head
-        expected = torch.zeros(sum(lengths) + DEAD_TAIL, HEADS, 32, dtype=torch.bool)
-        rows = slice(at, at + 1) if part == 0 else sequence_rows(cu_seqlens, index)
-        expected[rows, 0] = True
-        assert torch.equal(attend(args).isnan(), expected)
+    assert_nan_stays_in_its_sequence(attend, part, dtype)
 
 
 @every_dtype
 @pytest.mark.parametrize("window", [-1, 30])
 def test_place_in_the_batch_changes_no_bit(attend: Attend, window: int, dtype: torch.dtype) -> None:
-    """Permuted or alone, with any table of tiles or none, a sequence keeps its bits."""
-    args = Case((*TINY, *SHORT), 32, dtype, window=window).args()
-    qkv, cu_seqlens = args[0], args[1]
-    expected = attend(args)
-    pieces = [sequence_rows(cu_seqlens, i) for i in range(cu_seqlens.shape[0] - 1)]
-    lengths = cu_seqlens.diff().numpy()
-    for tile in (16, 100, 1000):
-        args[-1] = torch.from_numpy(plan_tiles(lengths, tile))
-        assert_same_bits(attend(args), expected)
-    args[-1] = None
-    order = torch.randperm(len(pieces)).tolist()
-    rows = torch.cat([torch.arange(pieces[i].start, pieces[i].stop) for i in order])
-    args[0], args[1] = qkv[rows], pack_lengths([int(lengths[i]) for i in order])
-    assert_same_bits(attend(args), expected[rows])
-    for piece in pieces:
-        length = piece.stop - piece.start
-        args[0], args[1], args[2] = qkv[piece].clone(), pack_lengths([length]), length
-        assert_same_bits(attend(args), expected[piece])
+    case = Case((*TINY, *SHORT), 32, dtype, window=window)
+    assert_place_changes_no_bit(attend, case.args())
 
 
 @every_gpu_dtype
@@ -268,8 +204,8 @@ def test_torch_implementation(
         there = [a.to(triton_device) if isinstance(a, Tensor) else a for a in args]
         return torch.ops.sbert_fast.varlen_attention.torch(*there).cpu()
 
-    attention_cases.check(Case(lengths, 64, dtype), run)
-    attention_cases.check(Case(lengths, 26, dtype, reach=3), run)
+    check(Case(lengths, 64, dtype), run)
+    check(Case(lengths, 26, dtype, reach=3), run)
 
 
 def builds(

@@ -56,6 +56,22 @@ def check_positive(name: str, value: object, alternative: str | None = None) -> 
         raise ValueError(f"{name} must be {wanted}, got {shown(value)}")
 
 
+def check_device(name: str, device: str | torch.device | int) -> None:
+    """Refuse what is no device, or none of this machine.
+
+    Raises:
+        ValueError: naming the argument `name`, and the devices there are.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise ValueError(
+            f"{name} must be one that this machine has ({', '.join(devices)}), got {device!r}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
 def check_keywords(given: Iterable[str], of_model: Callable[[], Iterable[str]]) -> None:
     """Refuse keyword arguments of `encode` that nothing reads, as sentence-transformers does."""
     if not given:

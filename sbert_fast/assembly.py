@@ -98,16 +98,16 @@ class Derived:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._entry: tuple[tuple[Any, ...], Pipeline | str] | None = None
+        self._entry: tuple[tuple[Any, ...], Pipeline] | None = None
 
     def __reduce__(self) -> tuple[type[Derived], tuple[()]]:
         return type(self), ()
 
-    def get(self, signature: tuple[Any, ...]) -> Pipeline | str | None:
+    def get(self, signature: tuple[Any, ...]) -> Pipeline | None:
         entry = self._entry
         return entry[1] if entry is not None and entry[0] == signature else None
 
-    def set(self, signature: tuple[Any, ...], pipeline: Pipeline | str) -> None:
+    def set(self, signature: tuple[Any, ...], pipeline: Pipeline) -> None:
         with self._lock:
             self._entry = signature, pipeline
 

@@ -20,6 +20,7 @@ from sbert_fast.arguments import (
     OUTPUT_VALUES,
     DefaultBatchSize,
     as_list,
+    check_device,
     check_keywords,
     check_positive,
     convert,
@@ -82,8 +83,8 @@ class FastEncoder(SentenceTransformer):
         **kwargs: further arguments of `SentenceTransformer`.
 
     Raises:
-        ValueError: `dtype`, `impl` or `batch_tokens` is invalid, or `max_seq_length` is beyond the
-            position table.
+        ValueError: `device`, `dtype`, `impl` or `batch_tokens` is invalid, or `max_seq_length` is
+            beyond the position table.
         InvalidWeightsError: weights hold NaN or infinity; the message names the tensor.
 
     Example:
@@ -107,6 +108,8 @@ class FastEncoder(SentenceTransformer):
         if impl != "auto" and impl not in ops.IMPLEMENTATIONS:
             expected = ", ".join(("auto", *ops.IMPLEMENTATIONS))
             raise ValueError(f"impl must be one of {expected}, got {impl!r}")
+        if device is not None:
+            check_device("device", device)
         source = None
         if isinstance(model_name_or_path, os.PathLike):
             model_name_or_path = os.fspath(model_name_or_path)
@@ -186,7 +189,11 @@ class FastEncoder(SentenceTransformer):
         return None if isinstance(pipeline, str) else pipeline.engine
 
     def refresh(self) -> None:
-        """Forget prepared weights: needed after writes torch does not count (`p.data[...] = x`)."""
+        """Forget what was derived from the model: prepared weights, and the copy of its tokenizer.
+
+        Needed after writes torch does not count (`p.data[...] = x`), and after a part of
+        `tokenizer.backend_tokenizer` was replaced.
+        """
         self._derived.clear()
 
     def _pipeline(self) -> Pipeline | str:
@@ -200,7 +207,8 @@ class FastEncoder(SentenceTransformer):
             except InvalidWeightsError:
                 raise
             except UnsupportedModelError as error:
-                pipeline = str(error)
+                # Not kept: the model may be supported again by the next call.
+                return str(error)
             self._derived.set(current, pipeline)
         return pipeline
 
@@ -314,6 +322,9 @@ class FastEncoder(SentenceTransformer):
             check_positive("truncate_dim", truncate_dim)
         if isinstance(device, list) and not device:
             raise ValueError("device must be a device or a list of devices, got an empty list")
+        for each in device if isinstance(device, list) else [device]:
+            if each is not None:
+                check_device("device", each)
         distributed = getattr(self, "_distributed_inference", None) is not None and device is None
         if device is not None and not isinstance(device, list):
             self._move(device)
@@ -322,8 +333,8 @@ class FastEncoder(SentenceTransformer):
         if prompt is not None:
             check_texts([prompt], "prompt")
         reason = self._call_reason(kwargs)
-        if reason is None and output_value != "sentence_embedding" and precision != "float32":
-            reason = None if precision is None else f"precision={precision!r} of {output_value}"
+        if output_value != "sentence_embedding" and precision not in (None, "float32"):
+            reason = reason or f"precision={precision!r} of {output_value}"
         single = isinstance(inputs, str)
         if reason is None or (self._takes_texts_only() and not isinstance(inputs, dict)):
             texts = [inputs] if single else as_list(inputs)
@@ -366,9 +377,9 @@ class FastEncoder(SentenceTransformer):
             result = self._run_packed(texts, **how)
         except InvalidWeightsError:
             raise
-        except UnsupportedModelError as error:
+        except UnsupportedModelError:
             # A module inside the base model was replaced since the last call.
-            self._derived.set(signature(self), str(error))
+            self._derived.clear()
             how |= {"convert_to_numpy": convert_to_numpy, "convert_to_tensor": convert_to_tensor}
             return self.encode(inputs, precision=precision, **how, **kwargs)
         if output_value == "sentence_embedding":

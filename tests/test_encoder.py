@@ -270,6 +270,8 @@ def test_unknown_keyword(encoder: FastEncoder, value: object) -> None:
         ({"truncate_dim": "20"}, "truncate_dim must be a positive integer, got '20'"),
         ({"prompt_name": "nowhere"}, "'nowhere' not found"),
         ({"device": []}, "device must be a device or a list of devices, got an empty list"),
+        ({"device": "cuda:99"}, r"device must be one that this machine has \(cpu.*'cuda:99'"),
+        ({"device": ["cpu", "gpu"]}, r"device must be one that this machine has \(cpu.*'gpu'"),
     ],
 )
 def test_bad_argument(

@@ -45,6 +45,10 @@ def shift_tokens(_: nn.Module, __: Any, output: dict[str, Any]) -> dict[str, Any
     return output | {"token_embeddings": shifted(output["token_embeddings"])}
 
 
+def replace_activation(model: SentenceTransformer) -> None:
+    model[0].auto_model.encoder.layer[0].intermediate.intermediate_act_fn = nn.ReLU()
+
+
 def replace_forward(model: SentenceTransformer) -> None:
     query = attention(model).query
     original = query.forward
@@ -56,6 +60,7 @@ CHANGES: dict[str, Callable[[SentenceTransformer], Any]] = {
     "hook of the transformer": lambda m: m[0].register_forward_hook(shift_tokens),
     "hook of the pooling": lambda m: m[1].register_forward_hook(shift_sentence),
     "forward of a layer": replace_forward,
+    "activation of a layer": replace_activation,
     "module of a layer": lambda m: setattr(attention(m), "query", Wrapped(attention(m).query)),
 }
 
@@ -72,6 +77,19 @@ def test_changed_modules(change: str, used_before: bool) -> None:
     assert before is None or np.abs(got - before).max() > 1e-4, "the change does nothing"
     assert sum(encoder.stats.fallbacks.values()) == 1
     np.testing.assert_array_equal(encoder.encode(TEXTS[0]), expected.encode(TEXTS[0]))
+
+
+def test_a_module_that_is_put_back_runs_packed_again() -> None:
+    st = make_sentence_transformer()
+    encoder, query = FastEncoder(st), attention(st).query
+    expected = encoder.encode(TEXTS)
+    attention(st).query = Wrapped(query)
+    assert (encoder.encode(TEXTS) != expected).any()
+    assert sum(encoder.stats.fallbacks.values()) == 1
+    attention(st).query = query
+    np.testing.assert_array_equal(encoder.encode(TEXTS), expected)
+    assert sum(encoder.stats.fallbacks.values()) == 1
+    assert encoder.unsupported_reason is None
 
 
 def test_a_forward_of_a_subclass() -> None:

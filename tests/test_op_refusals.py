@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from refusal_cases import DIM, HEADS, TABLES, UNTOUCHED, WIDTH, public_arguments
+from refusal_cases import DIM, HEADS, TABLES, TOKENS, UNTOUCHED, WIDTH, public_arguments
 from sbert_fast import ops
 from sbert_fast.ops import schemas
 from sbert_fast.testing import pack_lengths
@@ -77,6 +77,24 @@ def test_rows_of_out_are_needed_where_none_are_named(impl: str) -> None:
         with pytest.raises(ValueError, match="^out must have at least 2 rows, got 1"):
             getattr(ops, op)(**args, impl=impl)
         assert (args["out"] == UNTOUCHED).all()
+
+
+@every_impl
+@pytest.mark.parametrize(
+    ("op", "name"), [("segment_pool", "x"), ("norm_pool", "x"), ("norm_pool", "residual")]
+)
+def test_out_shares_no_memory_with_what_is_read(op: str, name: str, impl: str) -> None:
+    args = public_arguments(op)
+    both = torch.rand(TOKENS + 3, WIDTH)
+    args[name] = both[:TOKENS]
+    args["out"] = both[TOKENS - 1 : TOKENS + 2]
+    before = both.clone()
+    with pytest.raises(ValueError, match=f"^out must share no memory with {name}"):
+        getattr(ops, op)(**args, impl=impl)
+    assert torch.equal(both, before)
+    args["out"] = both[TOKENS:]
+    getattr(ops, op)(**args, impl=impl)
+    assert torch.equal(both[:TOKENS], before[:TOKENS])
 
 
 @every_impl

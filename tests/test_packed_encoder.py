@@ -192,6 +192,15 @@ def _with_linear_subclass() -> nn.Module:
     return model
 
 
+def _with_other_activation(family: str) -> nn.Module:
+    model = families.make_model(family)
+    if family == "distilbert":
+        model.transformer.layer[1].ffn.activation = nn.ReLU()
+    else:
+        model.encoder.layer[1].intermediate.intermediate_act_fn = nn.ReLU()
+    return model
+
+
 def _on_meta() -> nn.Module:
     return families.make_model("bert").to("meta")
 
@@ -215,6 +224,8 @@ REFUSED = {
         lambda: families.make_model("distilbert", hidden_act="relu"),
         "'relu'",
     ),
+    "other activation": (lambda: _with_other_activation("bert"), "GELU.*ReLU"),
+    "distilbert other activation": (lambda: _with_other_activation("distilbert"), "GELU.*ReLU"),
     "small heads": (lambda: families.make_model("bert", num_attention_heads=16), "head dim.*got 4"),
     "relative positions": (_with_relative_positions, "'relative_key'"),
     "adapter": (_with_adapter, "query.lora_A"),

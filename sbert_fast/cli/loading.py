@@ -57,6 +57,8 @@ def _check_device(device: str | None) -> None:
     """
     import torch
 
+    from sbert_fast.arguments import check_device
+
     if device is None:
         return
     try:
@@ -65,14 +67,7 @@ def _check_device(device: str | None) -> None:
         raise argparse.ArgumentError(
             None, f"--device must be cpu, cuda, cuda:1, ..., got {device!r}"
         ) from None
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-        raise ValueError(
-            f"--device must be one that this machine has ({', '.join(devices)}), got {device!r}: "
-            f"{error}"
-        ) from error
+    check_device("--device", device)
 
 
 def _model_path(model: str | None) -> str:

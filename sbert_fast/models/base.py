@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from sbert_fast.errors import InvalidWeightsError, UnsupportedModelError
 
@@ -139,11 +140,19 @@ def norm(module: nn.Module) -> Norm:
     return Norm(module.weight, module.bias, module.eps)
 
 
-def is_tanh_gelu(activation: object) -> bool:
+def is_tanh_gelu(activation: object, modules: Iterable[nn.Module]) -> bool:
+    """Which GELU the config names, where the `modules` of the layers are what it names."""
     if not isinstance(activation, str) or activation not in _GELUS:
         raise UnsupportedModelError(
             f"activation must be one of {', '.join(_GELUS)}, got {activation!r}"
         )
+    named = type(ACT2FN[activation])
+    for module in modules:
+        if type(module) is not named:
+            raise UnsupportedModelError(
+                f"activation must be {named.__name__}, as {activation!r} in the config says, got "
+                f"{type(module).__name__}"
+            )
     return _GELUS[activation]
 
 

@@ -60,7 +60,10 @@ def _describe(model: Any, first_position: int, uncounted_id: int | None) -> Arch
         num_layers=config.num_hidden_layers,
         intermediate_size=config.intermediate_size,
         vocab_size=model.embeddings.word_embeddings.num_embeddings,
-        tanh_gelu=is_tanh_gelu(config.hidden_act),
+        tanh_gelu=is_tanh_gelu(
+            config.hidden_act,
+            (layer.intermediate.intermediate_act_fn for layer in model.encoder.layer),
+        ),
         position_offset=first_position,
         uncounted_id=uncounted_id,
         max_tokens=positions - first_position,

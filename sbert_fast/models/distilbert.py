@@ -54,7 +54,9 @@ def architecture(model: Any) -> Architecture:
         num_layers=config.n_layers,
         intermediate_size=config.hidden_dim,
         vocab_size=model.embeddings.word_embeddings.num_embeddings,
-        tanh_gelu=is_tanh_gelu(config.activation),
+        tanh_gelu=is_tanh_gelu(
+            config.activation, (layer.ffn.activation for layer in model.transformer.layer)
+        ),
         position_offset=0,
         uncounted_id=None,
         max_tokens=model.embeddings.position_embeddings.num_embeddings,

@@ -161,8 +161,9 @@ def pooled_rows(
     spans: Tensor | None,
     out: Tensor | None,
     out_rows: Tensor | None,
+    residual: Tensor | None = None,
 ) -> None:
-    """Check where the pooled rows of `x` go."""
+    """Check where the pooled rows of `x`, to which `residual` was added, go."""
     if out is None:
         if out_rows is not None:
             raise ValueError("out_rows was given without out: pass both or neither")
@@ -176,6 +177,7 @@ def pooled_rows(
         raise ValueError(
             f"out must have a unit inner stride and rows apart, got strides {out.stride()}"
         )
+    validation.apart("out", out, {"x": x, "residual": residual})
     no_grad(op, x, out)
     if out_rows is not None:
         validation.integers("out_rows", out_rows, (rows,), x.device)

@@ -32,7 +32,8 @@ def segment_pool(
             sequences that are no longer than that.
         spans: int32 `[P, 2]`: pool the ranges `[start, end)` of packed tokens instead of whole
             sequences; 0 <= start <= end <= `cu_seqlens[B]`.
-        out: fp32 `[N, E]`, unit inner stride, rows apart; written in place and returned.
+        out: fp32 `[N, E]`, unit inner stride, rows apart, in no memory of the inputs; written in
+            place and returned.
         out_rows: int32 `[B]` (`[P]` with `spans`), rows of `out`, none twice: row i of the result
             goes to `out[out_rows[i]]`. None: to `out[i]`.
         impl: see :mod:`sbert_fast.ops`.
@@ -111,7 +112,7 @@ def norm_pool(
     """
     eps = contracts.norm(x, bias, residual, weight, ln_bias, eps)
     how = contracts.pooling(x, cu_seqlens, mode, normalize, skip, spans)
-    contracts.pooled_rows("norm_pool", x, cu_seqlens, spans, out, out_rows)
+    contracts.pooled_rows("norm_pool", x, cu_seqlens, spans, out, out_rows, residual)
     norm = bias, residual, weight, ln_bias, eps
     if out is None:
         return bind("norm_pool", x.device, x.dtype, impl)(x, *norm, cu_seqlens, *how)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sbert_fast.values import shown
 
@@ -56,6 +56,30 @@ def device(name: str, tensor: Tensor, expected: torch.device) -> None:
 def contiguous(name: str, tensor: Tensor) -> None:
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+
+
+def apart(name: str, out: Tensor, inputs: dict[str, Tensor | None]) -> None:
+    """Check that a tensor that is written shares no memory with one that is read.
+
+    Rows with gaps may lie in the gaps of others: those pass.
+    """
+    for other, tensor in inputs.items():
+        if not _in_one_piece(out) or tensor is None or not _in_one_piece(tensor):
+            continue
+        (begin, end), (first, last) = _bytes(out), _bytes(tensor)
+        if max(begin, first) < min(end, last):
+            raise ValueError(f"{name} must share no memory with {other}, but overlaps it")
+
+
+def _in_one_piece(tensor: Tensor) -> bool:
+    """Contiguous, and with an address: no tensor of a graph that is being captured."""
+    addressed = type(tensor) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+    return addressed and tensor.is_contiguous() and tensor.device.type != "meta"
+
+
+def _bytes(tensor: Tensor) -> tuple[int, int]:
+    begin = tensor.data_ptr()
+    return begin, begin + tensor.nbytes
 
 
 def activations(name: str, tensor: Tensor, expected: Sequence[int | str]) -> None:

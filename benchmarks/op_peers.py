@@ -8,6 +8,7 @@ why its system cannot run here.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -19,10 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sbert_fast import ops
+
 Maker = Callable[..., Callable[[], Any]]
 
 VARLEN, SDPA, FLEX = "varlen_attn", "padded SDPA", "FlexAttention"
 FA3, FA4, CUDNN = "varlen_attn FA3", "varlen_attn FA4", "padded cuDNN"
+# Our CUDA op by the kernel of every GPU, where this one has a kernel of its own.
+MMA = "sbert-fast cuda, mma.sync"
 EAGER, COMPILED = "eager torch", "torch.compile"
 ROW_PEERS = (EAGER, COMPILED)
 # Rectangles that length-sorted sequences are padded to.
@@ -63,6 +68,7 @@ def makers(op: str, lengths: list[int]) -> dict[str, Maker]:
             FA3: partial(_varlen_by, "FA3"),
             FA4: partial(_varlen_by, "FA4"),
             CUDNN: partial(_cudnn, lengths),
+            MMA: _without_sm90,
         }
     return {EAGER: partial(_formula, op, False), COMPILED: partial(_formula, op, True)}
 
@@ -101,6 +107,23 @@ def _cudnn(lengths: list[int], qkv: Tensor, *_: Any) -> Within:
     if qkv.device.type != "cuda":
         raise RuntimeError("cuDNN has no attention for a CPU")
     return Within(_padded_sdpa(lengths, qkv), partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION))
+
+
+@contextmanager
+def _sm90_left_out() -> Iterator[None]:
+    """The library asks for this at every launch."""
+    os.environ["SBERT_FAST_CUDA_SM90"] = "0"
+    try:
+        yield
+    finally:
+        del os.environ["SBERT_FAST_CUDA_SM90"]
+
+
+def _without_sm90(qkv: Tensor, cu_seqlens: Tensor, longest: int, *rest: Any) -> Within:
+    if torch.cuda.get_device_capability(qkv.device) != (9, 0):
+        raise RuntimeError("the kernel of compute capability 9.0 does not run here")
+    kernel = ops.bind("varlen_attention", qkv.device, qkv.dtype, "cuda", head_dim=qkv.shape[-1])
+    return Within(lambda: kernel(qkv, cu_seqlens, longest, *rest), _sm90_left_out)
 
 
 def _padded_sdpa(lengths: list[int], qkv: Tensor, *_: Any) -> Callable[[], Laid]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_peers import CUDNN, EAGER, FA3, FA4, FLEX, ROW_PEERS, SDPA, VARLEN
+from op_peers import CUDNN, EAGER, FA3, FA4, FLEX, MMA, ROW_PEERS, SDPA, VARLEN
 from op_rows import measure
 from op_systems import Case, attention_case, lengths_of, row_case
 from report import OURS, OURS_CUDA
@@ -137,6 +137,8 @@ def test_attention(
     if device.type == "cuda" and state == "cold" and dtype == torch.float16:
         # cuDNN looks for a kernel for each shape: it gets those that need no mask.
         peers += (FA3, FA4) if lengths in DISTRIBUTIONS else (FA3, FA4, CUDNN)
+        if max(lengths_of(lengths, 1024)) > 64:
+            peers += (MMA,)
     _attention(row, request, device, lengths, state, dim, dtype, peers)
 
 

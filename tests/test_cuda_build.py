@@ -97,6 +97,12 @@ class TestBuild:
         assert grown(kernels, recorded["sources"]) == [], stale
         assert set(recorded["sources"]) == {kernel.source for kernel in kernels}, stale
 
+    def test_groups_of_warps_can_trade_registers(self, kernels: list[Kernel]) -> None:
+        """Three groups of four warps start with what the register file gives each thread; with
+        fewer, a group would wait forever for those that it takes."""
+        at_launch = {k.registers for k in kernels if k.name.startswith("attention_sm90_kernel")}
+        assert at_launch == {65536 // 384 // 8 * 8}
+
     @pytest.mark.parametrize("target", TARGETS)
     @pytest.mark.usefixtures("kernels")
     def test_instructions(self, objects: Objects, target: str) -> None:

@@ -45,7 +45,7 @@ class TestSanitize:
     def make_tool(self, folder: Path, planted: int, tests: int, said: str = "3 passed") -> None:
         tool = folder / "compute-sanitizer"
         tool.write_text(
-            f'#!/bin/sh\ncase "$*" in\n*planted) exit {planted};;\n'
+            f'#!/bin/sh\necho "$*" >> {folder}/calls\ncase "$*" in\n*planted) exit {planted};;\n'
             f'*) echo "in all {said}"; exit {tests};;\nesac\n'
         )
         tool.chmod(0o755)
@@ -57,6 +57,16 @@ class TestSanitize:
     def test_verdict(self, folder: Path, planted: int, tests: int, code: int) -> None:
         self.make_tool(folder, planted, tests)
         assert sanitize.main("memcheck") == code
+
+    @pytest.mark.parametrize("tool", sanitize.TOOLS)
+    def test_the_planted_mistake_is_no_kernel_of_ours(self, folder: Path, tool: str) -> None:
+        """So it must not be looked for among those."""
+        self.make_tool(folder, sanitize.FOUND, 0)
+        assert sanitize.main(tool) == 0
+        planted, tests = (folder / "calls").read_text().splitlines()
+        assert "--kernel-name" not in planted
+        # What initcheck has not seen written, it takes for unwritten.
+        assert ("--kernel-name kernel_substring=sbert_fast" in tests) == (tool != "initcheck")
 
     @pytest.mark.parametrize("said", ["3 skipped", "3 passed, 1 skipped", ""])
     def test_skipped_tests_show_nothing(self, folder: Path, said: str) -> None:

@@ -148,6 +148,54 @@ def test_every_stage_can_be_the_first(tmp_path: Path, monkeypatch: pytest.Monkey
     assert ran[2:] == ["models: tests"]
 
 
+LOST_DEVICE = """
+import torch
+
+lost = False
+torch.cuda.is_initialized = lambda: True
+
+def synchronize():
+    if lost:
+        raise RuntimeError("an illegal memory access\\nmore")
+
+torch.cuda.synchronize = synchronize
+
+def test_1_fails(): assert False
+def test_2_runs(): pass
+def test_3_loses_the_device():
+    global lost
+    lost = True
+    assert False
+def test_4_does_not_run(): print("it ran")
+"""
+
+
+def test_nothing_runs_on_a_device_that_is_lost(tmp_path: Path) -> None:
+    file = tmp_path / "test_lost.py"
+    file.write_text(LOST_DEVICE)
+    done = subprocess.run(
+        gpu_check._pytest([str(file)], "-rA", "--rootdir", str(tmp_path)),
+        env=os.environ | {"PYTHONPATH": str(gpu_check.BENCHMARKS)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "the device is lost to this process: an illegal memory access\n" in done.stdout
+    assert "2 failed, 1 passed" in done.stdout
+    assert "the device is lost: an illegal memory access" in done.stdout
+
+
+def test_kernels_that_never_ran_come_last(tmp_path: Path) -> None:
+    """They may lose the device to all that shares a process with them."""
+    steps = gpu_check.stages(tmp_path, None)["ops"].steps
+    files = [[Path(w).stem for w in s.command if w.endswith(".py")] for s in steps]
+    kinds = [{f.split("_")[1] for f in group} for group in files]
+    assert kinds[0] == {"triton"} and {"cuda"} in kinds
+    of_ops, _ = gpu_check._gpu_tests()
+    assert sorted(f for group in files for f in group) == sorted(Path(p).stem for p in of_ops)
+
+
 def test_tests_for_a_gpu_are_found() -> None:
     of_ops, of_models = gpu_check._gpu_tests()
     assert {"test_triton_norms.py", "test_triton_pool.py"} <= {Path(p).name for p in of_ops}

@@ -170,7 +170,8 @@ SBF_DEVICE void begin_values(Result<D / kChunk>& result, const uint32_t (&weight
   products_commit();
 }
 
-/// Zeros in the rows from `rows` on of a matrix of values, by the four warps of `group`.
+/// Zeros in the rows from `rows` on of a matrix of values, by the four warps of `group`. Every
+/// group does so for itself, over the zeros of another that may already be multiplying by them.
 template <int D>
 SBF_DEVICE void clear_values(unsigned char* values, int rows, int group) {
   using Shape = Sm90Shape<D>;

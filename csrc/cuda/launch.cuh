@@ -12,6 +12,7 @@ namespace sbert_fast::cuda {
 
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // else the next launch would find the same error again
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(error) + ": " +
                            cudaGetErrorString(error));
 }

@@ -27,8 +27,11 @@ inline int device_attribute(const char* op, cudaDeviceAttr attribute) {
 inline int num_multiprocessors(const char* op) {
   return device_attribute(op, cudaDevAttrMultiProcessorCount);
 }
-/// The current device runs code for 9.0a.
+/// The current device runs code for 9.0a. SBERT_FAST_CUDA_SM90=0 leaves it to the kernels that run
+/// everywhere: to compare the two.
 inline bool is_sm90(const char* op) {
+  const char* wanted = std::getenv("SBERT_FAST_CUDA_SM90");
+  if (wanted != nullptr && wanted[0] == '0') return false;
   return device_attribute(op, cudaDevAttrComputeCapabilityMajor) == 9 &&
          device_attribute(op, cudaDevAttrComputeCapabilityMinor) == 0;
 }

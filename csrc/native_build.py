@@ -220,6 +220,7 @@ def _flags(library: Library, toolchain: Toolchain) -> tuple[list[str], list[str]
     linking = [f"-L{root / 'lib'}", "-ltorch_cpu"]
     if toolchain.nvcc:
         defines += ["-DUSE_CUDA", *_sm90_flags(toolchain.nvcc)]
+        defines.append(f'-DSBF_CUDA_BUILD="{toolchain.nvcc.stamp}"')
         linking = [f"-ccbin={nvcc.host_compiler(toolchain.compiler)}", *nvcc.LINK_FLAGS, *linking]
         linking += [f"-L{STUBS}", "-ltorch_cuda"]
     else:

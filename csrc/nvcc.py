@@ -51,6 +51,11 @@ class Nvcc:
     targets: tuple[str, ...]
 
     @property
+    def stamp(self) -> str:
+        """What a library tells of itself, and its record in the package too."""
+        return " ".join((self.version, *self.targets))
+
+    @property
     def with_sm90(self) -> bool:
         return SM90 in self.targets
 

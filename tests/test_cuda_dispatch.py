@@ -96,6 +96,26 @@ class TestLoading:
         reason = extension._load_cuda().reason
         assert reason == "_C_cuda.abi3.so has no kernel for bias_gelu: build it again"
 
+    @pytest.mark.parametrize(
+        ("built", "fits"),
+        [
+            ("13.0 8.0 8.6 9.0a 10.0 12.0+PTX", True),
+            ("13.0 8.0", False),
+            ("12.8 8.0 8.6 9.0a 10.0 12.0+PTX", False),
+            (None, False),
+        ],
+    )
+    def test_a_library_of_another_build(
+        self, library: Path, monkeypatch: pytest.MonkeyPatch, built: str | None, fits: bool
+    ) -> None:
+        monkeypatch.setattr(extension, "_load", lambda *_: None)
+        monkeypatch.delattr(torch.ops.sbert_fast, "cuda_build", raising=False)
+        if built is not None:
+            monkeypatch.setattr(torch.ops.sbert_fast, "cuda_build", lambda: built, raising=False)
+        found = extension._load_cuda()
+        assert found.available == fits
+        assert fits or f"is of another build, {built or 'an older one'}, than" in found.reason
+
     def test_loading_asks_no_device(self, library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def ask(*_: object) -> None:
             raise AssertionError("CUDA was started")

@@ -76,6 +76,9 @@ class TestInstalled:
         assert present.isdisjoint(_build_info.SKIPPED)
         assert all(_build_info.SKIPPED.values())
         assert ("_C_cuda" in present) == bool(_build_info.CUDA) == bool(_build_info.CUDA_TARGETS)
+        for path in PACKAGE.glob("_C_cuda.*so"):
+            stamp = " ".join((_build_info.CUDA, *_build_info.CUDA_TARGETS))
+            assert stamp.encode() in path.read_bytes()
 
     def test_kernels_do_not_shadow_hugging_face(self, tmp_path: Path) -> None:
         assert not (ROOT / "kernels/__init__.py").exists()

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <string>
 #include <vector>
 
 namespace sbert_fast::cuda {
@@ -122,11 +123,27 @@ OnDevice::OnDevice(const Tensor& tensor) : guard_(std::in_place, tensor.get_devi
 }
 #endif
 
+#if !defined(SBF_EMULATED)
+namespace {
+
+// The CUDA version and the targets: a library may lie beside the record of another.
+[[gnu::used]] constexpr char kBuild[] = SBF_CUDA_BUILD;
+std::string cuda_build() { return kBuild; }
+
+}  // namespace
+#endif
+
 }  // namespace sbert_fast::cuda
 
 #if defined(SBF_EMULATED)
 STABLE_TORCH_LIBRARY_IMPL(sbert_fast, CPU, m) {
 #else
+STABLE_TORCH_LIBRARY_FRAGMENT(sbert_fast, m) { m.def("cuda_build() -> str"); }
+
+STABLE_TORCH_LIBRARY_IMPL(sbert_fast, CompositeExplicitAutograd, m) {
+  m.impl("cuda_build", TORCH_BOX(&sbert_fast::cuda::cuda_build));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(sbert_fast, CUDA, m) {
 #endif
   m.impl("varlen_attention.cuda", TORCH_BOX(&sbert_fast::cuda::varlen_attention));

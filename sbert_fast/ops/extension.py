@@ -88,10 +88,10 @@ def _load_cuda() -> Extension:
     if path is None:
         reason = "sbert_fast/_C_cuda was not built (see `sbert-fast doctor`)"
         return Extension("_C_cuda", None, reason)
-    return Extension("_C_cuda", path, _unfit(path, version), version, targets)
+    return Extension("_C_cuda", path, _unfit(path, version, targets), version, targets)
 
 
-def _unfit(path: Path, version: str) -> str | None:
+def _unfit(path: Path, version: str, targets: tuple[str, ...]) -> str | None:
     """Why the CUDA library does not serve this torch; it is loaded where it may."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
@@ -102,7 +102,19 @@ def _unfit(path: Path, version: str) -> str | None:
             f"{path.name} was built with CUDA {version}, torch {torch.__version__} "
             f"with CUDA {torch.version.cuda}: they must have the same major version"
         )
-    return _load(path, "cuda", "CUDA")
+    if (reason := _load(path, "cuda", "CUDA")) is not None:
+        return reason
+    recorded, built = " ".join((version, *targets)), _stamp()
+    if built != recorded:
+        return f"{path.name} is of another build, {built}, than the record of {recorded}"
+    return None
+
+
+def _stamp() -> str:
+    """What the CUDA library that is loaded was built with and for."""
+    if not hasattr(torch.ops.sbert_fast, "cuda_build"):
+        return "an older one"
+    return str(torch.ops.sbert_fast.cuda_build())
 
 
 def load_emulated_cuda(path: Path) -> Extension:

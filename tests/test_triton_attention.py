@@ -239,7 +239,12 @@ def test_compiled_kernels_fit(arch: int) -> None:
     """No spills; prints the table of registers and shared memory under `pytest -s`."""
     wanted = [
         *(b for dim in (26, 32, 64) for s in (16, 64, 512) for b in builds(dim, HALF, arch, s)),
-        *(b for s in (16, 64) for b in builds(128, HALF, arch, s)),
+        *(
+            b
+            for dim in (58, 80, 96, 128)
+            for s in (16, 64, 512)
+            for b in builds(dim, HALF, arch, s)
+        ),
         *(b for dim in (32, 64) for s in (16, 64) for b in builds(dim, BFLOAT, arch, s)),
         *builds(64, HALF, arch, 64, bias=True),
         *builds(64, HALF, arch, 64, bias=True, window=64, rotary=True),

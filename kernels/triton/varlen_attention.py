@@ -414,7 +414,8 @@ def plan(
                 "STAGES": config.stages,
                 "TILES": tiles is not None,
                 "num_warps": config.warps,
-                "maxnreg": config.registers,
+                # Wide rows of no power of two are addressed column by column, which takes more.
+                "maxnreg": config.registers if dim == width or width < 64 else None,
             },
         )
 

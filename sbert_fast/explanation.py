@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import torch
 from torch import nn
 
 from sbert_fast import ops, packing
@@ -11,7 +12,6 @@ from sbert_fast.encoder import FastEncoder
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import SbertFastError
 from sbert_fast.ops.dispatch import preference
-from sbert_fast.ops.extension import Extension
 from sbert_fast.ops.schemas import CPU_ONLY, SCHEMAS
 from sbert_fast.packed_forward import PACKED
 from sbert_fast.patching import candidates, forward_of, refusal
@@ -50,22 +50,25 @@ def explain(model: nn.Module | None = None) -> str:
 
 
 def _installation() -> list[str]:
-    cpu, cuda = ops.extension.CPU, ops.extension.CUDA
+    cpu = ops.extension.CPU
     native = packing.HAS_NATIVE_PLANNER
     planner = "native" if native else "numpy (sbert_fast/_host was not built)"
     return [
         "device dtype     implementation",
         *ops.explain_ops().splitlines(),
         f"C++ ops: {cpu.path if cpu.available else cpu.reason}",
-        f"CUDA ops: {_cuda_ops(cuda)}",
+        f"CUDA ops: {_cuda_ops()}",
         f"batch planner: {planner}",
     ]
 
 
-def _cuda_ops(library: Extension) -> str:
+def _cuda_ops() -> str:
+    library, reason = ops.extension.CUDA, ops.extension.cuda_unavailable(torch.device("cuda"))
     if not library.available:
-        return str(library.reason)
-    return f"{library.path} (CUDA {library.cuda}, for {', '.join(library.targets)})"
+        return str(reason)
+    targets = f" (CUDA {library.cuda}, for {', '.join(library.targets)})" if library.targets else ""
+    loaded = f"{library.path}{targets}"
+    return loaded if reason is None else f"{loaded}, not usable on this machine: {reason}"
 
 
 def _fast_encoder(model: FastEncoder) -> list[str]:
@@ -114,19 +117,23 @@ def _engine(engine: PackedEncoder) -> str:
             for other in preference(engine.device)
             if (reason := ops.rejection(other, engine.device, engine.compute_dtype)) is not None
         ]
-        why = "; ".join(["picked by auto", *passed, *_chosen(engine)])
+        why = "; ".join(["picked by auto", *passed, *_cuda_kernels(engine)])
     return f"{dtype} on {engine.device}, ops: {name} ({why})"
 
 
-def _chosen(engine: PackedEncoder) -> list[str]:
-    """The ops that `auto` runs on their CUDA kernels, and the result that says so."""
+def _cuda_kernels(engine: PackedEncoder) -> list[str]:
+    """The ops that `auto` runs on their CUDA kernels; where there are none, why not."""
     device, dtype = engine.device, engine.compute_dtype
+    if device.type != "cuda":
+        return []
+    if (reason := ops.rejection("cuda", device, dtype)) is not None:
+        return [f"cuda: {reason}"]
     lines = []
-    for op in SCHEMAS.keys() - CPU_ONLY if device.type == "cuda" else ():
+    for op in sorted(SCHEMAS.keys() - CPU_ONLY):
         head_dim = engine.architecture.head_dim if op == "varlen_attention" else None
         if ops.resolve(device, dtype, op=op, head_dim=head_dim) == "cuda":
             lines.append(f"{op}: cuda, by sbert_fast/ops/choices.py")
-    return sorted(lines)
+    return lines or ["cuda: sbert_fast/ops/choices.py lists no op for this GPU, dtype and head dim"]
 
 
 def _tally(title: str, reasons: dict[str, int]) -> list[str]:

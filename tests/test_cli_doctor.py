@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import sbert_fast
+from planted_gpu import LOADED, plant
 from sbert_fast.cli import doctor, main
 from sbert_fast.ops import extension
 
@@ -25,7 +26,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["versions"]["torch"] != "not installed"
     assert report["libraries"]["_C"]["reason"] == extension.CPU.reason
     cuda = report["libraries"]["_C_cuda"]
-    assert cuda["reason"] == extension.CUDA.reason
+    assert cuda["reason"] == extension.cuda_unavailable(torch.device("cuda"))
     assert report["build"]["cuda"] == cuda.get("CUDA", "")
     assert report["build"]["cuda_targets"] == cuda.get("compiled for", [])
     rows = {(row["device"], row["dtype"]): row for row in report["ops"]}
@@ -50,6 +51,27 @@ def test_doctor_where_nothing_is_built(
     assert report["libraries"]["_host"]["path"] is None
     assert report["build"] is None
     assert all(row["implementation"] == "reference" for row in report["ops"])
+
+
+@pytest.mark.parametrize(
+    ("capability", "available", "reason"),
+    [
+        ((9, 0), True, None),
+        ((11, 0), True, "GPU has 11.0: build them again with TORCH_CUDA_ARCH_LIST=11.0"),
+        ((9, 0), False, "torch finds no NVIDIA GPU: there is none, or its driver is missing"),
+    ],
+)
+def test_doctor_tells_why_a_library_that_loads_is_not_usable(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    available: bool,
+    reason: str | None,
+) -> None:
+    plant(monkeypatch, capability)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    found = doctor._libraries()["_C_cuda"]
+    assert (found["path"], found["compiled for"]) == ("_C_cuda.so", list(LOADED.targets))
+    assert found["reason"] is None if reason is None else reason in found["reason"]
 
 
 def test_doctor_lists_gpus(

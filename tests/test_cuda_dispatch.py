@@ -10,14 +10,13 @@ import pytest
 import torch
 
 import families
+from planted_gpu import LOADED, TARGETS, plant
 from sbert_fast import _build_info, ops
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import ImplementationError
 from sbert_fast.ops import choices, dispatch, extension, schemas
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-TARGETS = ("8.0", "8.6", "9.0a", "10.0", "12.0+PTX")
-LOADED = extension.Extension("_C_cuda", Path("_C_cuda.so"), None, "13.0", TARGETS)
 
 
 @pytest.fixture(autouse=True)
@@ -28,11 +27,7 @@ def _auto(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A Hopper GPU beside a library that loads; `monkeypatch`, to change what it is."""
-    monkeypatch.setattr(extension, "CUDA", LOADED)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "GPU")
-    monkeypatch.setattr(extension, "capability_of", lambda index: (9, 0))
+    plant(monkeypatch)
     return monkeypatch
 
 

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
 
 import families
 from patched import LENGTHS
+from planted_gpu import LOADED, plant
 from sbert_fast import FastEncoder, accelerate, explain, ops
+from sbert_fast.engine import PackedEncoder
+from sbert_fast.ops import choices, dispatch, extension
+
+# Of a library that loads where it finds no GPU.
+NO_GPU = "torch finds no NVIDIA GPU: there is none, or its driver is missing or too old"
+
+
+@pytest.fixture(autouse=True)
+def _auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SBERT_FAST_IMPL", raising=False)
 
 
 def test_explain_the_installation() -> None:
@@ -21,10 +32,84 @@ def test_explain_the_installation() -> None:
     assert f"CUDA ops: {reason or ops.extension.CUDA.path}" in text
 
 
-def test_explain_the_cuda_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    library = ops.extension.Extension("_C_cuda", Path("a.so"), None, "13.0", ("8.0", "9.0a"))
-    monkeypatch.setattr(ops.extension, "CUDA", library)
-    assert "CUDA ops: a.so (CUDA 13.0, for 8.0, 9.0a)" in explain()
+class TestCudaLibrary:
+    """What the installation tells of the library of the CUDA ops."""
+
+    LOADED = "_C_cuda.so (CUDA 13.0, for 8.0, 9.0a)"
+
+    def told(self) -> str:
+        (line,) = (line for line in explain().splitlines() if line.startswith("CUDA ops: "))
+        return line.removeprefix("CUDA ops: ")
+
+    @pytest.fixture(autouse=True)
+    def _loads(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        plant(monkeypatch, library=replace(LOADED, targets=("8.0", "9.0a")))
+
+    def test_usable(self) -> None:
+        assert self.told() == self.LOADED
+
+    @pytest.mark.parametrize("capability", [(7, 5), (10, 0), (12, 0)])
+    def test_a_gpu_it_has_no_code_for(
+        self, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+    ) -> None:
+        plant(monkeypatch, capability, ops.extension.CUDA)
+        told, gpu = self.told(), ".".join(map(str, capability))
+        assert told.startswith(f"{self.LOADED}, not usable on this machine: the CUDA ops ")
+        assert f"GPU has {gpu}" in told
+        assert (f"build them again with TORCH_CUDA_ARCH_LIST={gpu}" in told) == (gpu != "7.5")
+
+    def test_no_gpu_or_driver(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert self.told() == f"{self.LOADED}, not usable on this machine: {NO_GPU}"
+
+    def test_torch_without_cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.version, "cuda", None)
+        reason = extension._unfit(LOADED.path, LOADED.cuda)
+        monkeypatch.setattr(extension, "CUDA", replace(LOADED, reason=reason))
+        assert self.told() == f"torch {torch.__version__} is built without CUDA"
+
+    def test_emulated(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        emulated = extension.Extension("_C_cuda", LOADED.path, None, emulated=True)
+        monkeypatch.setattr(extension, "CUDA", emulated)
+        assert self.told().startswith("_C_cuda.so, not usable on this machine: the emulated CUDA")
+
+
+class TestModelOnAGpu:
+    """What a model on a GPU tells of the CUDA kernels, under `auto`."""
+
+    @pytest.fixture
+    def gpu(self, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+        plant(monkeypatch)
+        monkeypatch.setattr(dispatch, "_rejection_of_triton", lambda device, dtype: None)
+        monkeypatch.setattr(choices, "CHOICES", ())
+        return monkeypatch
+
+    def told(self, gpu: pytest.MonkeyPatch, **arguments: object) -> str:
+        model = accelerate(families.make_model("bert").bfloat16(), **arguments)
+        gpu.setattr(PackedEncoder, "device", torch.device("cuda", 0))
+        return explain(model)
+
+    def test_a_gpu_without_code(self, gpu: pytest.MonkeyPatch) -> None:
+        plant(gpu, (11, 0))
+        told = self.told(gpu)
+        assert "on cuda:0, ops: triton (picked by auto; cuda: the CUDA ops were built for" in told
+        assert "GPU has 11.0: build them again" in told
+
+    def test_a_dtype_without_kernels(self, gpu: pytest.MonkeyPatch) -> None:
+        told = self.told(gpu, dtype=torch.float32)
+        assert "cuda: the CUDA ops take float16 and bfloat16, not torch.float32" in told
+
+    def test_nothing_is_listed(self, gpu: pytest.MonkeyPatch) -> None:
+        assert "picked by auto; cuda: sbert_fast/ops/choices.py lists no op for" in self.told(gpu)
+
+    def test_what_is_listed(self, gpu: pytest.MonkeyPatch) -> None:
+        row = choices.Choice(("bias_gelu", "add_norm"), (9, 0), (torch.bfloat16,), "ops.json")
+        gpu.setattr(choices, "CHOICES", (row,))
+        listed = [f"{op}: cuda, by sbert_fast/ops/choices.py" for op in ("add_norm", "bias_gelu")]
+        assert f"(picked by auto; {'; '.join(listed)})" in self.told(gpu)
+
+    def test_what_is_asked_for_needs_no_reason(self, gpu: pytest.MonkeyPatch) -> None:
+        assert "ops: reference (asked for by impl='reference')" in self.told(gpu, impl="reference")
 
 
 def test_explain_a_model() -> None:

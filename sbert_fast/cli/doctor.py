@@ -144,7 +144,7 @@ def _cuda() -> dict[str, Any]:
 
 
 def _libraries() -> dict[str, Any]:
-    """Path, or reason why not, of each native library."""
+    """Path of each native library, and the reason where this machine cannot use it."""
     import torch
 
     from sbert_fast.ops import extension
@@ -153,7 +153,10 @@ def _libraries() -> dict[str, Any]:
     for found in vars(extension).values():
         if isinstance(found, extension.Extension):
             path = str(found.path) if found.path else None
-            libraries[found.name] = {"path": path, "reason": found.reason}
+            reason = found.reason
+            if found is extension.CUDA:
+                reason = extension.cuda_unavailable(torch.device("cuda"))
+            libraries[found.name] = {"path": path, "reason": reason}
             if found.targets:
                 targets = list(found.targets)
                 libraries[found.name] |= {"CUDA": found.cuda, "compiled for": targets}

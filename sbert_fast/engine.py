@@ -123,8 +123,22 @@ class PackedEncoder:
     @property
     def fuses_pooling(self) -> bool:
         """Whether the last LayerNorm and pooling are one kernel: :meth:`pool` is the way then."""
-        name = ops.resolve(self.device, self.compute_dtype, self.impl, op="norm_pool_out")
-        return name in FUSING
+        return self.bind("norm_pool_out").implementation in FUSING
+
+    def bind(self, op: str) -> ops.Kernel:
+        """The kernel of `op` that a forward pass uses now."""
+        return ops.bind(op, self.device, self.compute_dtype, self.impl, **self.sizes(op))
+
+    def sizes(self, op: str) -> dict[str, int]:
+        """What of the model's sizes decides on the kernel of `op`, as :func:`ops.bind` takes it."""
+        architecture = self.architecture
+        if op == "varlen_attention":
+            return {"head_dim": architecture.head_dim}
+        widths = {
+            "embed_norm": architecture.embedding_size,
+            "bias_gelu": architecture.intermediate_size,
+        }
+        return {"width": widths.get(op, architecture.hidden_size)}
 
     def has_hooks(self) -> bool:
         """Whether a module of the model has forward hooks, which a packed pass would not call."""
@@ -176,7 +190,8 @@ class PackedEncoder:
         types = embeddings.token_type
         # On a CPU fp32 tables serve every dtype as they are: no copy, no rounding before the sum.
         in_place = device.type == "cpu" and embeddings.word.dtype == torch.float32
-        vectors = self.implementation == "cuda"
+        embed = self.bind("embed_norm")
+        vectors = device.type == "cuda" or embed.implementation == "cuda"
 
         def table(values: Tensor) -> Tensor:
             values = values.detach() if in_place else values.detach().to(dtype)
@@ -202,10 +217,8 @@ class PackedEncoder:
                 )
                 for layer in weights.layers
             ),
-            embed=ops.bind("embed_norm", device, dtype, self.impl),
-            attend=ops.bind(
-                "varlen_attention", device, dtype, self.impl, head_dim=architecture.head_dim
-            ),
+            embed=embed,
+            attend=self.bind("varlen_attention"),
         )
 
     def __call__(self, batch: PackedBatch, prepared: Prepared | None = None) -> Tensor:

@@ -11,6 +11,7 @@ from sbert_fast import ops, packing
 from sbert_fast.encoder import FastEncoder
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import SbertFastError
+from sbert_fast.ops import choices, limits
 from sbert_fast.ops.dispatch import preference
 from sbert_fast.ops.schemas import CPU_ONLY, SCHEMAS
 from sbert_fast.packed_forward import PACKED
@@ -122,7 +123,7 @@ def _engine(engine: PackedEncoder) -> str:
 
 
 def _cuda_kernels(engine: PackedEncoder) -> list[str]:
-    """The ops that `auto` runs on their CUDA kernels; where there are none, why not."""
+    """The ops that `auto` would run on their CUDA kernels; where it does not, why."""
     device, dtype = engine.device, engine.compute_dtype
     if device.type != "cuda":
         return []
@@ -130,9 +131,11 @@ def _cuda_kernels(engine: PackedEncoder) -> list[str]:
         return [f"cuda: {reason}"]
     lines = []
     for op in sorted(SCHEMAS.keys() - CPU_ONLY):
-        head_dim = engine.architecture.head_dim if op == "varlen_attention" else None
-        if ops.resolve(device, dtype, op=op, head_dim=head_dim) == "cuda":
-            lines.append(f"{op}: cuda, by sbert_fast/ops/choices.py")
+        sizes = engine.sizes(op)
+        if choices.prefers_cuda(op, device, dtype, sizes.get("head_dim")):
+            reason = limits.refusal_of_size(op, **sizes)
+            taken = "cuda, by sbert_fast/ops/choices.py"
+            lines.append(f"{op}: {taken if reason is None else f'not cuda: {reason}'}")
     return lines or ["cuda: sbert_fast/ops/choices.py lists no op for this GPU, dtype and head dim"]
 
 

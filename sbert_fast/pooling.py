@@ -146,7 +146,7 @@ class PoolingHead:
             impl: implementation of the ops.
         """
         spec, dimension = self.spec, out.shape[1]
-        pool = ops.bind("segment_pool_out", x.device, x.dtype, impl)
+        pool = ops.bind("segment_pool_out", x.device, x.dtype, impl, width=x.shape[1])
         if self.fuses(dimension):
             pool(x, batch.cu_seqlens, *self._one_pass(normalize, skip), out, rows)
             return
@@ -200,7 +200,7 @@ class PoolingHead:
             bias: fp32 `[E]` or None.
             norm: the last LayerNorm.
         """
-        kernel = ops.bind("norm_pool_out", y.device, y.dtype, impl)
+        kernel = ops.bind("norm_pool_out", y.device, y.dtype, impl, width=y.shape[1])
         last = bias, residual, norm.weight, norm.bias, norm.eps
         kernel(y, *last, batch.cu_seqlens, *self._one_pass(normalize, skip), out, rows)
 

@@ -87,20 +87,15 @@ class LinearKernels:
 
     def __init__(self, dtype: torch.dtype, device: torch.device, impl: str) -> None:
         self.dtype = dtype
+        self.device, self.impl = device, impl
         self.implementation = linear_implementation(dtype, device, impl)
-        self._where = device, dtype, impl
         if self.implementation == "panels":
             self.linear = ops.bind("linear", device, dtype, impl)
             self.linear_norm = ops.bind("linear_norm", device, dtype, impl)
 
-    # Bound by their first use: a linear layer alone may run where these do not.
-    @cached_property
-    def gelu(self) -> ops.Kernel:
-        return ops.bind("bias_gelu", *self._where)
-
-    @cached_property
-    def add_norm(self) -> ops.Kernel:
-        return ops.bind("add_norm", *self._where)
+    def bind(self, op: str, width: int) -> ops.Kernel:
+        """The kernel of `op` for rows `[T, width]` that a linear layer made."""
+        return ops.bind(op, self.device, self.dtype, self.impl, width=width)
 
 
 class PreparedLinear:
@@ -139,6 +134,15 @@ class PreparedLinear:
         if self.implementation == "onednn":
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, _PREPACK_ROWS)
 
+    # Bound by their first use: a linear layer alone may run where these do not.
+    @cached_property
+    def gelu_kernel(self) -> ops.Kernel:
+        return self.kernels.bind("bias_gelu", self.features)
+
+    @cached_property
+    def norm_kernel(self) -> ops.Kernel:
+        return self.kernels.bind("add_norm", self.features)
+
     def __call__(self, x: Tensor) -> Tensor:
         """`[T, N]` of `x` `[T, K]`."""
         gelu, tanh = self.activation != Activation.NONE, self.activation == Activation.GELU_TANH
@@ -150,7 +154,7 @@ class PreparedLinear:
                 x, self.weight, self.bias, "gelu" if gelu else "none", [], approximate
             )
         if gelu:
-            return self.kernels.gelu(F.linear(x, self.weight), self._wide_bias, tanh)
+            return self.gelu_kernel(F.linear(x, self.weight), self._wide_bias, tanh)
         return F.linear(x, self.weight, self.bias)
 
     def add_norm(self, x: Tensor, residual: Tensor, norm: PreparedNorm) -> Tensor:
@@ -158,7 +162,7 @@ class PreparedLinear:
         last = (residual, norm.weight, norm.bias, norm.eps)
         if self.implementation == "panels":
             return self.kernels.linear_norm(x, self.weight, self.bias, *last)
-        return self.kernels.add_norm(*self.without_bias(x), *last)
+        return self.norm_kernel(*self.without_bias(x), *last)
 
     def without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The output, and the bias fp32 `[N]` that is still to be added: None where it has been."""

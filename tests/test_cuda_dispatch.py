@@ -203,7 +203,7 @@ class TestChoice:
         gpu.setattr(choices, "CHOICES", rows)
 
         def pick(op: str, dtype: torch.dtype = torch.float16, dim: int | None = None) -> str:
-            return ops.bind(op, GPU, dtype, head_dim=dim).implementation
+            return ops.bind(op, GPU, dtype, head_dim=dim, width=384).implementation
 
         assert pick("varlen_attention", dim=64) == "cuda"
         assert pick("varlen_attention", dim=32) == pick("varlen_attention") == "triton"
@@ -246,10 +246,10 @@ class TestEmulated:
         prepared = engine.prepared()
         assert {prepared.embed.implementation, prepared.attend.implementation} == {"cuda"}
         # As on a GPU: torch's products, their biases left to the kernels behind them.
-        linear = prepared.layers[0].down
-        assert linear.implementation == "torch"
-        assert linear.kernels.gelu.implementation == "cuda"
-        assert linear.kernels.add_norm.implementation == "cuda"
+        layer = prepared.layers[0]
+        assert layer.down.implementation == "torch"
+        assert layer.up.gelu_kernel.implementation == "cuda"
+        assert layer.down.norm_kernel.implementation == "cuda"
         assert not PackedEncoder(model, impl="reference").fuses_pooling
 
     def test_head_dim_is_refused_at_construction(self) -> None:

@@ -91,6 +91,7 @@ class Architecture:
     Attributes:
         family: name of the family, as in `config.model_type`.
         hidden_size, num_heads, num_layers, intermediate_size, vocab_size: as usual.
+        embedding_size: columns of the embedding tables, which a projection may widen.
         tanh_gelu: the feed-forward activation is the tanh approximation of GELU.
         position_offset: position of the first token.
         uncounted_id: token id that does not advance positions, or None.
@@ -99,6 +100,7 @@ class Architecture:
     """
 
     family: str
+    embedding_size: int
     hidden_size: int
     num_heads: int
     num_layers: int

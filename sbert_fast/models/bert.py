@@ -55,6 +55,7 @@ def _describe(model: Any, first_position: int, uncounted_id: int | None) -> Arch
     positions = model.embeddings.position_embeddings.num_embeddings
     return Architecture(
         family=config.model_type,
+        embedding_size=model.embeddings.word_embeddings.embedding_dim,
         hidden_size=config.hidden_size,
         num_heads=config.num_attention_heads,
         num_layers=config.num_hidden_layers,

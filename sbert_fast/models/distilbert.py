@@ -49,6 +49,7 @@ def architecture(model: Any) -> Architecture:
     config = model.config
     return Architecture(
         family=config.model_type,
+        embedding_size=model.embeddings.word_embeddings.embedding_dim,
         hidden_size=config.dim,
         num_heads=config.n_heads,
         num_layers=config.n_layers,

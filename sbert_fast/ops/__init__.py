@@ -10,8 +10,9 @@ float64). Indices and offsets are int32.
 `cu_seqlens`, everywhere: contiguous int32 `[B + 1]` on the op's device; it starts at 0, never
 decreases, may repeat (empty sequences) and may end before `T` (a dead tail that reaches no result).
 
-`impl`, everywhere: "auto" picks by device and dtype (:func:`explain_ops` shows the table); a name
-runs that implementation or raises :class:`sbert_fast.errors.ImplementationError`.
+`impl`, everywhere: "auto" picks by device and dtype (:func:`explain_ops` shows the table), a CUDA
+kernel only where it takes the sizes, options and addresses of the call; a name runs that
+implementation or raises :class:`sbert_fast.errors.ImplementationError`.
 
 Errors, everywhere: the message names the argument, what was expected and what came, and nothing
 has been computed or written. TypeError: a wrong type or dtype. ValueError: a wrong shape, device,
@@ -33,6 +34,7 @@ from sbert_fast.ops.dispatch import (
     rejection,
     reset_launches,
     resolve,
+    run,
 )
 from sbert_fast.ops.pool import norm_pool, segment_pool
 from sbert_fast.ops.reference import POOLING_MODES
@@ -106,8 +108,8 @@ def varlen_attention(
         contracts.relative_bias(bias, qkv)
     reach = -1 if window is None else validation.integer("window", window, 0, optional=True)
     cos, sin = (None, None) if rotary is None else contracts.rotary(rotary, qkv)
-    kernel = bind("varlen_attention", qkv.device, qkv.dtype, impl, head_dim=qkv.shape[3])
-    return kernel(qkv, cu_seqlens, longest, scale, bias, reach, cos, sin, tiles)
+    args = qkv, cu_seqlens, longest, scale, bias, reach, cos, sin, tiles
+    return run("varlen_attention", qkv.dtype, impl, args, head_dim=qkv.shape[3])
 
 
 def embed_norm(
@@ -158,10 +160,9 @@ def embed_norm(
     validation.parameter("bias", bias, (word.shape[1],), word)
     eps = validation.number("eps", eps, 0)
     out_dtype = contracts.embedding_dtype(out_dtype, word)
-    kernel = bind("embed_norm", word.device, out_dtype, impl)
-    return kernel(
-        ids, positions, types, word, position_table, type_table, weight, bias, eps, out_dtype
-    )
+    tables = word, position_table, type_table
+    args = ids, positions, types, *tables, weight, bias, eps, out_dtype
+    return run("embed_norm", out_dtype, impl, args, width=word.shape[1])
 
 
 def add_norm(
@@ -199,7 +200,8 @@ def add_norm(
         Ba et al., arXiv:1607.06450.
     """
     eps = contracts.norm(x, bias, residual, weight, ln_bias, eps)
-    return bind("add_norm", x.device, x.dtype, impl)(x, bias, residual, weight, ln_bias, eps)
+    args = x, bias, residual, weight, ln_bias, eps
+    return run("add_norm", x.dtype, impl, args, width=x.shape[1])
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None, *, tanh: bool = False, impl: str = "auto") -> Tensor:
@@ -229,4 +231,4 @@ def bias_gelu(x: Tensor, bias: Tensor | None, *, tanh: bool = False, impl: str =
     if bias is not None:
         validation.parameter("bias", bias, (width,), x)
     validation.flag("tanh", tanh)
-    return bind("bias_gelu", x.device, x.dtype, impl)(x, bias, tanh)
+    return run("bias_gelu", x.dtype, impl, (x, bias, tanh), width=width)

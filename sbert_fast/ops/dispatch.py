@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 import sbert_fast.kernels as kernels
 from sbert_fast.errors import ImplementationError
-from sbert_fast.ops import choices, extension, schemas
+from sbert_fast.ops import choices, extension, limits, schemas
 
 logger = logging.getLogger("sbert_fast")
 
@@ -22,8 +23,6 @@ _launches_lock = threading.Lock()
 _REFERENCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 _CUDA_DTYPES = (torch.float16, torch.bfloat16)
-# Of attention on the CUDA ops: rows of 16 bytes.
-_CUDA_HEAD_DIM_STEP = 8
 _PREFERENCES = {"cpu": ("cpu", "reference"), "cuda": ("triton", "torch", "reference")}
 
 # Implementations that have the last layer's LayerNorm and pooling in one kernel.
@@ -93,18 +92,16 @@ def _rejection_of_cuda(
         return reason
     if dtype not in _CUDA_DTYPES:
         return f"the CUDA ops take float16 and bfloat16, not {dtype}"
-    if head_dim is not None and head_dim % _CUDA_HEAD_DIM_STEP:
-        return (
-            f"the CUDA ops need a head_dim that is a multiple of {_CUDA_HEAD_DIM_STEP}, "
-            f"got {head_dim}"
-        )
+    if head_dim is not None and head_dim % limits.STEP:
+        return f"the CUDA ops need a head_dim that is a multiple of {limits.STEP}, got {head_dim}"
     return None
 
 
 def preference(device: torch.device) -> tuple[str, ...]:
     """Implementations that `auto` tries on `device`, best first.
 
-    On CUDA `cuda` comes before them for the ops that :mod:`sbert_fast.ops.choices` lists.
+    On CUDA `cuda` comes before them for the ops that :mod:`sbert_fast.ops.choices` lists, where
+    :mod:`sbert_fast.ops.limits` lets it.
     """
     return _PREFERENCES.get(device.type, ("reference",))
 
@@ -121,6 +118,8 @@ def resolve(
     *,
     op: str | None = None,
     head_dim: int | None = None,
+    width: int | None = None,
+    args: Sequence[Any] | None = None,
 ) -> str:
     """The implementation that will run.
 
@@ -131,6 +130,9 @@ def resolve(
             replaced. `SBERT_FAST_IMPL` takes the place of "auto".
         op: the op to run; None is any that :mod:`sbert_fast.ops.choices` does not list.
         head_dim: D of the attention to run, where that is known.
+        width: columns of the rows that any other op is to run on, where they are known.
+        args: arguments of the op's schema, checked. None is a caller whose tensors all begin at
+            multiples of 16 bytes, rows of x included, and who has no rotary tables.
 
     Raises:
         ValueError: `impl` names no implementation.
@@ -140,7 +142,7 @@ def resolve(
     impl = requested(impl)
     if impl == "auto":
         names = preference(device)
-        if op is not None and choices.prefers_cuda(op, device, dtype, head_dim):
+        if op is not None and _picks_cuda(op, device, dtype, head_dim, width, args):
             names = ("cuda", *names)
         for name in names:
             if rejection(name, device, dtype, head_dim) is None:
@@ -155,6 +157,25 @@ def resolve(
     return impl
 
 
+def _picks_cuda(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int | None,
+    width: int | None,
+    args: Sequence[Any] | None,
+) -> bool:
+    """Whether `auto` tries the CUDA kernel of `op` first: it is listed, and takes the call."""
+    # Before a graph can come to depend on sizes.
+    if args is not None and torch.compiler.is_compiling():
+        return False
+    return (
+        choices.prefers_cuda(op, device, dtype, head_dim)
+        and (args is None or limits.takes(op, args))
+        and limits.refusal_of_size(op, head_dim, width) is None
+    )
+
+
 def bind(
     op: str,
     device: torch.device,
@@ -162,14 +183,37 @@ def bind(
     impl: str = "auto",
     *,
     head_dim: int | None = None,
+    width: int | None = None,
 ) -> Kernel:
     """The kernel of `op` that runs on `device` in `dtype`: resolved once, called many times.
 
-    `head_dim` is D of the attention it is bound for.
+    The tensors of those calls begin at multiples of 16 bytes. `head_dim` is D of the attention,
+    `width` the columns of the rows of any other op; under `auto` a CUDA kernel needs to know.
     """
-    name = resolve(device, dtype, impl, op=op, head_dim=head_dim)
+    return _kernel(op, resolve(device, dtype, impl, op=op, head_dim=head_dim, width=width))
+
+
+def run(
+    op: str,
+    dtype: torch.dtype,
+    impl: str,
+    args: Sequence[Any],
+    *,
+    head_dim: int | None = None,
+    width: int | None = None,
+) -> Any:
+    """Run `op` on arguments of its schema that are checked, wherever they lie in memory.
+
+    `dtype` is that of the activations, sizes are as for :func:`bind`.
+    """
+    device = args[0].device
+    name = resolve(device, dtype, impl, op=op, head_dim=head_dim, width=width, args=args)
+    return _kernel(op, name)(*args)
+
+
+def _kernel(op: str, implementation: str) -> Kernel:
     packet = getattr(torch.ops.sbert_fast, op)
-    return Kernel(op, name, getattr(packet, name))
+    return Kernel(op, implementation, getattr(packet, implementation))
 
 
 def explain_ops() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sbert_fast.ops import contracts, validation
-from sbert_fast.ops.dispatch import bind
+from sbert_fast.ops.dispatch import run
 
 
 def segment_pool(
@@ -59,9 +59,10 @@ def segment_pool(
         raise ValueError(f"x must have a unit inner stride, got strides {x.stride()}")
     how = contracts.pooling(x, cu_seqlens, mode, normalize, skip, spans)
     contracts.pooled_rows("segment_pool", x, cu_seqlens, spans, out, out_rows)
+    args, width = (x, cu_seqlens, *how), x.shape[1]
     if out is None:
-        return bind("segment_pool", x.device, x.dtype, impl)(x, cu_seqlens, *how)
-    bind("segment_pool_out", x.device, x.dtype, impl)(x, cu_seqlens, *how, out, out_rows)
+        return run("segment_pool", x.dtype, impl, args, width=width)
+    run("segment_pool_out", x.dtype, impl, (*args, out, out_rows), width=width)
     return out
 
 
@@ -113,10 +114,9 @@ def norm_pool(
     eps = contracts.norm(x, bias, residual, weight, ln_bias, eps)
     how = contracts.pooling(x, cu_seqlens, mode, normalize, skip, spans)
     contracts.pooled_rows("norm_pool", x, cu_seqlens, spans, out, out_rows, residual)
-    norm = bias, residual, weight, ln_bias, eps
+    args, width = (x, bias, residual, weight, ln_bias, eps, cu_seqlens, *how), x.shape[1]
     if out is None:
-        return bind("norm_pool", x.device, x.dtype, impl)(x, *norm, cu_seqlens, *how)
+        return run("norm_pool", x.dtype, impl, args, width=width)
     contracts.no_grad("norm_pool", residual, bias, weight, ln_bias)
-    kernel = bind("norm_pool_out", x.device, x.dtype, impl)
-    kernel(x, *norm, cu_seqlens, *how, out, out_rows)
+    run("norm_pool_out", x.dtype, impl, (*args, out, out_rows), width=width)
     return out

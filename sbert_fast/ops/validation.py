@@ -72,9 +72,15 @@ def apart(name: str, out: Tensor, inputs: dict[str, Tensor | None]) -> None:
 
 
 def _in_one_piece(tensor: Tensor) -> bool:
-    """Contiguous, and with an address: no tensor of a graph that is being captured."""
-    addressed = type(tensor) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
-    return addressed and tensor.is_contiguous() and tensor.device.type != "meta"
+    return addressed(tensor) and tensor.is_contiguous() and tensor.device.type != "meta"
+
+
+def addressed(tensor: Tensor) -> bool:
+    """Whether a tensor has memory to look at: no graph, and no transform of torch.func, has."""
+    # Fake and functional tensors are subclasses.
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, nn.Parameter):
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _bytes(tensor: Tensor) -> tuple[int, int]:

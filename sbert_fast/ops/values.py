@@ -9,15 +9,15 @@ from __future__ import annotations
 import os
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
+
+from sbert_fast.ops.validation import addressed
 
 
 def _read(tensor: Tensor) -> NDArray[np.int32] | None:
     """The values of an int32 tensor; None where nothing may be read."""
-    # Fake and functional tensors are subclasses.
-    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, nn.Parameter):
+    if not addressed(tensor):
         return None
     if tensor.is_cpu:
         return tensor.numpy()

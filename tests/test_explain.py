@@ -64,7 +64,7 @@ class TestCudaLibrary:
 
     def test_torch_without_cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.version, "cuda", None)
-        reason = extension._unfit(LOADED.path, LOADED.cuda)
+        reason = extension._unfit(LOADED.path, LOADED.cuda, LOADED.targets)
         monkeypatch.setattr(extension, "CUDA", replace(LOADED, reason=reason))
         assert self.told() == f"torch {torch.__version__} is built without CUDA"
 

@@ -1,4 +1,4 @@
-"""Which rows, keys and bytes the threads of the CUDA kernels have, against brute force."""
+"""Which rows, keys, bytes and segments the threads of CUDA kernels have, against brute force."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import cuda_emulation
+from sbert_fast.ops import POOLING_MODES
 
 INT32_MAX = np.iinfo(np.int32).max
 
@@ -110,3 +111,143 @@ def test_accesses_meet_in_no_bank(index: ctypes.CDLL, width: int) -> None:
         for row in range(0, 64, 8):
             offsets = [index.sbf_offset_by_columns(row + i, column, width) for i in range(8)]
             assert len(banks(offsets)) == 8
+
+
+SHORT_TOKENS, MEDIUM_TOKENS, TEAM = 16, 128, 128
+MAX_OWNED, MANY_BLOCKS = 32, 256
+# Rows of half a warp, of a warp, of four warps.
+pool_layouts = pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+pool_widths = pytest.mark.parametrize("E", [384, 768, 2048])
+
+
+class PoolShape:
+    """Threads of a pooling block, of a row, and the segments that a block can own."""
+
+    def __init__(self, index: ctypes.CDLL, E: int, norm: bool) -> None:
+        out = np.empty(3, np.int32)
+        index.sbf_pool_shape(E, norm, pointer(out))
+        self.threads, self.lanes, self.owned = out.tolist()
+        self._index, self._row = index, (E, norm)
+
+    def plan(
+        self, ranges: np.ndarray, blocks: int, mode: str = "mean", skip: int = 0
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, rounds and teams of the blocks, as in index.cu; -7 where nothing was written."""
+        spans = ranges.ndim == 2
+        tokens = np.full((blocks, MAX_OWNED, 3), -7, np.int32)
+        rounds = np.full((blocks, 3), -7, np.int32)
+        teams = np.full((blocks, MAX_OWNED + 1, self.threads, 3), -7, np.int32)
+        error = ctypes.create_string_buffer(1000)
+        self._index.sbf_plan_pool(
+            *self._row,
+            POOLING_MODES.index(mode),
+            ctypes.c_int64(skip),
+            pointer(ranges),
+            spans,
+            ctypes.c_int64(len(ranges) - (not spans)),
+            ctypes.c_int64(blocks),
+            *map(pointer, (tokens, rounds, teams)),
+            error,
+            ctypes.c_size_t(len(error)),
+        )
+        assert not error.value, error.value.decode()
+        return tokens, rounds, teams
+
+
+def cu_seqlens_of(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+
+
+@pool_widths
+@pool_layouts
+@pytest.mark.parametrize(
+    "choices",
+    [[0, 1, 16], [17, 128], [129, 1000], [0, 1, 16, 17, 128, 129], [1] * 8 + [50, 500]],
+    ids=["short", "medium", "long", "borders", "few long"],
+)
+def test_every_segment_has_its_threads_once(
+    index: ctypes.CDLL, E: int, norm: bool, choices: list[int]
+) -> None:
+    shape, rng, blocks = PoolShape(index, E, norm), np.random.default_rng(0), 3
+    for owned in range(1, shape.owned + 1):
+        # The last block owns one less.
+        lengths = rng.choice(choices, blocks * owned - 1)
+        tokens, rounds, teams = shape.plan(cu_seqlens_of(lengths), blocks)
+        for block in range(blocks):
+            own = lengths[block::blocks]
+            assert tokens[block, :, 1].tolist() == [*own, *[-1] * (MAX_OWNED - len(own))]
+            assert_planned(shape, own, rounds[block], teams[block])
+
+
+def assert_planned(
+    shape: PoolShape, lengths: np.ndarray, rounds: np.ndarray, teams: np.ndarray
+) -> None:
+    """A block of segments of `lengths` tokens gives each its threads, in one round."""
+    begin, first_long, end = rounds.tolist()
+    threads = np.arange(shape.threads)
+    has_teams = shape.lanes < TEAM
+    most_of_team = MEDIUM_TOKENS if has_teams else SHORT_TOKENS
+    medium = sum(SHORT_TOKENS < n <= most_of_team for n in lengths)
+    assert begin == (0 if (lengths <= SHORT_TOKENS).any() else 1)
+    assert first_long == 1 + -(-medium // (shape.threads // TEAM))
+    assert end == first_long + (lengths > most_of_team).sum() <= MAX_OWNED + 1
+    assert set(teams[begin:end, :, 0].flat) <= {-1, *range(len(lengths))}
+    assert (teams[:begin] == -7).all() and (teams[end:] == -7).all()
+    for segment, length in enumerate(lengths):
+        where, own = np.nonzero(teams[:, :, 0] == segment)
+        assert len(set(where)) == 1
+        round, (_, groups, group) = where[0], teams[where[0], own].T
+        if length <= SHORT_TOKENS:
+            assert round == 0
+            assert own.tolist() == threads[threads // shape.lanes == segment].tolist()
+            assert (groups == 1).all() and not group.any()
+            continue
+        if length <= most_of_team:
+            assert 1 <= round < first_long
+            assert own.tolist() == threads[threads // TEAM == own[0] // TEAM].tolist()
+        else:
+            assert round >= first_long
+            assert own.tolist() == threads.tolist()
+        assert (groups == len(own) // shape.lanes).all()
+        assert group.tolist() == ((own - own[0]) // shape.lanes).tolist()
+
+
+@pytest.mark.parametrize("mode", POOLING_MODES)
+@pytest.mark.parametrize("skip", [0, 1, 5, 2**40])
+def test_tokens_of_a_segment(index: ctypes.CDLL, mode: str, skip: int) -> None:
+    rng = np.random.default_rng(0)
+    shape, blocks = PoolShape(index, 384, False), 2
+    near_the_end = INT32_MAX - 100 + cu_seqlens_of(np.arange(13))
+    starts = rng.integers(0, 100, 40)
+    spans = np.stack((starts, starts + rng.integers(0, 20, 40)), 1).astype(np.int32)
+    for ranges in (cu_seqlens_of(rng.integers(0, 9, 60)), near_the_end.astype(np.int32), spans):
+        tokens, _, _ = shape.plan(ranges, blocks, mode, skip)
+        pairs = ranges if ranges.ndim == 2 else np.stack((ranges[:-1], ranges[1:]), 1)
+        for segment, (start, end) in enumerate(pairs.tolist()):
+            expected = range(start, end)[skip:]
+            if mode == "cls":
+                expected = expected[:1] or range(start, end)[:1]
+            elif mode == "last_token":
+                expected = expected[-1:]
+            first, kept, before = tokens[segment % blocks, segment // blocks].tolist()
+            assert kept == len(expected)
+            if kept:
+                assert (first, before) == (expected[0], expected[0] - start)
+
+
+@pool_widths
+@pool_layouts
+@pytest.mark.parametrize("mode", ["mean", "cls"])
+def test_blocks_can_own_their_segments(index: ctypes.CDLL, E: int, norm: bool, mode: str) -> None:
+    index.sbf_count_pool_blocks.restype = ctypes.c_int64
+    shape = PoolShape(index, E, norm)
+    for segments in (1, 2, 255, 256, 511, 512, 513, 10_000, INT32_MAX):
+        for average in (0, 1, 16, 17, 128, 129):
+            T = ctypes.c_int64(segments * average)
+            count = ctypes.c_int64(segments)
+            how = (E, norm, POOLING_MODES.index(mode), T, count)
+            blocks = index.sbf_count_pool_blocks(*how)
+            assert min(segments, MANY_BLOCKS) <= blocks <= segments
+            assert -(-segments // blocks) <= shape.owned
+            if mode == "mean" and average > MEDIUM_TOKENS:
+                assert blocks == segments

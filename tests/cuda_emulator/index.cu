@@ -1,5 +1,9 @@
 // The index arithmetic of csrc/cuda for tests/test_cuda_index.py, which calls it through ctypes.
+#include <cstdio>
+#include <exception>
+
 #include "attention_index.h"
+#include "pool_launch.cuh"
 
 using namespace sbert_fast::cuda;
 
@@ -31,4 +35,83 @@ SBF_EXPORT int sbf_offset_by_pairs(int row, int column, int width) {
 }
 SBF_EXPORT int sbf_offset_by_columns(int row, int column, int width) {
   return offset_by_columns(row, column, width);
+}
+
+namespace {
+
+/// Calls function(RowLayout, std::bool_constant) for rows of E columns, with LayerNorm or without.
+template <class Function>
+void with_pool_layout(int E, bool norm, const Function& function) {
+  with_row_layout(E, [&](auto layout) {
+    norm ? function(layout, std::true_type()) : function(layout, std::false_type());
+  });
+}
+
+/// What the blocks of a pooling kernel have planned.
+struct PoolPlan {
+  int32_t* tokens;  // [blocks, kMaxOwned, 3]: first, kept, before
+  int32_t* rounds;  // [blocks, 3]: begin, teams, end
+  int32_t* teams;   // [blocks, kMaxOwned + 1, threads, 3]: segment, groups, group
+};
+
+template <class Layout, bool kNorm>
+SBF_KERNEL(kPoolThreads<kNorm>, 1)
+plan_kernel(PoolParams params, PoolPlan plan) {
+  SBF_SHARED PoolShared<Layout, kNorm> shared;
+  const int thread = thread_index();
+  if (thread < 32) {
+    find_segments(params, shared);
+    plan_rounds(shared);
+    int32_t* tokens = plan.tokens + (block_index() * kMaxOwned + thread) * 3;
+    tokens[0] = shared.first[thread];
+    tokens[1] = shared.kept[thread];
+    tokens[2] = shared.before[thread];
+  }
+  sync_block();
+  int32_t* rounds = plan.rounds + block_index() * 3;
+  rounds[0] = shared.begin, rounds[1] = shared.teams, rounds[2] = shared.end;
+  for (int round = shared.begin; round < shared.end; ++round) {
+    const Team team = team_of(shared, round);
+    const int place = (block_index() * (kMaxOwned + 1) + round) * block_threads() + thread;
+    int32_t* out = plan.teams + place * 3;
+    out[0] = team.segment, out[1] = team.groups, out[2] = team.group;
+  }
+}
+
+}  // namespace
+
+SBF_EXPORT void sbf_pool_shape(int E, bool norm, int32_t* out) {
+  with_pool_layout(E, norm, [&](auto layout, auto kNorm) {
+    using Layout = decltype(layout);
+    out[0] = kPoolThreads<kNorm>, out[1] = Layout::kLanes, out[2] = kOwned<Layout, kNorm>;
+  });
+}
+
+SBF_EXPORT int64_t sbf_count_pool_blocks(int E, bool norm, int mode, int64_t T, int64_t segments) {
+  PoolParams params{};
+  params.mode = static_cast<PoolMode>(mode), params.T = T, params.segments = segments;
+  int64_t blocks = 0;
+  with_pool_layout(E, norm, [&](auto layout, auto kNorm) {
+    blocks = count_pool_blocks<decltype(layout), kNorm>(params);
+  });
+  return blocks;
+}
+
+/// What the emulator finds wrong is `error` afterwards, empty where that is nothing.
+SBF_EXPORT void sbf_plan_pool(int E, bool norm, int mode, int64_t skip, const int32_t* ranges,
+                              bool spans, int64_t segments, int64_t blocks, int32_t* tokens,
+                              int32_t* rounds, int32_t* teams, char* error, size_t error_bytes) {
+  PoolParams params{};
+  params.ranges = ranges, params.spans = spans, params.segments = segments;
+  params.mode = static_cast<PoolMode>(mode), params.skip = skip;
+  const PoolPlan plan = {tokens, rounds, teams};
+  error[0] = 0;
+  try {
+    with_pool_layout(E, norm, [&](auto layout, auto kNorm) {
+      launch("plan_pool", plan_kernel<decltype(layout), kNorm>, blocks, kPoolThreads<kNorm>, 0,
+             nullptr, params, plan);
+    });
+  } catch (const std::exception& thrown) {
+    std::snprintf(error, error_bytes, "%s", thrown.what());
+  }
 }

@@ -63,7 +63,14 @@ def check_device(name: str, device: str | torch.device | int) -> None:
         ValueError: naming the argument `name`, and the devices there are.
     """
     try:
-        torch.empty(0, device=device)
+        wanted = torch.device(device)
+        # Counting GPUs starts none.
+        if wanted.type != "cuda":
+            torch.empty(0, device=wanted)
+        elif not torch.cuda.is_available():
+            raise RuntimeError("torch finds no NVIDIA GPU")
+        elif (wanted.index or 0) >= torch.cuda.device_count():
+            raise RuntimeError("there are fewer GPUs")
     except (RuntimeError, AssertionError, TypeError) as error:
         devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
         raise ValueError(

@@ -94,9 +94,14 @@ def _max_length(transformer: Any, room: int) -> int:
 
 
 class Derived:
-    """The pipeline of an encoder: rebuilt on demand, left behind by copies and pickles."""
+    """The pipeline of an encoder: rebuilt on demand, left behind by copies and pickles.
+
+    Attributes:
+        lost: what made the device useless to this process; None where it works.
+    """
 
     def __init__(self) -> None:
+        self.lost: str | None = None
         self._lock = threading.Lock()
         self._entry: tuple[tuple[Any, ...], Pipeline] | None = None
 

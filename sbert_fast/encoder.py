@@ -29,11 +29,17 @@ from sbert_fast.arguments import (
 )
 from sbert_fast.assembly import Derived, build_pipeline, signature
 from sbert_fast.engine import PackedEncoder
-from sbert_fast.errors import InvalidWeightsError, SbertFastError, UnsupportedModelError
+from sbert_fast.errors import (
+    DeviceLostError,
+    InvalidWeightsError,
+    SbertFastError,
+    UnsupportedModelError,
+)
 from sbert_fast.inference import Pipeline, Request
 from sbert_fast.models.base import has_hooks
 from sbert_fast.stats import Counters, EncoderStats
 from sbert_fast.tokenization import check_texts
+from sbert_fast.transfer import device_error
 from sbert_fast.values import PRECISIONS, Precision, check_model, shown
 
 logger = logging.getLogger("sbert_fast")
@@ -299,12 +305,16 @@ class FastEncoder(SentenceTransformer):
 
         Returns:
             float32 `[N, dimension]` in the order of `inputs` by default, `[dimension]` for a single
-            text, an empty array for no text.
+            text, an empty array for no text. Tensors are on the device of the model, but for those
+            of worker processes, and those of a `precision` other than "float32".
 
         Raises:
             InputError: an input is no text; names its index.
             ValueError: an argument is invalid or unknown; names it.
             NonFiniteEmbeddingError: an embedding holds NaN or infinity; names the texts.
+            torch.OutOfMemoryError: a text, or the smallest batch, does not fit; names it.
+            DeviceLostError: the GPU failed, now or in an earlier call, and serves this process no
+                more.
         """
         sentences = kwargs.pop("sentences", None)
         if inputs is not None and sentences is not None:
@@ -373,8 +383,9 @@ class FastEncoder(SentenceTransformer):
             "normalize_embeddings": normalize_embeddings,
             "truncate_dim": truncate_dim,
         }
+        on_host = precision not in (None, "float32") or (convert_to_numpy and not convert_to_tensor)
         try:
-            result = self._run_packed(texts, **how)
+            result = self._run_packed(texts, **how, on_host=on_host)
         except InvalidWeightsError:
             raise
         except UnsupportedModelError:
@@ -403,9 +414,27 @@ class FastEncoder(SentenceTransformer):
         extra = {k: v for k, v in arguments.items() if k not in (*known, "device", "save_to_cpu")}
         if self._call_reason(extra) is not None:
             return super()._inference(inputs, **arguments)
-        return self._run_packed(inputs, **known)
+        return self._run_packed(inputs, **known, on_host=arguments.get("save_to_cpu", True))
 
-    def _run_packed(
+    def _run_packed(self, inputs: list[str], **how: Any) -> Any:
+        """:meth:`_run_batches`; a CUDA error that nothing comes after is told apart from others."""
+        if self._derived.lost is None:
+            try:
+                return self._run_batches(inputs, **how)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                lost = device_error(self.device)
+                if lost is None:
+                    raise
+                self._derived.lost = lost
+                raise DeviceLostError(self._lost_message()) from error
+        raise DeviceLostError(self._lost_message())
+
+    def _lost_message(self) -> str:
+        return f"{self.device} serves this process no more, start another one: {self._derived.lost}"
+
+    def _run_batches(
         self,
         inputs: list[str],
         *,
@@ -415,6 +444,7 @@ class FastEncoder(SentenceTransformer):
         output_value: str | None,
         normalize_embeddings: bool,
         truncate_dim: int | None,
+        on_host: bool,
     ) -> Any:
         if self.training:
             self.eval()
@@ -434,7 +464,7 @@ class FastEncoder(SentenceTransformer):
         ) as bar:
             arguments = (inputs, pipeline, request, self._counters, bar.update)
             if output_value == "sentence_embedding":
-                return inference.sentence_embeddings(*arguments)
+                return inference.sentence_embeddings(*arguments, on_host=on_host)
             if output_value == "token_embeddings":
                 return inference.token_embeddings(*arguments)
             return inference.features(*arguments)

@@ -21,6 +21,7 @@ from sbert_fast.prepare import (
     PreparedLinear,
     PreparedNorm,
     aligned,
+    settle,
 )
 
 NormAndPool = Callable[[Tensor, "Tensor | None", Tensor, PreparedNorm], None]
@@ -175,6 +176,7 @@ class PackedEncoder:
                 with torch.inference_mode(False), torch.no_grad():
                     check_finite(self.model)
                     self._prepared = self._prepare(weights)
+                settle(self.device)
                 self._fingerprint = fingerprint
             return self._prepared
 

@@ -21,6 +21,10 @@ class ImplementationError(SbertFastError, RuntimeError):
     """An explicitly requested implementation that cannot run here."""
 
 
+class DeviceLostError(SbertFastError, RuntimeError):
+    """A GPU that an earlier error has made useless to this process, until it ends."""
+
+
 class NonFiniteEmbeddingError(SbertFastError, ValueError):
     """NaN or infinity in a result.
 

@@ -120,32 +120,39 @@ def _plan(
 def _run_window(
     pipeline: Pipeline,
     tokens: TokenizedTexts,
+    first: int,
     batch_tokens: int,
+    counters: Counters,
     sink: Sink,
     progress: Callable[[int], Any],
-) -> tuple[int, int]:
-    """Run one window; the number of batches, and how often memory ran out."""
+) -> None:
+    """Run the window that begins with text `first`."""
     prepared = pipeline.engine.prepared()
     every = np.arange(tokens.lengths.shape[0])
     left = deque(_plan(tokens.lengths, every, pipeline.limit.apply(batch_tokens)))
-    batches = shortages = 0
     while left:
         rows = left.popleft()
         batch = _pack(pipeline, tokens, rows)
+        shortage = None
         try:
             sink.run(rows, batch, prepared)
-        except torch.OutOfMemoryError:
-            fitting = pipeline.limit.halve(batch.num_tokens)
-            if fitting is None or len(rows) == 1:
-                raise
-            torch.cuda.empty_cache()
-            shortages += 1
-            rest = np.concatenate([rows, *left])
-            left = deque(_plan(tokens.lengths, rest, fitting))
+        except torch.OutOfMemoryError as error:
+            shortage = str(error)
+        if shortage is None:
+            counters.add(batches=1)
+            progress(len(rows))
             continue
-        batches += 1
-        progress(len(rows))
-    return batches, shortages
+        # Behind the except block: the traceback keeps what the batch had allocated.
+        counters.add(memory_shortages=1)
+        torch.cuda.empty_cache()
+        fitting = None if len(rows) == 1 else pipeline.limit.halve(batch.num_tokens)
+        if fitting is None:
+            what = f"inputs[{first + rows[0]}] with its {tokens.lengths[rows[0]]} tokens"
+            if len(rows) > 1:
+                what = f"after all halvings a batch of {batch.num_tokens} tokens, {what} in it,"
+            where = f"does not fit the memory of {pipeline.engine.device}"
+            raise torch.OutOfMemoryError(f"{what} {where}: {shortage}")
+        left = deque(_plan(tokens.lengths, np.concatenate([rows, *left]), fitting))
 
 
 def run(
@@ -162,7 +169,7 @@ def run(
         texts: checked texts.
         pipeline: what runs them.
         request: how.
-        counters: updated after every window.
+        counters: updated after every batch and window.
         sink: takes the batches.
         progress: called with the number of texts just finished, or on their way.
     """
@@ -172,15 +179,9 @@ def run(
             window = [request.prompt + text for text in window]
         tokens = pipeline.tokenizer(window)
         sink.open(first, last - first)
-        batches, shortages = _run_window(pipeline, tokens, request.batch_tokens, sink, progress)
+        _run_window(pipeline, tokens, first, request.batch_tokens, counters, sink, progress)
         sink.close()
-        counters.add(
-            texts=len(window),
-            tokens=int(tokens.ids.shape[0]),
-            batches=batches,
-            truncated=tokens.truncated,
-            memory_shortages=shortages,
-        )
+        counters.add(texts=len(window), tokens=int(tokens.ids.shape[0]), truncated=tokens.truncated)
 
 
 def _how(pipeline: Pipeline, request: Request) -> dict[str, Any]:
@@ -210,7 +211,7 @@ def _pool(
 
 
 class _Embeddings:
-    """Sink of sentence embeddings: fp32 `[N, dimension]` on the host."""
+    """Sink of sentence embeddings: fp32 `[N, dimension]`, on the host or the engine's device."""
 
     def __init__(self, pipeline: Pipeline, request: Request, out: Tensor) -> None:
         self._pipeline, self._request, self._out = pipeline, request, out
@@ -221,10 +222,9 @@ class _Embeddings:
     def open(self, first: int, count: int) -> None:
         self._first = first
         self._window = self._out[first : first + count]
-        if self._pipeline.engine.device.type == "cuda":
-            self._window = torch.empty(
-                self._window.shape, dtype=torch.float32, device=self._pipeline.engine.device
-            )
+        device = self._pipeline.engine.device
+        if self._out.device.type != device.type:
+            self._window = torch.empty(self._window.shape, dtype=torch.float32, device=device)
 
     def run(self, rows: NDArray[np.int64], batch: PackedBatch, prepared: Prepared) -> None:
         with self._transfers.current_device():
@@ -233,7 +233,7 @@ class _Embeddings:
 
     def close(self) -> None:
         with self._transfers.current_device():
-            arrival = self._transfers.collect(self._window)
+            arrival = self._transfers.collect(self._window, self._out.device)
         # The window before this one: the device had work to do in the meantime.
         self.finish()
         self._arriving = self._first, arrival
@@ -258,16 +258,19 @@ def sentence_embeddings(
     request: Request,
     counters: Counters,
     progress: Callable[[int], Any],
+    *,
+    on_host: bool = True,
 ) -> Tensor:
     """One embedding a text.
 
     Returns:
-        fp32 `[N, dimension]` in the order of `texts`, on the host.
+        fp32 `[N, dimension]` in the order of `texts`, on the host or the engine's device.
 
     Raises:
         NonFiniteEmbeddingError: names the texts whose embedding is not finite.
     """
-    out = torch.empty((len(texts), request.dimension), dtype=torch.float32)
+    device = torch.device("cpu") if on_host else pipeline.engine.device
+    out = torch.empty((len(texts), request.dimension), dtype=torch.float32, device=device)
     sink = _Embeddings(pipeline, request, out)
     run(texts, pipeline, request, counters, sink, progress)
     sink.finish()
@@ -275,9 +278,10 @@ def sentence_embeddings(
 
 
 class _States:
-    """Sink of hidden states: batch by batch, `take(texts, batch, x, embeddings)` on the host.
+    """Sink of hidden states: batch by batch, `take(texts, batch, x, embeddings)`.
 
     Args:
+        take: gets the batch on the host, states and embeddings on the engine's device.
         pool: whether `take` gets embeddings, fp32 `[B, dimension]`, too.
     """
 
@@ -309,14 +313,13 @@ class _States:
                 embeddings = torch.empty(shape, dtype=torch.float32, device=x.device)
                 how = _how(self._pipeline, self._request)
                 self._pipeline.head(x, staged, embeddings, where, **how)
-                embeddings = embeddings.cpu()
-            x = x[: batch.num_tokens].cpu()
+            x = x[: batch.num_tokens]
         parts: list[Tensor] = [x] if embeddings is None else [x, embeddings]
         if not all(torch.isfinite(part).all() for part in parts):
             finite = torch.stack([torch.isfinite(part).all() for part in batch.split_rows(x)])
             if embeddings is not None:
                 finite &= torch.isfinite(embeddings).all(dim=1)
-            bad = rows[~finite.numpy()] + self._first
+            bad = rows[~finite.cpu().numpy()] + self._first
             _raise_non_finite(bad.tolist(), engine.compute_dtype)
         self._take(rows + self._first, batch, x, embeddings)
 
@@ -331,7 +334,7 @@ def token_embeddings(
     """The hidden states of every token.
 
     Returns:
-        For each text, fp32 `[L, E]`, on the host.
+        For each text, fp32 `[L, E]`, on the engine's device.
 
     Raises:
         NonFiniteEmbeddingError: names the texts whose hidden states are not finite.
@@ -380,7 +383,7 @@ def features(
     Returns:
         `input_ids`, `token_type_ids` (where the tokenizer gives them) and `attention_mask` int64
         `[L]`, `modality`, `prompt_length` (where there is a prompt), `token_embeddings` fp32
-        `[L, E]`, `sentence_embedding` fp32 `[dimension]`.
+        `[L, E]`, `sentence_embedding` fp32 `[dimension]`, all on the engine's device.
     """
     result: list[dict[str, Any]] = [{} for _ in texts]
 
@@ -390,7 +393,7 @@ def features(
         assert embeddings is not None
         types = batch.token_type_ids
         types = torch.zeros_like(batch.input_ids) if types is None else types
-        columns = (x, batch.input_ids, types)
+        columns = (x, batch.input_ids.to(x.device), types.to(x.device))
         parts = zip(indices, embeddings, *map(batch.split_rows, columns), strict=True)
         for index, embedding, states, ids, kinds in parts:
             entry: dict[str, Any] = {"input_ids": ids.long()}

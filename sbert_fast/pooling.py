@@ -13,7 +13,13 @@ from sbert_fast import ops
 from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.models.base import Linear, check_finite
 from sbert_fast.packing import ROW_ALIGNMENT, PackedBatch
-from sbert_fast.prepare import Fingerprint, LinearKernels, PreparedLinear, PreparedNorm
+from sbert_fast.prepare import (
+    Fingerprint,
+    LinearKernels,
+    PreparedLinear,
+    PreparedNorm,
+    settle,
+)
 
 # sentence-transformers' names of the modes, and ours.
 _MODES = {
@@ -224,7 +230,9 @@ class PoolingHead:
         entry = self._dense.get(name)
         if entry is None or not entry[0].is_current():
             check_finite(module, f"{name}.")
-            entry = self._dense[name] = _prepare_dense(module, device, impl)
+            entry = _prepare_dense(module, device, impl)
+            settle(device)
+            self._dense[name] = entry
         return entry
 
     def _apply_dense(self, name: str, module: Any, x: Tensor, impl: str) -> Tensor:

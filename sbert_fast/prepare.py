@@ -62,6 +62,12 @@ def aligned(values: Tensor) -> Tensor:
     return values if values.data_ptr() % 16 == 0 else values.clone()
 
 
+def settle(device: torch.device) -> None:
+    """Wait for what was prepared on the current stream: other threads read it on theirs."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 @dataclass(frozen=True, slots=True)
 class PreparedNorm:
     """LayerNorm parameters in fp32."""

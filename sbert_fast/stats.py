@@ -47,7 +47,13 @@ class Counters:
             return replace(self._stats, fallbacks=dict(self._stats.fallbacks))
 
     def add(
-        self, *, texts: int, tokens: int, batches: int, truncated: int, memory_shortages: int
+        self,
+        *,
+        texts: int = 0,
+        tokens: int = 0,
+        batches: int = 0,
+        truncated: int = 0,
+        memory_shortages: int = 0,
     ) -> None:
         with self._lock:
             self._stats.texts += texts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,8 +18,33 @@ from sbert_fast.packing import PackedBatch
 _ALIGNMENT = 4
 
 
+_of_thread = threading.local()
+
+
+def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """Two streams of this thread: torch keeps memory apart for every stream that was ever used."""
+    held = _of_thread.__dict__.setdefault("streams", {})
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index not in held:
+        held[index] = torch.cuda.Stream(index), torch.cuda.Stream(index)
+    pair: tuple[torch.cuda.Stream, torch.cuda.Stream] = held[index]
+    return pair
+
+
+def device_error(device: torch.device) -> str | None:
+    """The error after which every call on a CUDA device fails, until the process ends; None where
+    it works, and on a CPU. Waits for what runs on it."""
+    if device.type != "cuda":
+        return None
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+    return None
+
+
 class Transfers:
-    """The copies of one call, on streams of their own beside the current one of `device`.
+    """The copies of one call, on streams beside the current one of `device`.
 
     On a CPU nothing is copied, and the same calls return what they were given.
 
@@ -30,7 +56,7 @@ class Transfers:
         self.device = device
         self._is_cuda = device.type == "cuda"
         if self._is_cuda:
-            self._incoming, self._outgoing = torch.cuda.Stream(device), torch.cuda.Stream(device)
+            self._incoming, self._outgoing = _streams(device)
 
     @contextmanager
     def current_device(self) -> Iterator[None]:
@@ -76,22 +102,29 @@ class Transfers:
         where = moved.pop("rows")
         return replace(batch, **moved), where
 
-    def collect(self, embeddings: Tensor) -> Arrival:
-        """Start copying fp32 `[n, dimension]` rows to the host, with a check that they are finite.
+    def collect(self, embeddings: Tensor, to: torch.device) -> Arrival:
+        """Start copying fp32 `[n, dimension]` rows, with a check that they are finite.
 
         Both begin once all that is launched on the current stream by now is done.
+
+        Args:
+            embeddings: on the device.
+            to: the CPU, or the device itself: the rows then stay as they are.
         """
         if not self._is_cuda:
             return Arrival(embeddings, _finite_rows(embeddings), None)
         self._outgoing.wait_stream(torch.cuda.current_stream())
-        host = torch.empty(embeddings.shape, dtype=torch.float32, pin_memory=True)
+        rows = embeddings
+        if to.type == "cpu":
+            rows = torch.empty(embeddings.shape, dtype=torch.float32, pin_memory=True)
         finite = torch.empty(embeddings.shape[0], dtype=torch.bool, pin_memory=True)
         with torch.cuda.stream(self._outgoing):
-            host.copy_(embeddings, non_blocking=True)
+            if rows is not embeddings:
+                rows.copy_(embeddings, non_blocking=True)
             finite.copy_(_finite_rows(embeddings), non_blocking=True)
             embeddings.record_stream(self._outgoing)
             done = self._outgoing.record_event()
-        return Arrival(host, finite, done)
+        return Arrival(rows, finite, done)
 
 
 def _finite_rows(x: Tensor) -> Tensor:
@@ -100,7 +133,7 @@ def _finite_rows(x: Tensor) -> Tensor:
 
 
 class Arrival:
-    """Rows on their way to the host."""
+    """Rows on their way to where they are wanted."""
 
     def __init__(self, rows: Tensor, finite: Tensor, done: torch.cuda.Event | None) -> None:
         self._rows, self._finite, self._done = rows, finite, done

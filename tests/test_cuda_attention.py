@@ -48,7 +48,10 @@ both_dtypes = pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=str)
 
 @pytest.fixture
 def place(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, poisoned: None
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    poisoned: None,
+    poisoned_memory: None,
 ) -> Iterator[str]:
     """The device of the tensors; outputs hold NaN before a kernel runs."""
     if request.param.startswith("cuda"):

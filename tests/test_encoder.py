@@ -16,6 +16,7 @@ from sentence_transformers.util import quantize_embeddings
 from checks import assert_same_result, assert_same_vectors
 from families import make_sentence_transformer, make_texts
 from sbert_fast import FastEncoder, inference
+from sbert_fast.arguments import check_device
 from sbert_fast.values import PRECISIONS
 
 PROMPTS = {"query": "find: ", "document": "a passage of a book: ", "empty": ""}
@@ -283,6 +284,16 @@ def test_bad_argument(
     with pytest.raises(ValueError, match=message):
         encoder.encode(TEXTS, **arguments)
     assert launches() == {}
+
+
+def test_devices_are_counted_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: pytest.fail("a GPU was started"))
+    for device in ("cuda", "cuda:1", torch.device("cuda", 0)):
+        check_device("device", device)
+    with pytest.raises(ValueError, match=r"device must be .*\(cpu, cuda:0, cuda:1\), got 'cuda:2'"):
+        check_device("device", "cuda:2")
 
 
 def test_processing_kwargs_run_in_sentence_transformers(pair: Pair) -> None:

@@ -6,7 +6,9 @@ Without a GPU the kernels run in Triton's interpreter; what needs a device is ma
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,13 +21,15 @@ from torch import Tensor
 import cuda_emulation
 import families
 from sbert_fast import FastEncoder, accelerate, budget, ops
+from sbert_fast import encoder as encoder_module
 from sbert_fast.data import sample_texts
 from sbert_fast.engine import PackedEncoder, Prepared
-from sbert_fast.errors import NonFiniteEmbeddingError
+from sbert_fast.errors import DeviceLostError, NonFiniteEmbeddingError
 from sbert_fast.models import Architecture
 from sbert_fast.ops import extension
 from sbert_fast.packing import PackedBatch
 from sbert_fast.testing import worst_cosine
+from sbert_fast.transfer import device_error
 
 TEXTS = ["", "a", *sample_texts()[:60]]
 HOPPER = 141 * 2**30, 132  # bytes and multiprocessors of one GPU
@@ -114,9 +118,88 @@ def test_out_of_memory_halves_the_batches_and_goes_on(
 def test_out_of_memory_with_a_single_text_is_raised(
     st_minilm: SentenceTransformer, small_memory: list[int]
 ) -> None:
-    with pytest.raises(torch.OutOfMemoryError):
-        FastEncoder(st_minilm).encode([" ".join(["word"] * 400)])
-    assert len(small_memory) == 1, "what cannot be cut was tried again"
+    encoder = FastEncoder(st_minilm)
+    message = (
+        r"^inputs\[1\] with its 256 tokens does not fit the memory of cpu: CUDA out of memory$"
+    )
+    with pytest.raises(torch.OutOfMemoryError, match=message):
+        encoder.encode(["a", " ".join(["word"] * 400)])
+    assert small_memory == [259, 256], "what cannot be cut was tried again"
+    assert encoder.stats.memory_shortages == 2
+
+
+def test_memory_is_given_back_before_the_next_try(
+    st_minilm: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a batch had allocated hangs on the traceback of the error."""
+    held: list[weakref.ref[Tensor]] = []
+    forward = PackedEncoder.__call__
+
+    def call(self: PackedEncoder, batch: PackedBatch, prepared: Prepared | None = None) -> Tensor:
+        if batch.num_tokens > 250:
+            activations = torch.zeros(1000)
+            held.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, batch, prepared)
+
+    def empty_cache() -> None:
+        assert held and all(reference() is None for reference in held)
+        emptied.append(len(held))
+
+    emptied: list[int] = []
+    monkeypatch.setattr(PackedEncoder, "__call__", call)
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    FastEncoder(st_minilm, batch_tokens=1500).encode(TEXTS)
+    assert emptied == list(range(1, len(held) + 1))
+
+
+class TestLostDevice:
+    """After some errors of CUDA every call of the process fails."""
+
+    @pytest.fixture
+    def failing(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """A device that fails; how often it was asked."""
+        calls: list[int] = []
+
+        def call(*_: object) -> Tensor:
+            calls.append(1)
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        monkeypatch.setattr(PackedEncoder, "__call__", call)
+        return calls
+
+    def test_later_calls_say_so_at_once(
+        self, st_minilm: SentenceTransformer, failing: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        encoder = FastEncoder(st_minilm)
+        monkeypatch.setattr(encoder_module, "device_error", lambda device: "CUDA error: illegal")
+        message = "^cpu serves this process no more, start another one: CUDA error: illegal$"
+        for output_value in ("sentence_embedding", "token_embeddings", "sentence_embedding"):
+            with pytest.raises(DeviceLostError, match=message):
+                encoder.encode(TEXTS, output_value=output_value)
+        assert len(failing) == 1
+        assert pickle.loads(pickle.dumps(encoder))._derived.lost is None
+
+    def test_an_error_that_passes_is_raised_as_it_is(
+        self, st_minilm: SentenceTransformer, failing: list[int]
+    ) -> None:
+        encoder = FastEncoder(st_minilm)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="^CUDA error: an illegal memory access was"):
+                encoder.encode(TEXTS)
+        assert len(failing) == 2
+
+    def test_the_device_is_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def synchronize(device: torch.device) -> None:
+            assert device == torch.device("cuda", 1)
+            raise RuntimeError("CUDA error: device-side assert triggered\nCompile with ...")
+
+        assert device_error(torch.device("cpu")) is None
+        monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+        device = torch.device("cuda", 1)
+        assert device_error(device) == "CUDA error: device-side assert triggered"
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        assert device_error(device) is None
 
 
 triton = pytest.mark.skipif(
@@ -284,6 +367,33 @@ class TestOnAGpu:
                 mine = mine["token_embeddings"] if value is None else mine
                 other = other["token_embeddings"] if value is None else other
                 np.testing.assert_allclose(mine.cpu(), other.cpu()[: len(mine)], atol=1e-4)
+
+    def test_tensors_stay_on_the_device(
+        self, st_cuda: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        encoder = FastEncoder(st_cuda, dtype="float16")
+        expected = encoder.encode(TEXTS)
+        monkeypatch.setattr("sbert_fast.inference._WINDOWS", {"cuda": (10**9, 7)})
+        for convert in ({"convert_to_tensor": True}, {"convert_to_numpy": False}):
+            got = encoder.encode(TEXTS, **convert)
+            assert all(row.device == st_cuda.device for row in got)
+            np.testing.assert_array_equal(torch.stack(list(got)).cpu().numpy(), expected)
+        for value in ("token_embeddings", None):
+            for each in encoder.encode(TEXTS[:5], output_value=value):
+                tensors = [each] if value else [v for v in each.values() if isinstance(v, Tensor)]
+                assert {t.device for t in tensors} == {st_cuda.device}
+
+    def test_nothing_waits_but_for_the_results(
+        self, st_cuda: SentenceTransformer, impl: str
+    ) -> None:
+        encoder = FastEncoder(st_cuda, dtype="float16", impl=impl, batch_tokens=1024)
+        expected = encoder.encode(TEXTS)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            got = encoder.encode(TEXTS)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        np.testing.assert_array_equal(got, expected)
 
     def test_accelerated_model(self, minilm_path: str) -> None:
         st = SentenceTransformer(minilm_path, device="cuda")

@@ -28,6 +28,7 @@ from attention_cases import (
     assert_place_changes_no_bit,
     assert_same_bits,
     check,
+    tiles_of,
 )
 from sbert_fast import ops
 
@@ -170,6 +171,20 @@ def test_runs_repeat_bit_for_bit(attend: Attend, dim: int, dtype: torch.dtype) -
     expected = attend(args)
     for _ in range(5):
         assert_same_bits(attend(args), expected)
+
+
+@every_dtype
+def test_short_sequences_beside_one_beyond_32_bit_offsets(
+    attend: Attend, dtype: torch.dtype
+) -> None:
+    """They run one by one then, and keep their bits."""
+    args = Case((*TINY, 40, 7), 32, dtype).args()
+    args[-1] = tiles_of(args[1], 64)
+    expected = attend(args)
+    args[2] = 8_000_000
+    (short, *_) = kernel.plan(args[0], args[0], *args[1:4], -1, (None,) * 3, args[-1], (0, 0))
+    assert short.options["GROUP"] == 1
+    assert_same_bits(attend(args), expected)
 
 
 @on_gpu

@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -38,6 +39,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIN_CAPABILITY = (8, 0)
 
 
+# Triton compiles and loads a kernel at its first launch, which another thread must not cut into.
+_launching = threading.RLock()
+
+
 def interpreted() -> bool:
     """Whether kernels run in the interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
@@ -53,10 +58,11 @@ def launcher(op: str) -> Callable[..., Any]:
     def launch(*args: Any) -> Any:
         # Triton launches on the current device, whatever the tensors are on.
         device = next(a.device for a in args if isinstance(a, Tensor))
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                return load()(*args)
-        return load()(*args)
+        with _launching:
+            if device.type == "cuda" and device.index != torch.cuda.current_device():
+                with torch.cuda.device(device):
+                    return load()(*args)
+            return load()(*args)
 
     launch.__name__ = op
     return launch

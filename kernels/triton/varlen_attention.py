@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from torch import Tensor
 from sbert_fast.kernels import tuning
 
 SHORTEST = 16
+_MAX_OFFSET = 2**31 - 1
 MIN_WIDTH = 16
 
 
@@ -383,6 +385,9 @@ def plan(
         "PRECISION": _precision(qkv.dtype),
     }
 
+    if config.group * max_seqlen * 3 * heads * dim > _MAX_OFFSET:
+        # A group lies behind its longest sequence. Alone, a short one has no offset.
+        config = replace(config, group=1, group_warps=config.group_warps // config.group)
     groups = max(1, triton.cdiv(sequences, config.group))
     together = tuning.heads_together(config.heads, heads, groups)
     yield Launch(

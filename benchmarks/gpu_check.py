@@ -5,8 +5,9 @@
     make gpu-check OUT=results-tmp/gpu STAGE=kernels KERNELS="attention and cold and fp16"
 
 Runs with the `python3` that has torch, in the source tree, without network. A stage is a list of
-commands; each has a time cap, and so has the stage. One that fails or is cut short does not stop
-the next. The exit code is 0 where all that was asked for has passed.
+commands, each with a share of the time: what one leaves, the next may use, and where stages are
+chosen all shares grow. One that fails or is cut short does not stop the next. The exit code is 0
+where all that was asked for has passed.
 
 Files in OUT, appended to: log.txt (what every command printed), stages.jsonl, ops.jsonl,
 encode.jsonl, ground.jsonl (what was measured), and summary.txt, written after each stage.
@@ -23,7 +24,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,6 +42,8 @@ PATH_HOOK = SCRATCH / "path"
 # Seconds between asking a command to end and ending it.
 GRACE = 8
 MOST_SECONDS = 530
+# A command that takes longer than so many times its share hangs.
+MOST_SHARES = 4
 # What every other stage needs on a fresh machine.
 PREPARE = "prepare"
 # Tells Python where the package is in a source tree that is not installed. Not by the root on its
@@ -66,21 +69,27 @@ sys.meta_path.insert(0, _Tree)
 
 @dataclass
 class Step:
-    """A command: its name, its words, the seconds it may take, and whether its failure counts."""
+    """A command: its name, its words, its seconds, whether its failure counts, and what is set in
+    its environment."""
 
     name: str
     command: list[str]
     cap: float
     must: bool = True
+    sets: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
 class Stage:
-    """Commands that belong together, and the seconds they may take together."""
+    """Commands that belong together."""
 
-    cap: float
     steps: list[Step]
     default: bool = True
+
+    @property
+    def cap(self) -> float:
+        """The seconds of all of them."""
+        return sum(step.cap for step in self.steps)
 
 
 @dataclass
@@ -120,6 +129,38 @@ def _gpu_tests() -> tuple[list[str], list[str]]:
     return [str(p) for p in found if str(p) not in models], models
 
 
+# The kinds of op tests and their seconds: a process of their own for kernels that may lose it the
+# device, the others first. The last takes the files that are of no kind.
+_OP_KINDS = (
+    ("Triton", r"test_triton_.*", 48),
+    ("CUDA, rows and pooling", r"test_cuda_(?!attention).*", 20),
+    ("CUDA, attention", r"test_cuda_attention.*", 22),
+    ("all", r".*", 15),
+)
+
+
+def _op_steps(files: Sequence[str]) -> list[Step]:
+    """A step for each kind of which there are files; pytest without files would run everything."""
+    parallel = []
+    if find_spec("xdist"):
+        # Most of the time goes into compiling kernels, a process each.
+        workers = max(1, min(12, (os.cpu_count() or 1) - 2))
+        parallel = ["-n", str(workers), "--dist", "worksteal"]
+    if find_spec("pytest_timeout"):
+        # A kernel that hangs cannot be interrupted: its process is ended.
+        parallel += ["--timeout=40", "--timeout-method=thread"]
+    # Tests poison memory in torch's deterministic mode, which refuses matrix products without the
+    # second.
+    sets = {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    steps, left = [], list(files)
+    for name, kind, cap in _OP_KINDS:
+        chosen = [file for file in left if re.fullmatch(kind, Path(file).stem)]
+        left = [file for file in left if file not in chosen]
+        if chosen:
+            steps.append(Step(name, _pytest(chosen, "-m", "gpu", *parallel), cap, sets=sets))
+    return steps
+
+
 def stages(out: Path, model: str | None) -> dict[str, Stage]:
     """What there is to do, in order of value.
 
@@ -133,70 +174,59 @@ def stages(out: Path, model: str | None) -> dict[str, Stage]:
     found += "import sbert_fast.kernels, sbert_fast.ops; print(sbert_fast.ops.explain_ops())"
     build = [
         Step("machine", ["nvidia-smi"], 10, must=False),
-        Step("import", [python, "-c", found], 40),
+        Step("import", [python, "-c", found], 30),
         # Triton needs none of these: the planner is faster with them, and the CUDA ops are there.
         # Where they can be built, a failure counts: tests of what is not there are skipped.
-        Step("native libraries", native, 85, must=shutil.which("nvcc") is not None),
+        Step("native libraries", native, 50, must=shutil.which("nvcc") is not None),
     ]
     widen = [python, str(BENCHMARKS / "models.py"), "widen", str(model), str(WIDE_MODEL)]
-    parallel = ["-n", "6", "--dist", "worksteal"] if find_spec("xdist") else []
-    if find_spec("pytest_timeout"):
-        # A kernel that hangs cannot be interrupted: its process is ended.
-        parallel += ["--timeout=40", "--timeout-method=thread"]
-
-    def op_step(name: str, kinds: str, cap: float) -> Step:
-        files = [f for f in op_tests if re.fullmatch(kinds, Path(f).stem)]
-        return Step(name, _pytest(files, "-m", "gpu", *parallel), cap)
-
     speed, kept = [str(BENCHMARKS / "test_op_speed.py")], str(out / "ops.jsonl")
     measured = ("--rows", kept, "--benchmark-columns=median,iqr", "--benchmark-disable-gc")
 
-    def encode(name: str, corpus: str, texts: int, scopes: str, dtypes: str) -> list[str]:
-        command = [python, str(BENCHMARKS / "encode.py"), "--device", "cuda", "--scope", scopes]
-        command += ["--model", name, "--corpus", corpus, "--texts", str(texts), "--rounds", "5"]
-        command += ["--dtype", dtypes, "--sweep-texts", str(texts // 4)]
+    def encode(
+        name: str, corpus: str, texts: int, scope: str, dtypes: str, rounds: int
+    ) -> list[str]:
+        command = [python, str(BENCHMARKS / "encode.py"), "--device", "cuda", "--scope", scope]
+        command += ["--model", name, "--corpus", corpus, "--texts", str(texts)]
+        command += ["--rounds", str(rounds), "--dtype", dtypes]
+        command += ["--sweep-texts", str(max(400, texts // 4))]
         command += ["--rows", str(out / "encode.jsonl")]
         return [*command, *(["--tokenizer", str(WIDE_MODEL)] if model else [])]
 
     halves = "bfloat16,float16"
     minilm = str(WIDE_MODEL)
+    # FlexAttention is compiled for each shape, which takes longer than all the rest.
+    flex = "flex and short-64"
     return {
-        PREPARE: Stage(20, [Step("model in float32", widen, 20)] if model else [], default=False),
-        "build": Stage(95, build),
-        "ops": Stage(
-            110,
-            # A process of their own for kernels that may lose it the device, the others first.
-            [
-                op_step("Triton", r"test_triton_.*", 75),
-                op_step("CUDA, rows and pooling", r"test_cuda_(?!attention).*", 40),
-                op_step("CUDA, attention", r"test_cuda_attention", 50),
-                op_step("all", r"(?!test_(triton|cuda)_).*", 40),
-            ],
+        PREPARE: Stage([Step("model in float32", widen, 15)] if model else [], default=False),
+        "build": Stage(build),
+        "ops": Stage(_op_steps(op_tests)),
+        "models": Stage(
+            [Step("tests", _pytest(model_tests, "-m", "gpu"), 70)] if model_tests else []
         ),
-        "models": Stage(70, [Step("tests", _pytest(model_tests, "-m", "gpu"), 70)]),
         "kernels": Stage(
-            130,
             [
-                Step("attention", _pytest(speed, "-k", "attention", *measured), 80),
-                Step("rows", _pytest(speed, "-k", "rows", *measured), 70),
-                Step("flex", _pytest(speed, "-k", "flex", *measured), 40),
+                Step("attention", _pytest(speed, "-k", "attention", *measured), 52),
+                Step("rows", _pytest(speed, "-k", "rows", *measured), 40),
+                Step("flex", _pytest(speed, "-k", flex, *measured), 23, must=False),
             ],
         ),
+        # Rows are stored after one round already.
         "encode": Stage(
-            105,
             [
-                Step("MiniLM, short", encode(minilm, "short", 20_000, "s3,s1", halves), 85),
-                Step("base, passages", encode("random-base", "passages", 4000, "s3", halves), 60),
-                Step("large, wiki", encode("random-large", "wiki", 1200, "s3", "bfloat16"), 60),
+                Step("MiniLM, short, s3", encode(minilm, "short", 8000, "s3", halves, 4), 40),
+                Step("MiniLM, short, s1", encode(minilm, "short", 3000, "s1", "float16", 3), 30),
+                Step(
+                    "base, passages", encode("random-base", "passages", 2000, "s3", halves, 4), 30
+                ),
+                Step("large, wiki", encode("random-large", "wiki", 600, "s3", "bfloat16", 3), 35),
             ],
         ),
         "sanitize": Stage(
-            420,
             [Step(tool, [python, str(BENCHMARKS / "sanitize.py"), tool], 140) for tool in TOOLS],
             default=False,
         ),
         "ground": Stage(
-            240,
             [
                 Step(
                     "ground",
@@ -214,14 +244,14 @@ def chosen_kernels(stage: Stage, expression: str) -> Stage:
     """The rows of the op benchmarks that pytest's `-k expression` selects, in one step."""
     command = list(stage.steps[0].command)
     command[command.index("-k") + 1] = expression
-    return Stage(stage.cap, [Step(expression, command, stage.cap)])
+    return Stage([Step(expression, command, stage.cap)])
 
 
 def read_table(path: Path) -> dict[str, Stage]:
     """Stages from JSON, in place of the built-in ones."""
     table = json.loads(path.read_text(encoding="utf-8"))
     return {
-        name: Stage(each["cap"], [Step(**s) for s in each["steps"]], each.get("default", True))
+        name: Stage([Step(**s) for s in each["steps"]], each.get("default", True))
         for name, each in table.items()
     }
 
@@ -236,8 +266,6 @@ def environment() -> dict[str, str]:
             "PYTHONUNBUFFERED": "1",
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "true",
-            # Else torch refuses matrix products where a test asks for deterministic ones.
-            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
             "SBERT_FAST_BUILD": os.environ.get("SBERT_FAST_BUILD", "auto"),
         }
         | ({"SBERT_FAST_TEST_MODEL": str(WIDE_MODEL)} if _has_model() else {})
@@ -287,7 +315,7 @@ def run_step(stage: str, step: Step, cap: float, log: Path) -> Outcome:
             process = subprocess.Popen(
                 step.command,
                 cwd=ROOT,
-                env=environment(),
+                env=environment() | step.sets,
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
@@ -316,21 +344,24 @@ def run_step(stage: str, step: Step, cap: float, log: Path) -> Outcome:
 
 
 def run(
-    table: dict[str, Stage], names: Sequence[str], out: Path, most_seconds: float
+    table: Mapping[str, Stage], names: Sequence[str], out: Path, most_seconds: float
 ) -> Iterator[Outcome]:
     """Run stages one after the other; an outcome is stored before it is yielded.
 
-    What a stage leaves of its time, the next ones may use.
+    A step ends when the shares of it and of all before it are over: what one leaves of its time,
+    the next ones may use, and none takes that of a later one.
     """
-    start = stage_end = time.monotonic()
+    start = time.monotonic()
+    grown = max(1.0, most_seconds / max(1.0, sum(table[name].cap for name in names)))
+    shares = 0.0
     for name in names:
-        stage_end = min(start + most_seconds, stage_end + table[name].cap)
         for step in table[name].steps:
-            left = stage_end - time.monotonic()
+            shares += step.cap * grown
+            left = start + min(shares, most_seconds) - time.monotonic()
             if left <= 1:
                 outcome = Outcome(name, step.name, None, 0.0, True, "no time left", step.must)
             else:
-                outcome = run_step(name, step, min(step.cap, left), out / "log.txt")
+                outcome = run_step(name, step, min(MOST_SHARES * step.cap, left), out / "log.txt")
             with (out / "stages.jsonl").open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(asdict(outcome)) + "\n")
             yield outcome
@@ -402,6 +433,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.table:
         write_path_hook()
         names = [*([PREPARE] if not _has_model() else []), *(n for n in names if n != PREPARE)]
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        # In the background of a shell it is ignored, and would be by every command.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     outcomes: list[Outcome] = []
     for outcome in run(table, names, out, args.seconds):
         outcomes.append(outcome)

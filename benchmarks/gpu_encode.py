@@ -3,8 +3,9 @@
 Two scopes: s1, strings to numpy, and s3, prepared ids on the device to embeddings on the device.
 In each, every system finds its best batch size, its embeddings are compared with those of unpatched
 sentence-transformers in float32, and all take turns, round after round. Ours runs twice in half
-precision: on the ops that it chooses, and on those in CUDA C++. Rows are stored scope by scope; a
-system that fails leaves its row, and the others run.
+precision: on the ops that it chooses, and on those in CUDA C++. The rows of a scope are stored
+after the first round, and again after the last or when interrupted: the last row of a system
+counts. A system that fails leaves its row, and the others run.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from numpy.typing import NDArray
 from padded import ModelFolder
 from provenance import provenance
 from report import OURS, OURS_CUDA, REFERENCE
-from rows import append
+from rows import append, latest
 from stopwatch import message, synchronize
 
 FULL = "float32"
@@ -173,18 +174,31 @@ class Benchmark:
             key: max(1, round(_SAMPLE_SECONDS / seconds_of(run, self.device)))
             for key, run in runs.items()
         }
-        for i in range(self.args.rounds):
-            report.say(f"{scope}: round {i + 1} of {self.args.rounds}")
-            for each in running:
-                key = id(each)
-                each.seconds.append(seconds_of(runs[key], self.device, times[key]))
-        gates = self._gates(running, truth)
-        for each in running:
-            self.store("row", self._figures(each, scope, running, truth, gates))
+        try:
+            for i in range(self.args.rounds):
+                report.say(f"{scope}: round {i + 1} of {self.args.rounds}")
+                for each in running:
+                    key = id(each)
+                    each.seconds.append(seconds_of(runs[key], self.device, times[key]))
+                if i == 0 < self.args.rounds - 1:
+                    self._store(scope, running, truth)
+        finally:
+            self._store(scope, running, truth)
         del runs, running
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _store(self, scope: str, running: list[Contender], truth: NDArray[np.float32]) -> None:
+        """Store a row a system, of the rounds that all have finished."""
+        rounds = min((len(each.seconds) for each in running), default=0)
+        if rounds == 0:
+            return
+        for each in running:
+            del each.seconds[rounds:]
+        gates = self._gates(running, truth)
+        for each in running:
+            self.store("row", self._figures(each, scope, running, truth, gates))
 
     def _names(self, scope: str, precision: str) -> list[str]:
         """The systems that run; a row is left for ours where it cannot."""
@@ -310,13 +324,13 @@ def main(args: argparse.Namespace) -> int:
     bad = []
 
     def store(kind: str, line: dict[str, Any]) -> None:
-        rows.append((kind, line))
+        rows.append(line)
         append(args.rows, kind, line)
         red = not (line.get("gate") or {}).get("green", True)
         if line.get("system") in (OURS, OURS_CUDA) and (kind == "error" or red):
             bad.append(line)
 
-    rows: list[tuple[str, dict[str, Any]]] = []
+    rows: list[dict[str, Any]] = []
     run = provenance(torch.get_num_threads(), device.type)
     append(args.rows, "run", run | {"benchmark": "encode"})
     with tempfile.TemporaryDirectory() as scratch:
@@ -325,8 +339,8 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         from provenance import write_json
 
-        write_json(run | {"benchmark": "encode", "rows": [line for _, line in rows]}, args.json)
+        write_json(run | {"benchmark": "encode", "rows": latest(rows)}, args.json)
     import gpu_report
 
-    print("\n".join(gpu_report.encode([line for _, line in rows])))
+    print("\n".join(gpu_report.encode(rows)))
     return int(bool(bad) or not rows)

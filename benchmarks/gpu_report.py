@@ -108,7 +108,8 @@ def ops(rows: list[Row], short: bool = False) -> list[str]:
 
 
 def encode(rows: list[Row]) -> list[str]:
-    """A row a scope and system: rates, the fraction of the GEMM roofline, and ratios."""
+    """A row a scope and system, the last one: rates, the fraction of the GEMM roofline, and
+    ratios."""
     header = (
         *("model", "corpus", "scope", "system", "precision", "batch", "sentences/s", "Mtok/s"),
         *("of GEMM", "worst 1-cos"),
@@ -116,7 +117,7 @@ def encode(rows: list[Row]) -> list[str]:
     has_cuda = any(_RATIOS[OURS_CUDA] in row for row in rows)
     ours = (OURS, OURS_CUDA) if has_cuda else (OURS,)
     table = []
-    for row in rows:
+    for row in row_files.latest(rows):
         left = tuple(str(row.get(k, "")) for k in ("model", "corpus", "scope", "system"))
         left += (row.get("precision", ""),)
         if "tokens_per_s" not in row:
@@ -201,6 +202,8 @@ def collect(folder: Path) -> dict[str, dict[str, Any]]:
                     name = f"encode-{line['model']}-{line['corpus']}"
                 document = documents.setdefault(name, _head(run, benchmark))
                 document["rows"].append({k: v for k, v in line.items() if k != "kind"})
+                if benchmark == "encode":
+                    document["rows"] = row_files.latest(document["rows"])
     return documents
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+# What an encode row is of; its figures may be stored more than once.
+_ENCODE = ("model", "corpus", "texts", "scope", "system", "precision")
 
 
 def append(path: Path | None, kind: str, line: dict[str, Any]) -> None:
@@ -31,3 +35,8 @@ def read(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return lines
+
+
+def latest(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last encode row of every system in the same configuration."""
+    return list({tuple(line.get(name) for name in _ENCODE): line for line in lines}.values())

@@ -191,6 +191,15 @@ def test_rows_are_appended_and_read(tmp_path: Path) -> None:
     assert rows.read(tmp_path / "absent") == []
 
 
+def test_the_last_row_of_a_system_counts() -> None:
+    first = {"model": "m", "corpus": "c", "texts": 9, "scope": "s3", "system": OURS}
+    first |= {"precision": "float16"}
+    others = [first | {"texts": 8}, first | {"scope": "s1"}, first | {"precision": "bfloat16"}]
+    made = [first, *others, first | {"tokens_per_s": 2e6, "batch": "auto", "sentences_per_s": 5.0}]
+    assert rows.latest(made) == [made[-1], *others]
+    assert len(gpu_report.encode(made)) == 2 + len(made) - 1
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
     """A tiny BERT with random weights."""
@@ -268,8 +277,10 @@ def test_encode_stores_a_row_a_system(
     stored, out = tmp_path / "rows.jsonl", tmp_path / "result.json"
     code = gpu_encode.main(arguments(folder, rows=stored, json=out))
     assert code == 0
-    run, *lines = rows.read(stored)
+    run, *every = rows.read(stored)
     assert run["kind"] == "run" and len(run["source_sha256"]) == 64
+    lines = rows.latest(every)
+    assert [len(line["seconds"]) for line in every] == [1, 1, 1, 2, 2, 2] * 2
     assert [(line["scope"], line["system"]) for line in lines] == [
         (scope, name) for scope in ("s3", "s1") for name in (OURS, REFERENCE, UNPADDED)
     ]
@@ -279,7 +290,33 @@ def test_encode_stores_a_row_a_system(
         assert (line["batch"] == "auto") == (line["system"] == OURS)
     assert lines[0]["gemm_seconds"] > 0 and lines[0]["batches"]
     document = json.loads(out.read_text())
-    assert OURS in report.render(document)
+    assert OURS in report.render(document) and len(document["rows"]) == len(lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rounds", [0, 1, 2])
+def test_an_interruption_keeps_the_rounds_before_it(
+    rounds: int, folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = tmp_path / "rows.jsonl"
+    turns = iter(range(100))
+
+    def seconds(run: Any, device: torch.device, times: int = 0) -> float:
+        # In the turn of the second of three systems.
+        if times and next(turns) == 3 * rounds + 1:
+            raise KeyboardInterrupt
+        return 1.0
+
+    monkeypatch.setattr(gpu_encode, "seconds_of", seconds)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_encode.main(arguments(folder, rows=stored, scope=["s3"], rounds=3))
+    lines = rows.read(stored)[1:]
+    assert [len(line["seconds"]) for line in lines] == [1] * 3 * min(rounds, 1) + [rounds] * 3 * (
+        rounds > 0
+    )
+    assert {line["system"] for line in lines[-3:] if line["ratios"]} == (
+        {REFERENCE, UNPADDED} if rounds else set()
+    )
 
 
 @pytest.mark.slow
@@ -293,10 +330,11 @@ def test_a_system_that_fails_leaves_its_row(
     stored = tmp_path / "rows.jsonl"
     monkeypatch.setitem(gpu_systems.SYSTEMS, UNPADDED, broken)
     assert gpu_encode.main(arguments(folder, rows=stored, scope=["s3"])) == 0
-    assert [line["kind"] for line in rows.read(stored)] == ["run", "error", "row", "row"]
+    _, *lines = rows.read(stored)
+    assert [line["kind"] for line in rows.latest(lines)] == ["error", "row", "row"]
     monkeypatch.setitem(gpu_systems.SYSTEMS, OURS, broken)
     assert gpu_encode.main(arguments(folder, rows=stored, scope=["s3"])) == 1
-    lines = rows.read(stored)[4:]
+    lines = rows.read(stored)[1 + len(lines) :]
     assert {line["error"] for line in lines if line["kind"] == "error"} == {
         "RuntimeError: no kernel image"
     }
@@ -411,6 +449,8 @@ def test_rows_become_stored_documents(tmp_path: Path) -> None:
         rows.append(path, "run", run | {"benchmark": file})
         rows.append(path, "row", line | {"benchmark": file, "lengths": "of old sources"})
         rows.append(path, "run", run | {"benchmark": file, "source_sha256": now})
+        if file == "encode":
+            rows.append(path, "row", line | {"benchmark": file, "tokens_per_s": 1.0})
         rows.append(path, "row", line | {"benchmark": file})
     results = tmp_path / "results" / "gpu"
     assert gpu_report.main([str(tmp_path), str(results)]) == 0
@@ -419,5 +459,6 @@ def test_rows_become_stored_documents(tmp_path: Path) -> None:
     for document in documents.values():
         assert len(document["rows"]) == 1 and document["commit"] == provenance.commit()
         assert "a GPU" in report.render(document)
+    assert documents["encode-base-wiki"]["rows"][0]["tokens_per_s"] == 1e6, "the last one counts"
     text = report.readme_figures(results.parent)
     assert "add_norm" in text and "base" in text and "benchmarks/results/gpu" in text

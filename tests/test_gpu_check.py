@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -39,9 +40,9 @@ def test_a_failed_stage_does_not_stop_the_next(
 ) -> None:
     failing = step("b", "print('FAILED tests/x.py::y'); print('1 failed'); raise SystemExit(3)")
     table = {
-        "one": {"cap": 60, "steps": [step("a", "print('fine')"), failing]},
-        "two": {"cap": 60, "steps": [step("c", "print('also fine')")]},
-        "three": {"cap": 60, "steps": [step("d", "")], "default": False},
+        "one": {"steps": [step("a", "print('fine')"), failing]},
+        "two": {"steps": [step("c", "print('also fine')")]},
+        "three": {"steps": [step("d", "")], "default": False},
     }
     code, out = check(tmp_path, table)
     assert code == 1
@@ -58,8 +59,8 @@ def test_a_step_is_cut_short_with_all_it_started(tmp_path: Path) -> None:
     nested = "import subprocess, sys, time; print('begun', flush=True); "
     nested += "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     table = {
-        "slow": {"cap": 60, "steps": [step("sleep", nested, cap=2)]},
-        "next": {"cap": 60, "steps": [step("runs", "print('ran')")]},
+        "slow": {"steps": [step("sleep", nested, cap=2)]},
+        "next": {"steps": [step("runs", "print('ran')")]},
     }
     start = time.monotonic()
     code, out = check(tmp_path, table)
@@ -71,33 +72,81 @@ def test_a_step_is_cut_short_with_all_it_started(tmp_path: Path) -> None:
     assert "cut short" in (out / "summary.txt").read_text()
 
 
-def test_a_stage_and_the_whole_have_caps(tmp_path: Path) -> None:
-    sleep = "import time; time.sleep(60)"
+Ran = list[tuple[str, gpu_check.Step, float]]
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
+    """What would have run: stage, step and seconds; "slow" ones take all of theirs, on a clock of
+    their own."""
+    seen: Ran = []
+    now = [1000.0]
+
+    def run_step(stage: str, step: gpu_check.Step, cap: float, log: Path) -> gpu_check.Outcome:
+        seen.append((stage, step, cap))
+        now[0] += cap if "slow" in step.name else 1
+        return gpu_check.Outcome(stage, step.name, 0, 1.0)
+
+    monkeypatch.setattr(gpu_check, "run_step", run_step)
+    monkeypatch.setattr(gpu_check.time, "monotonic", lambda: now[0])
+    return seen
+
+
+def seconds(ran: Ran) -> dict[str, int]:
+    return {step.name: round(cap) for _, step, cap in ran}
+
+
+def test_no_step_takes_the_share_of_a_later_one(tmp_path: Path, ran: Ran) -> None:
     table = {
-        "first": {"cap": 2.5, "steps": [step("a", sleep), step("b", "")]},
-        "second": {"cap": 60, "steps": [step("c", "")]},
+        "one": {"steps": [step("slow a", "", cap=20), step("b", "", cap=10)]},
+        "two": {"steps": [step("slow c", "", cap=10), step("d", "", cap=5)]},
     }
-    _, out = check(tmp_path, table)
-    a, b, c = outcomes(out)
-    assert a["timed_out"] and b["timed_out"] and b["told"] == "no time left"
-    assert not c["timed_out"]
-    (tmp_path / "again").mkdir()
-    code, out = check(tmp_path / "again", table, "--stage", "second", "--seconds", "0.5")
-    assert code == 1 and outcomes(out)[0]["told"] == "no time left"
+    check(tmp_path, table, "--seconds", "45")
+    assert seconds(ran) == {"slow a": 20, "b": 10, "slow c": 19, "d": 5}
+    ran.clear()
+    code, out = check(tmp_path, table, "--seconds", "24")
+    assert seconds(ran) == {"slow a": 20, "b": 4, "slow c": 3}, "those that come first have theirs"
+    assert code == 1 and outcomes(out)[-1]["told"] == "no time left"
+
+
+def test_chosen_stages_have_the_time_of_all(tmp_path: Path, ran: Ran) -> None:
+    table = {
+        "one": {"steps": [step("slow a", "", cap=20), step("slow b", "", cap=10)]},
+        "two": {"steps": [step("slow c", "", cap=10), step("d", "", cap=5)]},
+    }
+    check(tmp_path, table, "--seconds", "90")
+    assert seconds(ran) == {"slow a": 40, "slow b": 20, "slow c": 20, "d": 10}
+    ran.clear()
+    check(tmp_path, table, "--stage", "one", "--seconds", "90")
+    assert seconds(ran) == {"slow a": 60, "slow b": 30}
+    ran.clear()
+    check(tmp_path, table, "--stage", "two", "--seconds", "90")
+    assert seconds(ran) == {"slow c": 40, "d": 20}, "what takes four times its share hangs"
+
+
+def test_a_command_is_interrupted_even_in_the_background(tmp_path: Path) -> None:
+    code = "import time; print('begun', flush=True)\n"
+    code += "try: time.sleep(60)\nexcept KeyboardInterrupt: print('kept')"
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        _, out = check(tmp_path, {"one": {"steps": [step("a", code, cap=2)]}}, "--seconds", "2")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert outcomes(out)[0]["told"] == "kept"
 
 
 def test_what_may_fail_does_not_count(tmp_path: Path) -> None:
     steps = [step("optional", "raise SystemExit(1)", must=False), step("needed", "")]
-    code, out = check(tmp_path, {"build": {"cap": 60, "steps": steps}})
+    code, out = check(tmp_path, {"build": {"steps": steps}})
     assert code == 0
     assert outcomes(out)[0]["returncode"] == 1
     absent = {"name": "absent", "command": ["no-such-program"], "cap": 5, "must": False}
-    code, out = check(tmp_path, {"build": {"cap": 60, "steps": [absent]}})
+    code, out = check(tmp_path, {"build": {"steps": [absent]}})
     assert code == 0 and outcomes(out)[-1]["returncode"] == 127
 
 
 def test_unknown_stages_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _ = check(tmp_path, {"one": {"cap": 1, "steps": []}}, "--stage", "one,tow")
+    code, _ = check(tmp_path, {"one": {"steps": []}}, "--stage", "one,tow")
     assert code == 2
     assert "no such stage: tow; there are one" in capsys.readouterr().err
 
@@ -119,7 +168,6 @@ def test_stages_of_a_gpu_fit_into_nine_minutes(tmp_path: Path) -> None:
     assert default == ["build", "ops", "models", "kernels", "encode"]
     caps = [stages[name].cap for name in (gpu_check.PREPARE, *default)]
     assert sum(caps) <= gpu_check.MOST_SECONDS < 9 * 60
-    assert all(step.cap <= stage.cap for stage in stages.values() for step in stage.steps)
     files = {"log.txt", "stages.jsonl", "summary.txt"}
     words = [w for stage in stages.values() for step in stage.steps for w in step.command]
     files |= {Path(w).name for w in words if w.endswith(".jsonl")}
@@ -127,25 +175,21 @@ def test_stages_of_a_gpu_fit_into_nine_minutes(tmp_path: Path) -> None:
     assert {str(tmp_path)} == {str(Path(w).parent) for w in words if w.endswith(".jsonl")}
 
 
-def test_every_stage_can_be_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_stage_can_be_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ran: Ran
+) -> None:
     scratch = tmp_path / "scratch"
     monkeypatch.setattr(gpu_check, "PATH_HOOK", scratch / "path")
     monkeypatch.setattr(gpu_check, "WIDE_MODEL", scratch / "model")
-    ran: list[str] = []
-
-    def run_step(stage: str, step: gpu_check.Step, cap: float, log: Path) -> gpu_check.Outcome:
-        ran.append(f"{stage}: {step.name}")
-        return gpu_check.Outcome(stage, step.name, 0, 1.0)
-
-    monkeypatch.setattr(gpu_check, "run_step", run_step)
     command = ["--out", str(tmp_path / "out"), "--stage", "models", "--model", "somewhere"]
     assert gpu_check.main(command) == 0
-    assert ran == ["prepare: model in float32", "models: tests"]
+    names = [(stage, step.name) for stage, step, _ in ran]
+    assert names == [("prepare", "model in float32"), ("models", "tests")]
     assert (scratch / "path" / "sitecustomize.py").is_file()
     (scratch / "model").mkdir()
     (scratch / "model" / "model.safetensors").touch()
     assert gpu_check.main(command) == 0
-    assert ran[2:] == ["models: tests"]
+    assert [stage for stage, _, _ in ran[2:]] == ["models"]
 
 
 LOST_DEVICE = """
@@ -191,9 +235,73 @@ def test_kernels_that_never_ran_come_last(tmp_path: Path) -> None:
     steps = gpu_check.stages(tmp_path, None)["ops"].steps
     files = [[Path(w).stem for w in s.command if w.endswith(".py")] for s in steps]
     kinds = [{f.split("_")[1] for f in group} for group in files]
-    assert kinds[0] == {"triton"} and {"cuda"} in kinds
+    assert kinds[0] == {"triton"} and {"cuda"} in kinds and all(files)
     of_ops, _ = gpu_check._gpu_tests()
     assert sorted(f for group in files for f in group) == sorted(Path(p).stem for p in of_ops)
+
+
+@pytest.mark.parametrize(
+    ("files", "steps"),
+    [
+        ([], {}),
+        (["test_gpu_ops"], {"all": ["test_gpu_ops"]}),
+        (
+            ["test_cuda_attention_more", "test_cuda_rows", "test_new", "test_triton_pool"],
+            {
+                "Triton": ["test_triton_pool"],
+                "CUDA, rows and pooling": ["test_cuda_rows"],
+                "CUDA, attention": ["test_cuda_attention_more"],
+                "all": ["test_new"],
+            },
+        ),
+    ],
+    ids=len,
+)
+def test_every_file_is_in_one_step_and_none_is_empty(
+    files: list[str], steps: dict[str, list[str]]
+) -> None:
+    made = gpu_check._op_steps([f"tests/{name}.py" for name in files])
+    found = {s.name: [Path(w).stem for w in s.command if w.endswith(".py")] for s in made}
+    assert found == steps
+
+
+@pytest.mark.parametrize(("cpus", "workers"), [(1, "1"), (2, "1"), (8, "6"), (16, "12")])
+def test_op_tests_share_the_processors(
+    cpus: int, workers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check.os, "cpu_count", lambda: cpus)
+    monkeypatch.setattr(gpu_check, "find_spec", lambda name: name)
+    (made,) = gpu_check._op_steps(["tests/test_triton_pool.py"])
+    assert made.command[made.command.index("-n") + 1] == workers
+    assert made.sets["OMP_NUM_THREADS"] == "1"
+
+
+def test_benchmarks_have_the_environment_of_users(tmp_path: Path) -> None:
+    """But for tests in torch's deterministic mode, which needs one of cuBLAS's settings."""
+    stages = gpu_check.stages(tmp_path, None)
+    sets = {name: [step.sets for step in stage.steps] for name, stage in stages.items()}
+    assert all("CUBLAS_WORKSPACE_CONFIG" in each for each in sets.pop("ops"))
+    assert not any(each for steps in sets.values() for each in steps)
+    assert gpu_check.environment().get("CUBLAS_WORKSPACE_CONFIG") == os.environ.get(
+        "CUBLAS_WORKSPACE_CONFIG"
+    )
+
+
+def test_a_step_sets_its_environment(tmp_path: Path) -> None:
+    one = step("a", "import os; print(os.environ['OMP_NUM_THREADS'])") | {
+        "sets": {"OMP_NUM_THREADS": "7"}
+    }
+    _, out = check(tmp_path, {"one": {"steps": [one]}})
+    assert outcomes(out)[0]["told"] == "7"
+
+
+def test_every_model_has_its_share(tmp_path: Path) -> None:
+    """Both scopes of MiniLM in steps of their own: one cut short keeps what it has."""
+    commands = [step.command for step in gpu_check.stages(tmp_path, None)["encode"].steps]
+    chosen = [(c[c.index("--model") + 1], c[c.index("--scope") + 1]) for c in commands]
+    minilm = str(gpu_check.WIDE_MODEL)
+    models = [(minilm, "s3"), (minilm, "s1"), ("random-base", "s3"), ("random-large", "s3")]
+    assert chosen == models
 
 
 def test_tests_for_a_gpu_are_found() -> None:
@@ -233,15 +341,6 @@ def test_every_command_gets_the_model_and_the_path(
     made = gpu_check.environment()
     assert made["SBERT_FAST_TEST_MODEL"] == str(tmp_path)
     assert made["PYTHONPATH"].split(os.pathsep)[0] == str(gpu_check.PATH_HOOK)
-
-
-def test_what_a_stage_leaves_the_next_may_use(tmp_path: Path) -> None:
-    table = {
-        "short": {"cap": 60, "steps": [step("a", "")]},
-        "long": {"cap": 0.1, "steps": [step("b", "import time; time.sleep(1)")]},
-    }
-    code, out = check(tmp_path, table)
-    assert code == 0 and [o["returncode"] for o in outcomes(out)] == [0, 0]
 
 
 def test_failures_are_printed_at_once(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from attention_cases import (
     tiles_of,
 )
 from sbert_fast import ops
+from sbert_fast.testing import PEERS, assert_close_to_oracle, oracle
 
 kernel = pytest.importorskip("sbert_fast.kernels.varlen_attention")
 
@@ -164,6 +165,22 @@ def test_place_in_the_batch_changes_no_bit(attend: Attend, window: int, dtype: t
     assert_place_changes_no_bit(attend, case.args())
 
 
+@pytest.mark.parametrize(
+    ("triton_device", "dtype", "dim"),
+    [
+        ("cpu", HALF, 32),
+        *(pytest.param(*g.values, d, marks=g.marks) for g in GPU for d in (32, 64)),
+    ],
+    ids=str,
+    indirect=["triton_device"],
+)
+def test_a_far_longer_neighbour_changes_no_bit(
+    attend: Attend, dim: int, dtype: torch.dtype
+) -> None:
+    """Batches with more than 256 tokens in a sequence have launch parameters of their own."""
+    assert_place_changes_no_bit(attend, Case((40, 512, 140), dim, dtype, heads=1).args())
+
+
 @every_gpu_dtype
 @pytest.mark.parametrize("dim", [26, 32, 64, 128])
 def test_runs_repeat_bit_for_bit(attend: Attend, dim: int, dtype: torch.dtype) -> None:
@@ -223,6 +240,29 @@ def test_torch_implementation(
     check(Case(lengths, 26, dtype, reach=3), run)
 
 
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@on_gpu
+@pytest.mark.parametrize("dim", [26, 32, 64, 128])
+def test_tf32_where_torch_is_told_so(
+    attend: Attend, dim: int, triton_device: str, request: pytest.FixtureRequest
+) -> None:
+    args = Case((*RAGGED, *TINY), dim, SINGLE).args()
+    exact = attend(args)
+    request.getfixturevalue("tf32")
+    out = attend(args)
+    assert not torch.equal(out, exact)
+    there = [a.to(triton_device) if isinstance(a, Tensor) else a for a in args]
+    peer = PEERS["varlen_attention"](*there).cpu()
+    # A tf32 number has the mantissa of a float16, 10 bits.
+    assert_close_to_oracle(out, oracle("varlen_attention", *args), peer, HALF)
+
+
 def builds(
     dim: int, dtype: torch.dtype, arch: int, max_seqlen: int, **options: Any
 ) -> Iterator[triton_aot.Build]:
@@ -269,6 +309,17 @@ def test_compiled_kernels_fit(arch: int) -> None:
     usages = triton_aot.compile_all(unique)
     print("\n" + triton_aot.table(unique, usages))
     triton_aot.assert_fits(unique, usages)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tf32")
+@pytest.mark.parametrize("arch", [80, 90])
+def test_compiled_kernels_in_tf32_fit(arch: int) -> None:
+    wanted = [b for dim in (32, 64, 128) for b in builds(dim, SINGLE, arch, 512)]
+    assert {build.constexprs["PRECISION"] for build in wanted} == {"tf32"}
+    usages = triton_aot.compile_all(wanted)
+    print("\n" + triton_aot.table(wanted, usages))
+    triton_aot.assert_fits(wanted, usages)
 
 
 def test_short_kernels_fill_a_multiprocessor() -> None:

@@ -1,4 +1,4 @@
-"""Sentence embeddings several times faster, by changing one line.
+"""Sentence embeddings faster, by changing one line.
 
 from sbert_fast import FastEncoder        # instead of SentenceTransformer
 """

@@ -18,6 +18,11 @@ from sbert_fast.tokenization import TextTokenizer, tokenizer_state
 DEVICES = ("cpu", "cuda")
 # transformers' stand-in for "no limit" is far above this.
 _NO_LIMIT = 1_000_000_000
+# What sentence-transformers takes of the base model, and what it calls that.
+_READ = {
+    "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+    "module_output_name": "token_embeddings",
+}
 
 
 def signature(model: SentenceTransformer) -> tuple[Any, ...]:
@@ -25,9 +30,12 @@ def signature(model: SentenceTransformer) -> tuple[Any, ...]:
     children = list(model.children())
     first = children[0] if children else None
     pooling = children[1] if len(children) > 1 else None
+    base = getattr(first, "auto_model", None)
     return (
         tuple(map(id, children)),
-        id(getattr(first, "auto_model", None)),
+        id(base),
+        getattr(getattr(base, "config", None), "_attn_implementation", None),
+        *(repr(getattr(first, name, None)) for name in _READ),
         tokenizer_state(getattr(first, "tokenizer", None)),
         getattr(pooling, "pooling_mode", None),
         getattr(pooling, "include_prompt", None),
@@ -60,11 +68,7 @@ def build_pipeline(model: SentenceTransformer, dtype: torch.dtype | None, impl: 
         raise UnsupportedModelError(
             f"the model is on {model.device}: there are kernels for {' and '.join(DEVICES)}"
         )
-    for name in ("processing_kwargs", "query_expansion", "query_length", "document_length"):
-        if getattr(transformer, name, None):
-            raise UnsupportedModelError(f"the Transformer module sets {name}")
-    if transformer.tokenizer is None:
-        raise UnsupportedModelError("the Transformer module has no tokenizer")
+    _check_transformer(transformer)
     base = transformer.auto_model
     architecture, _ = models.read(base)
     after = dict(list(model.named_children())[1:])
@@ -74,6 +78,28 @@ def build_pipeline(model: SentenceTransformer, dtype: torch.dtype | None, impl: 
     if model.device.type != "cpu" and impl == "auto" and engine.implementation == "reference":
         raise UnsupportedModelError(f"no kernels run on {model.device}:\n{ops.explain_ops()}")
     return Pipeline(TextTokenizer(transformer.tokenizer, max_length), engine, PoolingHead(spec))
+
+
+def _check_transformer(transformer: Any) -> None:
+    """Refuse options of the Transformer module that the packed engine would pass by."""
+    for name in ("processing_kwargs", "query_expansion", "query_length", "document_length"):
+        if getattr(transformer, name, None):
+            raise UnsupportedModelError(f"the Transformer module sets {name}")
+    for name, expected in _READ.items():
+        found = getattr(transformer, name, expected)
+        if found != expected:
+            raise UnsupportedModelError(f"Transformer.{name} must be {expected}, got {found}")
+    tokenizer = transformer.tokenizer
+    if tokenizer is None:
+        raise UnsupportedModelError("the Transformer module has no tokenizer")
+    if not type(tokenizer).__module__.startswith("transformers."):
+        raise UnsupportedModelError(
+            f"the tokenizer must be one of transformers, got {type(tokenizer).__module__}."
+            f"{type(tokenizer).__qualname__}"
+        )
+    for holder in (tokenizer, getattr(transformer, "processor", None)):
+        if getattr(holder, "chat_template", None):
+            raise UnsupportedModelError("the tokenizer has a chat template")
 
 
 def _max_length(transformer: Any, room: int) -> int:

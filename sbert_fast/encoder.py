@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import warnings
@@ -54,6 +55,9 @@ _RUN_ARGUMENTS = (
     "truncate_dim",
 )
 
+# What the configs of transformers may ask a forward to return besides.
+_OUTPUTS = ("hidden_states", "attentions")
+
 
 def _arguments_of(model: SentenceTransformer) -> dict[str, Any]:
     return {
@@ -62,13 +66,14 @@ def _arguments_of(model: SentenceTransformer) -> dict[str, Any]:
         "similarity_fn_name": model._similarity_fn_name,
         "truncate_dim": model.truncate_dim,
         "trust_remote_code": model.trust_remote_code,
-        "model_card_data": model.model_card_data,
+        # The constructor enters itself into it.
+        "model_card_data": copy.copy(model.model_card_data),
         "backend": model.backend,
     }
 
 
 class FastEncoder(SentenceTransformer):
-    """A `SentenceTransformer` that embeds text several times faster, with the same results.
+    """A `SentenceTransformer` that embeds text faster, with the same results.
 
     It takes the same arguments, gives the same vectors and passes wherever a `SentenceTransformer`
     is asked for. Text runs packed: tokenised once, cut into batches by tokens, never padded. What
@@ -150,12 +155,18 @@ class FastEncoder(SentenceTransformer):
     def _announce(self) -> None:
         pipeline = self._pipeline()
         if isinstance(pipeline, str):
+            self._counters.expect_fallback(pipeline)
             warnings.warn(
                 f"FastEncoder runs this model in sentence-transformers, unaccelerated: {pipeline}",
                 stacklevel=3,
             )
             return
         engine = pipeline.engine
+        if engine.implementation == "reference" and ops.requested(self._impl) == "auto":
+            logger.warning(
+                "no kernels run on %s, only plain torch: `sbert-fast doctor` tells why",
+                engine.device,
+            )
         logger.info(
             "packed %s in %s on %s, ops: %s, at most %d tokens a batch",
             engine.architecture.family,
@@ -230,6 +241,11 @@ class FastEncoder(SentenceTransformer):
         modalities = getattr(self[0], "modalities", ())
         return "text" in modalities and all(m in ("text", "message") for m in modalities)
 
+    def _outputs_more(self) -> bool:
+        """Whether the config of the base model adds to what a forward returns."""
+        config = self[0].auto_model.config
+        return any(getattr(config, f"output_{what}", False) for what in _OUTPUTS)
+
     def _token_budget(self, pipeline: Pipeline, batch_size: int) -> int:
         budget = self.batch_tokens
         if budget == "auto":
@@ -238,7 +254,7 @@ class FastEncoder(SentenceTransformer):
             budget = min(budget, batch_size * pipeline.tokenizer.max_length)
         return int(budget)
 
-    def _call_reason(self, kwargs: dict[str, Any]) -> str | None:
+    def _call_reason(self, kwargs: dict[str, Any], output_value: str | None) -> str | None:
         """Why a call runs in sentence-transformers; None where it runs packed."""
         pipeline = self._pipeline()
         if isinstance(pipeline, str):
@@ -247,10 +263,19 @@ class FastEncoder(SentenceTransformer):
             return "the base model has forward hooks"
         if pipeline.engine.has_own_forwards():
             return "a module of the base model has a forward of its own"
-        if type(self).forward is not SentenceTransformer.forward or any(
-            has_hooks(module) or "forward" in module.__dict__ for module in (self, *self.children())
+        transformer, *behind = self.children()
+        if any(
+            has_hooks(module) or "forward" in module.__dict__
+            for module in (self, transformer, *(m for child in behind for m in child.modules()))
         ):
             return "a module has forward hooks, or a forward of its own"
+        for name in ("forward", "preprocess", "tokenize"):
+            if getattr(type(self), name) is not getattr(SentenceTransformer, name):
+                return f"{type(self).__name__} has a {name} of its own"
+            if name in self.__dict__ or name in transformer.__dict__:
+                return f"{name} was replaced on an instance"
+        if output_value is None and self._outputs_more():
+            return "output_value=None of a model that outputs hidden states or attentions"
         # sentence-transformers refuses the names it does not know, whatever their value.
         given = [
             name
@@ -342,7 +367,7 @@ class FastEncoder(SentenceTransformer):
         prompt = self._resolve_prompt(prompt, prompt_name)
         if prompt is not None:
             check_texts([prompt], "prompt")
-        reason = self._call_reason(kwargs)
+        reason = self._call_reason(kwargs, output_value)
         if output_value != "sentence_embedding" and precision not in (None, "float32"):
             reason = reason or f"precision={precision!r} of {output_value}"
         single = isinstance(inputs, str)
@@ -412,7 +437,7 @@ class FastEncoder(SentenceTransformer):
             self._move(arguments["device"])
         known = {name: arguments[name] for name in _RUN_ARGUMENTS if name in arguments}
         extra = {k: v for k, v in arguments.items() if k not in (*known, "device", "save_to_cpu")}
-        if self._call_reason(extra) is not None:
+        if self._call_reason(extra, known.get("output_value")) is not None:
             return super()._inference(inputs, **arguments)
         return self._run_packed(inputs, **known, on_host=arguments.get("save_to_cpu", True))
 

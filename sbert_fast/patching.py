@@ -63,8 +63,8 @@ def accelerate(
     states of masked tokens are zeros. `state_dict`, parameters and saving are untouched, changed
     weights are followed, and copies serve their own. What the packed path does not do (attention
     weights, hidden states of all layers, masks that are not `[B, S]` or mask the first token,
-    training, hooks inside the model, tracing) goes to the original forward; :func:`counts` tells
-    how often, and why.
+    training, hooks inside the model) goes to the original forward; :func:`counts` tells how often,
+    and why. So does what is traced or compiled, uncounted.
 
     Call it again after writes that torch does not count (`p.data.copy_(x)`): weights are then read
     anew. A forward checks weights, when it reads them, and not its results: where weights have come

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sbert_fast import ops
 from sbert_fast.errors import UnsupportedModelError
-from sbert_fast.models.base import Linear, check_finite
+from sbert_fast.models.base import check_finite, linear
 from sbert_fast.packing import ROW_ALIGNMENT, PackedBatch
 from sbert_fast.prepare import (
     Fingerprint,
@@ -91,12 +91,14 @@ def read_pooling(modules: dict[str, nn.Module], width: int) -> PoolingSpec:
         raise UnsupportedModelError(
             f"pooling mode must be one of {', '.join(_MODES)}, got {unknown}"
         )
+    size = width * len(modes)
     for module in tail.values():
-        _check_tail(module)
+        size = _check_tail(module, size)
     return PoolingSpec(tuple(_MODES[mode] for mode in modes), pooling.include_prompt, tail, width)
 
 
-def _check_tail(module: nn.Module) -> None:
+def _check_tail(module: Any, width: int) -> int:
+    """Check a module that takes embeddings of `width` components; those of its own come back."""
     name = type(module).__name__
     if not (is_module(module, "Dense") or is_module(module, "Normalize")):
         raise UnsupportedModelError(f"modules after Pooling must be Dense or Normalize, got {name}")
@@ -106,6 +108,14 @@ def _check_tail(module: nn.Module) -> None:
             raise UnsupportedModelError(
                 f"{name}.{attribute} must be 'sentence_embedding', got {key!r}"
             )
+    if not is_module(module, "Dense"):
+        return width
+    found = linear(module.linear).weight.shape
+    if found[1] != width:
+        raise UnsupportedModelError(
+            f"{name} must take the {width} components that come before it, got {found[1]}"
+        )
+    return int(found[0])
 
 
 # Of one `Dense`: its layer, and the projection of its residual if there is one.
@@ -237,10 +247,10 @@ class PoolingHead:
 
     def _apply_dense(self, name: str, module: Any, x: Tensor, impl: str) -> Tensor:
         """`Dense` on rows padded to a multiple of 16, so that a row depends on no other row."""
-        _, linear, residual = self._prepared(name, module, x.device, impl)
+        _, layer, residual = self._prepared(name, module, x.device, impl)
         count = x.shape[0]
         padded = F.pad(x, (0, 0, 0, -count % ROW_ALIGNMENT))
-        y = module.activation_function(linear(padded))
+        y = module.activation_function(layer(padded))
         if getattr(module, "use_residual", False):
             y = y + (padded if residual is None else residual(padded))
         return y[:count]
@@ -250,9 +260,9 @@ def _prepare_dense(module: Any, device: torch.device, impl: str) -> _PreparedDen
     fingerprint = Fingerprint(module)
     kernels = LinearKernels(torch.float32, device, impl)
     with torch.inference_mode(False), torch.no_grad():
-        linear = PreparedLinear((Linear(module.linear.weight, module.linear.bias),), kernels)
+        layer = PreparedLinear((linear(module.linear),), kernels)
         projection = getattr(module, "residual", None)
         residual = None
         if projection is not None:
-            residual = PreparedLinear((Linear(projection.weight, None),), kernels)
-    return fingerprint, linear, residual
+            residual = PreparedLinear((linear(projection),), kernels)
+    return fingerprint, layer, residual

@@ -38,6 +38,7 @@ class Counters:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._stats = EncoderStats()
+        self._told: set[str] = set()
 
     def __reduce__(self) -> tuple[type[Counters], tuple[()]]:
         return type(self), ()
@@ -62,9 +63,15 @@ class Counters:
             self._stats.truncated += truncated
             self._stats.memory_shortages += memory_shortages
 
-    def add_fallback(self, reason: str) -> bool:
-        """Count a fallback; True the first time this reason occurs."""
+    def expect_fallback(self, reason: str) -> None:
+        """Note that the user knows of a reason."""
         with self._lock:
-            count = self._stats.fallbacks.get(reason, 0)
-            self._stats.fallbacks[reason] = count + 1
-            return count == 0
+            self._told.add(reason)
+
+    def add_fallback(self, reason: str) -> bool:
+        """Count a fallback; True where the user does not know of the reason yet."""
+        with self._lock:
+            self._stats.fallbacks[reason] = self._stats.fallbacks.get(reason, 0) + 1
+            is_new = reason not in self._told
+            self._told.add(reason)
+            return is_new

@@ -85,11 +85,13 @@ def tokenizer_state(tokenizer: Any) -> tuple[Any, ...]:  # noqa: ANN401
         return (id(tokenizer),)
     return (
         id(tokenizer),
+        type(tokenizer),
         id(getattr(tokenizer, "backend_tokenizer", None)),
         len(tokenizer),
         tokenizer.model_max_length,
         tokenizer.truncation_side,
         tokenizer.split_special_tokens,
+        getattr(tokenizer, "chat_template", None),
     )
 
 

@@ -8,6 +8,7 @@ import pickle
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from families import (
 )
 from sbert_fast import FastEncoder, explain, ops
 from sbert_fast.errors import ImplementationError, InvalidWeightsError
+from sbert_fast.ops import extension
 
 TEXTS = make_texts(30)
 Launches = Callable[[], dict[tuple[str, str], int]]
@@ -263,6 +265,24 @@ def test_max_seq_length_set_later_is_honoured() -> None:
         assert encoder.stats.truncated > before.truncated
 
 
+def test_the_model_that_was_handed_in_keeps_its_card() -> None:
+    st = make_sentence_transformer()
+    encoder = FastEncoder(st)
+    assert st.model_card_data.model is st
+    assert encoder.model_card_data.model is encoder
+
+
+def test_plain_torch_is_not_taken_silently(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(extension, "CPU", replace(extension.CPU, reason="it was not built"))
+    FastEncoder(make_sentence_transformer())
+    assert "no kernels run on cpu, only plain torch" in caplog.text
+    caplog.clear()
+    FastEncoder(make_sentence_transformer(), impl="reference")
+    assert not caplog.text
+
+
 # Unsupported models
 
 
@@ -310,7 +330,11 @@ UNSUPPORTED = {
     ("make", "reason"), UNSUPPORTED.items(), ids=["mpnet", "pooling", "layer norm", "static"]
 )
 def test_unsupported_model_runs_in_sentence_transformers(
-    make: Callable[[Path], list[nn.Module]], reason: str, tmp_path: Path, launches: Launches
+    make: Callable[[Path], list[nn.Module]],
+    reason: str,
+    tmp_path: Path,
+    launches: Launches,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     st = SentenceTransformer(modules=make(tmp_path), device="cpu").eval()
     with pytest.warns(UserWarning, match=f"unaccelerated: {reason}") as caught:
@@ -328,6 +352,7 @@ def test_unsupported_model_runs_in_sentence_transformers(
     assert encoder.compute_dtype is None
     assert encoder.packed_engine is None
     assert sum(encoder.stats.fallbacks.values()) >= 3
+    assert not [r for r in caplog.records if r.name == "sbert_fast"], "told a second time"
     assert encoder.stats.texts == 0
     assert launches() == {}
     assert_same_result(pickle.loads(pickle.dumps(encoder)).encode(TEXTS), st.encode(TEXTS))

@@ -16,6 +16,9 @@ from sbert_fast.errors import InvalidWeightsError, UnsupportedModelError
 # transformers leaves these hooks behind once hidden states were asked for; idle, they do nothing.
 _IDLE_HOOKS = "transformers.utils.output_capturing"
 
+# Those that compute softmax(q k^T / sqrt(D)) v, each in its own way.
+_ATTENTION = (None, "eager", "sdpa", "flex_attention", *(f"flash_attention_{i}" for i in (2, 3, 4)))
+
 # HF activation names; the value says whether the tanh approximation is meant.
 _GELUS = {
     "gelu": False,
@@ -168,6 +171,11 @@ def check(model: nn.Module, architecture: Architecture, weights: EncoderWeights)
     for flag in ("is_decoder", "add_cross_attention", "is_causal"):
         if getattr(config, flag, False):
             raise UnsupportedModelError(f"config.{flag} is set: only encoders are supported")
+    attention = getattr(config, "_attn_implementation", None)
+    if attention not in _ATTENTION:
+        raise UnsupportedModelError(
+            f"the attention must be one of transformers' own, got {attention!r}"
+        )
     kind = getattr(config, "position_embedding_type", "absolute") or "absolute"
     if kind != "absolute":
         raise UnsupportedModelError(
@@ -180,12 +188,15 @@ def check(model: nn.Module, architecture: Architecture, weights: EncoderWeights)
         )
     if not 8 <= architecture.head_dim <= 128:
         raise UnsupportedModelError(f"head dim must be 8 to 128, got {architecture.head_dim}")
-    _check_modules(model)
+    _check_modules(model, architecture.head_dim)
     _check_parameters(model, weights)
 
 
-def _check_modules(model: nn.Module) -> None:
+def _check_modules(model: nn.Module, head_dim: int) -> None:
     for name, module in model.named_modules():
+        scale: Any = getattr(module, "scaling", None)
+        if isinstance(scale, float) and not math.isclose(scale, head_dim**-0.5):
+            raise UnsupportedModelError(f"{name}.scaling must be {head_dim}**-0.5, got {scale}")
         home = type(module).__module__
         if name and not home.startswith(("torch.nn.", "transformers.")):
             raise UnsupportedModelError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
@@ -53,7 +54,8 @@ def build_pipeline(model: SentenceTransformer, dtype: torch.dtype | None, impl: 
 
     Raises:
         UnsupportedModelError: with the reason.
-        ValueError: `max_seq_length` is beyond the position table.
+        ValueError: `max_seq_length` is no length, beyond the position table, or leaves no room for
+            the special tokens of a text.
     """
     children = list(model.children())
     if not children or not is_module(children[0], "Transformer"):
@@ -104,17 +106,22 @@ def _check_transformer(transformer: Any) -> None:
 
 def _max_length(transformer: Any, room: int) -> int:
     """Tokens kept of a text, given the room of the position table."""
-    value = transformer.tokenizer.model_max_length
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+    tokenizer = transformer.tokenizer
+    value = tokenizer.model_max_length
+    if value is not None and (
+        isinstance(value, bool) or not isinstance(value, (int, float, np.integer))
+    ):
         raise ValueError(f"max_seq_length must be an integer, got {value!r}")
     # sentence-transformers falls back to the size of the whole table, offset rows included.
     table = transformer.auto_model.config.max_position_embeddings
     if value is None or value >= _NO_LIMIT or room < value == table:
         return room
-    if not 1 <= value <= room or value != int(value):
+    # Tokenizers cut nothing where the special tokens alone are too many.
+    least = max(1, tokenizer.num_special_tokens_to_add(pair=False))
+    if not least <= value <= room or value != int(value):
         raise ValueError(
-            f"max_seq_length must be an integer from 1 to {room}, the room of the position table, "
-            f"got {value}"
+            f"max_seq_length must be an integer from {least}, the special tokens of a text, to "
+            f"{room}, the room of the position table, got {value}"
         )
     return int(value)
 

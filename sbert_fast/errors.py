@@ -25,8 +25,8 @@ class DeviceLostError(SbertFastError, RuntimeError):
     """A GPU that an earlier error has made useless to this process, until it ends."""
 
 
-class NonFiniteEmbeddingError(SbertFastError, ValueError):
-    """NaN or infinity in a result.
+class TextsError(SbertFastError, ValueError):
+    """Some of the texts of a call have no embedding.
 
     Attributes:
         indices: positions, in the caller's input, of the texts concerned: those of the first batch
@@ -37,8 +37,16 @@ class NonFiniteEmbeddingError(SbertFastError, ValueError):
         super().__init__(message)
         self.indices = list(indices)
 
-    def __reduce__(self) -> tuple[type[NonFiniteEmbeddingError], tuple[str, list[int]]]:
+    def __reduce__(self) -> tuple[type[TextsError], tuple[str, list[int]]]:
         return type(self), (str(self), self.indices)
+
+
+class NonFiniteEmbeddingError(TextsError):
+    """NaN or infinity in a result."""
+
+
+class TokenIdError(TextsError):
+    """Tokens that have no row in an embedding table of the model."""
 
 
 class InvalidWeightsError(UnsupportedModelError):

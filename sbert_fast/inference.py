@@ -15,12 +15,13 @@ from torch import Tensor
 
 from sbert_fast import budget, packing
 from sbert_fast.engine import PackedEncoder, Prepared
-from sbert_fast.errors import NonFiniteEmbeddingError
+from sbert_fast.errors import NonFiniteEmbeddingError, TokenIdError
 from sbert_fast.packing import PackedBatch
 from sbert_fast.pooling import PoolingHead
 from sbert_fast.stats import Counters
 from sbert_fast.tokenization import TextTokenizer, TokenizedTexts
 from sbert_fast.transfer import Arrival, Transfers
+from sbert_fast.values import shown
 
 # Characters and number of the texts that are tokenised and planned together: memory beyond the
 # output is bounded by a window, whatever the number of texts. On a CPU a window is about a million
@@ -96,6 +97,37 @@ def _windows(texts: Sequence[str], device: str) -> Iterator[tuple[int, int]]:
         yield start, len(texts)
 
 
+def _check_ids(
+    tokenizer: TextTokenizer, tokens: TokenizedTexts, first: int, prepared: Prepared
+) -> None:
+    """Refuse tokens outside the tables, which kernels on a GPU would read all the same."""
+    rows = prepared.word.shape[0]
+    if tokens.ids.max(initial=0) >= rows:
+        indices, where = _owners(tokens, tokens.ids >= rows)
+        found = int(tokens.ids[where])
+        raise TokenIdError(
+            f"inputs[{first + indices[0]}] holds the token {shown(tokenizer.token(found))}, whose "
+            f"id {found} is outside the {rows} rows of the model's embedding table: where tokens "
+            "were added to the tokenizer, call model.resize_token_embeddings(len(tokenizer)) on "
+            "the base model",
+            (indices + first).tolist(),
+        )
+    rows = 0 if prepared.token_type is None else prepared.token_type.shape[0]
+    if rows and tokens.types is not None and tokens.types.max(initial=0) >= rows:
+        indices, where = _owners(tokens, tokens.types >= rows)
+        raise TokenIdError(
+            f"inputs[{first + indices[0]}] holds a token of type {tokens.types[where]}, which is "
+            f"outside the {rows} rows of the model's table of token types",
+            (indices + first).tolist(),
+        )
+
+
+def _owners(tokens: TokenizedTexts, bad: NDArray[np.bool_]) -> tuple[NDArray[np.int64], int]:
+    """The texts of the tokens that are `bad`, and the first of these tokens."""
+    where = np.flatnonzero(bad)
+    return np.unique(np.searchsorted(tokens.offsets, where, side="right") - 1), int(where[0])
+
+
 def _pack(pipeline: Pipeline, tokens: TokenizedTexts, rows: NDArray[np.int64]) -> PackedBatch:
     architecture = pipeline.engine.architecture
     return packing.pack(
@@ -128,6 +160,7 @@ def _run_window(
 ) -> None:
     """Run the window that begins with text `first`."""
     prepared = pipeline.engine.prepared()
+    _check_ids(pipeline.tokenizer, tokens, first, prepared)
     every = np.arange(tokens.lengths.shape[0])
     left = deque(_plan(tokens.lengths, every, pipeline.limit.apply(batch_tokens)))
     while left:
@@ -172,6 +205,9 @@ def run(
         counters: updated after every batch and window.
         sink: takes the batches.
         progress: called with the number of texts just finished, or on their way.
+
+    Raises:
+        TokenIdError: a token has no row in the embedding table; names the text and the token.
     """
     for first, last in _windows(texts, pipeline.engine.device.type):
         window = texts[first:last]

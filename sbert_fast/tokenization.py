@@ -147,6 +147,13 @@ class TextTokenizer:
         np.cumsum(lengths, out=offsets[1:])
         return TokenizedTexts(ids, lengths, offsets, types, sum(part[3] for part in parts))
 
+    def token(self, token_id: int) -> str:
+        """The token that an id stands for."""
+        if self._backend is None:
+            assert self._slow is not None
+            return str(self._slow.convert_ids_to_tokens(token_id))
+        return str(self._backend.id_to_token(token_id))
+
     def _chunk(
         self, texts: Sequence[str]
     ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32] | None, int]:

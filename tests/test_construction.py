@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -226,7 +227,7 @@ def test_log_says_what_runs(st: SentenceTransformer, caplog: pytest.LogCaptureFi
 def test_max_seq_length_beyond_the_position_table() -> None:
     st = make_sentence_transformer()
     st.max_seq_length = MAX_TOKENS + 1
-    message = f"max_seq_length must be an integer from 1 to {MAX_TOKENS}, .* got {MAX_TOKENS + 1}"
+    message = f"max_seq_length must be an integer from 2, .* {MAX_TOKENS}, .* got {MAX_TOKENS + 1}"
     with pytest.raises(ValueError, match=message):
         FastEncoder(st)
     st.max_seq_length = MAX_TOKENS
@@ -234,9 +235,32 @@ def test_max_seq_length_beyond_the_position_table() -> None:
     encoder.max_seq_length = MAX_TOKENS + 1
     with pytest.raises(ValueError, match=message):
         encoder.encode(TEXTS)
-    encoder.max_seq_length = 0
-    with pytest.raises(ValueError, match=f"must be an integer from 1 to {MAX_TOKENS}, .* got 0"):
-        encoder.encode(TEXTS)
+
+
+@pytest.mark.parametrize("value", [-1, 0, 1])
+def test_max_seq_length_below_the_special_tokens(value: int, batch_tokens: list[int]) -> None:
+    encoder = FastEncoder(make_sentence_transformer())
+    encoder.max_seq_length = value
+    message = f"must be an integer from 2, the special tokens of a text, to .* got {value}$"
+    with pytest.raises(ValueError, match=message):
+        encoder.encode(["sea", "sun " * 2 * MAX_TOKENS])
+    assert batch_tokens == []
+
+
+def test_max_seq_length_without_special_tokens() -> None:
+    st = make_sentence_transformer()
+    st.tokenizer.backend_tokenizer.post_processor = None
+    st.max_seq_length = 1
+    texts = make_texts(10, max_words=20)
+    assert_same_result(FastEncoder(st).encode(texts), st.encode(texts))
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8])
+def test_max_seq_length_may_be_an_integer_of_numpy(kind: type) -> None:
+    st = make_sentence_transformer()
+    st.max_seq_length = kind(7)
+    texts = make_texts(10, max_words=20)
+    assert_same_result(FastEncoder(st).encode(texts), st.encode(texts))
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import threading
 from typing import Any
@@ -15,9 +16,9 @@ from tokenizers import processors
 
 from checks import assert_same_vectors
 from families import MAX_TOKENS, VARIANTS, make_sentence_transformer, make_texts, make_tokenizer
-from sbert_fast import FastEncoder, tokenization
+from sbert_fast import FastEncoder, inference, tokenization
 from sbert_fast.data import multilingual_texts, sample_texts
-from sbert_fast.errors import InputError
+from sbert_fast.errors import InputError, TokenIdError
 from sbert_fast.tokenization import TextTokenizer, TokenizedTexts, check_texts
 
 TEXTS = make_texts(50, max_words=150)
@@ -175,6 +176,53 @@ def test_tokens_added_later_are_known() -> None:
     after = encoder.encode("sea zzzyx sun")
     assert_same_vectors(after, model.encode("sea zzzyx sun"))
     assert np.abs(after - before).max() > 1e-3
+
+
+@pytest.mark.parametrize("output_value", ["sentence_embedding", "token_embeddings", None])
+def test_tokens_without_a_row_in_the_table(
+    monkeypatch: pytest.MonkeyPatch, batch_tokens: list[int], output_value: Any
+) -> None:
+    monkeypatch.setitem(inference._WINDOWS, "cpu", (4_000_000, 4))
+    model = make_sentence_transformer()
+    encoder = FastEncoder(model)
+    texts = ["sea"] * 5 + ["sea foobarx", "sun " * 30, "foobarx"]
+    encoder.encode(texts)
+    model.tokenizer.add_tokens(["foobarx"])
+    rows = model[0].auto_model.embeddings.word_embeddings.num_embeddings
+    message = (
+        rf"^inputs\[5\] holds the token 'foobarx', whose id {rows} is outside the {rows} rows of "
+        r".*model\.resize_token_embeddings\(len\(tokenizer\)\)"
+    )
+    batch_tokens.clear()
+    with pytest.raises(TokenIdError, match=message) as error:
+        encoder.encode(texts, output_value=output_value)
+    assert isinstance(error.value, ValueError) and error.value.indices == [5, 7]
+    assert batch_tokens == [4 * 3], "only the window before is computed"
+    assert pickle.loads(pickle.dumps(error.value)).indices == [5, 7]
+    with pytest.raises(IndexError):
+        model.encode(texts)
+    model[0].auto_model.resize_token_embeddings(len(model.tokenizer))
+    assert_same_vectors(encoder.encode(texts), model.encode(texts))
+
+
+def test_ids_of_a_python_tokenizer_without_a_row_in_the_table() -> None:
+    encoder = FastEncoder(make_sentence_transformer())
+    pipeline = encoder._pipeline()
+    tokenizer = TextTokenizer(transformers.CanineTokenizer(), 20)
+    prepared = pipeline.engine.prepared()
+    with pytest.raises(TokenIdError, match=r"^inputs\[3\] holds the token '\\ue000'"):
+        inference._check_ids(tokenizer, tokenizer(["a"]), 3, prepared)
+
+
+def test_token_types_without_a_row_in_the_table() -> None:
+    model = make_sentence_transformer("bert")
+    ids = [(token, model.tokenizer.convert_tokens_to_ids(token)) for token in ("[CLS]", "[SEP]")]
+    model.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:2 [SEP]:0", special_tokens=ids
+    )
+    encoder = FastEncoder(model)
+    with pytest.raises(TokenIdError, match=r"^inputs\[1\] holds a token of type 2, .* 2 rows"):
+        encoder.encode(["", "sea"])
 
 
 # Privacy, threads, failures

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sentence_transformers.util import quantize_embeddings
 from torch import Tensor
 
 from sbert_fast.errors import InputError
@@ -40,6 +39,11 @@ def with_default_batch_size(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """The dtype that an argument names; None where that is left to the model.
+
+    Raises:
+        ValueError: it names none that the engine computes in.
+    """
     if isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():
         return dtype
     if not isinstance(dtype, str) or dtype not in _DTYPES:
@@ -124,6 +128,9 @@ def convert(
         return np.array([]) if convert_to_numpy else []
     result: Any = embeddings
     if precision not in (None, "float32"):
+        # Here, so that models of transformers alone are accelerated without it.
+        from sentence_transformers.util import quantize_embeddings
+
         result = quantize_embeddings(embeddings, precision=precision)
     if convert_to_tensor:
         return torch.as_tensor(result)

@@ -15,12 +15,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sbert_fast import models
+from sbert_fast.arguments import parse_dtype
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.models.base import check_finite
 from sbert_fast.packed_forward import PackedForward
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def forward_of(module: nn.Module) -> PackedForward | None:
@@ -55,7 +54,7 @@ def refusal(module: nn.Module) -> str | None:
 
 
 def accelerate(
-    model: nn.Module, *, dtype: torch.dtype | None = None, impl: str = "auto"
+    model: nn.Module, *, dtype: str | torch.dtype | None = None, impl: str = "auto"
 ) -> nn.Module:
     """Make every supported base model inside `model` run packed, in place and reversibly.
 
@@ -74,8 +73,8 @@ def accelerate(
     Args:
         model: a loaded model of transformers or sentence-transformers, or any module that holds
             some. Already accelerated, it takes on `dtype` and `impl` of this call.
-        dtype: dtype to compute in: float32, bfloat16 or float16. None is the dtype of the model.
-            Outputs have the dtype of the model either way.
+        dtype: dtype to compute in: "float32", "bfloat16", "float16", or the torch dtype. None and
+            "auto" are the dtype of the model. Outputs have the dtype of the model either way.
         impl: implementation of the ops, see :mod:`sbert_fast.ops`.
 
     Returns:
@@ -89,9 +88,7 @@ def accelerate(
         ImplementationError: `impl` cannot run here.
     """
     _check_module("accelerate", model)
-    if dtype is not None and dtype not in _DTYPES:
-        expected = ", ".join(str(d) for d in _DTYPES)
-        raise ValueError(f"dtype must be None or one of {expected}, got {dtype!r}")
+    requested_dtype = None if dtype is None else parse_dtype(dtype)
     found = candidates(model)
     reasons = {name: refusal(module) for name, module in found.items()}
     if all(reasons.values()):
@@ -101,7 +98,7 @@ def accelerate(
         )
         raise UnsupportedModelError(f"{type(model).__name__} cannot be accelerated: {why}")
     encoders = [
-        PackedEncoder(module, dtype=dtype, impl=impl)
+        PackedEncoder(module, dtype=requested_dtype, impl=impl)
         for name, module in found.items()
         if reasons[name] is None
     ]

@@ -33,3 +33,8 @@ def test_package_alone_imports_no_torch() -> None:
     new = newly_imported("", "import sbert_fast")
     assert "sbert_fast" in new
     assert not {"torch", "transformers", "sentence_transformers"} & set(new)
+
+
+def test_accelerate_needs_no_sentence_transformers() -> None:
+    new = newly_imported("", "from sbert_fast import accelerate")
+    assert "transformers" in new and "sentence_transformers" not in new

@@ -143,13 +143,21 @@ def test_results_have_the_dtype_of_the_model(dtype: torch.dtype) -> None:
     assert cosine_distances(ours.last_hidden_state[keep].float(), expected).max() <= bound
 
 
-def test_compute_dtype_is_not_the_dtype_of_the_results() -> None:
-    model = accelerate(families.make_model("bert"), dtype=torch.bfloat16, impl="reference")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"])
+def test_compute_dtype_is_not_the_dtype_of_the_results(dtype: str | torch.dtype) -> None:
+    model = accelerate(families.make_model("bert"), dtype=dtype, impl="reference")
     forward = forward_of(model)
     assert forward is not None
     output = run(model, families.make_batch("bert", LENGTHS))
     assert output.last_hidden_state.dtype == torch.float32
     assert forward.encoder.prepared().dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [None, "auto"])
+@pytest.mark.parametrize("of_model", [torch.float32, torch.bfloat16])
+def test_the_dtype_of_the_model_is_the_default(dtype: str | None, of_model: torch.dtype) -> None:
+    model = accelerate(families.make_model("bert").to(of_model), dtype=dtype, impl="reference")
+    assert model.forward.encoder.prepared().dtype == of_model
 
 
 def test_threads() -> None:

@@ -21,7 +21,7 @@ from transformers import BertModel, MPNetConfig, MPNetModel
 import families
 from checks import assert_same_vectors
 from patched import LENGTHS, assert_identical, assert_same_states, pair, run
-from sbert_fast import accelerate, explain, restore
+from sbert_fast import FastEncoder, accelerate, explain, restore
 from sbert_fast.errors import ImplementationError, UnsupportedModelError
 from sbert_fast.patching import counts, forward_of
 
@@ -131,8 +131,12 @@ def test_invalid_arguments() -> None:
     for function in (accelerate, restore, counts, explain):
         with pytest.raises(TypeError, match="must be a torch.nn.Module, got str"):
             function("bert")
-    with pytest.raises(ValueError, match="dtype must be None or one of .*'float8'"):
-        accelerate(model, dtype="float8")
+    for dtype in ("float8", torch.float64, 16, "Auto"):
+        with pytest.raises(ValueError, match="^dtype must be one of 'auto', 'float32', ") as error:
+            accelerate(model, dtype=dtype)
+        with pytest.raises(ValueError, match="^dtype must be one of") as peer:
+            FastEncoder("anything", dtype=dtype)
+        assert str(error.value) == str(peer.value)
     with pytest.raises(ValueError, match="impl must be one of .*'tpu'"):
         accelerate(model, impl="tpu")
     with pytest.raises(ImplementationError, match="impl=.cpu. was asked for"):

@@ -179,6 +179,126 @@ def test_a_failure_leaves_the_old_file_alone(
     assert Path("out.npy").read_text() == "precious"
 
 
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch, fake: FakeEncoder) -> None:
+    monkeypatch.setattr("sbert_fast.cli.encode.load_encoder", lambda args: pytest.fail("loaded"))
+
+
+def _save(path: str, array: Any) -> None:
+    with open(path, "wb") as stream:
+        np.save(stream, array)
+
+
+RANGES: dict[str, tuple[Callable[[str], Any], str]] = {
+    "text": (lambda path: Path(path).write_text("1\n2\n3\n"), "another kind of file"),
+    "empty": (lambda path: Path(path).touch(), "another kind of file"),
+    "objects": (lambda path: _save(path, np.array([{}])), "another kind of file"),
+    "float64": (lambda path: _save(path, np.zeros((2, 8))), "float64 (2, 8)"),
+    "three rows": (lambda path: _save(path, np.zeros((3, 8), np.float32)), "float32 (3, 8)"),
+}
+
+
+@pytest.mark.parametrize("kind", RANGES)
+def test_what_holds_no_ranges_is_named(
+    cli: Callable[..., int], no_model: None, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    write, got = RANGES[kind]
+    Path("in.txt").write_text("red\nsea\n")
+    write("three.txt")
+    assert cli("in.txt", "-o", "out.npy", "--precision", "int8", "--ranges", "three.txt") == 1
+    error = capsys.readouterr().err
+    assert "error: --ranges must be a .npy file of float32 (2, dim)" in error
+    assert f"got three.txt: {got}" in error and "pickle" not in error
+
+
+@pytest.mark.parametrize("name", ["pipe", "link", "/dev/stdout"])
+def test_outputs_that_are_no_files_are_refused_by_the_name_given(
+    cli: Callable[..., int], no_model: None, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    Path("in.txt").write_text("red")
+    os.mkfifo("pipe")
+    Path("link").symlink_to("pipe")
+    reading, writing = os.pipe()
+    stdout = os.dup(1)
+    os.dup2(writing, 1)
+    try:
+        assert cli("in.txt", "-o", name, "--output-format", "jsonl", "--overwrite") == 1
+    finally:
+        os.dup2(stdout, 1)
+        for descriptor in (stdout, reading, writing):
+            os.close(descriptor)
+    expected = f"{name}: expected a regular file, or - for standard output, got something else"
+    assert capfd.readouterr().err == f"sbert-fast: error: {expected}\n"
+
+
+@pytest.mark.parametrize("output", ["in.jsonl", "./in.jsonl", "link.jsonl"])
+@pytest.mark.parametrize("source", ["in.jsonl", "-"])
+def test_the_input_is_not_replaced(
+    cli: Callable[..., int],
+    no_model: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+    output: str,
+) -> None:
+    Path("in.jsonl").write_text(precious := '{"text": "red"}\n')
+    Path("link.jsonl").symlink_to("in.jsonl")
+    with open("in.jsonl") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert cli(source, "--input-format", "jsonl", "-o", output, "--overwrite") == 1
+    what = "standard input" if source == "-" else source
+    assert f"-o {output} would replace the input, {what}: " in capsys.readouterr().err
+    assert Path("in.jsonl").read_text() == precious
+
+
+def test_ranges_are_not_replaced(
+    cli: Callable[..., int], no_model: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("in.txt").write_text("red\nsea\n")
+    _save("ranges.npy", np.zeros((2, 8), np.float32))
+    options = ["--precision", "int8", "--ranges", "ranges.npy", "--overwrite"]
+    assert cli("in.txt", "-o", "ranges.npy", *options) == 1
+    assert "would replace the file of --ranges, ranges.npy: " in capsys.readouterr().err
+    assert np.load("ranges.npy").shape == (2, 8)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize(
+    "field", ['"score": {}', '"deep": [{{"a": {}}}]', '"odd": ["\\ud800", {}]']
+)
+def test_numbers_that_json_cannot_hold(
+    cli: Callable[..., int], capsys: pytest.CaptureFixture[str], field: str, number: str
+) -> None:
+    good = '{"text": "red", "score": 1e308}\n'
+    bad = f'{{"text": "sea", {field.format(number)}}}\n'
+    Path("in.jsonl").write_text(good * CHUNK_TEXTS + "\n" + good + bad)
+    assert cli("in.jsonl", "-o", "out.jsonl") == 1
+    error = capsys.readouterr().err
+    assert f"error: in.jsonl: line {CHUNK_TEXTS + 3}: a field holds NaN, Infinity or " in error
+    assert os.listdir() == ["in.jsonl"]
+    # Where fields are not carried along, they are nobody's business.
+    assert cli("in.jsonl", "-o", "out.npy") == 0
+
+
+def test_one_text_has_no_ranges(
+    cli: Callable[..., int], no_model: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("in.txt").write_text("red\n")
+    assert cli("in.txt", "-o", "out.npy", "--precision", "int8") == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "int8 needs at least 2 texts to take the ranges from, got 1: name ranges" in error
+    assert os.listdir() == ["in.txt"]
+
+
+def test_few_texts_for_ranges_are_told(
+    cli: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("in.txt").write_text("\n".join(LINES))
+    assert cli("in.txt", "-o", "out.npy", "--precision", "uint8") == 0
+    warning = f"sbert-fast: warning: uint8 ranges are taken from {CHUNK_TEXTS} texts only"
+    assert capsys.readouterr().err.splitlines()[0] == warning
+
+
 def test_packaged_weights_that_are_not_installed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,10 +15,11 @@ Files are read and written in chunks: memory does not grow with them.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -116,19 +117,24 @@ def run(args: argparse.Namespace) -> int:
         # Everything that can be refused is refused before the model is loaded.
         reader = stack.enter_context(readers.open_reader(args.input, input_format, args.field))
         quantizer = writers.Quantizer(args.precision, args.ranges)
+        _check_apart(reader, args)
         stream = stack.enter_context(writers.open_output(args.output, args.overwrite, quantizer))
         # A library that prints must not end up among the embeddings.
         stack.enter_context(redirect_stdout(sys.stderr))
         chunks = readers.read_chunks(reader, args.limit)
-        chunks = chain(list(islice(chunks, 1)), chunks)
+        first = list(islice(chunks, 1))
+        chunks = chain(first, chunks)
+        sample = len(first[0]) if first else 0
+        quantizer.check_sample(sample)
         writer = writers.FORMATS[output_format](stream)
+        if quantizer.calibrates and 0 < sample < _CALIBRATION_TEXTS:
+            note(f"warning: {args.precision} ranges are taken from {sample} texts only")
         encoder = load_encoder(args)
         progress = stack.enter_context(_Progress(encoder, reader, args))
         for rows, embeddings in _embed(encoder, reader, chunks, args):
-            few = 0 < len(rows) < _CALIBRATION_TEXTS
-            if quantizer.calibrates and progress.texts == 0 and few:
-                note(f"warning: {args.precision} ranges are taken from {len(rows)} texts only")
-            writer.write(rows, quantizer(embeddings))
+            quantized = quantizer(embeddings)
+            with _naming_rows(reader, rows):
+                writer.write(rows, quantized)
             progress.advance(len(rows))
         writer.finish()
     note(progress.summary(args.output))
@@ -156,6 +162,26 @@ def _formats(args: argparse.Namespace) -> tuple[str, str]:
     if problem:
         raise argparse.ArgumentError(None, problem)
     return source, target
+
+
+def _check_apart(reader: Reader, args: argparse.Namespace) -> None:
+    """Refuse to replace what is read.
+
+    Raises:
+        ValueError: OUTPUT is the input, or the file of ranges.
+    """
+    if args.output == "-":
+        return
+    what = None
+    with suppress(OSError):
+        output = os.stat(args.output)
+        if args.ranges and os.path.samestat(output, os.stat(args.ranges)):
+            what = f"the file of --ranges, {args.ranges}"
+        # Standard input may be the same file too.
+        elif os.path.samestat(output, os.fstat(reader.stream.fileno())):
+            what = f"the input, {reader.name}"
+    if what is not None:
+        raise ValueError(f"-o {args.output} would replace {what}: name another file")
 
 
 def _by_extension(path: str, known: tuple[str, ...], piped: str, which: str) -> str:

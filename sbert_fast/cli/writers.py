@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from sentence_transformers.util import quantize_embeddings
 
 from sbert_fast.cli.readers import Row, import_pyarrow
+from sbert_fast.errors import TextsError
 from sbert_fast.values import Precision
 
 # Of the whole header: the next multiple of 64 that holds any number of rows.
@@ -26,6 +27,10 @@ _NPY_HEADER_BYTES = 128
 SCALED_PRECISIONS = ("int8", "uint8")
 # What a write to a full disk or quota fails with, without saying where.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class RecordError(TextsError):
+    """Objects of the input that the format of the output cannot hold."""
 
 
 class Writer(ABC):
@@ -81,17 +86,29 @@ class NpyWriter(Writer):
 
 
 class JsonlWriter(Writer):
-    """A JSON object a line: the input's own, or `{"text": ...}`, with "embedding" last."""
+    """A JSON object a line: the input's own, or `{"text": ...}`, with "embedding" last.
+
+    Raises:
+        RecordError: while writing, at an object that JSON has no words for.
+    """
 
     def write(self, rows: Sequence[Row], embeddings: NDArray[Any]) -> None:
         # Nine significant digits give every float32 back exactly.
         number = "%.9g" if embeddings.dtype.kind == "f" else "%d"
         vector = ", ".join([number] * embeddings.shape[1])
-        for row, embedding in zip(rows, embeddings, strict=True):
+        for index, (row, embedding) in enumerate(zip(rows, embeddings, strict=True)):
             record = {"text": row.text} if row.record is None else dict(row.record)
             record.pop("embedding", None)
             tail = f', "embedding": [{vector % tuple(embedding.tolist())}]}}\n'
-            self.stream.write(_dump(record)[:-1] + tail.encode())
+            try:
+                head = _dump(record)[:-1]
+            except ValueError:
+                raise RecordError(
+                    "a field holds NaN, Infinity or a number too large, which JSON cannot hold: "
+                    "write null instead, or another output format",
+                    [index],
+                ) from None
+            self.stream.write(head + tail.encode())
 
     def finish(self) -> None:
         self.stream.flush()
@@ -99,10 +116,10 @@ class JsonlWriter(Writer):
 
 def _dump(record: dict[str, Any]) -> bytes:
     try:
-        return json.dumps(record, ensure_ascii=False).encode()
+        return json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
         # A lone surrogate in one of the other fields: only its escape can be written.
-        return json.dumps(record).encode()
+        return json.dumps(record, allow_nan=False).encode()
 
 
 class ParquetWriter(Writer):
@@ -141,6 +158,22 @@ FORMATS: dict[str, type[Writer]] = {
 }
 
 
+def _load_ranges(path: str) -> NDArray[np.float32]:
+    with open(path, "rb") as stream:
+        try:
+            ranges = np.lib.format.read_array(stream, allow_pickle=False)
+            got = f"{ranges.dtype} {ranges.shape}"
+        except ValueError:
+            # numpy's own words are about bytes and pickles.
+            ranges, got = np.zeros(0), "another kind of file, or half of one"
+    if ranges.dtype != np.float32 or ranges.ndim != 2 or len(ranges) != 2:
+        raise ValueError(
+            f"--ranges must be a .npy file of float32 (2, dim), as --precision int8 writes it "
+            f"beside its output, got {path}: {got}"
+        )
+    return ranges
+
+
 class Quantizer:
     """Float embeddings to the precision of the output.
 
@@ -156,7 +189,7 @@ class Quantizer:
         ranges: float32 `[2, dim]`; None before they are taken, and where there are none.
 
     Raises:
-        OSError, ValueError: the file cannot be read, or holds something else.
+        OSError, ValueError: the file cannot be read, or holds something else; names the option.
     """
 
     def __init__(self, precision: Precision, ranges_path: str | None = None) -> None:
@@ -164,11 +197,15 @@ class Quantizer:
         self.calibrates = precision in SCALED_PRECISIONS and ranges_path is None
         self.ranges: NDArray[np.float32] | None = None
         if ranges_path is not None:
-            ranges = np.load(ranges_path)
-            if ranges.dtype != np.float32 or ranges.ndim != 2 or len(ranges) != 2:
-                got = f"{ranges.dtype} {ranges.shape}"
-                raise ValueError(f"{ranges_path}: expected ranges, float32 (2, dim), got {got}")
-            self.ranges = ranges
+            self.ranges = _load_ranges(ranges_path)
+
+    def check_sample(self, texts: int) -> None:
+        """Raise ValueError if a first chunk of so many texts is too little to take ranges from."""
+        if self.calibrates and texts == 1:
+            raise ValueError(
+                f"{self.precision} needs at least 2 texts to take the ranges from, got 1: "
+                "name ranges with --ranges"
+            )
 
     def __call__(self, embeddings: NDArray[Any]) -> NDArray[Any]:
         """Quantise `[n, dim]`.
@@ -178,16 +215,11 @@ class Quantizer:
             eight to a number: `[n, ceil(dim / 8)]`.
 
         Raises:
-            ValueError: the ranges do not fit, or one text is all there is to take them from.
+            ValueError: the ranges do not fit.
         """
         if self.precision in SCALED_PRECISIONS and len(embeddings) == 0:
             return np.zeros(embeddings.shape, dtype=self.precision)
         if self.calibrates and self.ranges is None:
-            if len(embeddings) == 1:
-                raise ValueError(
-                    f"{self.precision} needs at least 2 texts to take the ranges from, got 1: "
-                    "name ranges with --ranges"
-                )
             limits = (embeddings.min(axis=0), embeddings.max(axis=0))
             self.ranges = np.stack(limits).astype(np.float32)
         expected = (2, embeddings.shape[1])
@@ -207,7 +239,9 @@ def check_target(path: Path, overwrite: bool) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist")
     if path.exists() and not path.is_file():
-        raise OSError(f"{path}: expected a regular file, got something else of that name")
+        raise OSError(
+            f"{path}: expected a regular file, or - for standard output, got something else"
+        )
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists already: --overwrite replaces it")
 
@@ -221,6 +255,8 @@ def atomic_file(path: Path, overwrite: bool) -> Iterator[BinaryIO]:
     Raises:
         FileExistsError, OSError: see :func:`check_target`; or the system refuses.
     """
+    # Before links are followed: what /dev/stdout leads to may have no name.
+    check_target(path, overwrite)
     path = Path(os.path.realpath(path))
     check_target(path, overwrite)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")

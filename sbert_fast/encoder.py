@@ -95,7 +95,7 @@ class FastEncoder(SentenceTransformer):
 
     Raises:
         ValueError: `device`, `dtype`, `impl` or `batch_tokens` is invalid, or `max_seq_length` is
-            beyond the position table.
+            beyond the position table, or fewer than the special tokens.
         InvalidWeightsError: weights hold NaN or infinity; the message names the tensor.
 
     Example:
@@ -336,6 +336,7 @@ class FastEncoder(SentenceTransformer):
         Raises:
             InputError: an input is no text; names its index.
             ValueError: an argument is invalid or unknown; names it.
+            TokenIdError: the tokenizer gives an id that the model has no embedding of.
             NonFiniteEmbeddingError: an embedding holds NaN or infinity; names the texts.
             torch.OutOfMemoryError: a text, or the smallest batch, does not fit; names it.
             DeviceLostError: the GPU failed, now or in an earlier call, and serves this process no

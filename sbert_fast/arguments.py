@@ -137,3 +137,13 @@ def convert(
     if convert_to_numpy:
         return result if isinstance(result, np.ndarray) else result.cpu().numpy()
     return list(torch.as_tensor(result))
+
+
+def convert_rows(
+    embeddings: Any, precision: str, convert_to_numpy: bool, convert_to_tensor: bool
+) -> Any:
+    """:meth:`convert` for an array or tensor, of a single input `[dimension]`."""
+    rows = torch.as_tensor(embeddings)
+    single = rows.ndim == 1 and len(rows) > 0
+    result = convert(rows[None] if single else rows, precision, convert_to_numpy, convert_to_tensor)
+    return result[0] if single else result

@@ -25,6 +25,7 @@ from sbert_fast.arguments import (
     check_keywords,
     check_positive,
     convert,
+    convert_rows,
     parse_dtype,
     with_default_batch_size,
 )
@@ -379,15 +380,17 @@ class FastEncoder(SentenceTransformer):
         if reason is not None or pool is not None or isinstance(device, list) or distributed:
             if reason is not None:
                 self._count_fallback(reason)
+            quantizes = output_value == "sentence_embedding" and precision not in (None, "float32")
+            on_host = convert_to_numpy and not convert_to_tensor
             result = super().encode(
                 inputs,
                 prompt=prompt,
                 batch_size=batch_size,
                 show_progress_bar=show_progress_bar,
                 output_value=output_value,
-                precision=precision,
-                convert_to_numpy=convert_to_numpy,
-                convert_to_tensor=convert_to_tensor,
+                precision="float32" if quantizes else precision,
+                convert_to_numpy=on_host if quantizes else convert_to_numpy,
+                convert_to_tensor=not on_host if quantizes else convert_to_tensor,
                 device=device,
                 normalize_embeddings=normalize_embeddings,
                 truncate_dim=truncate_dim,
@@ -395,8 +398,13 @@ class FastEncoder(SentenceTransformer):
                 chunk_size=chunk_size,
                 **kwargs,
             )
-            if reason is not None and output_value == "sentence_embedding":
-                inference.check_embeddings(result, self.dtype)
+            if reason is not None:
+                # A tensor of token embeddings, or a dict, is what a single input gives.
+                alone = output_value != "sentence_embedding" and not isinstance(result, list)
+                inference.check_embeddings([result] if alone else result, self.dtype)
+            if quantizes:
+                # What is quantised is finite, whatever it was.
+                return convert_rows(result, precision, convert_to_numpy, convert_to_tensor)
             return result
         if show_progress_bar is None:
             level = logging.getLogger("sentence_transformers").getEffectiveLevel()

@@ -387,21 +387,55 @@ def token_embeddings(
     return states
 
 
-def check_embeddings(embeddings: object, dtype: torch.dtype) -> None:
-    """Refuse an array or tensor `[N, dimension]` or `[dimension]` of floats that are not finite."""
-    if isinstance(embeddings, np.ndarray) and embeddings.dtype.kind == "f":
-        embeddings = torch.from_numpy(embeddings)
-    if isinstance(embeddings, Tensor) and embeddings.is_floating_point() and embeddings.numel():
+def check_embeddings(embeddings: object, dtype: torch.dtype | None) -> None:
+    """Refuse embeddings that sentence-transformers has computed and that are not finite.
+
+    Args:
+        embeddings: array or tensor `[N, dimension]` or `[dimension]`; or a list with a tensor, or a
+            dict of tensors, for each text.
+        dtype: dtype they were computed in, for the message; None where it is not known.
+
+    Raises:
+        NonFiniteEmbeddingError: names the texts.
+    """
+    if isinstance(embeddings, list):
+        bad = [index for index, each in enumerate(embeddings) if not _is_finite(each)]
+    else:
+        embeddings = _floats(embeddings)
+        if embeddings is None or not embeddings.numel():
+            return
         finite = torch.isfinite(embeddings).reshape(-1, embeddings.shape[-1]).all(dim=1)
-        if not finite.all():
-            _raise_non_finite(torch.nonzero(~finite).flatten().tolist(), dtype)
+        bad = torch.nonzero(~finite).flatten().tolist()
+    if bad:
+        _raise_non_finite(bad, dtype)
 
 
-def _raise_non_finite(indices: Sequence[int], dtype: torch.dtype) -> None:
+def _floats(value: object) -> Tensor | None:
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        value = torch.from_numpy(value)
+    return value if isinstance(value, Tensor) and value.is_floating_point() else None
+
+
+def _is_finite(embedding: object) -> bool:
+    """Whether the embeddings of one text are: a tensor, or the dict of `output_value=None`."""
+    if not isinstance(embedding, dict):
+        floats = _floats(embedding)
+        return floats is None or bool(torch.isfinite(floats).all())
+    sentence, tokens, mask = (
+        embedding.get(name) for name in ("sentence_embedding", "token_embeddings", "attention_mask")
+    )
+    # Padding is no part of the text: nobody promises anything about its states.
+    if isinstance(tokens, Tensor) and isinstance(mask, Tensor) and mask.shape == tokens.shape[:1]:
+        tokens = tokens[mask.to(tokens.device) != 0]
+    return _is_finite(sentence) and _is_finite(tokens)
+
+
+def _raise_non_finite(indices: Sequence[int], dtype: torch.dtype | None) -> None:
     indices = sorted(indices)
     shown = ", ".join(map(str, indices[:10])) + (", ..." if len(indices) > 10 else "")
+    computed = "" if dtype is None else f" computed in {dtype}"
     raise NonFiniteEmbeddingError(
-        f"{len(indices)} embeddings hold NaN or infinity, for inputs[{shown}] computed in {dtype}; "
+        f"{len(indices)} embeddings hold NaN or infinity, for inputs[{shown}]{computed}; "
         "check the weights, or compute in float32 with dtype='float32'",
         indices,
     )

@@ -198,6 +198,19 @@ def make_sentence_transformer(
     return SentenceTransformer(modules=modules, device="cpu", **arguments).eval()
 
 
+def make_mpnet() -> SentenceTransformer:
+    """A model that the packed engine does not run."""
+    sizes = make_config("roberta").to_dict()
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    names += ("intermediate_size", "pad_token_id", "max_position_embeddings")
+    config = transformers.MPNetConfig(**{name: sizes[name] for name in names})
+    with tempfile.TemporaryDirectory() as folder:
+        randomize(transformers.MPNetModel(config)).save_pretrained(folder)
+        make_tokenizer("roberta").save_pretrained(folder)
+        modules = [Transformer(folder), Pooling(config.hidden_size)]
+    return SentenceTransformer(modules=modules, device="cpu").eval()
+
+
 def make_cross_encoder(name: str = "bert", *, num_labels: int = 1, seed: int = 0) -> CrossEncoder:
     """A random CrossEncoder on the CPU."""
     with tempfile.TemporaryDirectory() as directory:

@@ -21,19 +21,17 @@ from sentence_transformers.sentence_transformer.modules import (
     LayerNorm,
     Pooling,
     StaticEmbedding,
-    Transformer,
 )
 from torch import nn
 
 from checks import assert_same_result, assert_same_vectors, bits
 from families import (
     MAX_TOKENS,
-    make_config,
     make_model,
+    make_mpnet,
     make_sentence_transformer,
     make_texts,
     make_tokenizer,
-    randomize,
 )
 from sbert_fast import FastEncoder, explain, ops
 from sbert_fast.errors import ImplementationError, InvalidWeightsError
@@ -310,14 +308,8 @@ def test_plain_torch_is_not_taken_silently(
 # Unsupported models
 
 
-def _mpnet(tmp_path: Path) -> list[nn.Module]:
-    sizes = make_config("roberta").to_dict()
-    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-    names += ("intermediate_size", "pad_token_id", "max_position_embeddings")
-    config = transformers.MPNetConfig(**{name: sizes[name] for name in names})
-    randomize(transformers.MPNetModel(config)).save_pretrained(tmp_path)
-    make_tokenizer("roberta").save_pretrained(tmp_path)
-    return [Transformer(str(tmp_path)), Pooling(config.hidden_size)]
+def _mpnet(_: Path) -> list[nn.Module]:
+    return list(make_mpnet())
 
 
 class TwiceFirst(Pooling):

@@ -19,6 +19,7 @@ from sbert_fast import inference, ops
 from sbert_fast.arguments import (
     DEFAULT_BATCH_SIZE,
     OUTPUT_VALUES,
+    Chunk,
     DefaultBatchSize,
     as_list,
     check_device,
@@ -377,10 +378,17 @@ class FastEncoder(SentenceTransformer):
             texts = [inputs] if single else as_list(inputs)
             check_texts(texts, besides=() if reason is None else (dict, list, tuple))
             inputs = texts[0] if single else texts
-        if reason is not None or pool is not None or isinstance(device, list) or distributed:
+        elsewhere = pool is not None or isinstance(device, list) or distributed
+        if reason is not None or elsewhere:
             if reason is not None:
                 self._count_fallback(reason)
-            quantizes = output_value == "sentence_embedding" and precision not in (None, "float32")
+            is_sentence = output_value == "sentence_embedding"
+            is_quantized = precision not in (None, "float32")
+            quantizes = is_sentence and is_quantized
+            in_worker = isinstance(inputs, Chunk)
+            if elsewhere and isinstance(inputs, list) and not self.is_singular_input(inputs):
+                # Token embeddings come back quantised: too late to see what they were.
+                inputs = Chunk(inputs, checks=is_quantized and not is_sentence)
             on_host = convert_to_numpy and not convert_to_tensor
             result = super().encode(
                 inputs,
@@ -398,10 +406,11 @@ class FastEncoder(SentenceTransformer):
                 chunk_size=chunk_size,
                 **kwargs,
             )
-            if reason is not None:
+            if not in_worker:
                 # A tensor of token embeddings, or a dict, is what a single input gives.
-                alone = output_value != "sentence_embedding" and not isinstance(result, list)
-                inference.check_embeddings([result] if alone else result, self.dtype)
+                alone = not is_sentence and not isinstance(result, list)
+                dtype = None if reason is None else self.dtype
+                inference.check_embeddings([result] if alone else result, dtype)
             if quantizes:
                 # What is quantised is finite, whatever it was.
                 return convert_rows(result, precision, convert_to_numpy, convert_to_tensor)
@@ -484,6 +493,9 @@ class FastEncoder(SentenceTransformer):
             self.eval()
         pipeline = self._pipeline()
         assert isinstance(pipeline, Pipeline)
+        first, checks = 0, True
+        if isinstance(inputs, Chunk):
+            first, checks, inputs = inputs.first, inputs.checks, list(inputs)
         spec = pipeline.head.spec
         asks_prompt = output_value is None or not spec.include_prompt
         request = Request(
@@ -492,6 +504,8 @@ class FastEncoder(SentenceTransformer):
             batch_tokens=self._token_budget(pipeline, batch_size),
             normalize=normalize_embeddings and output_value == "sentence_embedding",
             dimension=min(truncate_dim or spec.dimension, spec.dimension),
+            first=first,
+            checks=checks,
         )
         with tqdm(
             total=len(inputs), unit="text", desc="Encoding", disable=not show_progress_bar

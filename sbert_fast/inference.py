@@ -63,6 +63,8 @@ class Request:
         batch_tokens: most tokens of a batch.
         normalize: L2-normalise at the end.
         dimension: components kept of an embedding.
+        first: position of the first text in the caller's input.
+        checks: whether embeddings that are not finite are refused.
     """
 
     prompt: str
@@ -70,6 +72,8 @@ class Request:
     batch_tokens: int
     normalize: bool
     dimension: int
+    first: int = 0
+    checks: bool = True
 
 
 class Sink(Protocol):
@@ -158,7 +162,7 @@ def _run_window(
     sink: Sink,
     progress: Callable[[int], Any],
 ) -> None:
-    """Run the window that begins with text `first`."""
+    """Run the window that begins with text `first` of the caller's input."""
     prepared = pipeline.engine.prepared()
     _check_ids(pipeline.tokenizer, tokens, first, prepared)
     every = np.arange(tokens.lengths.shape[0])
@@ -215,7 +219,8 @@ def run(
             window = [request.prompt + text for text in window]
         tokens = pipeline.tokenizer(window)
         sink.open(first, last - first)
-        _run_window(pipeline, tokens, first, request.batch_tokens, counters, sink, progress)
+        position, most = request.first + first, request.batch_tokens
+        _run_window(pipeline, tokens, position, most, counters, sink, progress)
         sink.close()
         counters.add(texts=len(window), tokens=int(tokens.ids.shape[0]), truncated=tokens.truncated)
 
@@ -280,8 +285,8 @@ class _Embeddings:
             return
         (first, arrival), self._arriving = self._arriving, None
         rows, finite = arrival.wait()
-        if not finite.all():
-            bad = torch.nonzero(~finite).flatten() + first
+        if self._request.checks and not finite.all():
+            bad = torch.nonzero(~finite).flatten() + first + self._request.first
             _raise_non_finite(bad.tolist(), self._pipeline.engine.compute_dtype)
         into = self._out[first : first + rows.shape[0]]
         if into.data_ptr() != rows.data_ptr():
@@ -351,11 +356,11 @@ class _States:
                 self._pipeline.head(x, staged, embeddings, where, **how)
             x = x[: batch.num_tokens]
         parts: list[Tensor] = [x] if embeddings is None else [x, embeddings]
-        if not all(torch.isfinite(part).all() for part in parts):
+        if self._request.checks and not all(torch.isfinite(part).all() for part in parts):
             finite = torch.stack([torch.isfinite(part).all() for part in batch.split_rows(x)])
             if embeddings is not None:
                 finite &= torch.isfinite(embeddings).all(dim=1)
-            bad = rows[~finite.cpu().numpy()] + self._first
+            bad = rows[~finite.cpu().numpy()] + self._first + self._request.first
             _raise_non_finite(bad.tolist(), engine.compute_dtype)
         self._take(rows + self._first, batch, x, embeddings)
 

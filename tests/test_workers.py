@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,7 +20,10 @@ from sentence_transformers import SentenceTransformer
 from checks import assert_same_result, assert_same_vectors, bits
 from families import make_sentence_transformer, make_texts
 from sbert_fast import FastEncoder, ops
-from sbert_fast.errors import InputError
+from sbert_fast.arguments import Chunk
+from sbert_fast.engine import PackedEncoder
+from sbert_fast.errors import InputError, NonFiniteEmbeddingError
+from sbert_fast.packing import PackedBatch
 
 TEXTS = make_texts(60)
 Launches = Callable[[], dict[tuple[str, str], int]]
@@ -178,11 +183,102 @@ def test_list_of_devices(st: SentenceTransformer, tmp_path: Path, launches: Laun
     assert np.abs(local - st.encode(TEXTS)).max() > np.abs(ours - local).max()
 
 
+# Texts that are named where a worker ran them
+
+
+POISON = "river"
+CLEAN = [text for text in TEXTS if POISON not in text]
+POISONED = [*CLEAN[:3], POISON, *CLEAN[3:20], f"{POISON} and sea", *CLEAN[20:]]
+
+
+class PoisonedEncoder(FastEncoder):
+    """The engine turns the hidden state of one word into NaN, or finds no memory for it."""
+
+    out_of_memory = False
+
+    def _run_batches(self, *args: Any, **how: Any) -> Any:
+        forward = PackedEncoder.__call__
+        token = self.tokenizer.convert_tokens_to_ids(POISON)
+
+        def poisoned(engine: PackedEncoder, batch: PackedBatch, *rest: Any) -> torch.Tensor:
+            found = batch.input_ids == token
+            if self.out_of_memory and found.any():
+                raise torch.OutOfMemoryError("no memory")
+            return forward(engine, batch, *rest).masked_fill(found[:, None], float("nan"))
+
+        with patch.object(PackedEncoder, "__call__", poisoned):
+            return super()._run_batches(*args, **how)
+
+
+@pytest.fixture(scope="module")
+def poisoned(st: SentenceTransformer) -> PoisonedEncoder:
+    return PoisonedEncoder(st)
+
+
+@pytest.fixture(scope="module")
+def poisoned_pool(poisoned: PoisonedEncoder) -> Iterator[Pool]:
+    pool = poisoned.start_multi_process_pool(["cpu"])
+    yield pool
+    poisoned.stop_multi_process_pool(pool)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"convert_to_tensor": True},
+        {"convert_to_numpy": False},
+        {"precision": "int8"},
+        {"output_value": "token_embeddings"},
+        {"output_value": None},
+    ],
+)
+@pytest.mark.parametrize("chunk_size", [3, None])
+def test_non_finite_result_of_a_worker(
+    poisoned: PoisonedEncoder, poisoned_pool: Pool, chunk_size: int | None, arguments: Any
+) -> None:
+    how = arguments | {"pool": poisoned_pool, "chunk_size": chunk_size}
+    with pytest.raises(NonFiniteEmbeddingError, match=r"inputs\[3, 21\];") as caught:
+        poisoned.encode(POISONED, **how)
+    assert caught.value.indices == [3, 21]
+    with pytest.raises(NonFiniteEmbeddingError) as caught:
+        poisoned.encode(POISON, **how)
+    assert caught.value.indices == [0]
+    # And the pool still serves.
+    assert_same_result(poisoned.encode(CLEAN, **how), poisoned.encode(CLEAN, **arguments))
+
+
+@pytest.mark.skipif(
+    not hasattr(SentenceTransformer, "_inference"),
+    reason="an error ends the workers of this sentence-transformers",
+)
+def test_other_errors_of_a_worker(poisoned: PoisonedEncoder) -> None:
+    tokens: dict[str, Any] = {"output_value": "token_embeddings", "precision": "int8"}
+    failing = PoisonedEncoder(poisoned)
+    failing.out_of_memory = True
+    for encoder, arguments, error, message in (
+        (poisoned, tokens, NonFiniteEmbeddingError, r"inputs\[3\]"),
+        (failing, {}, torch.OutOfMemoryError, r"^inputs\[3\] with its \d+ tokens"),
+    ):
+        with pytest.raises(error, match=message):
+            encoder.encode(POISONED, device=["cpu"], chunk_size=1, **arguments)
+
+
+def test_chunks_know_where_they_begin() -> None:
+    chunk = Chunk(range(100), checks=False)
+    part = chunk[30:60][2:9]
+    assert part == list(range(32, 39))
+    assert (part.first, part.checks) == (32, False)
+    assert (chunk[:7].first, chunk[-5:].first, chunk[3]) == (0, 95, 3)
+    again = pickle.loads(pickle.dumps(part))
+    assert (again, again.first, again.checks) == (part, 32, False)
+
+
 # Distributed inference (sentence-transformers 6.2 and later)
 
 
 def test_distributed_inference(
-    encoder: ReportingEncoder, tmp_path: Path, launches: Launches
+    encoder: ReportingEncoder, poisoned: PoisonedEncoder, tmp_path: Path, launches: Launches
 ) -> None:
     distributed = pytest.importorskip("sentence_transformers.util.distributed")
     if not hasattr(distributed, "_DistributedInference"):
@@ -200,8 +296,12 @@ def test_distributed_inference(
             encoder.encode(TEXTS, convert_to_tensor=True), torch.from_numpy(expected)
         )
         assert_same_result(encoder.encode([]), np.array([]))
+        poisoned._distributed_inference = distributed._DistributedInference(poisoned)
+        with pytest.raises(NonFiniteEmbeddingError) as caught:
+            poisoned.encode(POISONED)
+        assert caught.value.indices == [3, 21]
     finally:
-        encoder._distributed_inference = None
+        encoder._distributed_inference = poisoned._distributed_inference = None
         torch.distributed.destroy_process_group()
     assert_same_result(ours, expected)
     assert encoder.stats.fallbacks == {}

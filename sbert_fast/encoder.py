@@ -385,7 +385,8 @@ class FastEncoder(SentenceTransformer):
             is_sentence = output_value == "sentence_embedding"
             is_quantized = precision not in (None, "float32")
             quantizes = is_sentence and is_quantized
-            in_worker = isinstance(inputs, Chunk)
+            in_worker, boxed = isinstance(inputs, Chunk), single and elsewhere
+            inputs = [inputs] if boxed else inputs
             if elsewhere and isinstance(inputs, list) and not self.is_singular_input(inputs):
                 # Token embeddings come back quantised: too late to see what they were.
                 inputs = Chunk(inputs, checks=is_quantized and not is_sentence)
@@ -413,8 +414,8 @@ class FastEncoder(SentenceTransformer):
                 inference.check_embeddings([result] if alone else result, dtype)
             if quantizes:
                 # What is quantised is finite, whatever it was.
-                return convert_rows(result, precision, convert_to_numpy, convert_to_tensor)
-            return result
+                result = convert_rows(result, precision, convert_to_numpy, convert_to_tensor)
+            return result[0] if boxed else result
         if show_progress_bar is None:
             level = logging.getLogger("sentence_transformers").getEffectiveLevel()
             show_progress_bar = level in (logging.INFO, logging.DEBUG)

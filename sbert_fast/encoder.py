@@ -378,28 +378,21 @@ class FastEncoder(SentenceTransformer):
             texts = [inputs] if single else as_list(inputs)
             check_texts(texts, besides=() if reason is None else (dict, list, tuple))
             inputs = texts[0] if single else texts
-        elsewhere = pool is not None or isinstance(device, list) or distributed
-        if reason is not None or elsewhere:
-            if reason is not None:
-                self._count_fallback(reason)
-            is_sentence = output_value == "sentence_embedding"
-            is_quantized = precision not in (None, "float32")
-            quantizes = is_sentence and is_quantized
-            in_worker, boxed = isinstance(inputs, Chunk), single and elsewhere
-            inputs = [inputs] if boxed else inputs
-            if elsewhere and isinstance(inputs, list) and not self.is_singular_input(inputs):
-                # Token embeddings come back quantised: too late to see what they were.
-                inputs = Chunk(inputs, checks=is_quantized and not is_sentence)
-            on_host = convert_to_numpy and not convert_to_tensor
-            result = super().encode(
+        in_workers = pool is not None or isinstance(device, list) or distributed
+        if reason is not None:
+            self._count_fallback(reason)
+        if reason is not None or in_workers:
+            return self._encode_elsewhere(
                 inputs,
+                dtype=None if reason is None else self.dtype,
+                in_workers=in_workers,
+                output_value=output_value,
+                precision=precision,
+                convert_to_numpy=convert_to_numpy,
+                convert_to_tensor=convert_to_tensor,
                 prompt=prompt,
                 batch_size=batch_size,
                 show_progress_bar=show_progress_bar,
-                output_value=output_value,
-                precision="float32" if quantizes else precision,
-                convert_to_numpy=on_host if quantizes else convert_to_numpy,
-                convert_to_tensor=not on_host if quantizes else convert_to_tensor,
                 device=device,
                 normalize_embeddings=normalize_embeddings,
                 truncate_dim=truncate_dim,
@@ -407,15 +400,6 @@ class FastEncoder(SentenceTransformer):
                 chunk_size=chunk_size,
                 **kwargs,
             )
-            if not in_worker:
-                # A tensor of token embeddings, or a dict, is what a single input gives.
-                alone = not is_sentence and not isinstance(result, list)
-                dtype = None if reason is None else self.dtype
-                inference.check_embeddings([result] if alone else result, dtype)
-            if quantizes:
-                # What is quantised is finite, whatever it was.
-                result = convert_rows(result, precision, convert_to_numpy, convert_to_tensor)
-            return result[0] if boxed else result
         if show_progress_bar is None:
             level = logging.getLogger("sentence_transformers").getEffectiveLevel()
             show_progress_bar = level in (logging.INFO, logging.DEBUG)
@@ -444,6 +428,48 @@ class FastEncoder(SentenceTransformer):
     encode_query = with_default_batch_size(SentenceTransformer.encode_query)
     encode_document = with_default_batch_size(SentenceTransformer.encode_document)
     encode_multi_process = with_default_batch_size(SentenceTransformer.encode_multi_process)
+
+    def _encode_elsewhere(
+        self,
+        inputs: Any,
+        *,
+        dtype: torch.dtype | None,
+        in_workers: bool,
+        output_value: str | None,
+        precision: Precision,
+        convert_to_numpy: bool,
+        convert_to_tensor: bool,
+        **arguments: Any,
+    ) -> Any:
+        """`encode` of sentence-transformers, which runs models that the engine does not, and worker
+        processes. Results are checked before they are quantised, and under the caller's indices.
+
+        `dtype` is what it computes in, None where workers run packed.
+        """
+        is_sentence = output_value == "sentence_embedding"
+        is_quantized = precision not in (None, "float32")
+        on_host = convert_to_numpy and not convert_to_tensor
+        in_worker, is_boxed = isinstance(inputs, Chunk), in_workers and isinstance(inputs, str)
+        inputs = [inputs] if is_boxed else inputs
+        if in_workers and isinstance(inputs, list) and not self.is_singular_input(inputs):
+            # Token embeddings come back quantised: too late to see what they were.
+            inputs = Chunk(inputs, checks=is_quantized and not is_sentence)
+        quantizes = is_sentence and is_quantized
+        result = super().encode(
+            inputs,
+            output_value=output_value,
+            precision="float32" if quantizes else precision,
+            convert_to_numpy=on_host if quantizes else convert_to_numpy,
+            convert_to_tensor=not on_host if quantizes else convert_to_tensor,
+            **arguments,
+        )
+        if not in_worker:
+            # A tensor of token embeddings, or a dict, is what a single input gives.
+            alone = not is_sentence and not isinstance(result, list)
+            inference.check_embeddings([result] if alone else result, dtype)
+        if quantizes:
+            result = convert_rows(result, precision, convert_to_numpy, convert_to_tensor)
+        return result[0] if is_boxed else result
 
     def _count_fallback(self, reason: str) -> None:
         if self._counters.add_fallback(reason):

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from sbert_fast.errors import InvalidWeightsError, UnsupportedModelError
 
@@ -151,6 +150,9 @@ def is_tanh_gelu(activation: object, modules: Iterable[nn.Module]) -> bool:
         raise UnsupportedModelError(
             f"activation must be one of {', '.join(_GELUS)}, got {activation!r}"
         )
+    # Imported with the model, and not before: sentence-transformers alone may not need it.
+    from transformers.activations import ACT2FN
+
     named = type(ACT2FN[activation])
     for module in modules:
         if type(module) is not named:

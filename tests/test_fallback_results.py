@@ -60,8 +60,20 @@ def poisoned() -> FastEncoder:
     return FastEncoder(st)
 
 
+def own_result(st: SentenceTransformer, texts: Any, **arguments: Any) -> Any:
+    """What sentence-transformers gives; 6.0 gives no features of models that are no BERT, and does
+    not quantise bfloat16."""
+    try:
+        return st.encode(texts, **arguments)
+    except (IndexError, TypeError) as error:
+        pytest.skip(f"this sentence-transformers cannot do it: {error}")
+
+
 @pytest.mark.parametrize("arguments", RESULTS.values(), ids=RESULTS)
-def test_non_finite_results_name_the_texts(poisoned: FastEncoder, arguments: Any) -> None:
+def test_non_finite_results_name_the_texts(
+    st: SentenceTransformer, poisoned: FastEncoder, arguments: Any
+) -> None:
+    own_result(st, CLEAN, **arguments)
     with pytest.raises(NonFiniteEmbeddingError, match=r"inputs\[3, 21\]") as caught:
         poisoned.encode(TEXTS, **arguments)
     assert caught.value.indices == BAD
@@ -98,10 +110,8 @@ def test_other_arguments_come_before_quantisation(
 def test_quantised_bfloat16() -> None:
     st = make_mpnet().bfloat16()
     how: dict[str, Any] = {"precision": "ubinary"}
-    np.testing.assert_array_equal(
-        FastEncoder(st).encode(TEXTS, **how),
-        st.encode(TEXTS, **how),
-    )
+    expected = own_result(st, TEXTS, **how)
+    np.testing.assert_array_equal(FastEncoder(st).encode(TEXTS, **how), expected)
 
 
 def test_states_of_padding_may_be_anything() -> None:

@@ -157,6 +157,10 @@ class Padded:
             deque(pool.map(run, batches), maxlen=0)
         return out
 
+    def forget(self) -> None:
+        """Load the model anew: runtimes keep what they made for every shape, which is gigabytes."""
+        self._forward.cache_clear()
+
     def computed_tokens(self, texts: list[str], setting: Setting) -> int:
         _, lengths = self.folder.tokenize(texts)
         batches = _sorted_batches(lengths, setting.batch_size)

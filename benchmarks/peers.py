@@ -43,12 +43,18 @@ class System(Protocol):
     def computed_tokens(self, texts: list[str], setting: Setting) -> int | None:
         """Tokens computed, padding included; None where there is no padding."""
 
+    def forget(self) -> None:
+        """Drop what is kept for the shapes of earlier batches."""
+
 
 class Packed:
     """FastEncoder with its default settings."""
 
     batch_sizes = False
     workers = (1,)
+
+    def forget(self) -> None:
+        """It keeps nothing."""
 
     def __init__(self, folder: ModelFolder, precision: str) -> None:
         from sbert_fast import FastEncoder
@@ -75,6 +81,9 @@ class SentenceTransformers:
 
     batch_sizes = True
     workers = (1,)
+
+    def forget(self) -> None:
+        """It keeps nothing."""
 
     def __init__(self, folder: ModelFolder, precision: str) -> None:
         import torch

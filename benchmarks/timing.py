@@ -83,12 +83,14 @@ def find_setting(entry: Entry, texts: list[str], tokens: int) -> None:
         size = FIRST_BATCH_SIZE
         while size <= MUST_SWEEP or (size <= len(texts) and entry.setting.batch_size == size // 2):
             entry.setting = Setting(size, workers)
+            entry.system.forget()
             entry.encode(texts)
             swept[entry.setting] = tokens / min(timed(entry, texts), timed(entry, texts))
             entry.setting = max(swept, key=swept.__getitem__)
             size *= 2
         entry.sweep |= swept
     entry.setting = max(entry.sweep, key=entry.sweep.__getitem__)
+    entry.system.forget()
 
 
 def prepare(entry: Entry, texts: list[str], subset: list[str], subset_tokens: int) -> None:

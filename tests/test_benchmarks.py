@@ -125,6 +125,9 @@ class Broken:
     def encode(self, texts: list[str], setting: Setting) -> np.ndarray:
         raise MemoryError("no room\nand more")
 
+    def forget(self) -> None:
+        pass
+
 
 def test_a_peer_that_fails_is_left_out() -> None:
     entry = timing.Entry("openvino", "float32", system=Broken())
@@ -143,9 +146,15 @@ class Paced:
 
     def __init__(self, pace: dict[Setting, float], workers: tuple[int, ...]) -> None:
         self.pace, self.workers, self.clock = pace, workers, 0.0
+        self.remembered: set[Setting] = set()
 
     def encode(self, texts: list[str], setting: Setting) -> None:
         self.clock += self.pace[setting]
+        self.remembered.add(setting)
+        assert self.remembered == {setting}, "shapes of one setting at a time"
+
+    def forget(self) -> None:
+        self.remembered.clear()
 
 
 BEST_IN_THE_MIDDLE = {8: 4.0, 16: 3.0, 32: 2.0, 64: 3.0, 128: 4.0}
@@ -175,6 +184,7 @@ def test_the_sweep_goes_on_while_it_gains(
     timing.find_setting(entry, ["text"] * 1000, tokens=1000)
     assert entry.setting == best
     assert entry.sweep == {setting: 1000 / seconds for setting, seconds in pace.items()}
+    assert not system.remembered
 
 
 def embeddings(ours: float, reference: float) -> dict[tuple[str, str], np.ndarray]:

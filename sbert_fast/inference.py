@@ -404,7 +404,10 @@ def check_embeddings(embeddings: object, dtype: torch.dtype | None) -> None:
         NonFiniteEmbeddingError: names the texts.
     """
     if isinstance(embeddings, list):
-        bad = [index for index, each in enumerate(embeddings) if not _is_finite(each)]
+        # Read together: on a GPU every look at one would wait for it.
+        flags = {i: flag for i, x in enumerate(embeddings) if (flag := _finite(x)) is not None}
+        told = torch.stack([*flags.values()]).tolist() if flags else []
+        bad = [index for index, is_finite in zip(flags, told, strict=True) if not is_finite]
     else:
         embeddings = _floats(embeddings)
         if embeddings is None or not embeddings.numel():
@@ -421,18 +424,20 @@ def _floats(value: object) -> Tensor | None:
     return value if isinstance(value, Tensor) and value.is_floating_point() else None
 
 
-def _is_finite(embedding: object) -> bool:
-    """Whether the embeddings of one text are: a tensor, or the dict of `output_value=None`."""
+def _finite(embedding: object) -> Tensor | None:
+    """Whether the embeddings of one text are finite, bool `[]`: a tensor, or the dict of
+    `output_value=None`. None where they are no floats."""
     if not isinstance(embedding, dict):
         floats = _floats(embedding)
-        return floats is None or bool(torch.isfinite(floats).all())
+        return None if floats is None else torch.isfinite(floats).all()
     sentence, tokens, mask = (
         embedding.get(name) for name in ("sentence_embedding", "token_embeddings", "attention_mask")
     )
     # Padding is no part of the text: nobody promises anything about its states.
     if isinstance(tokens, Tensor) and isinstance(mask, Tensor) and mask.shape == tokens.shape[:1]:
         tokens = tokens[mask.to(tokens.device) != 0]
-    return _is_finite(sentence) and _is_finite(tokens)
+    flags = [flag for part in (sentence, tokens) if (flag := _finite(part)) is not None]
+    return torch.stack(flags).all() if flags else None
 
 
 def _raise_non_finite(indices: Sequence[int], dtype: torch.dtype | None) -> None:

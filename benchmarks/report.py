@@ -48,8 +48,9 @@ def render(document: dict[str, Any]) -> str:
         *_throughput(document["rows"]),
         "",
         *(_gate_line(precision, gate) for precision, gate in document["gates"].items()),
-        *_limits(document),
     ]
+    if reached := _limit(document):
+        lines.append(f"The linear layers alone, {reached}.")
     if document.get("latency"):
         lines += ["", *_latency(document["latency"])]
     if document.get("memory"):
@@ -152,7 +153,7 @@ def readme_section(folder: str, documents: list[dict[str, Any]]) -> str:
         "",
         *markdown(header, rows),
     ]
-    asides = [line for document in documents for line in _asides(document)]
+    asides = _asides(documents)
     return "\n".join([*lines, *([""] if asides else []), *asides])
 
 
@@ -168,7 +169,7 @@ def _cell(document: dict[str, Any], system: str, precision: str) -> str:
     return "not measured"
 
 
-def _limits(document: dict[str, Any]) -> list[str]:
+def _limit(document: dict[str, Any]) -> str | None:
     """How near ours comes to the speed of the linear layers alone."""
     ours = (row for row in document["rows"] if row["system"] == OURS)
     rates = {row["precision"]: row.get("tokens_per_s") for row in ours}
@@ -178,18 +179,22 @@ def _limits(document: dict[str, Any]) -> list[str]:
         for precision, limit in document.get("linear_layers_alone", {}).items()
         if rates.get(precision)
     ]
-    name = document["corpus"]["name"]
-    return [f"The linear layers alone, {name}: {', '.join(reached)}."] if reached else []
+    return f"{document['corpus']['name']}: {', '.join(reached)}" if reached else None
 
 
-def _asides(document: dict[str, Any]) -> list[str]:
-    lines = _limits(document)
-    if document.get("latency"):
-        calls = document["latency"]
-        each = (f"{r['p50_ms']:.2f} ms {r['system']} {r['precision']}" for r in calls["rows"])
-        lines.append(f"One text of {calls['tokens']} tokens, median call: {', '.join(each)}.")
-    if document.get("memory"):
-        held = document["memory"]
+def _asides(documents: list[dict[str, Any]]) -> list[str]:
+    """A line on limits, on latency and on memory, each where a document has something to say."""
+    limits = [reached for document in documents if (reached := _limit(document))]
+    lines = [f"The linear layers alone, {'; '.join(limits)}."] if limits else []
+    calls = [
+        ", ".join(f"{r['p50_ms']:.2f} ms {r['system']} {r['precision']}" for r in found["rows"])
+        for document in documents
+        if (found := document.get("latency"))
+    ]
+    if calls:
+        tokens = next(d["latency"]["tokens"] for d in documents if d.get("latency"))
+        lines.append(f"One text of {tokens} tokens, median call: {'; another run: '.join(calls)}.")
+    for held in (document["memory"] for document in documents if document.get("memory")):
         each = (f"{r['peak_rss_mb']:,.0f} MB {r['system']} {r['precision']}" for r in held["rows"])
         lines.append(
             f"Peak memory over {held['texts']:,} {held['corpus']} texts: {', '.join(each)}."

@@ -205,3 +205,22 @@ def test_figures_of_results(tmp_path: Path) -> None:
         ["sentence-transformers", "1,000 (2.50x)"],
         ["openvino", "not measured (not installed)"],
     ]
+
+    measured = {**document, "linear_layers_alone": {"float32": 20_000.0}}
+    ours = row | {"system": "sbert-fast", "ratios": {}, "tokens_per_s": 15_000.0}
+    call = row | {"system": "sbert-fast", "p50_ms": 4.25}
+    held = row | {"system": "sbert-fast", "peak_rss_mb": 1_017.0}
+    for name in ("mixed", "passages"):
+        measured["corpus"] = {"name": name, "lengths": {"mean": 30.0}}
+        measured["rows"] = [ours]
+        measured["latency"] = {"tokens": 16, "rows": [call]}
+        provenance.write_json(measured, tmp_path / "cpu-2core" / f"{name}.json")
+    document["memory"] = {"texts": 100_000, "corpus": "short", "rows": [held]}
+    provenance.write_json(document, report_file)
+    reached = "20,000 tokens/s in float32 (sbert-fast: 15,000, 75%)"
+    assert report.readme_figures(tmp_path).splitlines()[-3:] == [
+        f"The linear layers alone, mixed: {reached}; passages: {reached}.",
+        "One text of 16 tokens, median call: 4.25 ms sbert-fast float32; another run: "
+        "4.25 ms sbert-fast float32.",
+        "Peak memory over 100,000 short texts: 1,017 MB sbert-fast float32.",
+    ]

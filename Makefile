@@ -15,7 +15,7 @@ TUNE_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CXX_SOURCES := $(wildcard $(foreach suffix,h cpp cu cuh,csrc/*/*.$(suffix)))
-EMULATOR_SOURCES := $(wildcard $(foreach suffix,h cpp cu,tests/*/*.$(suffix)))
+CXX_ELSEWHERE := $(wildcard $(foreach suffix,h cpp cu,tests/*/*.$(suffix) benchmarks/*.$(suffix)))
 REQUIREMENTS := $(VENV)/.requirements
 BUILD := $(VENV)/.build
 
@@ -47,14 +47,14 @@ tune: ## Time launch parameters on a GPU, rewrite their table: OUT=folder [TUNE_
 lint: $(BUILD) ## Check style, types and the import rule.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES) $(EMULATOR_SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES) $(CXX_ELSEWHERE)
 	$(BIN)/mypy
 	$(BIN)/pytest -q --noconftest tests/test_imports.py
 
 format: $(REQUIREMENTS) ## Rewrite sources in the house style.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CXX_SOURCES) $(EMULATOR_SOURCES)
+	$(BIN)/clang-format -i $(CXX_SOURCES) $(CXX_ELSEWHERE)
 
 clean: ## Remove what builds and checks leave behind, but for the environment.
 	rm -rf build dist *.egg-info sbert_fast/*.so sbert_fast/_build_info.py $(BUILD)

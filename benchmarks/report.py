@@ -36,6 +36,8 @@ def say(text: str) -> None:
 
 def render(document: dict[str, Any]) -> str:
     """The document as text: Markdown tables and the lines a reader needs to judge them."""
+    if _is_breakdown(document):
+        return _render_breakdown(document)
     if "gates" not in document:
         return gpu_report.render(document)
     corpus = document["corpus"]
@@ -56,6 +58,57 @@ def render(document: dict[str, Any]) -> str:
     if document.get("memory"):
         lines += ["", *_memory(document["memory"])]
     return "\n".join(lines)
+
+
+def _is_breakdown(document: dict[str, Any]) -> bool:
+    return bool(document.get("benchmark") == "breakdown")
+
+
+def _render_breakdown(document: dict[str, Any]) -> str:
+    corpus, rows = document["corpus"], document["rows"]
+    header = ("share of the time", *(row["precision"] for row in rows))
+    parts = list(rows[0]["shares"])
+    table = [(part, *(f"{row['shares'][part]:.1%}" for row in rows)) for part in parts]
+    lines = [
+        f"{document['device']['name']} | {document['model']['name']} | {document['date']}",
+        f"{corpus['name']}: {corpus['texts']:,} texts, {corpus['lengths']['mean']:.1f} tokens each"
+        f"; {OURS} under a profiler, median of {document['settings']['rounds']} passes",
+        "",
+        *markdown(header, table),
+        "",
+    ]
+    for row in rows:
+        line = (
+            f"{row['precision']}: {row['tokens_per_s']:,.0f} tokens/s; "
+            f"linear layers at {row['linear_gflops']:,.0f} GFLOP/s"
+        )
+        if row["fma_peak_gflops"] is not None:
+            line += (
+                f", {row['linear_gflops'] / row['fma_peak_gflops']:.0%} of the "
+                f"{row['fma_peak_gflops']:,.0f} that the vector units reach in registers: "
+                f"{row['fma_peak_tokens_per_s']:,.0f} tokens/s if nothing else were to do"
+            )
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _breakdown_line(document: dict[str, Any]) -> str:
+    """Where the time goes, as README says it."""
+    told = []
+    for row in document["rows"]:
+        shares = ", ".join(
+            f"{part} {share:.0%}"
+            for part, share in sorted(row["shares"].items(), key=lambda item: -item[1])
+            if share >= 0.01
+        )
+        peak = row["fma_peak_gflops"]
+        if peak is not None:
+            shares += (
+                f"; linear layers at {row['linear_gflops'] / peak:.0%} of the vector units' peak, "
+                f"which is {row['fma_peak_tokens_per_s']:,.0f} tokens/s"
+            )
+        told.append(f"{row['precision']}: {shares}")
+    return f"Where the time goes, {document['corpus']['name']}: {'. '.join(told)}."
 
 
 def _throughput(rows: list[dict[str, Any]]) -> list[str]:
@@ -128,8 +181,10 @@ def readme_section(folder: str, documents: list[dict[str, Any]]) -> str:
 
     Args:
         folder: name of the device's folder in benchmarks/results.
-        documents: one a corpus.
+        documents: one a corpus, and what says where the time goes.
     """
+    breakdowns = [document for document in documents if _is_breakdown(document)]
+    documents = [document for document in documents if not _is_breakdown(document)]
     columns = [
         (document, precision)
         for document in documents
@@ -153,7 +208,7 @@ def readme_section(folder: str, documents: list[dict[str, Any]]) -> str:
         "",
         *markdown(header, rows),
     ]
-    asides = _asides(documents)
+    asides = [*_asides(documents), *map(_breakdown_line, breakdowns)]
     return "\n".join([*lines, *([""] if asides else []), *asides])
 
 
@@ -209,8 +264,9 @@ def readme_figures(results: Path = RESULTS) -> str:
         documents = [
             json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))
         ]
-        if documents:
-            on_gpu = any("gates" not in document for document in documents)
+        whole = [document for document in documents if not _is_breakdown(document)]
+        if whole:
+            on_gpu = any("gates" not in document for document in whole)
             section = gpu_report.readme_section if on_gpu else readme_section
             sections.append(section(folder.name, documents))
     return "\n\n".join(sections) or "«not measured yet»"

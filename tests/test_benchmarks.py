@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+import breakdown  # noqa: E402
 import encode  # noqa: E402
 import gate  # noqa: E402
 import padded  # noqa: E402
@@ -319,3 +320,30 @@ def test_stored_results_can_be_shown() -> None:
         document = json.loads(file.read_text(encoding="utf-8"))
         assert document["schema"] == provenance.SCHEMA
         assert OURS in report.render(document), file
+
+
+@pytest.mark.slow
+def test_breakdown(tmp_path: Path) -> None:
+    """Every part is found in the profile, and the parts are the whole."""
+    path = tmp_path / "breakdown.json"
+    command = [sys.executable, str(BENCHMARKS / "breakdown.py"), *TINY, "--json", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    assert done.stdout.endswith(report.render(stored) + "\n")
+    (row,) = stored["rows"]
+    for times in row["passes"]:
+        assert all(times[part] > 0 for part in (*breakdown.PARTS, breakdown.REST))
+        assert sum(times.values()) == pytest.approx(2 * times["all"])
+    # Query, key, value and output, and the two layers between, of six blocks.
+    linears = 4 * 384 * 384 + 2 * 384 * 1536
+    assert stored["linear_flops_per_token"] == 2 * 6 * linears
+    assert len(row["peaks"]) in (0, 2)
+
+
+def test_breakdown_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(breakdown.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(breakdown.shutil, "which", lambda name: None)
+    peak = breakdown.FmaPeak(tmp_path, threads=1)
+    assert peak.reason == "there is no C++ compiler"
+    assert peak.measure("float32") is None

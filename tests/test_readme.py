@@ -224,3 +224,17 @@ def test_figures_of_results(tmp_path: Path) -> None:
         "4.25 ms sbert-fast float32.",
         "Peak memory over 100,000 short texts: 1,017 MB sbert-fast float32.",
     ]
+    shares = {"linear layers": 0.896, "attention": 0.074, "pooling": 0.004}
+    speed = {"fma_peak_gflops": 200.0, "linear_gflops": 180.0, "fma_peak_tokens_per_s": 9_000.0}
+    bare = {"fma_peak_gflops": None, "linear_gflops": 180.0, "fma_peak_tokens_per_s": None}
+    rows = [
+        {"precision": "float32", "shares": shares, **speed},
+        {"precision": "bfloat16", "shares": shares, **bare},
+    ]
+    found = {"benchmark": "breakdown", "corpus": measured["corpus"], "rows": rows}
+    provenance.write_json(found, tmp_path / "cpu-2core" / "breakdown.json")
+    assert report.readme_figures(tmp_path).splitlines()[-1] == (
+        "Where the time goes, passages: float32: linear layers 90%, attention 7%; linear layers at "
+        "90% of the vector units' peak, which is 9,000 tokens/s. bfloat16: linear layers 90%, "
+        "attention 7%."
+    )

@@ -1,0 +1,197 @@
+"""Where the time of sbert-fast goes on a CPU, beside what its vector units can do at most.
+
+    python benchmarks/breakdown.py --corpus mixed --dtype float32,bfloat16 --json result.json
+
+The corpus is encoded several times under torch's profiler; between two passes `fma_peak.cpp`, which
+is compiled here, measures the multiply-adds of the same threads. A share is the median over passes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shutil
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import report
+from encode import parse_args
+from process import pin
+from provenance import provenance, write_json
+
+PARTS = {
+    "linear layers": ("linear", "linear_norm"),
+    "attention": ("varlen_attention",),
+    "embeddings": ("embed_norm",),
+    "pooling": ("segment_pool_out",),
+    "tokenising": ("tokenising",),
+}
+REST = "everything else"
+_NO_INSTRUCTIONS = 3
+
+
+class FmaPeak:
+    """Multiply-adds of all threads at once, in registers alone.
+
+    Args:
+        folder: where the program is put that measures them.
+        threads: CPU threads.
+
+    Attributes:
+        reason: why there is no program; None where there is one.
+    """
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        self._program, self._threads = folder / "fma_peak", threads
+        self.reason = self._build()
+
+    def _build(self) -> str | None:
+        if platform.machine() not in ("x86_64", "AMD64"):
+            return f"it is written for x86, not for {platform.machine()}"
+        compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+        if compiler is None:
+            return "there is no C++ compiler"
+        source = Path(__file__).with_name("fma_peak.cpp")
+        flags = ("-std=c++20", "-O3", "-march=native", "-pthread")
+        command = [compiler, *flags, str(source), "-o", str(self._program)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return None if done.returncode == 0 else f"{compiler} refused it:\n{done.stderr}"
+
+    def measure(self, precision: str) -> float | None:
+        """GFLOP/s in `precision`; None where the CPU has no instructions for it."""
+        if self.reason is not None:
+            return None
+        command = [str(self._program), precision, str(self._threads)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == _NO_INSTRUCTIONS:
+            return None
+        done.check_returncode()
+        return float(done.stdout)
+
+
+def flops_per_token(config: dict[str, Any]) -> int:
+    """Of the linear layers of a BERT-family model; attention comes on top.
+
+    Args:
+        config: config.json of the model.
+    """
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    return int(2 * config["num_hidden_layers"] * hidden * (4 * hidden + 2 * inner))
+
+
+def profile(encoder: Any, texts: list[str]) -> dict[str, float]:  # noqa: ANN401
+    """Seconds of one pass: of the parts, of the rest, and in total.
+
+    Args:
+        encoder: a FastEncoder on the C++ ops, warmed up.
+        texts: what it encodes.
+    """
+    from torch.profiler import ProfilerActivity, record_function
+    from torch.profiler import profile as torch_profile
+
+    from sbert_fast.tokenization import TextTokenizer
+
+    tokenise = TextTokenizer.__call__
+
+    def recorded(self: TextTokenizer, window: Sequence[str]) -> Any:  # noqa: ANN401
+        with record_function("tokenising"):
+            return tokenise(self, window)
+
+    TextTokenizer.__call__ = recorded  # type: ignore[method-assign]
+    try:
+        with torch_profile(activities=[ProfilerActivity.CPU]) as found, record_function("all"):
+            encoder.encode(texts)
+    finally:
+        TextTokenizer.__call__ = tokenise  # type: ignore[method-assign]
+    seconds = {e.key.removeprefix("sbert_fast::"): e.cpu_time_total for e in found.key_averages()}
+    parts = {part: sum(seconds.get(n, 0.0) for n in names) for part, names in PARTS.items()}
+    total = seconds["all"]
+    parts[REST] = total - sum(parts.values())
+    return {part: value / 1e6 for part, value in (parts | {"all": total}).items()}
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Everything the arguments ask for, as the document that report.py shows."""
+    from corpora import length_stats, load_corpus
+    from padded import ModelFolder
+
+    from sbert_fast import FastEncoder
+
+    document = provenance(args.threads)
+    model = ModelFolder(args.model, args.threads)
+    texts = load_corpus(args.corpus, args.texts, args.seed)
+    _, lengths = model.tokenize(texts)
+    peak = FmaPeak(folder, args.threads)
+    if peak.reason is not None:
+        report.say(f"the peak of the vector units is not measured: {peak.reason}")
+    encoders = {p: FastEncoder(str(args.model), device="cpu", dtype=p) for p in args.dtype}
+    passes: dict[str, list[dict[str, float]]] = {p: [] for p in args.dtype}
+    peaks: dict[str, list[float]] = {p: [] for p in args.dtype}
+    for encoder in encoders.values():
+        profile(encoder, texts)
+    for number in range(args.rounds):
+        report.say(f"round {number + 1} of {args.rounds}")
+        for precision, encoder in encoders.items():
+            reached = peak.measure(precision)
+            if reached is not None:
+                peaks[precision].append(reached)
+            passes[precision].append(profile(encoder, texts))
+    tokens, flops = int(lengths.sum()), flops_per_token(model.config)
+    return document | {
+        "benchmark": "breakdown",
+        "model": {"name": args.model_name, "sha256": model.weights_sha256()},
+        "corpus": {
+            "name": Path(args.corpus).name,
+            "texts": len(texts),
+            "tokens": tokens,
+            "lengths": length_stats(lengths),
+        },
+        "settings": {name: getattr(args, name) for name in ("threads", "rounds", "seed")},
+        "linear_flops_per_token": flops,
+        "rows": [_row(p, passes[p], peaks[p], tokens, flops) for p in args.dtype],
+    }
+
+
+def _row(
+    precision: str,
+    passes: list[dict[str, float]],
+    peaks: list[float],
+    tokens: int,
+    flops: int,
+) -> dict[str, Any]:
+    def median_share(part: str) -> float:
+        return statistics.median(times[part] / times["all"] for times in passes)
+
+    peak = statistics.median(peaks) if peaks else None
+    rate = statistics.median(tokens / times["all"] for times in passes)
+    linear = statistics.median(tokens * flops / times["linear layers"] for times in passes)
+    return {
+        "precision": precision,
+        "tokens_per_s": rate,
+        "shares": {part: median_share(part) for part in (*PARTS, REST)},
+        "linear_gflops": linear / 1e9,
+        "fma_peak_gflops": peak,
+        "fma_peak_tokens_per_s": None if peak is None else peak * 1e9 / flops,
+        "passes": passes,
+        "peaks": peaks,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, store and print."""
+    args = parse_args(argv)
+    pin(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        document = measure(args, Path(folder))
+    if args.json:
+        write_json(document, args.json)
+    print(report.render(document))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

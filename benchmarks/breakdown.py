@@ -19,15 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import report
-from encode import parse_args
+from encode import finish, make_parser
 from process import pin
 from provenance import provenance, write_json
+from report import PRECISIONS
 
+# By what torch's profiler calls them.
 PARTS = {
-    "linear layers": ("linear", "linear_norm"),
-    "attention": ("varlen_attention",),
-    "embeddings": ("embed_norm",),
-    "pooling": ("segment_pool_out",),
+    "linear layers": ("sbert_fast::linear", "sbert_fast::linear_norm"),
+    "attention": ("sbert_fast::varlen_attention",),
+    "embeddings": ("sbert_fast::embed_norm",),
+    "pooling": ("sbert_fast::segment_pool_out",),
     "tokenising": ("tokenising",),
 }
 REST = "everything else"
@@ -79,8 +81,11 @@ def flops_per_token(config: dict[str, Any]) -> int:
     Args:
         config: config.json of the model.
     """
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    return int(2 * config["num_hidden_layers"] * hidden * (4 * hidden + 2 * inner))
+    from roofline import layer_shapes
+
+    shapes = layer_shapes(config["hidden_size"], config["intermediate_size"]).values()
+    weights = sum(outputs * inputs for outputs, inputs in shapes)
+    return int(2 * config["num_hidden_layers"] * weights)
 
 
 def profile(encoder: Any, texts: list[str]) -> dict[str, float]:  # noqa: ANN401
@@ -89,6 +94,9 @@ def profile(encoder: Any, texts: list[str]) -> dict[str, float]:  # noqa: ANN401
     Args:
         encoder: a FastEncoder on the C++ ops, warmed up.
         texts: what it encodes.
+
+    Raises:
+        RuntimeError: the linear layers, or other parts, run elsewhere (see `sbert-fast doctor`).
     """
     from torch.profiler import ProfilerActivity, record_function
     from torch.profiler import profile as torch_profile
@@ -107,16 +115,20 @@ def profile(encoder: Any, texts: list[str]) -> dict[str, float]:  # noqa: ANN401
             encoder.encode(texts)
     finally:
         TextTokenizer.__call__ = tokenise  # type: ignore[method-assign]
-    seconds = {e.key.removeprefix("sbert_fast::"): e.cpu_time_total for e in found.key_averages()}
-    parts = {part: sum(seconds.get(n, 0.0) for n in names) for part, names in PARTS.items()}
+    seconds = {event.key: event.cpu_time_total / 1e6 for event in found.key_averages()}
+    missing = {name for names in PARTS.values() for name in names} - seconds.keys()
+    if missing:
+        raise RuntimeError(
+            f"the C++ ops do not run all of it here: no {', '.join(sorted(missing))}"
+        )
+    parts = {part: sum(seconds[name] for name in names) for part, names in PARTS.items()}
     total = seconds["all"]
-    parts[REST] = total - sum(parts.values())
-    return {part: value / 1e6 for part, value in (parts | {"all": total}).items()}
+    return parts | {REST: total - sum(parts.values()), "all": total}
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Everything the arguments ask for, as the document that report.py shows."""
-    from corpora import length_stats, load_corpus
+    from corpora import describe, load_corpus
     from padded import ModelFolder
 
     from sbert_fast import FastEncoder
@@ -144,12 +156,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return document | {
         "benchmark": "breakdown",
         "model": {"name": args.model_name, "sha256": model.weights_sha256()},
-        "corpus": {
-            "name": Path(args.corpus).name,
-            "texts": len(texts),
-            "tokens": tokens,
-            "lengths": length_stats(lengths),
-        },
+        "corpus": describe(args.corpus, lengths),
         "settings": {name: getattr(args, name) for name in ("threads", "rounds", "seed")},
         "linear_flops_per_token": flops,
         "rows": [_row(p, passes[p], peaks[p], tokens, flops) for p in args.dtype],
@@ -183,7 +190,10 @@ def _row(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, store and print."""
-    args = parse_args(argv)
+    parser = make_parser(__doc__, PRECISIONS)
+    args = parser.parse_args(argv)
+    args.dtype = args.dtype or ["float32"]
+    finish(args, parser)
     pin(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         document = measure(args, Path(folder))

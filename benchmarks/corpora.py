@@ -24,12 +24,13 @@ from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
 from sbert_fast.data import sample_texts
 
-__all__ = ["CORPORA", "LengthModel", "length_stats", "load_corpus", "target_lengths"]
+__all__ = ["CORPORA", "LengthModel", "describe", "length_stats", "load_corpus", "target_lengths"]
 
 CountTokens = Callable[[list[str]], list[int]]
 
@@ -117,6 +118,16 @@ def target_lengths(name: str, n: int) -> list[int]:
         for model, size in zip(models, sizes, strict=True)
         for i in range(size)
     ]
+
+
+def describe(name: str, lengths: Sequence[int]) -> dict[str, Any]:
+    """A corpus, by its name or file and the tokens of its texts, as results tell of it."""
+    return {
+        "name": Path(name).name,
+        "texts": len(lengths),
+        "tokens": int(np.sum(lengths)),
+        "lengths": length_stats(lengths),
+    }
 
 
 def length_stats(lengths: Sequence[int]) -> dict[str, float]:

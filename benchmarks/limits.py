@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import torch
+from roofline import layer_shapes
 
 # Rows of a product: large enough that oneDNN is at its best.
 ROWS = 2048
@@ -22,13 +23,10 @@ class LinearLayers:
 
     def __init__(self, config: dict[str, Any], precision: str) -> None:
         dtype = getattr(torch, precision)
-        hidden, inner = config["hidden_size"], config["intermediate_size"]
         self._layers = config["num_hidden_layers"]
         self._products = []
-        for inputs, outputs in (
-            *((hidden, 3 * hidden), (hidden, hidden)),
-            *((hidden, inner), (inner, hidden)),
-        ):
+        shapes = layer_shapes(config["hidden_size"], config["intermediate_size"])
+        for outputs, inputs in shapes.values():
             weight = torch.randn(outputs, inputs).to(dtype)
             packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
             self._products.append((torch.randn(ROWS, inputs).to(dtype), packed))

@@ -175,16 +175,17 @@ def _memory(memory: dict[str, Any]) -> list[str]:
     return markdown(header, rows)
 
 
-def readme_section(folder: str, documents: list[dict[str, Any]]) -> str:
+def readme_section(
+    folder: str, documents: list[dict[str, Any]], breakdowns: list[dict[str, Any]]
+) -> str:
     """The results of one device as README quotes them: a row a system, a column for each corpus
     and precision.
 
     Args:
         folder: name of the device's folder in benchmarks/results.
-        documents: one a corpus, and what says where the time goes.
+        documents: one a corpus.
+        breakdowns: what says where the time goes.
     """
-    breakdowns = [document for document in documents if _is_breakdown(document)]
-    documents = [document for document in documents if not _is_breakdown(document)]
     columns = [
         (document, precision)
         for document in documents
@@ -201,7 +202,7 @@ def readme_section(folder: str, documents: list[dict[str, Any]]) -> str:
     rows = [(system, *(_cell(d, system, p) for d, p in columns)) for system in systems]
     first = documents[0]
     torch, date = first["versions"]["torch"], first["date"][:10]
-    commits = ", ".join(dict.fromkeys(str(d["commit"])[:9] for d in documents))
+    commits = ", ".join(dict.fromkeys(str(d["commit"])[:9] for d in (*documents, *breakdowns)))
     lines = [
         f"{first['device']['name']}; {first['model']['name']}; torch {torch}; {date}; "
         f"commit {commits} (benchmarks/results/{folder})",
@@ -264,11 +265,12 @@ def readme_figures(results: Path = RESULTS) -> str:
         documents = [
             json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))
         ]
-        whole = [document for document in documents if not _is_breakdown(document)]
-        if whole:
-            on_gpu = any("gates" not in document for document in whole)
-            section = gpu_report.readme_section if on_gpu else readme_section
-            sections.append(section(folder.name, documents))
+        breakdowns = [document for document in documents if _is_breakdown(document)]
+        runs = [document for document in documents if not _is_breakdown(document)]
+        if any("gates" not in document for document in runs):
+            sections.append(gpu_report.readme_section(folder.name, runs))
+        elif runs:
+            sections.append(readme_section(folder.name, runs, breakdowns))
     return "\n\n".join(sections) or "«not measured yet»"
 
 

@@ -231,9 +231,12 @@ def test_figures_of_results(tmp_path: Path) -> None:
         {"precision": "float32", "shares": shares, **speed},
         {"precision": "bfloat16", "shares": shares, **bare},
     ]
-    found = {"benchmark": "breakdown", "corpus": measured["corpus"], "rows": rows}
+    found = {"benchmark": "breakdown", "commit": "fedcba9876543210", "rows": rows}
+    found["corpus"] = measured["corpus"]
     provenance.write_json(found, tmp_path / "cpu-2core" / "breakdown.json")
-    assert report.readme_figures(tmp_path).splitlines()[-1] == (
+    first, *_, last = report.readme_figures(tmp_path).splitlines()
+    assert "; commit 012345678, fedcba987 (" in first
+    assert last == (
         "Where the time goes, passages: float32: linear layers 90%, attention 7%; linear layers at "
         "90% of the vector units' peak, which is 9,000 tokens/s. bfloat16: linear layers 90%, "
         "attention 7%."

@@ -31,6 +31,7 @@ import timing  # noqa: E402
 from padded import ModelFolder, NotAvailable, Setting  # noqa: E402
 from report import OURS, REFERENCE  # noqa: E402
 
+from families import make_mpnet  # noqa: E402
 from sbert_fast import FastEncoder  # noqa: E402
 
 TEXTS = ["A cat.", "Rain is expected in the north for most of the week.", "", "Why?"]
@@ -346,12 +347,11 @@ def test_breakdown(tmp_path: Path) -> None:
     assert len(row["peaks"]) == (2 if has_peak else 0)
 
 
-def test_breakdown_refuses_parts_that_run_elsewhere(
-    minilm_path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(breakdown.PARTS, "attention", ("aten::elsewhere",))
-    with pytest.raises(RuntimeError, match=r"no aten::elsewhere$"):
-        breakdown.profile(FastEncoder(minilm_path, device="cpu"), TEXTS)
+def test_breakdown_refuses_a_model_that_does_not_run_packed() -> None:
+    with pytest.warns(UserWarning, match="unaccelerated"):
+        encoder = FastEncoder(make_mpnet())
+    with pytest.raises(RuntimeError, match=r"no attention, embeddings, pooling, tokenising: "):
+        breakdown.profile(encoder, TEXTS)
 
 
 def test_rates_of_a_breakdown() -> None:

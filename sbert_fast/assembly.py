@@ -2,55 +2,65 @@
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Set
 from typing import Any
 
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from torch import nn
 
-from sbert_fast import models, ops
+from sbert_fast import bypass, ops
 from sbert_fast.engine import PackedEncoder
-from sbert_fast.errors import UnsupportedModelError
+from sbert_fast.errors import InvalidWeightsError, UnsupportedModelError
 from sbert_fast.inference import Pipeline
+from sbert_fast.originals import originals
 from sbert_fast.pooling import PoolingHead, is_module, read_pooling
-from sbert_fast.tokenization import TextTokenizer, tokenizer_state
+from sbert_fast.state import Snapshot
+from sbert_fast.tokenization import TextTokenizer, backend_state
 
 DEVICES = ("cpu", "cuda")
 # transformers' stand-in for "no limit" is far above this.
 _NO_LIMIT = 1_000_000_000
+# What encoding calls.
+_ROOTS = ("__call__", "__getattr__", "encode", "forward")
+# Attributes of a Transformer module that are checked below, change nothing after loading, or only
+# remember what was computed. Others change what it does where they are set.
+_KNOWN = {
+    *vars(nn.Module()),
+    "_chat_template_suffix_cache",
+    "_declared_forward_params",
+    "_method_signature_cache",
+    "_prompt_length_mapping",
+    "_unpad_inputs",
+    "backend",
+    "can_flatten_inputs",
+    "do_lower_case",
+    "input_formatter",
+    "modality_config",
+    "model_forward_params",
+    "module_output_name",
+    "processor",
+    "transformer_task",
+}
 # What sentence-transformers takes of the base model, and what it calls that.
 _READ = {
     "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
     "module_output_name": "token_embeddings",
+    "transformer_task": "feature-extraction",
 }
 
 
-def signature(model: SentenceTransformer) -> tuple[Any, ...]:
-    """What a pipeline is built from, cheap enough to look at on every call."""
-    children = list(model.children())
-    first = children[0] if children else None
-    pooling = children[1] if len(children) > 1 else None
-    base = getattr(first, "auto_model", None)
-    return (
-        tuple(map(id, children)),
-        id(base),
-        getattr(getattr(base, "config", None), "_attn_implementation", None),
-        *(repr(getattr(first, name, None)) for name in _READ),
-        tokenizer_state(getattr(first, "tokenizer", None)),
-        getattr(pooling, "pooling_mode", None),
-        getattr(pooling, "include_prompt", None),
-        model.device,
-    )
-
-
-def build_pipeline(model: SentenceTransformer, dtype: torch.dtype | None, impl: str) -> Pipeline:
+def build_pipeline(
+    model: SentenceTransformer, dtype: torch.dtype | None, impl: str, known: PackedEncoder | None
+) -> Pipeline:
     """The packed pipeline of a SentenceTransformer.
 
     Args:
         model: what to run; its parameters are read, never copied into it.
         dtype: dtype to compute in; None is the dtype of the model.
         impl: implementation of the ops.
+        known: the engine so far, which is kept where it still serves.
 
     Raises:
         UnsupportedModelError: with the reason.
@@ -72,11 +82,14 @@ def build_pipeline(model: SentenceTransformer, dtype: torch.dtype | None, impl: 
         )
     _check_transformer(transformer)
     base = transformer.auto_model
-    architecture, _ = models.read(base)
+    engine = known
+    if engine is None or engine.model is not base or engine.requested_dtype != dtype:
+        engine = PackedEncoder(base, dtype=dtype, impl=impl)
+    admission = engine.admission()
+    architecture = admission.architecture
     after = dict(list(model.named_children())[1:])
     spec = read_pooling(after, architecture.hidden_size)
     max_length = _max_length(transformer, architecture.max_tokens)
-    engine = PackedEncoder(base, dtype=dtype, impl=impl)
     if model.device.type != "cpu" and impl == "auto" and engine.implementation == "reference":
         raise UnsupportedModelError(f"no kernels run on {model.device}:\n{ops.explain_ops()}")
     return Pipeline(TextTokenizer(transformer.tokenizer, max_length), engine, PoolingHead(spec))
@@ -84,9 +97,6 @@ def build_pipeline(model: SentenceTransformer, dtype: torch.dtype | None, impl: 
 
 def _check_transformer(transformer: Any) -> None:
     """Refuse options of the Transformer module that the packed engine would pass by."""
-    for name in ("processing_kwargs", "query_expansion", "query_length", "document_length"):
-        if getattr(transformer, name, None):
-            raise UnsupportedModelError(f"the Transformer module sets {name}")
     for name, expected in _READ.items():
         found = getattr(transformer, name, expected)
         if found != expected:
@@ -99,9 +109,36 @@ def _check_transformer(transformer: Any) -> None:
             f"the tokenizer must be one of transformers, got {type(tokenizer).__module__}."
             f"{type(tokenizer).__qualname__}"
         )
+    if tokenizer.padding_side != "right":
+        raise UnsupportedModelError(f"the tokenizer pads on the {tokenizer.padding_side}")
+    if not {"input_ids", "attention_mask"} <= set(tokenizer.model_input_names):
+        raise UnsupportedModelError(
+            "the tokenizer must give input_ids and attention_mask, got "
+            f"{tokenizer.model_input_names}"
+        )
     for holder in (tokenizer, getattr(transformer, "processor", None)):
         if getattr(holder, "chat_template", None):
             raise UnsupportedModelError("the tokenizer has a chat template")
+
+
+def _check_own(part: Any, names: Set[str]) -> None:
+    """Refuse a module or tokenizer that does more than its class, or something else.
+
+    Args:
+        part: a module, tokenizer, or what belongs to one.
+        names: what the code of all of them mentions.
+    """
+    problem = bypass.reason([part]) if isinstance(part, nn.Module) else None
+    kind = type(part)
+    for name in vars(part).keys() & names:
+        if callable(getattr(kind, name, None)) and bypass.is_replaced(part, name):
+            problem = f"{name} of {kind.__name__} was replaced on an instance"
+    if is_module(part, "Transformer"):
+        for name, value in vars(part).items():
+            if name in names - _KNOWN and value and not callable(getattr(kind, name, None)):
+                problem = f"the Transformer module sets {name.lstrip('_')}"
+    if problem is not None:
+        raise UnsupportedModelError(problem)
 
 
 def _max_length(transformer: Any, room: int) -> int:
@@ -126,29 +163,60 @@ def _max_length(transformer: Any, room: int) -> int:
     return int(value)
 
 
-class Derived:
-    """The pipeline of an encoder: rebuilt on demand, left behind by copies and pickles.
+class Assembly:
+    """What runs `encode` for the modules of a model as they were, or why nothing of ours does.
 
     Attributes:
+        pipeline: the pipeline; None where the model runs in sentence-transformers.
+        problem: why it does; None where the pipeline runs it.
+    """
+
+    def __init__(
+        self, model: SentenceTransformer, dtype: torch.dtype | None, impl: str, old: Assembly | None
+    ) -> None:
+        first = next(model.children(), None)
+        base, self._tokenizer = (getattr(first, name, None) for name in ("auto_model", "tokenizer"))
+        self._request = dtype, model.device
+        self._backend = backend_state(self._tokenizer)
+        # The engine looks after the base model, where there is one.
+        self._snapshot = Snapshot(model, without=[base])
+        self._originals = originals(map(type, self._snapshot.objects), _ROOTS)
+        self.pipeline: Pipeline | None = None
+        self.problem = self._originals.problem
+        try:
+            for part in self._snapshot.objects:
+                _check_own(part, self._originals.names)
+            known = None if old is None or old.pipeline is None else old.pipeline.engine
+            self.pipeline = build_pipeline(model, dtype, impl, known)
+        except InvalidWeightsError:
+            raise
+        except UnsupportedModelError as error:
+            self.problem = str(error)
+        if self.problem is not None:
+            self.pipeline, self._snapshot = None, Snapshot(model)
+            self._originals = originals(map(type, self._snapshot.objects), _ROOTS)
+
+    def is_current(self, dtype: torch.dtype | None, device: torch.device) -> bool:
+        """Whether nothing has changed that the assembly was made from."""
+        return (
+            self._request == (dtype, device)
+            and self._snapshot.is_current()
+            and self._originals.is_current()
+            and backend_state(self._tokenizer) == self._backend
+        )
+
+
+class Derived:
+    """What an encoder has derived from its modules: left behind by copies and pickles.
+
+    Attributes:
+        assembly: the latest; None where there is none yet.
         lost: what made the device useless to this process; None where it works.
     """
 
     def __init__(self) -> None:
         self.lost: str | None = None
-        self._lock = threading.Lock()
-        self._entry: tuple[tuple[Any, ...], Pipeline] | None = None
+        self.assembly: Assembly | None = None
 
     def __reduce__(self) -> tuple[type[Derived], tuple[()]]:
         return type(self), ()
-
-    def get(self, signature: tuple[Any, ...]) -> Pipeline | None:
-        entry = self._entry
-        return entry[1] if entry is not None and entry[0] == signature else None
-
-    def set(self, signature: tuple[Any, ...], pipeline: Pipeline) -> None:
-        with self._lock:
-            self._entry = signature, pipeline
-
-    def clear(self) -> None:
-        with self._lock:
-            self._entry = None

@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 from tqdm.autonotebook import tqdm
 
-from sbert_fast import inference, ops
+from sbert_fast import bypass, forking, inference, ops
 from sbert_fast.arguments import (
     DEFAULT_BATCH_SIZE,
     OUTPUT_VALUES,
@@ -30,7 +30,7 @@ from sbert_fast.arguments import (
     parse_dtype,
     with_default_batch_size,
 )
-from sbert_fast.assembly import Derived, build_pipeline, signature
+from sbert_fast.assembly import Assembly, Derived
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import (
     DeviceLostError,
@@ -39,7 +39,6 @@ from sbert_fast.errors import (
     UnsupportedModelError,
 )
 from sbert_fast.inference import Pipeline, Request
-from sbert_fast.models.base import has_hooks
 from sbert_fast.stats import Counters, EncoderStats
 from sbert_fast.tokenization import check_texts
 from sbert_fast.transfer import device_error
@@ -213,23 +212,23 @@ class FastEncoder(SentenceTransformer):
         Needed after writes torch does not count (`p.data[...] = x`), and after a part of
         `tokenizer.backend_tokenizer` was replaced.
         """
-        self._derived.clear()
+        self._derived.assembly = None
 
     def _pipeline(self) -> Pipeline | str:
         """What runs `encode` for the modules as they are now, or why nothing of ours does."""
-        current = signature(self)
-        pipeline = self._derived.get(current)
-        if pipeline is None:
-            try:
-                pipeline = build_pipeline(self, self._dtype_to_request(), self._impl)
-                pipeline.prepare()
-            except InvalidWeightsError:
-                raise
-            except UnsupportedModelError as error:
-                # Not kept: the model may be supported again by the next call.
-                return str(error)
-            self._derived.set(current, pipeline)
-        return pipeline
+        dtype, assembly = self._dtype_to_request(), self._derived.assembly
+        if assembly is None or not assembly.is_current(dtype, self.device):
+            assembly = Assembly(self, dtype, self._impl, assembly)
+            self._derived.assembly = assembly
+        if assembly.pipeline is None:
+            return str(assembly.problem)
+        try:
+            assembly.pipeline.prepare()
+        except InvalidWeightsError:
+            raise
+        except UnsupportedModelError as error:
+            return str(error)
+        return assembly.pipeline
 
     def _dtype_to_request(self) -> torch.dtype | None:
         """The dtype to compute in; None is that of the model."""
@@ -258,24 +257,20 @@ class FastEncoder(SentenceTransformer):
 
     def _call_reason(self, kwargs: dict[str, Any], output_value: str | None) -> str | None:
         """Why a call runs in sentence-transformers; None where it runs packed."""
+        if bypass.is_transformed():
+            return "a mode or transform of torch is on"
+        forking.settle()
         pipeline = self._pipeline()
         if isinstance(pipeline, str):
             return pipeline
-        if pipeline.engine.has_hooks():
-            return "the base model has forward hooks"
-        if pipeline.engine.has_own_forwards():
-            return "a module of the base model has a forward of its own"
-        transformer, *behind = self.children()
-        if any(
-            has_hooks(module) or "forward" in module.__dict__
-            for module in (self, transformer, *(m for child in behind for m in child.modules()))
-        ):
-            return "a module has forward hooks, or a forward of its own"
+        admission = pipeline.engine.admission()
+        if (reason := admission.inside or admission.around) is not None:
+            return reason
+        if (reason := bypass.global_reason()) is not None:
+            return reason
         for name in ("forward", "preprocess", "tokenize"):
             if getattr(type(self), name) is not getattr(SentenceTransformer, name):
                 return f"{type(self).__name__} has a {name} of its own"
-            if name in self.__dict__ or name in transformer.__dict__:
-                return f"{name} was replaced on an instance"
         if output_value is None and self._outputs_more():
             return "output_value=None of a model that outputs hidden states or attentions"
         # sentence-transformers refuses the names it does not know, whatever their value.
@@ -418,7 +413,7 @@ class FastEncoder(SentenceTransformer):
             raise
         except UnsupportedModelError:
             # A module inside the base model was replaced since the last call.
-            self._derived.clear()
+            self._derived.assembly = None
             how |= {"convert_to_numpy": convert_to_numpy, "convert_to_tensor": convert_to_tensor}
             return self.encode(inputs, precision=precision, **how, **kwargs)
         if output_value == "sentence_embedding":

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sbert_fast import models, ops
-from sbert_fast.models.base import Linear, check_finite, has_hooks
+from sbert_fast import bypass, models, ops
+from sbert_fast.errors import UnsupportedModelError
+from sbert_fast.forking import Lock
+from sbert_fast.models.base import Linear, check_finite
 from sbert_fast.ops.dispatch import FUSING
 from sbert_fast.ops.panels import Activation
 from sbert_fast.packing import PackedBatch
@@ -22,7 +23,9 @@ from sbert_fast.prepare import (
     PreparedNorm,
     aligned,
     settle,
+    tensors_in,
 )
+from sbert_fast.state import Snapshot
 
 NormAndPool = Callable[[Tensor, "Tensor | None", Tensor, PreparedNorm], None]
 
@@ -52,6 +55,67 @@ class Prepared:
     layers: tuple[PreparedLayer, ...]
     embed: ops.Kernel
     attend: ops.Kernel
+
+
+class Admission:
+    """Whether a base model may run packed, and what its adapter has read of it.
+
+    It holds as long as no attribute or buffer of the model and no function that it calls has
+    changed.
+
+    Attributes:
+        problem: why the engine does not support the model; None where it does.
+        inside, around: why the modules in the model, or the model itself and its pooler, are to be
+            called all the same: they have hooks or forwards of their own. None where they have not.
+        drops: the model is in training mode and has dropout.
+        weights, identity: of the parameters, see :class:`sbert_fast.models.EncoderWeights`.
+        tensors: the parameters that a packed pass stands for.
+        records: a hook that gradient checkpointing has left records gradients where these are on.
+    """
+
+    architecture: models.Architecture
+    weights: models.EncoderWeights
+
+    def __init__(self, model: nn.Module) -> None:
+        self._snapshot = Snapshot(model)
+        self._originals = models.originals_of(model)
+        self._buffers = Fingerprint(model.buffers(), ())
+        self.problem: str | None = None
+        inner = [m for name, m in model.named_modules() if name and not _is_pooler(name)]
+        pooler = [m for name, m in model.named_modules() if _is_pooler(name)]
+        try:
+            self.architecture, self.weights = models.read(model)
+        except UnsupportedModelError as error:
+            self.problem = str(error)
+            return
+        self.identity = (self.architecture, self.weights.identity())
+        self.inside, self.around = bypass.reason(inner), bypass.reason([model, *pooler])
+        self.drops = bypass.drops([*inner, model])
+        self.records = any(map(bypass.records_gradients, inner))
+        self.tensors = [t for name, t in model.named_parameters() if not _is_pooler(name)]
+
+    def is_current(self) -> bool:
+        return (
+            self._snapshot.is_current()
+            and self._originals.is_current()
+            and self._buffers.is_current()
+        )
+
+
+def _is_pooler(name: str) -> bool:
+    return name.partition(".")[0] == "pooler"
+
+
+@dataclass(frozen=True, slots=True)
+class _Current:
+    """Prepared weights, and what they were derived from."""
+
+    identity: tuple[object, ...]
+    fingerprint: Fingerprint
+    prepared: Prepared
+
+    def is_current(self, admission: Admission) -> bool:
+        return self.identity == admission.identity and self.fingerprint.is_current()
 
 
 def compute_dtype(model: nn.Module, requested: torch.dtype | None) -> torch.dtype:
@@ -89,23 +153,23 @@ class PackedEncoder:
         self.model = model
         self.requested_dtype = dtype
         self.impl = impl
-        self.architecture, _ = models.read(model)
+        self._start()
+        self.architecture = self.admission().architecture
         head_dim = self.architecture.head_dim
         ops.resolve(self.device, self.compute_dtype, impl, head_dim=head_dim)
-        self._prepared: Prepared | None = None
-        self._fingerprint: Fingerprint | None = None
-        self._lock = threading.Lock()
+
+    def _start(self) -> None:
+        self._admission: Admission | None = None
+        self._current: _Current | None = None
+        self._lock = Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        for derived in ("_prepared", "_fingerprint", "_lock"):
-            del state[derived]
-        return state
+        derived = ("_admission", "_current", "_lock")
+        return {name: value for name, value in vars(self).items() if name not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._prepared = self._fingerprint = None
-        self._lock = threading.Lock()
+        vars(self).update(state)
+        self._start()
 
     @property
     def device(self) -> torch.device:
@@ -141,44 +205,42 @@ class PackedEncoder:
         }
         return {"width": widths.get(op, architecture.hidden_size)}
 
-    def has_hooks(self) -> bool:
-        """Whether a module of the model has forward hooks, which a packed pass would not call."""
-        return any(map(has_hooks, self._modules()))
+    def admission(self) -> Admission:
+        """What reading the model has shown.
 
-    def has_own_forwards(self) -> bool:
-        """Whether a module inside the model had its forward replaced, which would not be called."""
-        own = (module for module in self._modules() if module is not self.model)
-        return any("forward" in module.__dict__ for module in own)
-
-    def _modules(self) -> Iterable[nn.Module]:
-        fingerprint = self._fingerprint
-        return self.model.modules() if fingerprint is None else fingerprint.modules
+        Raises:
+            UnsupportedModelError: the model cannot be run packed; the message says why.
+        """
+        admission = self._admission
+        if admission is None or not admission.is_current():
+            admission = self._admission = Admission(self.model)
+        if admission.problem is not None:
+            raise UnsupportedModelError(admission.problem)
+        return admission
 
     def refresh(self) -> None:
-        """Forget prepared weights: needed after writes torch does not count (`p.data[...] = x`)."""
+        """Forget prepared weights: needed after writes that no check sees (`p.data[0, 0] = x`)."""
         with self._lock:
-            self._prepared = self._fingerprint = None
+            self._current = None
 
     def prepared(self) -> Prepared:
         """The prepared weights of the model as it is now."""
-        prepared, fingerprint = self._prepared, self._fingerprint
-        if prepared is not None and fingerprint is not None and fingerprint.is_current():
-            return prepared
+        current = self._current
+        if current is not None and current.is_current(self.admission()):
+            return current.prepared
         with self._lock:
-            if (
-                self._prepared is None
-                or self._fingerprint is None
-                or not self._fingerprint.is_current()
-            ):
-                self._prepared = self._fingerprint = None
-                self.architecture, weights = models.read(self.model)
-                fingerprint = Fingerprint(self.model)
+            admission, current = self.admission(), self._current
+            if current is None or not current.is_current(admission):
+                self._current = None
+                self.architecture = admission.architecture
                 with torch.inference_mode(False), torch.no_grad():
                     check_finite(self.model)
-                    self._prepared = self._prepare(weights)
+                    prepared = self._prepare(admission.weights)
                 settle(self.device)
-                self._fingerprint = fingerprint
-            return self._prepared
+                fingerprint = Fingerprint(admission.tensors, tensors_in(prepared))
+                current = _Current(admission.identity, fingerprint, prepared)
+                self._current = current
+            return current.prepared
 
     def _prepare(self, weights: models.EncoderWeights) -> Prepared:
         architecture, device, dtype = self.architecture, self.device, self.compute_dtype
@@ -197,6 +259,7 @@ class PackedEncoder:
 
         def table(values: Tensor) -> Tensor:
             values = values.detach() if in_place else values.detach().to(dtype)
+            values = values.contiguous()
             return aligned(values) if vectors else values
 
         return Prepared(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import threading
 import types
 from collections import Counter
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPastAndCrossAttentions,
@@ -23,9 +22,9 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import ModelOutput
 
+from sbert_fast import bypass, forking
 from sbert_fast.engine import PackedEncoder, Prepared
 from sbert_fast.errors import InvalidWeightsError, UnsupportedModelError
-from sbert_fast.models.base import has_hooks
 from sbert_fast.packing import PackedBatch, pack_padded, padded_positions
 from sbert_fast.transfer import Transfers
 
@@ -74,6 +73,9 @@ class PackedForward:
         InvalidWeightsError: by a packed call, where weights have come to hold NaN or infinity.
     """
 
+    # See `bypass.is_replaced`.
+    stands_for_original = True
+
     def __init__(self, encoder: PackedEncoder) -> None:
         self.shadowed = "forward" in encoder.model.__dict__
         self.use(encoder)
@@ -82,10 +84,9 @@ class PackedForward:
     def use(self, encoder: PackedEncoder) -> None:
         """Run `encoder`, of the same model, from now on."""
         self.encoder = encoder
-        self._modules: tuple[Prepared | None, list[nn.Module]] = (None, [])
 
     def _start(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = forking.Lock()
         self._counts: Counter[str] = Counter()
         self._warned = False
         functools.update_wrapper(self, self.original, updated=())
@@ -114,20 +115,22 @@ class PackedForward:
             return dict(self._counts)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        if bypass.is_transformed():
             return self._run_original(*args, **kwargs)
+        forking.settle()
         try:
             self._check_modes()
             arguments = self._arguments(args, kwargs)
             prepared = self.encoder.prepared()
-            self._check_modules(prepared)
             call = self._read(arguments)
         except _UseOriginalError as error:
             self._count(str(error))
         except InvalidWeightsError:
             raise
         except UnsupportedModelError as error:
-            self._count(f"the model is no longer supported: {error}", logging.WARNING)
+            # The parameters of torch.func.functional_call are there for this one call.
+            if not bypass.holds_plain_tensors(self.encoder.model):
+                self._count(f"the model is no longer supported: {error}", logging.WARNING)
         else:
             self._count(PACKED, logging.DEBUG)
             return self._run(call, prepared)
@@ -145,19 +148,23 @@ class PackedForward:
             logger.log(level, "%s, forward: %s", type(self.encoder.model).__name__, outcome)
 
     def _check_modes(self) -> None:
-        model = self.encoder.model
         device = self.encoder.device.type
         if device != "cpu" and self.encoder.implementation == "reference":
             raise _UseOriginalError(f"the model is on {device}: no kernels run there")
         if torch.is_autocast_enabled(device):
             raise _UseOriginalError("torch.autocast is on")
-        # The model's own pooler runs as it is, gradients included.
-        if torch.is_grad_enabled() and any(
-            parameter.requires_grad and not name.startswith("pooler.")
-            for name, parameter in model.named_parameters()
-        ):
-            self._warn_about_gradients()
-            raise _UseOriginalError("gradients are recorded")
+        if (reason := bypass.global_reason()) is not None:
+            raise _UseOriginalError(reason)
+        admission = self.encoder.admission()
+        if admission.inside is not None:
+            raise _UseOriginalError(admission.inside)
+        if admission.drops:
+            raise _UseOriginalError("training mode with dropout")
+        if torch.is_grad_enabled():
+            # The model's own pooler runs as it is, gradients included.
+            if admission.records or any(t.requires_grad for t in admission.tensors):
+                self._warn_about_gradients()
+                raise _UseOriginalError("gradients are recorded")
 
     def _warn_about_gradients(self) -> None:
         with self._lock:
@@ -168,24 +175,6 @@ class PackedForward:
                 "torch.inference_mode() to run it packed",
                 type(self.encoder.model).__name__,
             )
-
-    def _check_modules(self, prepared: Prepared) -> None:
-        """Refuse what the packed path, which calls no submodule but the pooler, would pass by."""
-        seen, modules = self._modules
-        if seen is not prepared:
-            modules = [
-                module
-                for name, module in self.encoder.model.named_modules()
-                if name and name.split(".")[0] != "pooler"
-            ]
-            self._modules = (prepared, modules)
-        for module in modules:
-            if module.training and isinstance(module, nn.Dropout) and module.p > 0:
-                raise _UseOriginalError("training mode with dropout")
-            if "forward" in module.__dict__:
-                raise _UseOriginalError("forward of a submodule was replaced")
-            if has_hooks(module):
-                raise _UseOriginalError("a submodule has forward hooks")
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments by name, those checked that the packed path must not ignore."""

@@ -19,6 +19,7 @@ from sbert_fast.prepare import (
     PreparedLinear,
     PreparedNorm,
     settle,
+    tensors_in,
 )
 
 # sentence-transformers' names of the modes, and ours.
@@ -257,7 +258,6 @@ class PoolingHead:
 
 
 def _prepare_dense(module: Any, device: torch.device, impl: str) -> _PreparedDense:
-    fingerprint = Fingerprint(module)
     kernels = LinearKernels(torch.float32, device, impl)
     with torch.inference_mode(False), torch.no_grad():
         layer = PreparedLinear((linear(module.linear),), kernels)
@@ -265,4 +265,5 @@ def _prepare_dense(module: Any, device: torch.device, impl: str) -> _PreparedDen
         residual = None
         if projection is not None:
             residual = PreparedLinear((linear(projection),), kernels)
+    fingerprint = Fingerprint(module.parameters(), tensors_in((layer, residual)))
     return fingerprint, layer, residual

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sbert_fast import ops
 from sbert_fast.models.base import Linear, Norm
 from sbert_fast.ops import panels
+from sbert_fast.ops.content import ContentHash
 from sbert_fast.ops.dispatch import requested
 from sbert_fast.ops.panels import Activation
 
@@ -78,7 +79,7 @@ class PreparedNorm:
 
     @classmethod
     def of(cls, norm: Norm) -> PreparedNorm:
-        weight, bias = norm.weight.detach().float(), norm.bias.detach().float()
+        weight, bias = (part.detach().float().contiguous() for part in (norm.weight, norm.bias))
         return cls(aligned(weight), aligned(bias), norm.eps)
 
 
@@ -189,46 +190,54 @@ def _side_by_side(linears: tuple[Linear, ...]) -> Tensor | None:
     )
 
 
+def tensors_in(node: object) -> Iterator[Tensor]:
+    """Every tensor of prepared weights."""
+    if isinstance(node, Tensor):
+        yield node
+    elif isinstance(node, tuple):
+        for part in node:
+            yield from tensors_in(part)
+    elif isinstance(node, PreparedLinear):
+        yield from tensors_in(tuple(vars(node).values()))
+    elif is_dataclass(node):
+        for entry in fields(node):
+            yield from tensors_in(getattr(node, entry.name))
+
+
 class Fingerprint:
-    """Tells whether any parameter or submodule of a model was added, replaced or written to.
+    """Tells whether any of some tensors was written to, or given another storage.
 
-    Of what is no parameter it sees the eps of every LayerNorm.
-
-    It keeps the tensors it was taken from alive, so that an address cannot be used again unseen.
-
-    Attributes:
-        modules: the model and every module inside it, as they were.
+    Args:
+        tensors: parameters and buffers. Each is asked for its count of writes, address, dtype,
+            shape and strides.
+        shared: what was derived of them. Those of `tensors` that are among it are read live; what
+            the others hold is hashed, because many writers are not counted: those through
+            `.data`, fused optimizers, views of numpy.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.modules = modules = list(model.modules())
-        self._children = [(module._modules, dict(module._modules)) for module in modules]
-        self._parameters = [module._parameters for module in modules]
-        self._norms = [module for module in modules if isinstance(module, nn.LayerNorm)]
-        self._eps = [norm.eps for norm in self._norms]
-        self._held = [parameter.detach() for parameter in model.parameters()]
+    def __init__(self, tensors: Iterable[Tensor], shared: Iterable[Tensor]) -> None:
+        self._tensors = list(tensors)
+        # They keep the storages alive, so that an address cannot be used again unseen.
+        self._held = [tensor.detach() for tensor in self._tensors]
+        # Those in the layout of oneDNN have none, and are copies.
+        addresses = {t.data_ptr() for t in shared if t.layout == torch.strided}
+        self._live = [t for t in self._tensors if t.data_ptr() in addresses]
+        self._hash = ContentHash([t for t in self._tensors if t.data_ptr() not in addresses])
+        self._counted = [t for t in self._tensors if not t.is_inference()]
         self._values = self._read()
 
-    def _read(self) -> list[tuple[str, tuple[Any, ...] | None]]:
-        return [
-            (name, _state(parameter))
-            for parameters in self._parameters
-            for name, parameter in parameters.items()
-        ]
-
-    def is_current(self) -> bool:
-        # Modules compare by identity.
+    def _read(self) -> tuple[object, ...]:
         return (
-            all(now == then for now, then in self._children)
-            and [norm.eps for norm in self._norms] == self._eps
-            and self._read() == self._values
+            [tensor._version for tensor in self._counted],
+            [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in self._live],
+            self._hash(),
+            # Inference tensors count no writes: a hash of all their bits tells of them.
+            [
+                int(torch.hash_tensor(tensor).item())
+                for tensor in self._tensors
+                if tensor.is_inference()
+            ],
         )
 
-
-def _state(parameter: Tensor | None) -> tuple[Any, ...] | None:
-    if parameter is None:
-        return None
-    # Inference tensors count no writes: a hash of their bits tells of them.
-    counts = not parameter.is_inference()
-    written = parameter._version if counts else torch.hash_tensor(parameter).item()
-    return parameter.data_ptr(), written, parameter.dtype, parameter.device
+    def is_current(self) -> bool:
+        return self._read() == self._values

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -11,13 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sbert_fast.errors import InputError
+from sbert_fast.errors import InputError, UnsupportedModelError
+from sbert_fast.forking import Lock
 from sbert_fast.values import lone_surrogate, shown
 
 # Characters per token of `max_length` beyond which a text is cut before it is tokenised.
 _CHARACTERS_PER_TOKEN = 64
 # A cut text stands for the whole one only if its last kept token ends this far before the cut.
 _CUT_MARGIN = 1024
+# Rows of a vocabulary that tell it from another one of its size.
+_SAMPLED_IDS = tuple(int(1.4**i) for i in range(36))
 # Texts tokenised at once: bounds the memory of the tokenizer's own objects.
 _CHUNK = 4096
 
@@ -79,19 +81,36 @@ def _about(element: object) -> str:
     return ""
 
 
-def tokenizer_state(tokenizer: Any) -> tuple[Any, ...]:  # noqa: ANN401
-    """What a private copy of a tokenizer was made from, cheap enough to look at on every call."""
-    if not hasattr(tokenizer, "model_max_length"):
-        return (id(tokenizer),)
+def _part(part: Any) -> object:  # noqa: ANN401
+    """What a part of a backend does, in a form that compares."""
+    try:
+        return None if part is None else part.__getstate__()
+    except Exception as error:
+        # Written in Python: two of them cannot be told apart.
+        return repr(error)
+
+
+def _vocabulary(model: Any) -> tuple[object, ...]:  # noqa: ANN401
+    """The settings of a backend's model, and some of its tokens."""
+    settings = (name for name in dir(model) if not name.startswith("_"))
+    values = [value for name in settings if not callable(value := getattr(model, name))]
+    return (type(model), values, [model.id_to_token(i) for i in _SAMPLED_IDS])
+
+
+def backend_state(tokenizer: Any) -> tuple[object, ...]:  # noqa: ANN401
+    """What decides about the tokens of a text in the Rust backend of a tokenizer.
+
+    Of the vocabulary that is its size and a sample. The attributes of the tokenizer itself are in
+    the snapshot of the model.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return ()
     return (
-        id(tokenizer),
-        type(tokenizer),
-        id(getattr(tokenizer, "backend_tokenizer", None)),
-        len(tokenizer),
-        tokenizer.model_max_length,
-        tokenizer.truncation_side,
-        tokenizer.split_special_tokens,
-        getattr(tokenizer, "chat_template", None),
+        *map(_part, (backend.normalizer, backend.pre_tokenizer, backend.post_processor)),
+        repr(backend.get_added_tokens_decoder()),
+        backend.get_vocab_size(),
+        *_vocabulary(backend.model),
     )
 
 
@@ -105,6 +124,9 @@ class TextTokenizer:
         tokenizer: a `transformers` tokenizer.
         max_length: tokens kept of a text, special tokens included.
 
+    Raises:
+        UnsupportedModelError: a part of the tokenizer cannot be copied.
+
     Attributes:
         returns_types: the tokenizer's own output holds `token_type_ids`.
     """
@@ -117,10 +139,13 @@ class TextTokenizer:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             # A Python tokenizer keeps per-call state: one call at a time.
-            self._slow, self._lock = tokenizer, threading.Lock()
+            self._slow, self._lock = tokenizer, Lock()
             self._keeps_types = False
             return
-        private = type(backend).from_str(backend.to_str())
+        try:
+            private = type(backend).from_str(backend.to_str())
+        except Exception as error:
+            raise UnsupportedModelError(f"the tokenizer cannot be copied: {error}") from error
         private.encode_special_tokens = tokenizer.split_special_tokens
         private.no_padding()
         self._right = tokenizer.truncation_side == "right"

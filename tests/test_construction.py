@@ -395,7 +395,7 @@ def test_hooks_on_the_base_model_are_honoured(launches: Launches) -> None:
     assert_same_result(encoder.encode(TEXTS), st.encode(TEXTS))
     assert launches() == {}
     assert len(calls) == 2 * -(-len(TEXTS) // 32)
-    assert encoder.stats.fallbacks == {"the base model has forward hooks": 1}
+    assert encoder.stats.fallbacks == {"BertLayer has forward hooks": 1}
     handle.remove()
     encoder.encode(TEXTS)
     assert launches() != {}

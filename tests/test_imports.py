@@ -12,8 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A room may import from the rooms of lower layers, and from those beside it.
 LAYERS = (
-    {"errors", "stats", "data", "values"},
+    {"errors", "stats", "data", "values", "forking"},
     {"_build_info", "_host", "kernels"},
+    {"state", "bypass"},
+    {"originals"},
     {"ops"},
     {"models"},
     {"packing", "prepare"},

@@ -1,5 +1,5 @@
-// sbert_fast._host: the batch planner and the CPU's features for Python. No torch headers, so it
-// builds and runs wherever there is a C++ compiler.
+// sbert_fast._host: the batch planner, the CPU's features and the comparison of snapshots for
+// Python. No torch headers, so it builds and runs wherever there is a C++ compiler.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "contents.h"
 #include "cpu_features.h"
 #include "planner.h"
 
@@ -113,6 +114,8 @@ Returns:
 Raises:
     ValueError: lengths is not a contiguous int32 [N], is negative somewhere or sums to 2**31 or
         more, or tile is below 1; the message names the argument.)");
+  module.def("same_contents", &same_contents, py::arg("containers"), py::arg("contents"),
+             "Whether containers hold the objects that are listed; see sbert_fast.state.Snapshot.");
   module.def("cpu_features", &py_cpu_features,
              "Every feature the package knows of, by name, with whether it can be used here.");
   module.def("cpu_name", &cpu_name, "The processor's name, or \"unknown\".");

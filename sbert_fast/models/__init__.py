@@ -11,8 +11,18 @@ from torch import nn
 from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.models import base, bert, distilbert
 from sbert_fast.models.base import Architecture, EncoderWeights
+from sbert_fast.models.twin import check_attributes
+from sbert_fast.originals import Originals, originals
 
-__all__ = ["FAMILIES", "Architecture", "EncoderWeights", "Family", "family_of", "read", "refusal"]
+__all__ = [
+    "FAMILIES",
+    "Architecture",
+    "EncoderWeights",
+    "Family",
+    "originals_of",
+    "read",
+    "refusal",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +47,26 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_of(model: nn.Module) -> Family | None:
-    """The family of a base model, or None. A subclass with a forward of its own is none of ours."""
+# What calling a base model calls.
+_ROOTS = ("__call__", "__getattr__", "forward", "_attn_implementation_internal")
+
+
+def originals_of(model: nn.Module) -> Originals:
+    """The functions of transformers and torch that the forward of a base model reaches."""
+    return originals({type(module) for module in model.modules()}, _ROOTS)
+
+
+def _class_of(model: nn.Module) -> type:
+    """The class in transformers of a base model. A subclass with a forward of its own has none."""
     cls: Any
     for cls in type(model).__mro__:
         if cls.__name__ in FAMILIES and cls.__module__.startswith("transformers.models."):
-            return FAMILIES[cls.__name__] if type(model).forward is cls.forward else None
-    return None
+            if type(model).forward is cls.forward:
+                return cls
+            break
+    raise UnsupportedModelError(
+        f"{type(model).__name__} is not supported; supported are {', '.join(FAMILIES)}"
+    )
 
 
 def read(model: nn.Module) -> tuple[Architecture, EncoderWeights]:
@@ -52,11 +75,10 @@ def read(model: nn.Module) -> tuple[Architecture, EncoderWeights]:
     Raises:
         UnsupportedModelError: with the reason.
     """
-    family = family_of(model)
-    if family is None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is not supported; supported are {', '.join(FAMILIES)}"
-        )
+    cls = _class_of(model)
+    family, found = FAMILIES[cls.__name__], originals_of(model)
+    if found.problem is not None:
+        raise UnsupportedModelError(found.problem)
     try:
         architecture, weights = family.architecture(model), family.weights(model)
     except AttributeError as error:
@@ -64,6 +86,7 @@ def read(model: nn.Module) -> tuple[Architecture, EncoderWeights]:
             f"{type(model).__name__} lacks a module this version expects: {error}"
         ) from error
     base.check(model, architecture, weights)
+    check_attributes(model, cls, found.names)
     return architecture, weights
 
 

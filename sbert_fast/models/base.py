@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sbert_fast.errors import InvalidWeightsError, UnsupportedModelError
-
-# transformers leaves these hooks behind once hidden states were asked for; idle, they do nothing.
-_IDLE_HOOKS = "transformers.utils.output_capturing"
+from sbert_fast.originals import is_genuine
 
 # Those that compute softmax(q k^T / sqrt(D)) v, each in its own way.
 _ATTENTION = (None, "eager", "sdpa", "flex_attention", *(f"flash_attention_{i}" for i in (2, 3, 4)))
@@ -81,9 +80,11 @@ class EncoderWeights:
 
     def tensors(self) -> Iterator[Tensor]:
         """Every parameter, in a fixed order."""
-        yield from _tensors(self.embeddings)
-        for layer in self.layers:
-            yield from _tensors(layer)
+        return (value for value in _values(self) if isinstance(value, Tensor))
+
+    def identity(self) -> tuple[object, ...]:
+        """What prepared weights are derived from, but for the contents of the parameters."""
+        return tuple(id(v) if isinstance(v, Tensor) else v for v in _values(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +120,16 @@ class Architecture:
         return self.hidden_size // self.num_heads
 
 
-def _tensors(node: object) -> Iterator[Tensor]:
-    for field in fields(node):  # type: ignore[arg-type]
-        value = getattr(node, field.name)
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (Linear, Norm)):
-            yield from _tensors(value)
+def _values(node: object) -> Iterator[object]:
+    """The tensors and settings of weights, in a fixed order."""
+    if isinstance(node, tuple):
+        for part in node:
+            yield from _values(part)
+    elif is_dataclass(node):
+        for field in fields(node):
+            yield from _values(getattr(node, field.name))
+    else:
+        yield node
 
 
 def linear(module: nn.Module) -> Linear:
@@ -173,11 +177,7 @@ def check(model: nn.Module, architecture: Architecture, weights: EncoderWeights)
     for flag in ("is_decoder", "add_cross_attention", "is_causal"):
         if getattr(config, flag, False):
             raise UnsupportedModelError(f"config.{flag} is set: only encoders are supported")
-    attention = getattr(config, "_attn_implementation", None)
-    if attention not in _ATTENTION:
-        raise UnsupportedModelError(
-            f"the attention must be one of transformers' own, got {attention!r}"
-        )
+    _check_attention(getattr(config, "_attn_implementation", None), model)
     kind = getattr(config, "position_embedding_type", "absolute") or "absolute"
     if kind != "absolute":
         raise UnsupportedModelError(
@@ -190,24 +190,35 @@ def check(model: nn.Module, architecture: Architecture, weights: EncoderWeights)
         )
     if not 8 <= architecture.head_dim <= 128:
         raise UnsupportedModelError(f"head dim must be 8 to 128, got {architecture.head_dim}")
-    _check_modules(model, architecture.head_dim)
-    _check_parameters(model, weights)
-
-
-def _check_modules(model: nn.Module, head_dim: int) -> None:
     for name, module in model.named_modules():
-        scale: Any = getattr(module, "scaling", None)
-        if isinstance(scale, float) and not math.isclose(scale, head_dim**-0.5):
-            raise UnsupportedModelError(f"{name}.scaling must be {head_dim}**-0.5, got {scale}")
         home = type(module).__module__
         if name and not home.startswith(("torch.nn.", "transformers.")):
             raise UnsupportedModelError(
                 f"module {name!r} is a {home}.{type(module).__qualname__}, not one of transformers"
             )
+    _check_parameters(model, weights)
+
+
+def _check_attention(name: str | None, model: nn.Module) -> None:
+    """Refuse an attention that is not one of transformers' own."""
+    if name not in _ATTENTION:
+        raise UnsupportedModelError(f"the attention must be one of transformers' own, got {name!r}")
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    home = sys.modules[type(model).__module__]
+    for registry in (getattr(home, "ALL_ATTENTION_FUNCTIONS", {}), ALL_MASK_ATTENTION_FUNCTIONS):
+        function = registry.get(name)
+        if function is None:
+            continue
+        kind = str(name).partition("_")[0]
+        if not is_genuine(function) or kind not in function.__name__:
+            raise UnsupportedModelError(f"the function of the attention {name!r} was replaced")
 
 
 def _check_parameters(model: nn.Module, weights: EncoderWeights) -> None:
     known = {id(tensor) for tensor in weights.tensors()}
+    if not known <= {id(parameter) for parameter in model.parameters()}:
+        raise UnsupportedModelError("a weight is not among the parameters of the model")
     for name, parameter in model.named_parameters():
         if id(parameter) not in known:
             if name.startswith("pooler."):
@@ -225,14 +236,6 @@ def _check_parameters(model: nn.Module, weights: EncoderWeights) -> None:
             raise UnsupportedModelError(f"{name} is on the meta device: load its weights first")
     if len({tensor.device for tensor in weights.tensors()}) > 1:
         raise UnsupportedModelError("parameters are spread over several devices")
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether `module` has forward hooks that do something."""
-    if not module._forward_pre_hooks and not module._forward_hooks:
-        return False
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    return any(getattr(hook, "__module__", "") != _IDLE_HOOKS for hook in hooks)
 
 
 def check_finite(model: nn.Module, prefix: str = "") -> None:

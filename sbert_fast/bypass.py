@@ -1,0 +1,95 @@
+"""What a packed pass would bypass: transforms, modes and hooks that act on a model's modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+# transformers leaves these hooks behind; where no gradients are recorded, they do nothing.
+_IDLE_HOOKS = "transformers.utils.output_capturing"
+_GRADIENT_HOOK = "make_inputs_require_grads"
+
+
+def is_transformed() -> bool:
+    """Whether the caller wants to see the model's own operations: tracing, compiling, a functorch
+    transform, forward-mode differentiation, or a mode of torch such as that of fake tensors."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or (
+            torch._C._len_torch_function_stack() > 0
+            and any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+        )
+    )
+
+
+def global_reason() -> str | None:
+    """Why no model runs packed now, whichever it is."""
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return "forward hooks are registered on all modules"
+    return None
+
+
+def records_gradients(module: nn.Module) -> bool:
+    """Whether a hook of gradient checkpointing makes the output of `module` record gradients."""
+    return any(_GRADIENT_HOOK in _name(hook) for hook in module._forward_hooks.values())
+
+
+def _name(hook: Callable[..., Any]) -> str:
+    return str(getattr(hook, "__qualname__", ""))
+
+
+def _is_idle(hook: Callable[..., Any]) -> bool:
+    return getattr(hook, "__module__", "") == _IDLE_HOOKS or (
+        _GRADIENT_HOOK in _name(hook) and hook.__module__.startswith("transformers.")
+    )
+
+
+def reason(modules: Iterable[nn.Module]) -> str | None:
+    """Why a packed pass, which calls none of `modules`, does not stand for them."""
+    for module in modules:
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        if not all(map(_is_idle, hooks)):
+            return f"{type(module).__name__} has forward hooks"
+        if is_replaced(module, "forward"):
+            return f"forward of {type(module).__name__} was replaced on an instance"
+    return None
+
+
+def drops(modules: Sequence[nn.Module]) -> bool:
+    """Whether `modules` are in training mode, at least in part, and some of them drop values."""
+    return any(module.training for module in modules) and any(
+        isinstance(module, nn.Dropout) and module.p > 0 for module in modules
+    )
+
+
+def is_replaced(instance: object, name: str) -> bool:
+    """Whether the method `name` of an instance is another than that of its class."""
+    method = vars(instance).get(name)
+    if method is None or getattr(type(method), "stands_for_original", False):
+        return False
+    return not (
+        isinstance(method, MethodType)
+        and method.__self__ is instance
+        and method.__func__ is getattr(type(instance), name, None)
+    )
+
+
+def holds_plain_tensors(model: nn.Module) -> bool:
+    """Whether other tensors stand in for parameters, as torch.func.functional_call has it."""
+    return any(
+        type(tensor) is Tensor
+        for module in model.modules()
+        for tensor in module._parameters.values()
+    )

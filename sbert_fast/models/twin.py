@@ -1,0 +1,125 @@
+"""Whether a model is, attribute for attribute, what its class makes of its config.
+
+An adapter reads weights and sizes; what else a forward reads of its modules it takes for granted.
+Here that is checked against a twin: a model of one layer, without weights, made by the constructor.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Set
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sbert_fast.bypass import is_replaced
+from sbert_fast.errors import UnsupportedModelError
+
+# What adapters read themselves, what bypass.py looks at, and what changes nothing without training.
+_FREE = frozenset(
+    {
+        "_gradient_checkpointing_func",
+        "_is_full_backward_hook",
+        "_modules",
+        "_parameters",
+        "config",
+        "eps",
+        "forward",
+        "gradient_checkpointing",
+        "layer_idx",
+        "p",
+        "padding_idx",
+        "pooler",
+        "training",
+    }
+)
+_MISSING = object()
+_twins: dict[type, tuple[dict[str, Any], dict[str, nn.Module]]] = {}
+
+
+def _twin(cls: Any, config: Any) -> dict[str, nn.Module]:
+    """The modules of a model that `cls` makes of `config`, by name."""
+    known = _twins.get(cls)
+    if known is not None and known[0] == vars(config):
+        return known[1]
+    config = copy.deepcopy(config)
+    values = copy.deepcopy(vars(config))
+    config.num_hidden_layers = 1
+    try:
+        with torch.device("meta"), torch.no_grad():
+            twin = cls(config)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{cls.__name__} cannot be made of its config: {error}"
+        ) from error
+    modules = dict(twin.named_modules())
+    _twins[cls] = values, modules
+    return modules
+
+
+def check_attributes(model: nn.Module, cls: type, names: Set[str]) -> None:
+    """Refuse a model whose forward would read another value than in a model fresh from `cls`.
+
+    Args:
+        model: a base model.
+        cls: its class in transformers.
+        names: what the code of its modules mentions; other attributes are never read.
+
+    Raises:
+        UnsupportedModelError: naming the module and the attribute.
+    """
+    config: Any = model.config
+    twins = _twin(cls, config)
+    for name, module in model.named_modules():
+        if name.partition(".")[0] == "pooler":
+            continue
+        twin = twins.get(re.sub(r"\.\d+", ".0", name))
+        if twin is None or (type(module) is not type(twin) and name):
+            raise UnsupportedModelError(
+                f"module {name!r} is a {type(module).__qualname__}, which a fresh "
+                f"{cls.__name__} does not have there"
+            )
+        mine, fresh = vars(module), vars(twin)
+        for key in (mine.keys() | fresh.keys()) & names - _FREE:
+            values = mine.get(key, _MISSING), fresh.get(key, _MISSING)
+            if "_hooks" not in key and not _same(*values, module, key):
+                raise UnsupportedModelError(
+                    f"{f'{name}.{key}'.lstrip('.')} is not what {type(module).__qualname__} makes "
+                    "of the config"
+                )
+        other = mine.get("config", config)
+        for key in vars(config).keys() & names if other is not config else ():
+            if getattr(other, key, _MISSING) != getattr(config, key):
+                raise UnsupportedModelError(f"{name}.config.{key} is not that of the model")
+    _check_buffers(model)
+
+
+def _same(mine: Any, fresh: Any, module: nn.Module, key: str) -> bool:
+    if fresh is _MISSING:
+        # A method that was put back lies on the instance, and changes nothing.
+        return callable(getattr(type(module), key, None)) and not is_replaced(module, key)
+    if type(mine) is not type(fresh):
+        return False
+    if isinstance(mine, MethodType):
+        return mine.__func__ is fresh.__func__ and mine.__self__ is module
+    if isinstance(mine, dict) and key == "_buffers":
+        return mine.keys() == fresh.keys()
+    if isinstance(mine, (Tensor, nn.Module)):
+        return isinstance(mine, nn.Module)
+    return bool(mine is fresh or mine == fresh)
+
+
+def _check_buffers(model: nn.Module) -> None:
+    """Refuse tables of positions and token types that are not those of a fresh model."""
+    for name, buffer in model.named_buffers():
+        kind = name.rpartition(".")[2]
+        expected = torch.zeros_like(buffer)
+        if kind == "position_ids":
+            expected = torch.arange(buffer.shape[-1], device=buffer.device).expand_as(buffer)
+        elif kind != "token_type_ids":
+            raise UnsupportedModelError(f"unknown buffer {name!r}")
+        if not torch.equal(buffer, expected):
+            raise UnsupportedModelError(f"the buffer {name} was changed")

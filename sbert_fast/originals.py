@@ -1,0 +1,172 @@
+"""Whether the functions of other packages that a packed pass stands in for are still theirs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache, cached_property
+from operator import is_
+from types import BuiltinFunctionType, CodeType, FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from sbert_fast.state import PACKAGES, contents, same_contents
+
+# What modules of transformers call without importing it by name.
+_TORCH = (vars(F), vars(torch))
+
+
+# Decorators of its making are wrappers like any other.
+_CONTEXTLIB = str(contextlib.__file__)
+
+
+@cache
+def _folder(package: str) -> str:
+    return os.path.dirname(str(sys.modules[package].__file__)) + os.sep
+
+
+def is_theirs_by_name(home: object) -> bool:
+    """Whether a module of that name belongs to transformers, sentence-transformers or torch.nn."""
+    return f"{home}.".startswith(PACKAGES)
+
+
+@cache
+def names_in(code: CodeType) -> frozenset[str]:
+    """What a function mentions: variables, attributes, and strings that may name one."""
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= names_in(constant)
+        elif isinstance(constant, str) and constant.isidentifier():
+            names.add(constant)
+    return frozenset(names)
+
+
+def functions_of(value: object) -> Iterator[FunctionType]:
+    """The Python functions behind a value: of a property its getter, of a wrapper what it wraps."""
+    if isinstance(value, property):
+        value = value.fget
+    elif isinstance(value, cached_property):
+        value = value.func
+    elif isinstance(value, (classmethod, staticmethod)):
+        value = value.__func__
+    while isinstance(value, FunctionType):
+        yield value
+        value = getattr(value, "__wrapped__", None)
+
+
+class Originals:
+    """The functions that some classes reach by name, where they are found now.
+
+    Args:
+        classes: classes of transformers, sentence-transformers and torch.
+        roots: names of the methods that are called.
+
+    Attributes:
+        names: every name that the functions mention; an attribute of any other name is not read.
+        problem: which function is not its package's own; None where all are.
+    """
+
+    def __init__(self, classes: Iterable[type], roots: Iterable[str]) -> None:
+        self.names: set[str] = set()
+        self.problem: str | None = None
+        self._containers: list[Any] = list(classes)
+        self._known: set[tuple[int, str]] = set()
+        # Functions of modules; those of classes are among the containers.
+        self._places: list[tuple[dict[str, Any], str]] = []
+        classes, todo = list(classes), list(roots)
+        while todo:
+            name = todo.pop()
+            if name in self.names:
+                continue
+            self.names.add(name)
+            for cls in classes:
+                if name in vars(cls):
+                    todo += self._add(vars(cls), name, cls)
+        self._values = [space[name] for space, name in self._places]
+        self._contents = contents(self._containers)
+
+    def is_current(self) -> bool:
+        """Whether each function is in its place still, with the code it had."""
+        now = [space.get(name) for space, name in self._places]
+        return all(map(is_, now, self._values)) and same_contents(self._containers, self._contents)
+
+    def _add(self, space: Any, name: str, cls: type | None) -> set[str]:
+        """Take up the function `name` of a class or module; the names that it mentions."""
+        value = space[name]
+        bodies = list(functions_of(value))
+        if (id(space if cls is None else cls), name) in self._known:
+            return set()
+        self._known.add((id(space if cls is None else cls), name))
+        if not bodies and not isinstance(value, BuiltinFunctionType):
+            return set()
+        if cls is None:
+            self._places.append((space, name))
+        self._containers += bodies
+        is_builtin = not bodies and value.__name__.strip("_") == name.strip("_")
+        if self.problem is None and not (is_builtin or is_genuine(value, cls)):
+            where = space.get("__name__", "torch") if cls is None else cls.__qualname__
+            self.problem = f"{where}.{name} was replaced"
+        mentioned: set[str] = set()
+        for body in bodies:
+            names = names_in(body.__code__)
+            mentioned |= names
+            for other in names:
+                mentioned |= self._add_global(body.__globals__, other)
+            for library in _TORCH:
+                for other in names & library.keys():
+                    self._add(library, other, None)
+        return mentioned
+
+    def _add_global(self, space: dict[str, Any], name: str) -> set[str]:
+        value = space.get(name)
+        if isinstance(value, FunctionType) and is_theirs_by_name(value.__module__):
+            return self._add(space, name, None)
+        # A registry of functions, such as that of attention.
+        if isinstance(value, Mapping) and is_theirs_by_name(type(value).__module__):
+            if (id(space), name) not in self._known:
+                self._known.add((id(space), name))
+                self._places.append((space, name))
+                tables = [vars(value), *vars(type(value)).values(), *vars(value).values()]
+                self._containers += [table for table in tables if isinstance(table, dict)]
+        return set()
+
+
+def is_genuine(value: Any, cls: type | None = None) -> bool:
+    """Whether a function is what its package defined, by where its code lies.
+
+    Args:
+        value: an attribute of a class, or a function of a module.
+        cls: the class; None is a function of a module.
+    """
+    bodies = list(functions_of(value))
+    home = cls.__module__ if cls is not None else getattr(bodies[-1], "__module__", None)
+    package = str(home).partition(".")[0]
+    if not bodies or package not in ("torch", "transformers", "sentence_transformers"):
+        return False
+    folders = _folder(package), _folder("torch")
+    files = [body.__code__.co_filename for body in bodies]
+    if not files[-1].startswith(folders) or not all(
+        file.startswith((*folders, _CONTEXTLIB)) for file in files
+    ):
+        return False
+    owner, dot, _ = bodies[-1].__qualname__.partition(".")
+    return cls is None or not dot or any(owner == base.__name__ for base in cls.__mro__)
+
+
+_known: dict[tuple[frozenset[type], tuple[str, ...]], Originals] = {}
+
+
+def originals(classes: Iterable[type], roots: tuple[str, ...]) -> Originals:
+    """:class:`Originals` of the packages' classes among `classes` and their bases."""
+    family = frozenset(
+        base for cls in classes for base in cls.__mro__ if is_theirs_by_name(base.__module__)
+    )
+    found = _known.get((family, roots))
+    if found is None or not found.is_current():
+        found = _known[family, roots] = Originals(family, roots)
+    return found

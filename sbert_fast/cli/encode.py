@@ -1,6 +1,6 @@
 """Embed the texts of a file.
 
-INPUT is a file in UTF-8, or - for standard input:
+INPUT is a file in UTF-8, or - for standard input; LF, CRLF or CR ends a line, nothing else does:
   .txt      a text a line; an empty line is an empty text
   .jsonl    an object a line, the text in its --field; blank lines are skipped
   .csv      a header line, the text in the column --field; blank lines are skipped

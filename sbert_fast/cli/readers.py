@@ -7,13 +7,13 @@ import itertools
 import json
 import os
 import stat
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedIOBase
 from typing import Any, ClassVar, NamedTuple
 
+from sbert_fast.cli.streams import STDIN, naming, standard_input
 from sbert_fast.errors import SbertFastError
 from sbert_fast.values import lone_surrogate
 
@@ -106,7 +106,7 @@ class Reader(ABC):
 
     def _byte_lines(self) -> Iterator[bytes]:
         held = bytearray()
-        while block := self.stream.read1(_BLOCK_BYTES):
+        while block := self._read_block():
             held += block
             if b"\n" in block or b"\r" in block:
                 lines = bytes(held).splitlines(keepends=True)
@@ -114,6 +114,10 @@ class Reader(ABC):
                 held = bytearray() if block.endswith(b"\n") else bytearray(lines.pop())
                 yield from lines
         yield from bytes(held).splitlines(keepends=True)
+
+    def _read_block(self) -> bytes:
+        with naming(self.name):
+            return self.stream.read1(_BLOCK_BYTES)
 
     def _check_text(self, number: int, text: Any) -> str:
         if not isinstance(text, str):
@@ -247,12 +251,12 @@ def open_reader(source: str, file_format: str, field: str) -> Iterator[Reader]:
         field: name of the field or column that holds the text; a txt file has none.
 
     Raises:
-        OSError: the file cannot be opened.
+        OSError: the file cannot be opened, or standard input is closed.
         RowError: it is not of that format, or has no such column.
         ModuleNotFoundError: Parquet, without pyarrow.
     """
     if source == "-":
-        yield FORMATS[file_format](sys.stdin.buffer, "standard input", field)
+        yield FORMATS[file_format](standard_input(), STDIN, field)
         return
     with open(source, "rb") as stream:
         yield FORMATS[file_format](stream, source, field)

@@ -9,15 +9,14 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib import metadata
 from typing import NoReturn
 
-from sbert_fast.cli import doctor, encode
+from sbert_fast.cli import doctor, encode, streams
 from sbert_fast.errors import SbertFastError
 
 __all__ = ["main"]
@@ -40,11 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code, see the module docstring.
     """
-    parser = _build_parser()
     try:
-        args = parser.parse_args(argv)
-        with _termination_unwinds():
-            return _run(args)
+        with streams.guarded(), _termination_unwinds():
+            return _run(argv)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
 
@@ -75,26 +72,28 @@ def _version() -> str:
         return "(not installed)"
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(argv: Sequence[str] | None) -> int:
     try:
-        return args.run(args)
+        try:
+            args = _build_parser().parse_args(argv)
+            return args.run(args)
+        finally:
+            streams.flush_output()
     except argparse.ArgumentError as error:
         return args.parser.error(str(error))
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        streams.note("interrupted")
         return 130
     except _Terminated:
-        print(f"{PROGRAM}: terminated", file=sys.stderr)
+        streams.note("terminated")
         return 143
     except BrokenPipeError:
-        # The reader of our output has gone, as `head` does. Python flushes stdout again at exit.
-        with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of our output has gone, as `head` does.
         return 1
     except Exception as error:
         if os.environ.get("SBERT_FAST_DEBUG") == "1":
             traceback.print_exc()
-        print(f"{PROGRAM}: error: {_describe(error)}", file=sys.stderr)
+        streams.note(f"error: {_describe(error)}")
         return 1
 
 

@@ -10,10 +10,13 @@ import json
 import os
 import platform
 import re
+import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from sbert_fast.cli.streams import standard_output
 
 PACKAGES = (
     "sbert-fast",
@@ -52,8 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; 1 where a part of it could not be made, which the report then explains."""
-    report = examine()
-    print(json.dumps(report, indent=2) if args.json else _render(report))
+    with standard_output() as stream:
+        report = examine()
+        text = json.dumps(report, indent=2) if args.json else _render(report)
+        # A path may hold what the console cannot show.
+        stream.write(f"{text}\n".encode(sys.stdout.encoding, "backslashreplace"))
     return int(any("error" in section for section in report.values() if isinstance(section, dict)))
 
 

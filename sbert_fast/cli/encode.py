@@ -1,6 +1,6 @@
 """Embed the texts of a file.
 
-INPUT is a file in UTF-8, or - for standard input:
+INPUT is a file in UTF-8, or - for standard input; LF, CRLF or CR ends a line, nothing else does:
   .txt      a text a line; an empty line is an empty text
   .jsonl    an object a line, the text in its --field; blank lines are skipped
   .csv      a header line, the text in the column --field; blank lines are skipped
@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sbert_fast.cli import readers
-from sbert_fast.cli.loading import DEFAULT_MODEL, load_encoder, note
+from sbert_fast.cli.loading import DEFAULT_MODEL, load_encoder
 from sbert_fast.cli.readers import Reader, Row, RowError
+from sbert_fast.cli.streams import STDOUT, note
 from sbert_fast.errors import SbertFastError
 from sbert_fast.values import DTYPES, PRECISIONS
 
@@ -278,5 +279,5 @@ class _Progress:
             truncated = self._after.truncated - self._before.truncated
             parts += [f"{self._tokens:,} tokens", f"{truncated:,} texts truncated"]
             rates.append(f"{self._tokens / seconds:,.0f} tokens/s")
-        target = "standard output" if output == "-" else output
+        target = STDOUT if output == "-" else output
         return f"{', '.join([*parts, f'{seconds:.1f} s', *rates])} -> {target}"

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
+from sbert_fast.cli.streams import note
 from sbert_fast.values import check_model
 
 if TYPE_CHECKING:
     from sbert_fast.encoder import FastEncoder
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-
-
-def note(message: str) -> None:
-    """Tell the user something on stderr."""
-    print(f"sbert-fast: {message}", file=sys.stderr)
 
 
 def load_encoder(args: argparse.Namespace) -> FastEncoder:

@@ -7,12 +7,13 @@ import itertools
 import json
 import os
 import stat
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO, ClassVar, NamedTuple
+from io import BufferedIOBase
+from typing import Any, ClassVar, NamedTuple
 
+from sbert_fast.cli.streams import STDIN, naming, standard_input
 from sbert_fast.errors import SbertFastError
 from sbert_fast.values import lone_surrogate
 
@@ -21,6 +22,7 @@ from sbert_fast.values import lone_surrogate
 CHUNK_TEXTS = 8192
 CHUNK_BYTES = 2 << 20
 
+_BLOCK_BYTES = 1 << 16
 _BOM = b"\xef\xbb\xbf"
 # A quote that is never closed would otherwise gather the rest of the file into one field.
 _CSV_FIELD_CHARACTERS = 1 << 26
@@ -63,7 +65,7 @@ class Reader(ABC):
 
     unit: ClassVar[str] = "line"
 
-    def __init__(self, stream: BinaryIO, name: str, field: str) -> None:
+    def __init__(self, stream: BufferedIOBase, name: str, field: str) -> None:
         self.stream = stream
         self.name = name
         self.field = field
@@ -86,8 +88,8 @@ class Reader(ABC):
         return RowError(f"{self.name}: {self.unit} {number}: {problem}")
 
     def _lines(self) -> Iterator[tuple[int, str]]:
-        r"""Numbered lines with their ends. Only `\n` ends a line; U+2028 and the like are text."""
-        for number, line in enumerate(self.stream, 1):
+        r"""Numbered lines with their ends: `\n`, `\r\n` or `\r`. U+2028 and the like are text."""
+        for number, line in enumerate(self._byte_lines(), 1):
             self.bytes_read += len(line)
             if number == 1:
                 line = line.removeprefix(_BOM)
@@ -101,6 +103,21 @@ class Reader(ABC):
                     f"expected UTF-8, got the invalid byte 0x{line[error.start]:02x} "
                     f"at byte {error.start + 1} of the line",
                 ) from None
+
+    def _byte_lines(self) -> Iterator[bytes]:
+        held = bytearray()
+        while block := self._read_block():
+            held += block
+            if b"\n" in block or b"\r" in block:
+                lines = bytes(held).splitlines(keepends=True)
+                # The last line goes on, or its end may: a `\n` can follow.
+                held = bytearray() if block.endswith(b"\n") else bytearray(lines.pop())
+                yield from lines
+        yield from bytes(held).splitlines(keepends=True)
+
+    def _read_block(self) -> bytes:
+        with naming(self.name):
+            return self.stream.read1(_BLOCK_BYTES)
 
     def _check_text(self, number: int, text: Any) -> str:
         if not isinstance(text, str):
@@ -121,7 +138,7 @@ class TxtReader(Reader):
 
     def __iter__(self) -> Iterator[Row]:
         for number, line in self._lines():
-            yield Row(line.removesuffix("\n").removesuffix("\r"), number)
+            yield Row(line.rstrip("\r\n"), number)
 
 
 class JsonlReader(Reader):
@@ -185,7 +202,7 @@ class ParquetReader(Reader):
 
     unit: ClassVar[str] = "row"
 
-    def __init__(self, stream: BinaryIO, name: str, field: str) -> None:
+    def __init__(self, stream: BufferedIOBase, name: str, field: str) -> None:
         super().__init__(stream, name, field)
         pyarrow = import_pyarrow()
         try:
@@ -234,12 +251,12 @@ def open_reader(source: str, file_format: str, field: str) -> Iterator[Reader]:
         field: name of the field or column that holds the text; a txt file has none.
 
     Raises:
-        OSError: the file cannot be opened.
+        OSError: the file cannot be opened, or standard input is closed.
         RowError: it is not of that format, or has no such column.
         ModuleNotFoundError: Parquet, without pyarrow.
     """
     if source == "-":
-        yield FORMATS[file_format](sys.stdin.buffer, "standard input", field)
+        yield FORMATS[file_format](standard_input(), STDIN, field)
         return
     with open(source, "rb") as stream:
         yield FORMATS[file_format](stream, source, field)

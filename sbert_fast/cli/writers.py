@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import struct
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from sentence_transformers.util import quantize_embeddings
 
 from sbert_fast.cli.readers import Row, import_pyarrow
+from sbert_fast.cli.streams import standard_output
 from sbert_fast.errors import TextsError
 from sbert_fast.values import Precision
 
@@ -285,11 +285,11 @@ def open_output(target: str, overwrite: bool, quantizer: Quantizer) -> Iterator[
         quantizer: ranges that it has taken by the end go to `<target>.ranges.npy`.
 
     Raises:
-        FileExistsError, OSError: see :func:`atomic_file`.
+        FileExistsError, OSError: see :func:`atomic_file`, :func:`standard_output`.
     """
     if target == "-":
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
+        with standard_output() as stream:
+            yield stream
         return
     ranges_path = Path(f"{target}.ranges.npy")
     if quantizer.calibrates:

@@ -1,0 +1,112 @@
+"""Standard input, output and error as a process may find them: closed, full, without a reader."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
+from typing import BinaryIO, TextIO, cast
+
+STDIN = "standard input"
+STDOUT = "standard output"
+
+
+def note(message: str) -> None:
+    """Tell the user something on stderr; where nobody can read it, that is no failure."""
+    with suppress(OSError):
+        print(f"sbert-fast: {message}", file=sys.stderr)
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Run a command whatever the standard streams are.
+
+    What is said on a closed stderr goes nowhere, rather than to stdout as `print` has it.
+    """
+    with ExitStack() as stack:
+        # The next file to be opened would get the number of a closed stream, and with it what
+        # libraries write there. A folder can be neither written nor taken for an empty input.
+        with suppress(OSError):
+            while (spare := os.open(os.sep, os.O_RDONLY)) <= 2:
+                pass
+            os.close(spare)
+        if sys.stderr is None:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(redirect_stderr(nowhere))
+        try:
+            yield
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                _drop_unwritten(stream)
+
+
+def standard_input() -> io.BufferedIOBase:
+    """Standard input for bytes.
+
+    Raises:
+        OSError: it is closed.
+    """
+    return cast(io.BufferedIOBase, _check_open(sys.stdin, STDIN).buffer)
+
+
+@contextmanager
+def standard_output() -> Iterator[BinaryIO]:
+    """Standard output for bytes, flushed at the end.
+
+    Raises:
+        OSError: it is closed or cannot be written.
+    """
+    stream = _check_open(sys.stdout, STDOUT)
+    with naming(STDOUT):
+        stream.flush()
+        if isinstance(stream.buffer, io.RawIOBase):
+            # PYTHONUNBUFFERED: nobody would notice that half of the bytes were written.
+            with open(stream.fileno(), "wb", closefd=False) as buffered:
+                yield buffered
+        else:
+            yield stream.buffer
+            stream.buffer.flush()
+
+
+def flush_output() -> None:
+    """Write what `print` has left behind.
+
+    Raises:
+        OSError: standard output cannot be written.
+    """
+    with naming(STDOUT):
+        if sys.stdout is not None and not sys.stdout.closed:
+            sys.stdout.flush()
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Say in an error of the system which file it is about, where it does not say so itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = name
+        raise
+
+
+def _check_open(stream: TextIO | None, name: str) -> TextIO:
+    if stream is None or stream.closed:
+        raise OSError(f"{name} is closed")
+    with suppress(OSError):
+        # Reading takes "nothing yet" for the end of the input.
+        os.set_blocking(stream.fileno(), True)
+    return stream
+
+
+def _drop_unwritten(stream: TextIO | None) -> None:
+    """Forget what cannot be written: Python would try again at exit, and complain."""
+    if stream is None or stream.closed:
+        return
+    try:
+        stream.flush()
+    except OSError:
+        with suppress(OSError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())

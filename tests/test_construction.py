@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import pickle
@@ -54,6 +55,19 @@ def saved(st: SentenceTransformer, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 # Sources
+
+
+@pytest.mark.parametrize(
+    "make", [FastEncoder, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+)
+def test_type_passes_for_that_of_a_sentence_transformer(
+    st: SentenceTransformer, make: Callable[[Any], Any]
+) -> None:
+    encoder = make(FastEncoder(st))
+    # BERTopic and KeyBERT ask the first question.
+    assert "sentence_transformers" in str(type(encoder))
+    assert "sentence_transformers" in type(encoder).__module__
+    assert isinstance(encoder, SentenceTransformer)
 
 
 def test_from_path(saved: str, st: SentenceTransformer, launches: Launches) -> None:

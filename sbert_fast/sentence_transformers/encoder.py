@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modality import is_message_dict
 from torch import nn
 from tqdm.autonotebook import tqdm
 
@@ -21,7 +22,6 @@ from sbert_fast.arguments import (
     OUTPUT_VALUES,
     Chunk,
     DefaultBatchSize,
-    as_list,
     check_device,
     check_keywords,
     check_positive,
@@ -40,6 +40,13 @@ from sbert_fast.errors import (
 )
 from sbert_fast.inference import Pipeline, Request
 from sbert_fast.models.base import has_hooks
+from sbert_fast.sentence_transformers.stock import (
+    as_stock,
+    check_inputs,
+    listed,
+    stock_words,
+    written_as_stock,
+)
 from sbert_fast.stats import Counters, EncoderStats
 from sbert_fast.tokenization import check_texts
 from sbert_fast.transfer import device_error
@@ -140,11 +147,14 @@ class FastEncoder(SentenceTransformer):
             modules = OrderedDict(source._modules)
             kwargs = _arguments_of(source) | kwargs
             device = source.device if device is None else device
-        if model_name_or_path is not None and modules is None:
-            check_model("model_name_or_path", model_name_or_path)
+        if isinstance(model_name_or_path, str) and modules is None:
+            path = model_name_or_path
+            with stock_words(lambda: SentenceTransformer(path, local_files_only=True)):
+                check_model("model_name_or_path", path)
         super().__init__(model_name_or_path, modules=modules, device=device, **kwargs)
         if source is not None:
             self.module_kwargs = source.module_kwargs
+            self._model_card_text = source._model_card_text
         named = {"dtype", "torch_dtype"} & set(kwargs.get("model_kwargs") or {})
         self._keeps_dtype = modules is not None or bool(named)
         self.batch_tokens = batch_tokens
@@ -309,8 +319,9 @@ class FastEncoder(SentenceTransformer):
         """Embed texts; arguments and results as in `SentenceTransformer.encode`.
 
         Args:
-            inputs: a text, or a list, tuple, generator, numpy array or pandas column of texts. On
-                the packed engine texts only: pairs, and dicts that hold a text, are refused.
+            inputs: a text, or a list, tuple, generator, numpy or pyarrow array or pandas column of
+                texts. Lists with other inputs that the model embeds, pairs of texts and dicts that
+                hold a text, run in sentence-transformers.
             prompt_name: name of a prompt in `self.prompts` to prepend.
             prompt: text to prepend.
             batch_size: limits memory, not rows: a batch holds at most `batch_size * max_seq_length`
@@ -336,7 +347,7 @@ class FastEncoder(SentenceTransformer):
             of worker processes, and those of a `precision` other than "float32".
 
         Raises:
-            InputError: an input is no text; names its index.
+            InputError: an input is none that the model embeds; names its index.
             ValueError: an argument is invalid or unknown; names it.
             TokenIdError: the tokenizer gives an id that the model has no embedding of.
             NonFiniteEmbeddingError: an embedding holds NaN or infinity; names the texts.
@@ -348,13 +359,16 @@ class FastEncoder(SentenceTransformer):
         if inputs is not None and sentences is not None:
             raise TypeError("encode takes inputs or sentences, its former name, but got both")
         inputs = sentences if inputs is None else inputs
-        check_positive("batch_size", batch_size)
+        asked = {"batch_size": batch_size, "precision": precision, "device": self.device, **kwargs}
+        with stock_words(lambda: as_stock(self).encode([], **asked)):
+            check_positive("batch_size", batch_size)
+            check_keywords(kwargs, self.get_model_kwargs)
+            if precision is not None and precision not in PRECISIONS:
+                raise ValueError(f"precision must be one of {PRECISIONS}, got {shown(precision)}")
         if output_value not in OUTPUT_VALUES:
             raise ValueError(
                 f"output_value must be one of {OUTPUT_VALUES}, got {shown(output_value)}"
             )
-        if precision is not None and precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {PRECISIONS}, got {shown(precision)}")
         truncate_dim = self.truncate_dim if truncate_dim is None else truncate_dim
         if truncate_dim is not None:
             check_positive("truncate_dim", truncate_dim)
@@ -366,7 +380,6 @@ class FastEncoder(SentenceTransformer):
         distributed = getattr(self, "_distributed_inference", None) is not None and device is None
         if device is not None and not isinstance(device, list):
             self._move(device)
-        check_keywords(kwargs, self.get_model_kwargs)
         prompt = self._resolve_prompt(prompt, prompt_name)
         if prompt is not None:
             check_texts([prompt], "prompt")
@@ -374,10 +387,11 @@ class FastEncoder(SentenceTransformer):
         if output_value != "sentence_embedding" and precision not in (None, "float32"):
             reason = reason or f"precision={precision!r} of {output_value}"
         single = isinstance(inputs, str)
-        if reason is None or (self._takes_texts_only() and not isinstance(inputs, dict)):
-            texts = [inputs] if single else as_list(inputs)
-            check_texts(texts, besides=() if reason is None else (dict, list, tuple))
+        if reason is None or self._takes_texts_only():
+            texts, single = listed(self, inputs)
+            other = check_inputs(self, texts)
             inputs = texts[0] if single else texts
+            reason = reason or (f"inputs of type {other.__name__}" if other is not None else None)
         in_workers = pool is not None or isinstance(device, list) or distributed
         if reason is not None:
             self._count_fallback(reason)
@@ -449,7 +463,8 @@ class FastEncoder(SentenceTransformer):
         is_sentence = output_value == "sentence_embedding"
         is_quantized = precision not in (None, "float32")
         on_host = convert_to_numpy and not convert_to_tensor
-        in_worker, is_boxed = isinstance(inputs, Chunk), in_workers and isinstance(inputs, str)
+        in_worker = isinstance(inputs, Chunk)
+        is_boxed = in_workers and isinstance(inputs, (str, dict)) and not is_message_dict(inputs)
         inputs = [inputs] if is_boxed else inputs
         if in_workers and isinstance(inputs, list) and not self.is_singular_input(inputs):
             # Token embeddings come back quantised: too late to see what they were.
@@ -482,7 +497,8 @@ class FastEncoder(SentenceTransformer):
             self._move(arguments["device"])
         known = {name: arguments[name] for name in _RUN_ARGUMENTS if name in arguments}
         extra = {k: v for k, v in arguments.items() if k not in (*known, "device", "save_to_cpu")}
-        if self._call_reason(extra, known.get("output_value")) is not None:
+        reason = self._call_reason(extra, known.get("output_value"))
+        if reason is not None or any(not isinstance(text, str) for text in inputs):
             return super()._inference(inputs, **arguments)
         return self._run_packed(inputs, **known, on_host=arguments.get("save_to_cpu", True))
 
@@ -527,7 +543,7 @@ class FastEncoder(SentenceTransformer):
         asks_prompt = output_value is None or not spec.include_prompt
         request = Request(
             prompt=prompt or "",
-            prompt_tokens=self._prompt_tokens(pipeline, prompt) if prompt and asks_prompt else 0,
+            prompt_tokens=self[0]._get_prompt_length(prompt) if prompt and asks_prompt else 0,
             batch_tokens=self._token_budget(pipeline, batch_size),
             normalize=normalize_embeddings and output_value == "sentence_embedding",
             dimension=min(truncate_dim or spec.dimension, spec.dimension),
@@ -550,7 +566,10 @@ class FastEncoder(SentenceTransformer):
         if torch.empty(0, device=device).device != self.device:
             self.to(device)
 
-    def _prompt_tokens(self, pipeline: Pipeline, prompt: str) -> int:
-        """Tokens of the prompt, without a trailing special token."""
-        ids = pipeline.tokenizer([prompt]).ids
-        return len(ids) - int(ids[-1] in self.tokenizer.all_special_ids)
+    def _create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        with written_as_stock(self) as model:
+            SentenceTransformer._create_model_card(model, *args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
+        with written_as_stock(self) as model:
+            return SentenceTransformer.push_to_hub(model, *args, **kwargs)

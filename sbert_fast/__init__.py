@@ -12,13 +12,13 @@ __version__ = "0.1.0"
 __all__ = ["FastEncoder", "accelerate", "explain", "restore"]
 
 if TYPE_CHECKING:
-    from sbert_fast.encoder import FastEncoder
     from sbert_fast.explanation import explain
     from sbert_fast.patching import accelerate, restore
+    from sbert_fast.sentence_transformers.encoder import FastEncoder
 
 # Imported on first use, so that `import sbert_fast` alone stays cheap.
 _HOMES = {
-    "FastEncoder": "encoder",
+    "FastEncoder": "sentence_transformers.encoder",
     "accelerate": "patching",
     "restore": "patching",
     "explain": "explanation",

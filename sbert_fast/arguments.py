@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sbert_fast.errors import InputError
+from sbert_fast.errors import InputError, NoSuchDeviceError
 from sbert_fast.values import DTYPES, shown
 
 OUTPUT_VALUES = ("sentence_embedding", "token_embeddings", None)
@@ -64,20 +64,18 @@ def check_device(name: str, device: str | torch.device | int) -> None:
     """Refuse what is no device, or none of this machine.
 
     Raises:
-        ValueError: naming the argument `name`, and the devices there are.
+        NoSuchDeviceError: naming the argument `name`, and the devices there are.
     """
     try:
         wanted = torch.device(device)
         # Counting GPUs starts none.
-        if wanted.type != "cuda":
+        if wanted.type != "cuda" or not torch.cuda.is_available():
             torch.empty(0, device=wanted)
-        elif not torch.cuda.is_available():
-            raise RuntimeError("torch finds no NVIDIA GPU")
         elif (wanted.index or 0) >= torch.cuda.device_count():
             raise RuntimeError("there are fewer GPUs")
     except (RuntimeError, AssertionError, TypeError) as error:
         devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-        raise ValueError(
+        raise NoSuchDeviceError(
             f"{name} must be one that this machine has ({', '.join(devices)}), got {device!r}: "
             f"{str(error).splitlines()[0]}"
         ) from error
@@ -129,11 +127,14 @@ def as_list(inputs: object) -> list[Any]:
         listed = inputs.tolist()
         if isinstance(listed, list):
             return listed
-    elif getattr(inputs, "ndim", 1) != 1:
+    elif getattr(inputs, "ndim", 1) != 1 or hasattr(inputs, "column_names"):
         raise InputError(
-            f"inputs must have one dimension, got {type(inputs).__name__} with {inputs.ndim}: "  # type: ignore[attr-defined]
+            f"inputs must have one dimension, got {type(inputs).__name__}: "
             "take one column of a table"
         )
+    elif hasattr(inputs, "to_pylist"):
+        # Elements of pyarrow's arrays are no str.
+        return list(inputs.to_pylist())
     elif isinstance(inputs, Iterable) and not isinstance(inputs, _NOT_TEXTS):
         return list(inputs)
     raise InputError(f"inputs must be a str or an iterable of str, got {type(inputs).__name__}")

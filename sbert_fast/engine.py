@@ -218,6 +218,11 @@ class PackedEncoder:
             raise UnsupportedModelError(admission.problem)
         return admission
 
+    @property
+    def admitted(self) -> Admission:
+        """The latest :meth:`admission`, not looked at again."""
+        return self.admission() if self._admission is None else self._admission
+
     def refresh(self) -> None:
         """Forget prepared weights: needed after writes that no check sees (`p.data[0, 0] = x`)."""
         with self._lock:

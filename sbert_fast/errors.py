@@ -9,8 +9,20 @@ class SbertFastError(Exception):
     """Base class of every error raised on purpose by this package."""
 
 
-class InputError(SbertFastError, TypeError):
-    """An input that is not a text: the message names its index, its type and what was expected."""
+class InputError(SbertFastError, TypeError, ValueError):
+    """An input that has no embedding: the message names its index, its type, what was expected."""
+
+
+class MissingModelError(SbertFastError, FileNotFoundError, ValueError):
+    """A path where there is nothing."""
+
+
+class ModelFileError(SbertFastError, NotADirectoryError, ValueError):
+    """A path of a file, where a model is a folder."""
+
+
+class NoSuchDeviceError(SbertFastError, ValueError, RuntimeError, AssertionError):
+    """A device that is none, or none of this machine: torch raises one of these, by its build."""
 
 
 class UnsupportedModelError(SbertFastError, ValueError):

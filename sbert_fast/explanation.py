@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from sbert_fast import ops, packing
-from sbert_fast.encoder import FastEncoder
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import SbertFastError
 from sbert_fast.ops import choices, limits
@@ -16,6 +15,7 @@ from sbert_fast.ops.dispatch import preference
 from sbert_fast.ops.schemas import CPU_ONLY, SCHEMAS
 from sbert_fast.packed_forward import PACKED
 from sbert_fast.patching import candidates, forward_of, refusal
+from sbert_fast.sentence_transformers.encoder import FastEncoder
 
 
 def explain(model: nn.Module | None = None) -> str:

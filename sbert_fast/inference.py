@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -37,15 +37,18 @@ class Pipeline:
     engine: PackedEncoder
     head: PoolingHead
     limit: budget.MemoryLimit = field(default_factory=budget.MemoryLimit)
+    prepared: Prepared | None = None
 
-    def prepare(self) -> None:
-        """Lay out every weight where that has not been done.
+    def prepare(self) -> Pipeline:
+        """The pipeline with the weights of the models as they are now, laid out.
 
         Raises:
+            UnsupportedModelError: the base model is no longer supported.
             InvalidWeightsError: weights hold NaN or infinity; the message names the tensor.
         """
-        self.engine.prepared()
+        prepared = self.engine.prepared()
         self.head.prepare(self.engine.device, self.engine.impl)
+        return self if prepared is self.prepared else replace(self, prepared=prepared)
 
     def default_batch_tokens(self) -> int:
         """Tokens of a batch, by the model and its device."""
@@ -163,7 +166,7 @@ def _run_window(
     progress: Callable[[int], Any],
 ) -> None:
     """Run the window that begins with text `first` of the caller's input."""
-    prepared = pipeline.engine.prepared()
+    prepared = pipeline.prepared or pipeline.engine.prepared()
     _check_ids(pipeline.tokenizer, tokens, first, prepared)
     every = np.arange(tokens.lengths.shape[0])
     left = deque(_plan(tokens.lengths, every, pipeline.limit.apply(batch_tokens)))

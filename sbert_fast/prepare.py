@@ -233,7 +233,7 @@ class Fingerprint:
             self._hash(),
             # Inference tensors count no writes: a hash of all their bits tells of them.
             [
-                int(torch.hash_tensor(tensor).item())
+                torch.hash_tensor(tensor).item()
                 for tensor in self._tensors
                 if tensor.is_inference()
             ],

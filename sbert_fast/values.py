@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Literal, get_args
 
+from sbert_fast.errors import MissingModelError, ModelFileError
+
 Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -38,21 +40,23 @@ def check_model(argument: str, model: str) -> None:
     """Refuse what can be neither a folder with a model nor a name on the Hugging Face Hub.
 
     Raises:
-        ValueError: naming `argument`, the name of the argument.
+        ValueError: naming `argument`, the name of the argument; where nothing is there, or a file,
+            it is the `OSError` of sentence-transformers too.
     """
     if any((Path(model) / name).is_file() for name in MODEL_FILES):
         return
-    problem = None
+    problem: str | None = None
+    kind: type[ValueError] = ValueError
     if not model:
         problem = "it is empty"
     elif Path(model).is_dir():
         problem = f"the folder holds none of {', '.join(MODEL_FILES)}"
     elif Path(model).exists():
-        problem = "that is a file"
+        problem, kind = "that is a file", ModelFileError
     elif not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
-        problem = "there is no such folder"
+        problem, kind = "there is no such folder", MissingModelError
     if problem is not None:
-        raise ValueError(
+        raise kind(
             f"{argument} must be a folder with a model or a name on the Hugging Face Hub, "
             f"got {shown(model)}: {problem}"
         )

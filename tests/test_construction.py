@@ -406,7 +406,7 @@ def test_hooks_on_the_base_model_are_honoured(launches: Launches) -> None:
 
 def test_folder_that_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no model here")
-    with pytest.raises(ValueError, match=f"^model_name_or_path must .*{tmp_path.name}.*holds none"):
+    with pytest.raises(ValueError, match=f"model_name_or_path must .*{tmp_path.name}.*holds none"):
         FastEncoder(str(tmp_path))
 
 
@@ -454,5 +454,5 @@ def test_max_seq_length_must_be_an_integer(value: object) -> None:
     [("", "it is empty"), ("/nowhere/at all", "there is no such folder"), (__file__, "a file")],
 )
 def test_what_is_no_model_is_named(model: str, problem: str) -> None:
-    with pytest.raises(ValueError, match=f"^model_name_or_path must be .* got .*: .*{problem}"):
+    with pytest.raises(ValueError, match=f"model_name_or_path must be .* got .*: .*{problem}"):
         FastEncoder(model)

@@ -92,8 +92,8 @@ BAD_ELEMENTS: dict[str, Any] = {
     "float": float("nan"),
     "bytes": b"bytes",
     "list": ["nested"],
-    "tuple": ("a", "pair"),
-    "dict": {"text": "a"},
+    "tuple": ("a", "b", "c"),
+    "dict": {"a": "text"},
     "array": np.array(["a"]),
     "tensor": torch.zeros(3),
     "bool": True,
@@ -110,12 +110,12 @@ def test_element_that_is_no_text(
     texts = [*TEXTS[:index], element, *TEXTS[index:]]
     kind = type(element).__name__
     for container in (list, tuple, iter):
-        with pytest.raises(InputError, match=rf"^inputs\[{index}\] must be a str, got {kind}"):
+        with pytest.raises(InputError, match=rf" inputs\[{index}\] must be a str, got {kind}"):
             encoder.encode(container(texts))
     assert launches() == {}
     assert encoder.stats.texts == 0
     assert encoder.stats.fallbacks == {}
-    assert issubclass(InputError, TypeError)
+    assert issubclass(InputError, TypeError) and issubclass(InputError, ValueError)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,6 @@ def test_element_that_is_no_text(
         (3, "int"),
         (b"bytes", "bytes"),
         (bytearray(b"bytes"), "bytearray"),
-        ({"text": "a"}, "dict"),
         (torch.zeros(3), "Tensor"),
         (np.array("no dimension"), "ndarray"),
         (object(), "object"),
@@ -134,15 +133,15 @@ def test_element_that_is_no_text(
 def test_inputs_that_are_no_texts(
     encoder: FastEncoder, inputs: Any, kind: str, launches: Launches
 ) -> None:
-    message = f"^inputs must be a str or an iterable of str, got {kind}$"
+    message = f" inputs must be a str or an iterable of str, got {kind}$"
     with pytest.raises(InputError, match=message):
         encoder.encode(inputs)
     assert launches() == {}
 
 
-@pytest.mark.parametrize("inputs", [np.array([b"a"]), np.array([["a", "b"]]), np.array([1.5])])
+@pytest.mark.parametrize("inputs", [np.array([b"a"]), np.array([["a"]]), np.array([1.5])])
 def test_arrays_that_hold_no_texts(encoder: FastEncoder, inputs: Any, launches: Launches) -> None:
-    with pytest.raises(InputError, match=r"^inputs\[0\] must be a str"):
+    with pytest.raises(InputError, match=r" inputs\[0\] must be a str"):
         encoder.encode(inputs)
     assert launches() == {}
 
@@ -168,7 +167,7 @@ def test_error_comes_before_any_text_of_a_generator_is_computed(
         yield from make_texts(1000)
         yield 5
 
-    with pytest.raises(InputError, match=r"^inputs\[1000\] "):
+    with pytest.raises(InputError, match=r" inputs\[1000\] "):
         encoder.encode(texts(), batch_size=1)
     assert launches() == {}
 
@@ -309,7 +308,7 @@ def test_error_survives_the_way_from_a_worker() -> None:
 
 
 def test_tables_and_sets_are_no_list_of_texts(encoder: FastEncoder) -> None:
-    with pytest.raises(InputError, match="inputs must have one dimension, got DataFrame with 2"):
+    with pytest.raises(InputError, match="inputs must have one dimension, got DataFrame: take"):
         encoder.encode(pd.DataFrame({"text": ["a", "b"]}))
     with pytest.raises(InputError, match="an iterable of str, got set"):
         encoder.encode({"a", "b"})
@@ -326,24 +325,12 @@ def test_prompts_are_checked(encoder: FastEncoder, prompt: object, message: str)
 
 @pytest.mark.parametrize("number", [10**5000, -(10**5000)], ids=["positive", "negative"])
 def test_a_number_too_long_to_be_written_out(encoder: FastEncoder, number: int) -> None:
-    with pytest.raises(InputError, match=r"^inputs\[1\] must be a str, got int \(a huge int\)$"):
+    with pytest.raises(InputError, match=r" inputs\[1\] must be a str, got int \(a huge int\)$"):
         encoder.encode(["a", number])
-    with pytest.raises(ValueError, match="^batch_size must be a positive integer, got a huge int$"):
+    with pytest.raises(ValueError, match="batch_size must be a positive integer, got a huge int$"):
         encoder.encode(["a"], batch_size=-abs(number))
-    with pytest.raises(InputError, match=r"^inputs\[0\] must be a str, got int \(1{77}\.\.\.\)$"):
+    with pytest.raises(InputError, match=r" inputs\[0\] must be a str, got int \(1{77}\.\.\.\)$"):
         encoder.encode([int("1" * 3000)])
-
-
-@pytest.mark.parametrize(
-    ("element", "hint"),
-    [({"text": "a"}, "pass the text that it holds"), (("a", "b"), "pairs .* are not embedded")],
-)
-def test_what_sentence_transformers_would_embed_besides_texts(
-    encoder: FastEncoder, st: SentenceTransformer, element: Any, hint: str
-) -> None:
-    assert st.encode([element]).shape == (1, 64)
-    with pytest.raises(InputError, match=rf"^inputs\[0\] must be a str, got \w+: {hint}$"):
-        encoder.encode([element])
 
 
 # Models that run in sentence-transformers
@@ -361,9 +348,9 @@ def test_unaccelerated_text_models_refuse_the_same(
     unaccelerated: FastEncoder, element: Any
 ) -> None:
     kind = type(element).__name__
-    with pytest.raises(InputError, match=rf"^inputs\[2\] must be a str, got {kind}"):
+    with pytest.raises(InputError, match=rf" inputs\[2\] must be a str, got {kind}"):
         unaccelerated.encode(["a", ("a", "pair"), element])
-    with pytest.raises(InputError, match=f"^inputs must be .*got {kind}"):
+    with pytest.raises(InputError, match=f" inputs must be .*got {kind}"):
         unaccelerated.encode(element)
     with pytest.raises(InputError, match=r"^inputs\[1\] .* lone surrogate .* at character 4$"):
         unaccelerated.encode(["a", "text\ud800"])
@@ -376,7 +363,7 @@ def test_chat_models_are_text_models(
     unaccelerated: FastEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Transformer, "modalities", ["text", "message"])
-    with pytest.raises(InputError, match=r"^inputs\[1\] must be a str, got NoneType"):
+    with pytest.raises(InputError, match=r" inputs\[1\] must be a str, got NoneType"):
         unaccelerated.encode(["a", None])
     monkeypatch.setattr(Transformer, "modalities", ["text", "image"])
     with pytest.raises(ValueError, match="Unsupported input type: NoneType"):

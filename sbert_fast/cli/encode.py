@@ -35,7 +35,7 @@ from sbert_fast.values import DTYPES, PRECISIONS
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from sbert_fast.encoder import FastEncoder
+    from sbert_fast.sentence_transformers.encoder import FastEncoder
 
 OUTPUT_FORMATS = ("npy", "jsonl", "parquet")
 # Fewer texts than this say little about the range of a dimension.

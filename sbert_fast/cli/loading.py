@@ -9,7 +9,7 @@ from sbert_fast.cli.streams import note
 from sbert_fast.values import check_model
 
 if TYPE_CHECKING:
-    from sbert_fast.encoder import FastEncoder
+    from sbert_fast.sentence_transformers.encoder import FastEncoder
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -19,7 +19,7 @@ def load_encoder(args: argparse.Namespace) -> FastEncoder:
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from sbert_fast.encoder import FastEncoder
+    from sbert_fast.sentence_transformers.encoder import FastEncoder
 
     if args.no_progress:
         transformers_logging.disable_progress_bar()

@@ -21,7 +21,7 @@ class ContentHash:
     def __call__(self) -> int:
         return hash(
             tuple(
-                (t.data_ptr(), t.dtype, t.shape, t.stride(), int(torch.hash_tensor(t.detach())))
+                (t.data_ptr(), t.dtype, t.shape, t.stride(), torch.hash_tensor(t.detach()).item())
                 for t in self._tensors
             )
         )

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modality import is_message_dict
 from torch import nn
 from tqdm.autonotebook import tqdm
 
@@ -21,7 +22,6 @@ from sbert_fast.arguments import (
     OUTPUT_VALUES,
     Chunk,
     DefaultBatchSize,
-    as_list,
     check_device,
     check_keywords,
     check_positive,
@@ -39,6 +39,13 @@ from sbert_fast.errors import (
     UnsupportedModelError,
 )
 from sbert_fast.inference import Pipeline, Request
+from sbert_fast.sentence_transformers.stock import (
+    as_stock,
+    check_inputs,
+    listed,
+    stock_words,
+    written_as_stock,
+)
 from sbert_fast.stats import Counters, EncoderStats
 from sbert_fast.tokenization import check_texts
 from sbert_fast.transfer import device_error
@@ -139,11 +146,14 @@ class FastEncoder(SentenceTransformer):
             modules = OrderedDict(source._modules)
             kwargs = _arguments_of(source) | kwargs
             device = source.device if device is None else device
-        if model_name_or_path is not None and modules is None:
-            check_model("model_name_or_path", model_name_or_path)
+        if isinstance(model_name_or_path, str) and modules is None:
+            path = model_name_or_path
+            with stock_words(lambda: SentenceTransformer(path, local_files_only=True)):
+                check_model("model_name_or_path", path)
         super().__init__(model_name_or_path, modules=modules, device=device, **kwargs)
         if source is not None:
             self.module_kwargs = source.module_kwargs
+            self._model_card_text = source._model_card_text
         named = {"dtype", "torch_dtype"} & set(kwargs.get("model_kwargs") or {})
         self._keeps_dtype = modules is not None or bool(named)
         self.batch_tokens = batch_tokens
@@ -223,12 +233,11 @@ class FastEncoder(SentenceTransformer):
         if assembly.pipeline is None:
             return str(assembly.problem)
         try:
-            assembly.pipeline.prepare()
+            return assembly.pipeline.prepare()
         except InvalidWeightsError:
             raise
         except UnsupportedModelError as error:
             return str(error)
-        return assembly.pipeline
 
     def _dtype_to_request(self) -> torch.dtype | None:
         """The dtype to compute in; None is that of the model."""
@@ -255,19 +264,30 @@ class FastEncoder(SentenceTransformer):
             budget = min(budget, batch_size * pipeline.tokenizer.max_length)
         return int(budget)
 
-    def _call_reason(self, kwargs: dict[str, Any], output_value: str | None) -> str | None:
-        """Why a call runs in sentence-transformers; None where it runs packed."""
+    def _ready(
+        self, kwargs: dict[str, Any], output_value: str | None
+    ) -> tuple[Pipeline | None, str | None]:
+        """What runs a call, checked once for it; or None, and why sentence-transformers does."""
         if bypass.is_transformed():
-            return "a mode or transform of torch is on"
+            return None, "a mode or transform of torch is on"
         forking.settle()
         pipeline = self._pipeline()
+        if isinstance(pipeline, Pipeline) and (self.training or pipeline.engine.admitted.drops):
+            self.eval()
+            pipeline = self._pipeline()
         if isinstance(pipeline, str):
-            return pipeline
-        admission = pipeline.engine.admission()
-        if (reason := admission.inside or admission.around) is not None:
-            return reason
-        if (reason := bypass.global_reason()) is not None:
-            return reason
+            return None, pipeline
+        reason = self._call_reason(pipeline, kwargs, output_value)
+        return (None, reason) if reason is not None else (pipeline, None)
+
+    def _call_reason(
+        self, pipeline: Pipeline, kwargs: dict[str, Any], output_value: str | None
+    ) -> str | None:
+        """Why a call runs in sentence-transformers; None where it runs packed."""
+        admitted = pipeline.engine.admitted
+        for reason in (admitted.inside, admitted.around, bypass.global_reason()):
+            if reason is not None:
+                return reason
         for name in ("forward", "preprocess", "tokenize"):
             if getattr(type(self), name) is not getattr(SentenceTransformer, name):
                 return f"{type(self).__name__} has a {name} of its own"
@@ -304,8 +324,9 @@ class FastEncoder(SentenceTransformer):
         """Embed texts; arguments and results as in `SentenceTransformer.encode`.
 
         Args:
-            inputs: a text, or a list, tuple, generator, numpy array or pandas column of texts. On
-                the packed engine texts only: pairs, and dicts that hold a text, are refused.
+            inputs: a text, or a list, tuple, generator, numpy or pyarrow array or pandas column of
+                texts. Lists with other inputs that the model embeds, pairs of texts and dicts that
+                hold a text, run in sentence-transformers.
             prompt_name: name of a prompt in `self.prompts` to prepend.
             prompt: text to prepend.
             batch_size: limits memory, not rows: a batch holds at most `batch_size * max_seq_length`
@@ -331,7 +352,7 @@ class FastEncoder(SentenceTransformer):
             of worker processes, and those of a `precision` other than "float32".
 
         Raises:
-            InputError: an input is no text; names its index.
+            InputError: an input is none that the model embeds; names its index.
             ValueError: an argument is invalid or unknown; names it.
             TokenIdError: the tokenizer gives an id that the model has no embedding of.
             NonFiniteEmbeddingError: an embedding holds NaN or infinity; names the texts.
@@ -343,13 +364,16 @@ class FastEncoder(SentenceTransformer):
         if inputs is not None and sentences is not None:
             raise TypeError("encode takes inputs or sentences, its former name, but got both")
         inputs = sentences if inputs is None else inputs
-        check_positive("batch_size", batch_size)
+        asked = {"batch_size": batch_size, "precision": precision, "device": self.device, **kwargs}
+        with stock_words(lambda: as_stock(self).encode([], **asked)):
+            check_positive("batch_size", batch_size)
+            check_keywords(kwargs, self.get_model_kwargs)
+            if precision is not None and precision not in PRECISIONS:
+                raise ValueError(f"precision must be one of {PRECISIONS}, got {shown(precision)}")
         if output_value not in OUTPUT_VALUES:
             raise ValueError(
                 f"output_value must be one of {OUTPUT_VALUES}, got {shown(output_value)}"
             )
-        if precision is not None and precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {PRECISIONS}, got {shown(precision)}")
         truncate_dim = self.truncate_dim if truncate_dim is None else truncate_dim
         if truncate_dim is not None:
             check_positive("truncate_dim", truncate_dim)
@@ -361,22 +385,22 @@ class FastEncoder(SentenceTransformer):
         distributed = getattr(self, "_distributed_inference", None) is not None and device is None
         if device is not None and not isinstance(device, list):
             self._move(device)
-        check_keywords(kwargs, self.get_model_kwargs)
         prompt = self._resolve_prompt(prompt, prompt_name)
         if prompt is not None:
             check_texts([prompt], "prompt")
-        reason = self._call_reason(kwargs, output_value)
+        pipeline, reason = self._ready(kwargs, output_value)
         if output_value != "sentence_embedding" and precision not in (None, "float32"):
             reason = reason or f"precision={precision!r} of {output_value}"
         single = isinstance(inputs, str)
-        if reason is None or (self._takes_texts_only() and not isinstance(inputs, dict)):
-            texts = [inputs] if single else as_list(inputs)
-            check_texts(texts, besides=() if reason is None else (dict, list, tuple))
+        if reason is None or self._takes_texts_only():
+            texts, single = listed(self, inputs)
+            other = check_inputs(self, texts)
             inputs = texts[0] if single else texts
+            reason = reason or (f"inputs of type {other.__name__}" if other is not None else None)
         in_workers = pool is not None or isinstance(device, list) or distributed
-        if reason is not None:
+        if reason is not None and not bypass.is_transformed():
             self._count_fallback(reason)
-        if reason is not None or in_workers:
+        if pipeline is None or reason is not None or in_workers:
             return self._encode_elsewhere(
                 inputs,
                 dtype=None if reason is None else self.dtype,
@@ -407,15 +431,7 @@ class FastEncoder(SentenceTransformer):
             "truncate_dim": truncate_dim,
         }
         on_host = precision not in (None, "float32") or (convert_to_numpy and not convert_to_tensor)
-        try:
-            result = self._run_packed(texts, **how, on_host=on_host)
-        except InvalidWeightsError:
-            raise
-        except UnsupportedModelError:
-            # A module inside the base model was replaced since the last call.
-            self._derived.assembly = None
-            how |= {"convert_to_numpy": convert_to_numpy, "convert_to_tensor": convert_to_tensor}
-            return self.encode(inputs, precision=precision, **how, **kwargs)
+        result = self._run_packed(texts, pipeline, **how, on_host=on_host)
         if output_value == "sentence_embedding":
             result = convert(result, precision, convert_to_numpy, convert_to_tensor)
         return result[0] if single else result
@@ -444,7 +460,8 @@ class FastEncoder(SentenceTransformer):
         is_sentence = output_value == "sentence_embedding"
         is_quantized = precision not in (None, "float32")
         on_host = convert_to_numpy and not convert_to_tensor
-        in_worker, is_boxed = isinstance(inputs, Chunk), in_workers and isinstance(inputs, str)
+        in_worker = isinstance(inputs, Chunk)
+        is_boxed = in_workers and isinstance(inputs, (str, dict)) and not is_message_dict(inputs)
         inputs = [inputs] if is_boxed else inputs
         if in_workers and isinstance(inputs, list) and not self.is_singular_input(inputs):
             # Token embeddings come back quantised: too late to see what they were.
@@ -477,15 +494,17 @@ class FastEncoder(SentenceTransformer):
             self._move(arguments["device"])
         known = {name: arguments[name] for name in _RUN_ARGUMENTS if name in arguments}
         extra = {k: v for k, v in arguments.items() if k not in (*known, "device", "save_to_cpu")}
-        if self._call_reason(extra, known.get("output_value")) is not None:
+        pipeline, _ = self._ready(extra, known.get("output_value"))
+        if pipeline is None or any(not isinstance(text, str) for text in inputs):
             return super()._inference(inputs, **arguments)
-        return self._run_packed(inputs, **known, on_host=arguments.get("save_to_cpu", True))
+        on_host = arguments.get("save_to_cpu", True)
+        return self._run_packed(inputs, pipeline, **known, on_host=on_host)
 
-    def _run_packed(self, inputs: list[str], **how: Any) -> Any:
+    def _run_packed(self, inputs: list[str], pipeline: Pipeline, **how: Any) -> Any:
         """:meth:`_run_batches`; a CUDA error that nothing comes after is told apart from others."""
         if self._derived.lost is None:
             try:
-                return self._run_batches(inputs, **how)
+                return self._run_batches(inputs, pipeline, **how)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -502,6 +521,7 @@ class FastEncoder(SentenceTransformer):
     def _run_batches(
         self,
         inputs: list[str],
+        pipeline: Pipeline,
         *,
         prompt: str | None,
         batch_size: int,
@@ -511,10 +531,6 @@ class FastEncoder(SentenceTransformer):
         truncate_dim: int | None,
         on_host: bool,
     ) -> Any:
-        if self.training:
-            self.eval()
-        pipeline = self._pipeline()
-        assert isinstance(pipeline, Pipeline)
         first, checks = 0, True
         if isinstance(inputs, Chunk):
             first, checks, inputs = inputs.first, inputs.checks, list(inputs)
@@ -522,7 +538,7 @@ class FastEncoder(SentenceTransformer):
         asks_prompt = output_value is None or not spec.include_prompt
         request = Request(
             prompt=prompt or "",
-            prompt_tokens=self._prompt_tokens(pipeline, prompt) if prompt and asks_prompt else 0,
+            prompt_tokens=self[0]._get_prompt_length(prompt) if prompt and asks_prompt else 0,
             batch_tokens=self._token_budget(pipeline, batch_size),
             normalize=normalize_embeddings and output_value == "sentence_embedding",
             dimension=min(truncate_dim or spec.dimension, spec.dimension),
@@ -545,7 +561,10 @@ class FastEncoder(SentenceTransformer):
         if torch.empty(0, device=device).device != self.device:
             self.to(device)
 
-    def _prompt_tokens(self, pipeline: Pipeline, prompt: str) -> int:
-        """Tokens of the prompt, without a trailing special token."""
-        ids = pipeline.tokenizer([prompt]).ids
-        return len(ids) - int(ids[-1] in self.tokenizer.all_special_ids)
+    def _create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        with written_as_stock(self) as model:
+            SentenceTransformer._create_model_card(model, *args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
+        with written_as_stock(self) as model:
+            return SentenceTransformer.push_to_hub(model, *args, **kwargs)

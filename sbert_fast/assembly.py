@@ -17,7 +17,7 @@ from sbert_fast.inference import Pipeline
 from sbert_fast.originals import originals
 from sbert_fast.pooling import PoolingHead, is_module, read_pooling
 from sbert_fast.state import Snapshot
-from sbert_fast.tokenization import TextTokenizer, backend_state
+from sbert_fast.tokenization import TextTokenizer
 
 DEVICES = ("cpu", "cuda")
 # transformers' stand-in for "no limit" is far above this.
@@ -101,6 +101,9 @@ def _check_transformer(transformer: Any) -> None:
         found = getattr(transformer, name, expected)
         if found != expected:
             raise UnsupportedModelError(f"Transformer.{name} must be {expected}, got {found}")
+    parameters = transformer.model_forward_params
+    if parameters is not None and not {"input_ids", "attention_mask"} <= parameters:
+        raise UnsupportedModelError(f"Transformer.model_forward_params is {parameters}")
     tokenizer = transformer.tokenizer
     if tokenizer is None:
         raise UnsupportedModelError("the Transformer module has no tokenizer")
@@ -175,9 +178,8 @@ class Assembly:
         self, model: SentenceTransformer, dtype: torch.dtype | None, impl: str, old: Assembly | None
     ) -> None:
         first = next(model.children(), None)
-        base, self._tokenizer = (getattr(first, name, None) for name in ("auto_model", "tokenizer"))
+        base = getattr(first, "auto_model", None)
         self._request = dtype, model.device
-        self._backend = backend_state(self._tokenizer)
         # The engine looks after the base model, where there is one.
         self._snapshot = Snapshot(model, without=[base])
         self._originals = originals(map(type, self._snapshot.objects), _ROOTS)
@@ -202,7 +204,6 @@ class Assembly:
             self._request == (dtype, device)
             and self._snapshot.is_current()
             and self._originals.is_current()
-            and backend_state(self._tokenizer) == self._backend
         )
 
 

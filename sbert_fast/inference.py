@@ -43,9 +43,10 @@ class Pipeline:
         """The pipeline with the weights of the models as they are now, laid out.
 
         Raises:
-            UnsupportedModelError: the base model is no longer supported.
+            UnsupportedModelError: the base model or the tokenizer is no longer supported.
             InvalidWeightsError: weights hold NaN or infinity; the message names the tensor.
         """
+        self.tokenizer.refresh()
         prepared = self.engine.prepared()
         self.head.prepare(self.engine.device, self.engine.impl)
         return self if prepared is self.prepared else replace(self, prepared=prepared)

@@ -111,6 +111,10 @@ def _check_tail(module: Any, width: int) -> int:
             )
     if not is_module(module, "Dense"):
         return width
+    if module.use_residual and (module.in_features == module.out_features) == hasattr(
+        module, "residual"
+    ):
+        raise UnsupportedModelError(f"{name} has a residual that does not fit its features")
     found = linear(module.linear).weight.shape
     if found[1] != width:
         raise UnsupportedModelError(

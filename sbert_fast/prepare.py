@@ -232,11 +232,7 @@ class Fingerprint:
             [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in self._live],
             self._hash(),
             # Inference tensors count no writes: a hash of all their bits tells of them.
-            [
-                torch.hash_tensor(tensor).item()
-                for tensor in self._tensors
-                if tensor.is_inference()
-            ],
+            [torch.hash_tensor(tensor).item() for tensor in self._tensors if tensor.is_inference()],
         )
 
     def is_current(self) -> bool:

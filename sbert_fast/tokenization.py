@@ -18,8 +18,8 @@ from sbert_fast.values import lone_surrogate, shown
 _CHARACTERS_PER_TOKEN = 64
 # A cut text stands for the whole one only if its last kept token ends this far before the cut.
 _CUT_MARGIN = 1024
-# Rows of a vocabulary that tell it from another one of its size.
-_SAMPLED_IDS = tuple(int(1.4**i) for i in range(36))
+# Added tokens beyond which a backend is kept for the next call: adding them takes milliseconds.
+_MANY_ADDED = 64
 # Texts tokenised at once: bounds the memory of the tokenizer's own objects.
 _CHUNK = 4096
 
@@ -81,51 +81,19 @@ def _about(element: object) -> str:
     return ""
 
 
-def _part(part: Any) -> object:  # noqa: ANN401
-    """What a part of a backend does, in a form that compares."""
-    try:
-        return None if part is None else part.__getstate__()
-    except Exception as error:
-        # Written in Python: two of them cannot be told apart.
-        return repr(error)
-
-
-def _vocabulary(model: Any) -> tuple[object, ...]:  # noqa: ANN401
-    """The settings of a backend's model, and some of its tokens."""
-    settings = (name for name in dir(model) if not name.startswith("_"))
-    values = [value for name in settings if not callable(value := getattr(model, name))]
-    return (type(model), values, [model.id_to_token(i) for i in _SAMPLED_IDS])
-
-
-def backend_state(tokenizer: Any) -> tuple[object, ...]:  # noqa: ANN401
-    """What decides about the tokens of a text in the Rust backend of a tokenizer.
-
-    Of the vocabulary that is its size and a sample. The attributes of the tokenizer itself are in
-    the snapshot of the model.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return ()
-    return (
-        *map(_part, (backend.normalizer, backend.pre_tokenizer, backend.post_processor)),
-        repr(backend.get_added_tokens_decoder()),
-        backend.get_vocab_size(),
-        *_vocabulary(backend.model),
-    )
-
-
 class TextTokenizer:
-    """A private copy of a Hugging Face tokenizer with fixed truncation and no padding.
+    """A Hugging Face tokenizer with fixed truncation and no padding, for one encoder.
 
-    The copy belongs to one encoder and its settings never change after construction, so that
-    concurrent calls cannot truncate to each other's lengths.
+    Its backend is made anew by :meth:`refresh`, of the very parts that the tokenizer has then:
+    nothing that is done to them is missed, and concurrent calls cannot truncate to each other's
+    lengths.
 
     Args:
         tokenizer: a `transformers` tokenizer.
         max_length: tokens kept of a text, special tokens included.
 
     Raises:
-        UnsupportedModelError: a part of the tokenizer cannot be copied.
+        UnsupportedModelError: tokens were added to the backend in a way that cannot be repeated.
 
     Attributes:
         returns_types: the tokenizer's own output holds `token_type_ids`.
@@ -134,27 +102,41 @@ class TextTokenizer:
     def __init__(self, tokenizer: Any, max_length: int) -> None:  # noqa: ANN401
         self.max_length = max_length
         self.returns_types = "token_type_ids" in tokenizer.model_input_names
-        self._backend = None
-        self._slow = None
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            # A Python tokenizer keeps per-call state: one call at a time.
-            self._slow, self._lock = tokenizer, Lock()
-            self._keeps_types = False
+        self._tokenizer, self._right = tokenizer, tokenizer.truncation_side == "right"
+        # A Python tokenizer keeps per-call state: one call at a time.
+        self._lock = Lock()
+        self._backend: Any = None
+        self._added = ""
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take over what the tokenizer is now.
+
+        Raises:
+            UnsupportedModelError: tokens were added to it in a way that cannot be repeated.
+        """
+        live = getattr(self._tokenizer, "backend_tokenizer", None)
+        if live is None:
             return
-        try:
-            private = type(backend).from_str(backend.to_str())
-        except Exception as error:
-            raise UnsupportedModelError(f"the tokenizer cannot be copied: {error}") from error
-        private.encode_special_tokens = tokenizer.split_special_tokens
-        private.no_padding()
-        self._right = tokenizer.truncation_side == "right"
+        added = live.get_added_tokens_decoder()
+        described = repr(added)
+        if len(added) > _MANY_ADDED and described == self._added:
+            private = self._backend
+            private.model = live.model
+        else:
+            private = type(live)(live.model)
+            private.add_tokens([added[index] for index in sorted(added)])
+            if repr(private.get_added_tokens_decoder()) != described:
+                raise UnsupportedModelError("the ids of the tokenizer's added tokens have gaps")
+        for part in ("normalizer", "pre_tokenizer", "post_processor"):
+            setattr(private, part, getattr(live, part))
+        private.encode_special_tokens = self._tokenizer.split_special_tokens
         private.enable_truncation(
-            max_length, strategy="longest_first", direction=tokenizer.truncation_side
+            self.max_length,
+            strategy="longest_first",
+            direction=self._tokenizer.truncation_side,
         )
-        self._backend = private
-        # A few tokenizers number the segments of a single text other than 0.
-        self._keeps_types = self.returns_types and any(private.encode("a").type_ids)
+        self._backend, self._added = private, described
 
     def __call__(self, texts: Sequence[str]) -> TokenizedTexts:
         """Tokenise checked texts.
@@ -165,9 +147,8 @@ class TextTokenizer:
         parts = [self._chunk(texts[i : i + _CHUNK]) for i in range(0, len(texts), _CHUNK)]
         lengths = np.concatenate([part[1] for part in parts] or [np.zeros(0, dtype=np.int32)])
         ids = np.concatenate([part[0] for part in parts] or [np.zeros(0, dtype=np.int32)])
-        types = None
-        if self._keeps_types:
-            types = np.concatenate([part[2] for part in parts if part[2] is not None])
+        kept = [part[2] for part in parts if part[2] is not None]
+        types = np.concatenate(kept) if kept else None
         offsets = np.zeros(lengths.shape[0] + 1, dtype=np.int64)
         np.cumsum(lengths, out=offsets[1:])
         return TokenizedTexts(ids, lengths, offsets, types, sum(part[3] for part in parts))
@@ -175,8 +156,7 @@ class TextTokenizer:
     def token(self, token_id: int) -> str:
         """The token that an id stands for."""
         if self._backend is None:
-            assert self._slow is not None
-            return str(self._slow.convert_ids_to_tokens(token_id))
+            return str(self._tokenizer.convert_ids_to_tokens(token_id))
         return str(self._backend.id_to_token(token_id))
 
     def _chunk(
@@ -189,7 +169,8 @@ class TextTokenizer:
         total = int(lengths.sum())
         ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int32, total)
         types = None
-        if self._keeps_types:
+        # A few tokenizers number the segments of a single text other than 0.
+        if self.returns_types and any(encodings[0].type_ids):
             types = np.fromiter(chain.from_iterable(e.type_ids for e in encodings), np.int32, total)
         full = np.flatnonzero(lengths == self.max_length)
         return ids, lengths, types, sum(1 for i in full if encodings[i].overflowing)
@@ -211,10 +192,10 @@ class TextTokenizer:
     def _slow_chunk(
         self, texts: Sequence[str]
     ) -> tuple[NDArray[np.int32], NDArray[np.int32], None, int]:
-        assert self._slow is not None
+        tokenizer, texts = self._tokenizer, list(texts)
         with self._lock:
-            whole = self._slow(list(texts), truncation=False, verbose=False)["input_ids"]
-            kept = self._slow(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+            whole = tokenizer(texts, truncation=False, verbose=False)["input_ids"]
+            kept = tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
         lengths = np.fromiter(map(len, kept), dtype=np.int32, count=len(kept))
         ids = np.fromiter(chain.from_iterable(kept), np.int32, int(lengths.sum()))
         cut = sum(len(a) > len(b) for a, b in zip(whole, kept, strict=True))

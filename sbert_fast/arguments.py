@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -116,7 +116,7 @@ class Chunk(list[Any]):
 
 
 # Iterable, but each is one input, or has no order.
-_NOT_TEXTS = (bytes, bytearray, dict, Tensor, set, frozenset)
+_NOT_TEXTS = (bytes, bytearray, Mapping, Tensor, set, frozenset)
 
 
 def as_list(inputs: object) -> list[Any]:

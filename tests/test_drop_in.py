@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import UserDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,7 @@ REFUSED_INPUTS: dict[str, Any] = {
     "int": 3,
     "bytes": b"a",
     "set": {"a"},
+    "mapping that is no dict": UserDict(text="a"),
     "no dimension": np.array("a"),
     "tensor": torch.zeros(3),
     "DataFrame": pd.DataFrame({"text": ["a"]}),

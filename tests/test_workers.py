@@ -163,11 +163,26 @@ def test_the_default_batch_size_limits_nothing_in_workers(
 
 def test_bad_input_never_reaches_a_worker(encoder: ReportingEncoder, pool: Pool) -> None:
     before = reports(encoder)
-    with pytest.raises(InputError, match=r"^inputs\[60\] must be a str, got NoneType"):
+    with pytest.raises(InputError, match=r" inputs\[60\] must be a str, got NoneType"):
         encoder.encode([*TEXTS, None], pool=pool)
     assert reports(encoder) == before
     # And the pool still serves.
     assert len(encoder.encode(TEXTS, pool=pool)) == len(TEXTS)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [[("a", "sea"), ("b", "sun")], {"text": "sea"}, [TEXTS[0], {"text": "sun"}, ["a", "b"]]],
+    ids=repr,
+)
+def test_workers_run_other_inputs_in_sentence_transformers(
+    encoder: ReportingEncoder, st: SentenceTransformer, pool: Pool, inputs: Any
+) -> None:
+    for arguments in ({}, {"precision": "binary"}, {"output_value": "token_embeddings"}):
+        before = sum(encoder.stats.fallbacks.values())
+        ours = encoder.encode(inputs, pool=pool, **arguments)
+        assert_same_result(ours, st.encode(inputs, **arguments))
+        assert sum(encoder.stats.fallbacks.values()) == before + 1
 
 
 def test_list_of_devices(st: SentenceTransformer, tmp_path: Path, launches: Launches) -> None:

@@ -538,7 +538,7 @@ class FastEncoder(SentenceTransformer):
         asks_prompt = output_value is None or not spec.include_prompt
         request = Request(
             prompt=prompt or "",
-            prompt_tokens=self[0]._get_prompt_length(prompt) if prompt and asks_prompt else 0,
+            prompt_tokens=self._prompt_tokens(pipeline, prompt) if prompt and asks_prompt else 0,
             batch_tokens=self._token_budget(pipeline, batch_size),
             normalize=normalize_embeddings and output_value == "sentence_embedding",
             dimension=min(truncate_dim or spec.dimension, spec.dimension),
@@ -560,6 +560,17 @@ class FastEncoder(SentenceTransformer):
         """Move to `device`, which may be an alias of the present one: "cpu:0" is "cpu"."""
         if torch.empty(0, device=device).device != self.device:
             self.to(device)
+
+    def _prompt_tokens(self, pipeline: Pipeline, prompt: str) -> int:
+        """Tokens of the prompt, without a trailing special token, kept by the first module.
+
+        Counted by our copy of its tokenizer, which threads may share.
+        """
+        kept = self[0]._prompt_length_mapping
+        if (prompt,) not in kept:
+            ids = pipeline.tokenizer([prompt]).ids
+            kept[prompt,] = len(ids) - int(ids[-1] in self.tokenizer.all_special_ids)
+        return int(kept[prompt,])
 
     def _create_model_card(self, *args: Any, **kwargs: Any) -> None:
         with written_as_stock(self) as model:

@@ -9,18 +9,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["FastEncoder", "accelerate", "explain", "restore"]
+__all__ = ["FastEncoder", "accelerate", "counts", "explain", "restore"]
 
 if TYPE_CHECKING:
     from sbert_fast.encoder import FastEncoder
     from sbert_fast.explanation import explain
-    from sbert_fast.patching import accelerate, restore
+    from sbert_fast.patching import accelerate, counts, restore
 
 # Imported on first use, so that `import sbert_fast` alone stays cheap.
 _HOMES = {
     "FastEncoder": "encoder",
     "accelerate": "patching",
     "restore": "patching",
+    "counts": "patching",
     "explain": "explanation",
     "ops": "ops",
     "errors": "errors",

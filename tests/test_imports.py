@@ -18,7 +18,7 @@ LAYERS = (
     {"models"},
     {"packing", "prepare"},
     {"tokenization", "engine", "pooling", "transfer", "budget"},
-    {"inference", "packed_forward", "arguments"},
+    {"inference", "padded_call", "packed_forward", "arguments"},
     {"assembly"},
     {"encoder", "patching", "explanation"},
     {"cli"},

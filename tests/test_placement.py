@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
+from accelerate.hooks import remove_hook_from_module
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense
 
 import families
 from checks import assert_same_vectors
-from sbert_fast import FastEncoder
+from patched import LENGTHS, assert_identical, assert_same_states, run
+from sbert_fast import FastEncoder, accelerate, counts
 
 TEXTS = families.make_texts(8)
 
@@ -61,3 +64,33 @@ def test_hooks_that_place_are_run(saved: str, place: Callable[[Any], None]) -> N
     encoder.clear_placement_cache()
     assert_same_vectors(encoder.encode(TEXTS), expected)
     assert sum(encoder.stats.fallbacks.values()) == 1
+
+
+@pytest.mark.parametrize("place", HOOKS)
+def test_removed_hooks_leave_nothing_behind_in_an_encoder(
+    saved: str, place: Callable[[Any], None]
+) -> None:
+    encoder = FastEncoder(saved, device="cpu")
+    expected = encoder.encode(TEXTS)
+    place(encoder[0].auto_model)
+    remove_hook_from_module(encoder[0].auto_model, recurse=True)
+    encoder.clear_placement_cache()
+    assert_same_vectors(encoder.encode(TEXTS), expected)
+    assert encoder.stats.fallbacks == {}
+
+
+@pytest.mark.parametrize("place", HOOKS)
+@pytest.mark.parametrize("accelerated", ["before", "after"])
+def test_removed_hooks_leave_nothing_behind(place: Callable[[Any], None], accelerated: str) -> None:
+    original = families.make_model("bert")
+    model = copy.deepcopy(original)
+    batch = families.make_batch("bert", LENGTHS)
+    if accelerated == "before":
+        accelerate(model)
+    place(model)
+    assert_identical(run(model, batch), run(original, batch))
+    remove_hook_from_module(model, recurse=True)
+    if accelerated == "after":
+        accelerate(model)
+    assert_same_states(run(model, batch), run(original, batch), batch["attention_mask"])
+    assert counts(model)["packed"] == 1

@@ -9,11 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["FastEncoder", "accelerate", "explain", "restore"]
+__all__ = ["FastEncoder", "accelerate", "counts", "explain", "restore"]
 
 if TYPE_CHECKING:
     from sbert_fast.explanation import explain
-    from sbert_fast.patching import accelerate, restore
+    from sbert_fast.patching import accelerate, counts, restore
     from sbert_fast.sentence_transformers.encoder import FastEncoder
 
 # Imported on first use, so that `import sbert_fast` alone stays cheap.
@@ -21,6 +21,7 @@ _HOMES = {
     "FastEncoder": "sentence_transformers.encoder",
     "accelerate": "patching",
     "restore": "patching",
+    "counts": "patching",
     "explain": "explanation",
     "ops": "ops",
     "errors": "errors",

@@ -74,8 +74,7 @@ def build_pipeline(
     transformer: Any = children[0]
     if model.get_backend() != "torch":
         raise UnsupportedModelError(f"backend must be 'torch', got {model.get_backend()!r}")
-    if getattr(model, "_placement_is_delegated", False):
-        raise UnsupportedModelError("a device_map or Accelerate hooks control placement")
+    _check_placement(model)
     if model.device.type not in DEVICES:
         raise UnsupportedModelError(
             f"the model is on {model.device}: there are kernels for {' and '.join(DEVICES)}"
@@ -93,6 +92,18 @@ def build_pipeline(
     if model.device.type != "cpu" and impl == "auto" and engine.implementation == "reference":
         raise UnsupportedModelError(f"no kernels run on {model.device}:\n{ops.explain_ops()}")
     return Pipeline(TextTokenizer(transformer.tokenizer, max_length), engine, PoolingHead(spec))
+
+
+def _check_placement(model: SentenceTransformer) -> None:
+    """Refuse models whose parts are on several devices, or come to theirs only when they run."""
+    hook = getattr(model, "_accelerate_placement_hook", None)
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if hook is not None or (
+        getattr(model, "_placement_is_delegated", False) and devices != {str(model.device)}
+    ):
+        raise UnsupportedModelError(
+            f"a device_map or Accelerate hooks control placement, on {', '.join(sorted(devices))}"
+        )
 
 
 def _check_transformer(transformer: Any) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -306,6 +307,11 @@ class PackedEncoder:
         with torch.no_grad():
             return _run_layers(p, p.layers, batch)
 
+    def states(self, batch: PackedBatch, prepared: Prepared) -> Iterator[Tensor]:
+        """The states `[T, E]` before and after every layer; arguments as in calling the engine."""
+        with torch.no_grad():
+            yield from _states(prepared, prepared.layers, batch)
+
     def pool(self, batch: PackedBatch, prepared: Prepared, norm_and_pool: NormAndPool) -> None:
         """Run a packed batch up to the last layer's residual and LayerNorm.
 
@@ -339,11 +345,18 @@ def _embed(p: Prepared, batch: PackedBatch) -> Tensor:
 
 def _run_layers(p: Prepared, layers: Sequence[PreparedLayer], batch: PackedBatch) -> Tensor:
     """The embeddings, and `layers` over them."""
+    (x,) = deque(_states(p, layers, batch), maxlen=1)
+    return x
+
+
+def _states(p: Prepared, layers: Sequence[PreparedLayer], batch: PackedBatch) -> Iterator[Tensor]:
+    """The embeddings, and what every one of `layers` makes of what came before it."""
     x = _embed(p, batch)
+    yield x
     for layer in layers:
         x = _attend(p, layer, batch, x)
         x = layer.down.add_norm(layer.up(x), x, layer.output_norm)
-    return x
+        yield x
 
 
 def _attend(p: Prepared, layer: PreparedLayer, batch: PackedBatch, x: Tensor) -> Tensor:

@@ -6,14 +6,13 @@ import functools
 import inspect
 import logging
 import types
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers.modeling_outputs import (
     BaseModelOutput,
@@ -22,41 +21,17 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import ModelOutput
 
-from sbert_fast import bypass, forking
+from sbert_fast import bypass, forking, padded_call
 from sbert_fast.engine import PackedEncoder, Prepared
 from sbert_fast.errors import InvalidWeightsError, UnsupportedModelError
-from sbert_fast.packing import PackedBatch, pack_padded, padded_positions
+from sbert_fast.padded_call import UseOriginalError as _UseOriginalError
+from sbert_fast.prepare import aligned
 from sbert_fast.transfer import Transfers
 
 logger = logging.getLogger("sbert_fast")
 
 # The key under which calls that ran packed are counted; the other keys are reasons.
 PACKED = "packed"
-# What the packed path reads, or knows to change nothing in an encoder.
-_KNOWN_ARGUMENTS = {
-    "input_ids",
-    "attention_mask",
-    "token_type_ids",
-    "position_ids",
-    "return_dict",
-    "use_cache",
-    "output_attentions",
-    "output_hidden_states",
-}
-
-
-class _UseOriginalError(Exception):
-    """The packed path cannot serve a call; the message is the reason that gets counted."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """One call of `forward`, ready to run packed; `source` leads back to the padded layout."""
-
-    batch: PackedBatch
-    source: NDArray[np.int64]
-    shape: tuple[int, int]
-    return_dict: bool
 
 
 class PackedForward:
@@ -68,6 +43,7 @@ class PackedForward:
 
     Args:
         encoder: the packed forward pass of the base model.
+        padding: see :func:`sbert_fast.accelerate`.
 
     Raises:
         InvalidWeightsError: by a packed call, where weights have come to hold NaN or infinity.
@@ -76,30 +52,29 @@ class PackedForward:
     # See `bypass.is_replaced`.
     stands_for_original = True
 
-    def __init__(self, encoder: PackedEncoder) -> None:
+    def __init__(self, encoder: PackedEncoder, padding: str) -> None:
         self.shadowed = "forward" in encoder.model.__dict__
-        self.use(encoder)
+        self.use(encoder, padding)
         self._start()
 
-    def use(self, encoder: PackedEncoder) -> None:
+    def use(self, encoder: PackedEncoder, padding: str) -> None:
         """Run `encoder`, of the same model, from now on."""
-        self.encoder = encoder
+        self.encoder, self.padding = encoder, padding
 
     def _start(self) -> None:
         self._lock = forking.Lock()
         self._counts: Counter[str] = Counter()
-        self._warned = False
         functools.update_wrapper(self, self.original, updated=())
         self.__signature__ = inspect.signature(self.original)
         # torch.export names the source of what it traces by this.
         self.__code__ = type(self.encoder.model).forward.__code__
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"encoder": self.encoder, "shadowed": self.shadowed}
+        return {name: getattr(self, name) for name in ("encoder", "padding", "shadowed")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.shadowed = state["shadowed"]
-        self.use(state["encoder"])
+        self.use(state["encoder"], state["padding"])
         self._start()
 
     @property
@@ -167,14 +142,7 @@ class PackedForward:
                 raise _UseOriginalError("gradients are recorded")
 
     def _warn_about_gradients(self) -> None:
-        with self._lock:
-            first, self._warned = not self._warned, True
-        if first:
-            logger.warning(
-                "%s runs its original forward, because gradients are recorded: call it under "
-                "torch.inference_mode() to run it packed",
-                type(self.encoder.model).__name__,
-            )
+        _warn_about_gradients(type(self.encoder.model).__name__)
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments by name, those checked that the packed path must not ignore."""
@@ -183,55 +151,27 @@ class PackedForward:
         except TypeError as error:
             raise _UseOriginalError("arguments that forward does not take") from error
         arguments |= arguments.pop("kwargs", {})
-        for name, value in arguments.items():
-            if name not in _KNOWN_ARGUMENTS and value is not None:
-                raise _UseOriginalError(f"{name} was given")
-        for name in ("output_attentions", "output_hidden_states"):
-            if arguments.get(name, getattr(self.encoder.model.config, name, False)):
-                raise _UseOriginalError(f"{name} was asked for")
+        padded_call.check_arguments(arguments)
         return arguments
 
-    def _read(self, arguments: dict[str, Any]) -> _Call:
-        architecture = self.encoder.architecture
-        input_ids = arguments.get("input_ids")
-        if type(input_ids) is not Tensor or input_ids.dim() != 2 or not input_ids.numel():
-            raise _UseOriginalError("input_ids is not a tensor [B, S] with tokens")
-        shape = (input_ids.shape[0], input_ids.shape[1])
-        ids = _integers("input_ids", input_ids, shape, architecture.vocab_size)
-        keep = _kept(arguments.get("attention_mask"), shape)
+    def _read(self, arguments: dict[str, Any]) -> padded_call.Call:
+        return padded_call.read(self.encoder, arguments, self.padding)
 
-        offset, uncounted = architecture.position_offset, architecture.uncounted_id
-        room = architecture.max_tokens + offset
-        positions: NDArray[Any]
-        if arguments.get("position_ids") is not None:
-            positions = _integers("position_ids", arguments["position_ids"], shape, room)
-        else:
-            positions = padded_positions(ids, position_offset=offset, uncounted_id=uncounted)
-            if positions.max() >= room:
-                raise _UseOriginalError("more tokens than the position table has room for")
-        types = arguments.get("token_type_ids")
-        if architecture.type_vocab_size == 0:
-            types = None
-        if types is not None:
-            types = _integers("token_type_ids", types, shape, architecture.type_vocab_size)
-
-        batch, source = pack_padded(ids, keep, positions, types)
-        config_value = getattr(self.encoder.model.config, "return_dict", True)
-        return _Call(batch, source, shape, arguments.get("return_dict", config_value) is not False)
-
-    def _run(self, call: _Call, prepared: Prepared) -> Any:  # noqa: ANN401
+    def _run(self, call: padded_call.Call, prepared: Prepared) -> Any:  # noqa: ANN401
         model: Any = self.encoder.model
-        width = prepared.architecture.hidden_size
-        # A tensor made in inference mode could not be saved for the backward pass of a head.
-        with torch.inference_mode(False):
-            hidden = torch.zeros(*call.shape, width, dtype=model.dtype, device=prepared.device)
+        if call.embeddings is not None:
+            table = aligned(call.embeddings.to(prepared.word.dtype).contiguous())
+            prepared = replace(prepared, word=table)
         with torch.inference_mode():
             transfers = Transfers(prepared.device)
             with transfers.current_device():
                 batch, _ = transfers.stage(call.batch, np.zeros(0, dtype=np.int64))
-                x = self.encoder(batch, prepared)[: call.batch.num_tokens]
-            source = torch.from_numpy(call.source).to(prepared.device)
-            hidden.view(-1, width)[source] = x.to(hidden.dtype)
+                source = torch.from_numpy(call.source).to(prepared.device)
+                packed: Iterable[Tensor] = self.encoder.states(batch, prepared)
+                if not call.all_states:
+                    packed = deque(packed, maxlen=1)
+                states = [self._padded(x, call, source) for x in packed]
+        hidden = states[-1]
         output: ModelOutput
         if hasattr(model, "pooler"):
             pooled = None if model.pooler is None else model.pooler(hidden)
@@ -240,33 +180,25 @@ class PackedForward:
             output = BaseModelOutputWithPastAndCrossAttentions(hidden)
         else:
             output = BaseModelOutput(hidden)
+        if call.all_states:
+            output["hidden_states"] = tuple(states)
         return output if call.return_dict else output.to_tuple()
 
-
-def _integers(name: str, value: object, shape: tuple[int, int], size: int) -> NDArray[np.int64]:
-    """`value` as int64 `[B, S]` on the host, inside a table of `size` rows."""
-    if (
-        type(value) is not Tensor
-        or value.dtype not in (torch.int64, torch.int32)
-        or value.dim() != 2
-        or value.shape[0] not in (1, shape[0])
-        or value.shape[1] != shape[1]
-    ):
-        raise _UseOriginalError(f"{name} is not an integer tensor [B, S]")
-    array = value.cpu().numpy().astype(np.int64, copy=False)
-    if array.min() < 0 or array.max() >= size:
-        raise _UseOriginalError(f"{name} outside a table of {size} rows")
-    return np.broadcast_to(array, shape)
+    def _padded(self, x: Tensor, call: padded_call.Call, source: Tensor) -> Tensor:
+        """Packed states `[T, E]` where they belong in `[B, S, E]`, zeros everywhere else."""
+        model: Any = self.encoder.model
+        # A tensor made in inference mode could not be saved for the backward pass of a head.
+        with torch.inference_mode(False):
+            hidden = torch.zeros(*call.shape, x.shape[1], dtype=model.dtype, device=x.device)
+        hidden.view(-1, x.shape[1])[source] = x[: call.batch.num_tokens].to(hidden.dtype)
+        return hidden
 
 
-def _kept(mask: object, shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """The tokens that `attention_mask` keeps, bool `[B, S]`."""
-    if mask is None:
-        return np.ones(shape, dtype=np.bool_)
-    if type(mask) is not Tensor or tuple(mask.shape) != shape:
-        raise _UseOriginalError("attention_mask is not a tensor [B, S]")
-    keep = mask.to(torch.bool).cpu().numpy()
-    # Poolers and heads read the state of column 0, masked or not; the packed path has none for it.
-    if not keep[:, 0].all():
-        raise _UseOriginalError("the first token of a row is masked")
-    return keep
+@functools.cache
+def _warn_about_gradients(name: str) -> None:
+    """Once a process and class: programs make many copies of a model."""
+    logger.warning(
+        "%s runs its original forward, because gradients are recorded: call it under "
+        "torch.inference_mode() to run it packed",
+        name,
+    )

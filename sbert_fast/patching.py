@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import types
 from collections import Counter
+from typing import Literal
 
 import torch
 from torch import nn
@@ -54,16 +55,26 @@ def refusal(module: nn.Module) -> str | None:
 
 
 def accelerate(
-    model: nn.Module, *, dtype: str | torch.dtype | None = None, impl: str = "auto"
+    model: nn.Module,
+    *,
+    dtype: str | torch.dtype | None = None,
+    impl: str = "auto",
+    padding: Literal["zeros", "stock"] = "zeros",
 ) -> nn.Module:
     """Make every supported base model inside `model` run packed, in place and reversibly.
 
     Results stay what they were, but for two things: sums round in another order, and the hidden
-    states of masked tokens are zeros. `state_dict`, parameters and saving are untouched, changed
-    weights are followed, and copies serve their own. What the packed path does not do (attention
-    weights, hidden states of all layers, masks that are not `[B, S]` or mask the first token,
-    training, hooks inside the model) goes to the original forward; :func:`counts` tells how often,
-    and why. So does what is traced or compiled, uncounted.
+    states of masked tokens are zeros. Whatever looks at those has another result: a plain mean
+    over all columns, a convolution or an LSTM over the states, a loss whose labels on masked tokens
+    are not -100. `padding="stock"` is for them. In a SentenceTransformer they are found: where a
+    module other than its own token-wise and pooling ones stands behind the model, padded calls go
+    to the original forward.
+
+    `state_dict`, parameters and saving are untouched, changed weights are followed, and copies
+    serve their own. What the packed path does not do (attention weights, masks that are not
+    `[B, S]`, training, hooks inside the model; masks that drop the first token, where a pooler or
+    a module around the model might read its state) goes to the original forward; :func:`counts`
+    tells how often, and why. So does what is traced or compiled, uncounted.
 
     Call it again after writes that torch does not count (`p.data.copy_(x)`): weights are then read
     anew. A forward checks weights, when it reads them, and not its results: where weights have come
@@ -72,23 +83,27 @@ def accelerate(
 
     Args:
         model: a loaded model of transformers or sentence-transformers, or any module that holds
-            some. Already accelerated, it takes on `dtype` and `impl` of this call.
+            some. Already accelerated, it takes on `dtype`, `impl` and `padding` of this call.
         dtype: dtype to compute in: "float32", "bfloat16", "float16", or the torch dtype. None and
             "auto" are the dtype of the model. Outputs have the dtype of the model either way.
         impl: implementation of the ops, see :mod:`sbert_fast.ops`.
+        padding: "zeros" are the states of masked tokens; "stock" runs the original forward wherever
+            tokens are masked, and is packed where none are.
 
     Returns:
         `model`.
 
     Raises:
         TypeError: `model` is not a torch.nn.Module.
-        ValueError: `dtype` or `impl` is none of the above.
+        ValueError: `dtype`, `impl` or `padding` is none of the above.
         UnsupportedModelError: nothing inside `model` is supported; the message says why not.
         InvalidWeightsError: weights hold NaN or infinity; the message names the tensor.
         ImplementationError: `impl` cannot run here.
     """
     _check_module("accelerate", model)
     requested_dtype = None if dtype is None else parse_dtype(dtype)
+    if padding not in ("zeros", "stock"):
+        raise ValueError(f"padding must be 'zeros' or 'stock', got {padding!r}")
     found = candidates(model)
     reasons = {name: refusal(module) for name, module in found.items()}
     if all(reasons.values()):
@@ -107,9 +122,9 @@ def accelerate(
     for encoder in encoders:
         current = forward_of(encoder.model)
         if current is None:
-            encoder.model.__dict__["forward"] = PackedForward(encoder)
+            encoder.model.__dict__["forward"] = PackedForward(encoder, padding)
         else:
-            current.use(encoder)
+            current.use(encoder, padding)
     return model
 
 

@@ -46,7 +46,7 @@ def assert_identical(ours: Any, theirs: Any) -> None:
     assert type(ours) is type(theirs)
     if isinstance(theirs, Tensor):
         assert torch.equal(ours, theirs)
-    else:
+    elif theirs is not None:
         items = (ours.values(), theirs.values()) if hasattr(theirs, "values") else (ours, theirs)
         for a, b in zip(*items, strict=True):
             assert_identical(a, b)

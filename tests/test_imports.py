@@ -20,7 +20,7 @@ LAYERS = (
     {"models"},
     {"packing", "prepare"},
     {"tokenization", "engine", "pooling", "transfer", "budget"},
-    {"inference", "packed_forward", "arguments"},
+    {"inference", "padded_call", "packed_forward", "arguments"},
     {"assembly"},
     {"sentence_transformers", "patching", "explanation"},
     {"cli"},

@@ -15,7 +15,7 @@ from transformers import BertModel
 
 import families
 from checks import assert_same_vectors, cosine_distances
-from patched import LENGTHS, assert_identical, assert_packed, assert_same_states, pair, run
+from patched import LENGTHS, assert_packed, assert_same_states, pair, run
 from sbert_fast import accelerate, restore
 from sbert_fast.patching import counts, forward_of
 from sbert_fast.testing import assert_close_to_oracle
@@ -194,9 +194,7 @@ def test_heads_on_every_token(head: str) -> None:
     batch = families.make_batch("bert", LENGTHS)
     keep = batch["attention_mask"].bool()
     assert_same_vectors(run(model, batch).logits[keep], run(original, batch).logits[keep])
-    ours, theirs = (run(m, batch | {"output_hidden_states": True}) for m in (model, original))
-    assert_identical(ours.hidden_states, theirs.hidden_states)
-    assert counts(model) == {"packed": 1, "output_hidden_states was asked for": 1}
+    assert counts(model) == {"packed": 1}
 
 
 @pytest.mark.parametrize("name", ["bert", "xlm-roberta"])

@@ -34,22 +34,14 @@ def _mask_4d(batch: Batch) -> Batch:
     return batch | {"attention_mask": mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1)}
 
 
-def _embeddings(batch: Batch) -> Batch:
-    generator = torch.Generator().manual_seed(0)
-    shape = (*batch["input_ids"].shape, 64)
-    rest = {name: tensor for name, tensor in batch.items() if name != "input_ids"}
-    return rest | {"inputs_embeds": torch.randn(shape, generator=generator)}
-
-
 REASONS: dict[str, tuple[Callable[[Batch], Batch], str]] = {
     "left padding": (_left_padded, "the first token of a row is masked"),
     "empty row": (_fully_masked_row, "the first token of a row is masked"),
     "4-D mask": (_mask_4d, "attention_mask is not a tensor [B, S]"),
-    "embeddings": (_embeddings, "inputs_embeds was given"),
     "attentions": (lambda b: b | {"output_attentions": True}, "output_attentions was asked for"),
-    "hidden states": (
-        lambda b: b | {"output_hidden_states": True},
-        "output_hidden_states was asked for",
+    "hidden states of two layers": (
+        lambda b: b | {"output_hidden_states": [0, -1]},
+        "output_hidden_states=[0, -1] was asked for",
     ),
     "unknown": (lambda b: b | {"is_causal": False}, "is_causal was given"),
 }
@@ -67,21 +59,13 @@ def test_what_the_packed_path_lacks_runs_in_the_original(case: str) -> None:
     assert counts(model) == {reason: 1, "packed": 1}
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert"])
-def test_left_padding(name: str) -> None:
-    original, model = pair(name)
-    batch = _left_padded(families.make_batch(name, LENGTHS))
-    assert_identical(run(model, batch), run(original, batch))
-
-
-@pytest.mark.parametrize("flag", ["output_attentions", "output_hidden_states"])
-def test_flags_of_the_config(flag: str) -> None:
-    original = families.make_model("bert", attn_implementation="eager", **{flag: True})
+def test_a_flag_of_the_config() -> None:
+    original = families.make_model("bert", attn_implementation="eager", output_attentions=True)
     model = accelerate(copy.deepcopy(original))
     batch = families.make_batch("bert", LENGTHS)
     assert_identical(run(model, batch), run(original, batch))
-    assert counts(model) == {f"{flag} was asked for": 1}
-    ours, theirs = (run(m, batch | {flag: False}) for m in (model, original))
+    assert counts(model) == {"output_attentions was asked for": 1}
+    ours, theirs = (run(m, batch | {"output_attentions": False}) for m in (model, original))
     assert_same_states(ours, theirs, batch["attention_mask"])
     assert counts(model)["packed"] == 1
 
@@ -183,20 +167,16 @@ def test_autocast() -> None:
     assert counts(model) == {"torch.autocast is on": 1}
 
 
-def test_training_trains(caplog: pytest.LogCaptureFixture) -> None:
+def test_training_trains() -> None:
     original, model = pair("bert")
     batch = families.make_batch("bert", LENGTHS)
-    with caplog.at_level(logging.WARNING, logger="sbert_fast"):
-        for m in (original, model, model):
-            m.zero_grad()
-            m(**batch).last_hidden_state.sum().backward()
+    for m in (original, model, model):
+        m.zero_grad()
+        m(**batch).last_hidden_state.sum().backward()
     for ours, theirs in zip(model.parameters(), original.parameters(), strict=True):
         assert (ours.grad is None) == (theirs.grad is None)
         assert ours.grad is None or torch.equal(ours.grad, theirs.grad)
     assert counts(model) == {"gradients are recorded": 2}
-    messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == 1
-    assert "torch.inference_mode()" in messages[0]
 
 
 def test_trainable_pooler_on_a_frozen_encoder() -> None:

@@ -229,8 +229,9 @@ def _check_parameters(model: nn.Module, weights: EncoderWeights) -> None:
                 f"{name} must be a floating-point tensor, got {parameter.dtype} (quantised?)"
             )
         if type(parameter) is not nn.Parameter:
+            why = "torch.func.functional_call?" if type(parameter) is Tensor else "quantised?"
             raise UnsupportedModelError(
-                f"{name} must be a torch.nn.Parameter, got {type(parameter).__name__} (quantised?)"
+                f"{name} must be a torch.nn.Parameter, got {type(parameter).__name__} ({why})"
             )
         if parameter.device.type == "meta":
             raise UnsupportedModelError(f"{name} is on the meta device: load its weights first")

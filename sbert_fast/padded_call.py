@@ -1,0 +1,248 @@
+"""What a call of a base model's forward asks for, read on the host; refused where not ours."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sbert_fast.engine import PackedEncoder
+from sbert_fast.packing import PackedBatch, pack_padded, padded_positions
+from sbert_fast.pooling import is_module
+
+# What the packed path reads, or knows to change nothing in an encoder.
+_KNOWN_ARGUMENTS = {
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "position_ids",
+    "inputs_embeds",
+    "return_dict",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+}
+# What heads hand down with their keywords. A base model hands keywords on to its attention
+# functions, and none of those reads these.
+_LOSS_ARGUMENTS = {
+    "ignore_index",
+    "labels",
+    "num_items_in_batch",
+    "output_router_logits",
+    "shift_labels",
+}
+# The modules of sentence-transformers that take every token for itself, or only those that the
+# mask keeps. All others (CNN, LSTM, those of other people) may look at padding.
+_READ_NO_PADDING = {
+    "Dense",
+    "Dropout",
+    "LayerNorm",
+    "MLMTransformer",
+    "Normalize",
+    "Pooling",
+    "SpladePooling",
+    "Transformer",
+}
+
+
+class UseOriginalError(Exception):
+    """The packed path cannot serve a call; the message is the reason that gets counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of `forward`, ready to run packed.
+
+    Attributes:
+        batch: its tokens.
+        source: int64 `[num_tokens]`, where each of them is in `[B * S]`.
+        shape: `(B, S)`.
+        embeddings: `[B * S, E]`, the table that `batch.input_ids` point into; None where they are
+            ids.
+        all_states: whether the states before and after every layer are asked for.
+        return_dict: whether a ModelOutput is.
+    """
+
+    batch: PackedBatch
+    source: NDArray[np.int64]
+    shape: tuple[int, int]
+    embeddings: Tensor | None
+    all_states: bool
+    return_dict: bool
+
+
+def check_arguments(arguments: dict[str, Any]) -> None:
+    """Refuse the arguments, by name, that the packed path must not ignore."""
+    for name, value in arguments.items():
+        if name not in _KNOWN_ARGUMENTS | _LOSS_ARGUMENTS and value is not None:
+            raise UseOriginalError(f"{name} was given")
+
+
+def read(encoder: PackedEncoder, arguments: dict[str, Any], padding: str) -> Call:
+    """Read a call of the base model of `encoder`.
+
+    Args:
+        encoder: the packed forward pass of the base model.
+        arguments: those of the call by name, checked.
+        padding: see :func:`sbert_fast.accelerate`.
+
+    Raises:
+        UseOriginalError: the packed path would not give what the base model gives.
+    """
+    architecture, config = encoder.architecture, getattr(encoder.model, "config", None)
+    if arguments.get("output_attentions", getattr(config, "output_attentions", False)):
+        raise UseOriginalError("output_attentions was asked for")
+    all_states = arguments.get(
+        "output_hidden_states", getattr(config, "output_hidden_states", False)
+    )
+    # Newer versions of transformers take indices of layers here.
+    if all_states not in (None, False) and all_states is not True:
+        raise UseOriginalError(f"output_hidden_states={all_states!r} was asked for")
+    ids, embeddings = _tokens(encoder, arguments)
+    shape = (ids.shape[0], ids.shape[1])
+    keep = _kept(arguments.get("attention_mask"), shape)
+    if not keep.all():
+        _check_padding(encoder.model, keep, embeddings, padding)
+
+    offset = architecture.position_offset
+    # No family knows which of the embeddings it is given are padding.
+    uncounted = architecture.uncounted_id if embeddings is None else None
+    room = architecture.max_tokens + offset
+    positions: NDArray[Any]
+    if arguments.get("position_ids") is not None:
+        positions = _integers("position_ids", arguments["position_ids"], shape, room)
+    else:
+        positions = padded_positions(ids, position_offset=offset, uncounted_id=uncounted)
+        if positions.max() >= room:
+            raise UseOriginalError("more tokens than the position table has room for")
+    types = arguments.get("token_type_ids")
+    if architecture.type_vocab_size == 0:
+        types = None
+    if types is not None:
+        types = _integers("token_type_ids", types, shape, architecture.type_vocab_size)
+    return_dict = arguments.get("return_dict", getattr(config, "return_dict", True)) is not False
+    batch, source = pack_padded(ids, keep, positions, types)
+    return Call(batch, source, shape, embeddings, all_states is True, return_dict)
+
+
+def _tokens(
+    encoder: PackedEncoder, arguments: dict[str, Any]
+) -> tuple[NDArray[np.int64], Tensor | None]:
+    """Ids `[B, S]`, and the embeddings `[B * S, E]` that they count where these are given."""
+    input_ids, embeddings = arguments.get("input_ids"), arguments.get("inputs_embeds")
+    if embeddings is None:
+        if type(input_ids) is not Tensor or input_ids.dim() != 2 or not input_ids.numel():
+            raise UseOriginalError("input_ids is not a tensor [B, S] with tokens")
+        shape = (input_ids.shape[0], input_ids.shape[1])
+        return _integers("input_ids", input_ids, shape, encoder.architecture.vocab_size), None
+    if input_ids is not None:
+        raise UseOriginalError("both input_ids and inputs_embeds were given")
+    model: Any = encoder.model
+    if (
+        type(embeddings) is not Tensor
+        or embeddings.dim() != 3
+        or embeddings.shape[2] != encoder.architecture.embedding_size
+        or not embeddings.numel()
+        or (embeddings.dtype, embeddings.device) != (model.dtype, encoder.device)
+    ):
+        raise UseOriginalError(
+            "inputs_embeds is not a tensor [B, S, E] of the dtype and on the device of the model"
+        )
+    if embeddings.requires_grad and torch.is_grad_enabled():
+        raise UseOriginalError("gradients of inputs_embeds are recorded")
+    shape = (embeddings.shape[0], embeddings.shape[1])
+    rows = np.arange(shape[0] * shape[1], dtype=np.int64).reshape(shape)
+    return rows, embeddings.detach().reshape(rows.size, -1)
+
+
+def _integers(name: str, value: object, shape: tuple[int, int], size: int) -> NDArray[np.int64]:
+    """`value` as int64 `[B, S]` on the host, inside a table of `size` rows."""
+    if (
+        type(value) is not Tensor
+        or value.dtype not in (torch.int64, torch.int32)
+        or value.dim() != 2
+        or value.shape[0] not in (1, shape[0])
+        or value.shape[1] != shape[1]
+    ):
+        raise UseOriginalError(f"{name} is not an integer tensor [B, S]")
+    array = value.cpu().numpy().astype(np.int64, copy=False)
+    if array.min() < 0 or array.max() >= size:
+        raise UseOriginalError(f"{name} outside a table of {size} rows")
+    return np.broadcast_to(array, shape)
+
+
+def _kept(mask: object, shape: tuple[int, int]) -> NDArray[np.bool_]:
+    """The tokens that `attention_mask` keeps, bool `[B, S]`."""
+    if mask is None:
+        return np.ones(shape, dtype=np.bool_)
+    if type(mask) is not Tensor or tuple(mask.shape) != shape:
+        raise UseOriginalError("attention_mask is not a tensor [B, S]")
+    return mask.to(torch.bool).cpu().numpy()
+
+
+def _check_padding(
+    model: nn.Module, keep: NDArray[np.bool_], embeddings: Tensor | None, padding: str
+) -> None:
+    """Refuse a padded call whose padding somebody reads, or that reaches the other tokens."""
+    if padding == "stock":
+        raise UseOriginalError("padding, whose states were asked for")
+    # In the original a NaN spreads from masked tokens: it times a weight of zero is NaN.
+    if embeddings is not None and not embeddings[torch.from_numpy(~keep.ravel())].isfinite().all():
+        raise UseOriginalError("inputs_embeds of masked tokens are not finite")
+    # Poolers and heads read the state of column 0, masked or not; the packed path has none for it.
+    if not keep[:, 0].all() and (getattr(model, "pooler", None) is not None or _callers(model)):
+        raise UseOriginalError("the first token of a row is masked")
+    for caller in _callers(model):
+        reader = _reader_of_padding(caller)
+        if reader is not None:
+            raise UseOriginalError(f"{reader}, behind the model, may read padding")
+
+
+def _callers(model: nn.Module) -> list[nn.Module]:
+    """The modules that wait for what `model` returns, each once.
+
+    They are found on the stack: who holds a model is written nowhere, and changes when modules are
+    appended, shared, copied or unpickled.
+    """
+    found: dict[int, nn.Module] = {}
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_argcount:
+            holder = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(holder, nn.Module) and holder is not model:
+                found[id(holder)] = holder
+        frame = frame.f_back
+    return list(found.values())
+
+
+def _reader_of_padding(caller: nn.Module) -> str | None:
+    """The class of a module of the SentenceTransformer `caller` that may read padding, or None."""
+    if not isinstance(caller, nn.Sequential) or not _is_theirs(caller):
+        return None
+    for module in _parts(caller):
+        known = any(is_module(module, name) for name in _READ_NO_PADDING)
+        if not known or "forward" in module.__dict__:
+            return type(module).__name__
+    return None
+
+
+def _is_theirs(module: nn.Module) -> bool:
+    """Whether `module` is of a class of sentence-transformers, or of one derived from it."""
+    return any(cls.__module__.startswith("sentence_transformers.") for cls in type(module).__mro__)
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules in a row, all routes of a Router among them."""
+    for child in module.children():
+        if type(child) in (nn.Sequential, nn.ModuleDict) or is_module(child, "Router"):
+            yield from _parts(child)
+        else:
+            yield child

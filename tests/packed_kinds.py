@@ -1,0 +1,129 @@
+"""The two ways to run packed, and how each is made to run as stock does, leaving no trace."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch.nn.utils.stateless import _reparametrize_module
+
+from sbert_fast import FastEncoder, accelerate, ops
+from sbert_fast.packed_forward import PACKED, PackedForward
+from sbert_fast.patching import counts
+
+Call = Callable[[Any, list[str]], Any]
+
+
+def launches() -> int:
+    """How many kernels of ours have run: only what runs packed has any."""
+    return sum(ops.launches().values())
+
+
+def _forward(model: Any, texts: list[str]) -> Any:
+    """In the mode the model is in; gradients are recorded where they would be."""
+    return model(model.preprocess(texts))["sentence_embedding"].detach().float().numpy()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of the two ways to run packed.
+
+    Attributes:
+        wrap: a stock model that from now on runs packed.
+        stock: the same model, running as stock does while the context lasts.
+        counted: how many calls ran in stock.
+        calls: what is compared.
+    """
+
+    wrap: Callable[[SentenceTransformer], Any]
+    stock: Callable[[Any], AbstractContextManager[Any]]
+    counted: Callable[[Any], int]
+    calls: dict[str, Call]
+
+
+@contextlib.contextmanager
+def _as_stock(model: FastEncoder) -> Iterator[SentenceTransformer]:
+    """The same object in all but its class."""
+    view = SentenceTransformer.__new__(SentenceTransformer)
+    view.__dict__.update(model.__dict__)
+    yield view
+
+
+@contextlib.contextmanager
+def _without_packing(model: SentenceTransformer) -> Iterator[SentenceTransformer]:
+    def original(self: PackedForward, *args: Any, **kwargs: Any) -> Any:
+        return self.original(*args, **kwargs)
+
+    packed, PackedForward.__call__ = PackedForward.__call__, original  # type: ignore[method-assign]
+    try:
+        yield model
+    finally:
+        PackedForward.__call__ = packed  # type: ignore[method-assign]
+
+
+_CALLS: dict[str, Call] = {
+    "encode": lambda model, texts: model.encode(texts),
+    "encode_query": lambda model, texts: model.encode_query(texts),
+    "encode_document": lambda model, texts: model.encode_document(texts, normalize_embeddings=True),
+}
+KINDS = {
+    "encoder": Kind(
+        FastEncoder,
+        _as_stock,
+        lambda model: sum(model.stats.fallbacks.values()),
+        _CALLS,
+    ),
+    "accelerated": Kind(
+        accelerate,
+        _without_packing,
+        lambda model: sum(n for reason, n in counts(model).items() if reason != PACKED),
+        {
+            "encode": _CALLS["encode"],
+            "forward": lambda model, texts: torch.no_grad()(_forward)(model, texts),
+            "forward with gradients": _forward,
+        },
+    ),
+}
+
+
+@contextlib.contextmanager
+def undisturbed(model: Any) -> Iterator[None]:
+    """Puts back what a call of stock writes: modes, caches, the state of the tokenizer."""
+    modes = [(module, module.training) for module in model.modules()]
+    lengths = getattr(model[0], "_prompt_length_mapping", {}) if len(model) else {}
+    known = dict(lengths)
+    backend = getattr(getattr(model, "tokenizer", None), "backend_tokenizer", None)
+    limits = None if backend is None else (backend.truncation, backend.padding)
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        lengths.clear()
+        lengths.update(known)
+        if backend is not None:
+            truncation, padding = limits
+            backend.no_truncation()
+            backend.no_padding()
+            if truncation is not None:
+                backend.enable_truncation(**truncation)
+            if padding is not None:
+                backend.enable_padding(**padding)
+
+
+def in_double(call: Call) -> Call:
+    """The same call, with parameters and buffers in fp64 while it lasts."""
+
+    def run(model: Any, texts: list[str]) -> Any:
+        tensors = dict(model.named_parameters(remove_duplicate=False))
+        tensors |= dict(model.named_buffers(remove_duplicate=False))
+        doubles = {n: t.detach().double() for n, t in tensors.items() if t.is_floating_point()}
+        with _reparametrize_module(model, doubles):
+            return call(model, texts)
+
+    return run

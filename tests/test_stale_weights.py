@@ -105,7 +105,7 @@ def _merge_the_sum_of_two(model: Any) -> None:
 
 
 ADAPTERS: dict[str, Writer] = {
-    "LoRA": _merge("LoraConfig", lora_alpha=64),
+    "LoRA": _merge("LoraConfig", lora_alpha=8),
     "DoRA": _merge("LoraConfig", use_dora=True),
     "LoHa": _merge("LoHaConfig"),
     "IA3": _merge("IA3Config", feedforward_modules=[]),

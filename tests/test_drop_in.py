@@ -14,9 +14,11 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
+from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base import model as stock_model
 from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.losses import GISTEmbedLoss
 
 from checks import assert_same_result
 from families import make_sentence_transformer, make_texts
@@ -291,6 +293,20 @@ def test_a_new_card_is_that_of_sentence_transformers(
     assert b"FastEncoder" not in ours["README.md"]
     again = _files(FastEncoder(str(tmp_path / "ours")), tmp_path / "again", model_name="me/x")
     assert b'SentenceTransformer("me/x")' in again["README.md"]
+
+
+def test_the_guide_of_a_loss_is_named_as_by_sentence_transformers(tmp_path: Path) -> None:
+    def card(model: SentenceTransformer, path: Path) -> bytes:
+        data = Dataset.from_dict({"anchor": ["a", "b"], "positive": ["c", "d"]})
+        loss = GISTEmbedLoss(model, guide=copy.deepcopy(model))
+        told = model.model_card_data.extract_dataset_metadata(data, [], loss, "train")
+        model.model_card_data.train_datasets = told
+        model.model_card_data.add_tags("generated_from_trainer")
+        return _files(model, path)["README.md"]
+
+    theirs = card(make_sentence_transformer(), tmp_path / "theirs")
+    assert b'"guide": "SentenceTransformer(' in theirs
+    assert card(FastEncoder(make_sentence_transformer()), tmp_path / "ours") == theirs
 
 
 def test_a_class_of_the_callers_keeps_its_name(tmp_path: Path) -> None:

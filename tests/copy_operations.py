@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import dill
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Router
 from sentence_transformers.sentence_transformer.modules import (
     CNN,
     Dense,
     Dropout,
     LayerNorm,
     Normalize,
+    StaticEmbedding,
 )
 from torch import nn
 
@@ -30,7 +34,7 @@ from walks import WIDTH, NotNow, Subject, Undo
 def _appended(make: Callable[[Subject], nn.Module]) -> Act:
     def act(s: Subject) -> Undo:
         s.model.append(make(s).to(next(s.base.parameters()).dtype))
-        return lambda s: s.model.pop(len(s.model) - 1) and None
+        return lambda s: s.model.pop(len(s.model) - 1)
 
     return act
 
@@ -48,7 +52,7 @@ operation(_appended(lambda s: Dropout(0.5)), name="dropout appended", changes=Fa
 @operation(weight=0.3)
 def convolution_inserted(s: Subject) -> Undo:
     s.model.insert(1, CNN(WIDTH, WIDTH // 2, [1, 3]))
-    return lambda s: s.model.pop(1) and None
+    return lambda s: s.model.pop(1)
 
 
 @operation
@@ -56,7 +60,7 @@ def last_module_removed(s: Subject) -> Undo:
     if len(s.model) < 3:
         raise NotNow
     module = s.model.pop(len(s.model) - 1)
-    return lambda s: s.model.append(module) and None
+    return lambda s: s.model.append(module)
 
 
 @operation
@@ -74,7 +78,35 @@ def last_modules_swapped(s: Subject) -> Undo:
 @operation(weight=0.5)
 def pooling_removed(s: Subject) -> Undo:
     module = s.model.pop(1)
-    return lambda s: s.model.insert(1, module) and None
+    return lambda s: s.model.insert(1, module)
+
+
+@operation(weight=0.5)
+def put_behind_a_router(s: Subject) -> Undo:
+    if len(s.model) < 3:
+        raise NotNow
+    dense = nn.Sequential(s.model[2]) if type(s.model[2]) is Dense else None
+    if dense is None:
+        raise NotNow
+    router = Router.for_query_document([s.model[2]], [copy.deepcopy(s.model[2])])
+    with torch.no_grad():
+        router.sub_modules["query"][0].linear.weight.mul_(-1)
+    s.model[2] = router
+    return lambda s: s.model.__setitem__(2, dense[0])
+
+
+@operation(weight=0.3)
+def static_embeddings_instead(s: Subject) -> Undo:
+    old = list(s.model)
+    table = StaticEmbedding(s.backend, embedding_weights=s.base.get_input_embeddings().weight)
+    s.model[0] = table
+    del s.model[1:]
+
+    def undo(s: Subject) -> None:
+        s.model[0] = old[0]
+        s.model.extend(old[1:])
+
+    return undo
 
 
 @operation
@@ -97,7 +129,7 @@ def base_model_replaced(s: Subject) -> None:
 def _cast(act: Callable[[Any], Any], **options: Any) -> None:
     def run(s: Subject) -> Undo:
         act(s)
-        return lambda s: s.model.float() and None
+        return lambda s: s.model.float()
 
     operation(run, **options)
 
@@ -151,6 +183,30 @@ def deep_copied(s: Subject) -> None:
 @operation(changes=False)
 def pickled(s: Subject) -> None:
     s.model = pickle.loads(pickle.dumps(s.model))
+
+
+@operation(changes=False)
+def saved_by_torch(s: Subject) -> None:
+    stream = io.BytesIO()
+    torch.save(s.model, stream)
+    stream.seek(0)
+    s.model = torch.load(stream, weights_only=False)
+
+
+@operation(changes=False)
+def base_model_copied_by_dill(s: Subject) -> None:
+    s.first.model = dill.loads(dill.dumps(s.base))
+    if not isinstance(s.model, FastEncoder):
+        accelerate(s.model)
+
+
+@operation(changes=False, weight=0.3)
+def base_model_saved_and_loaded(s: Subject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        s.base.save_pretrained(folder)
+        s.first.model = type(s.base).from_pretrained(folder)
+    if not isinstance(s.model, FastEncoder):
+        accelerate(s.model)
 
 
 @operation(changes=False)

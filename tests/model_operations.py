@@ -22,25 +22,25 @@ class Operation:
         act: does it; what comes back undoes it.
         changes: stock's vectors of a fresh model are others afterwards.
         weight: how often it is drawn, beside 1 of the others.
+        family: one that it means something for.
     """
 
     act: Act
     changes: bool = True
     weight: float = 1.0
+    family: str = "bert"
 
 
 OPERATIONS: dict[str, Operation] = {}
 
 
-def operation(
-    act: Act | None = None, *, name: str = "", changes: bool = True, weight: float = 1.0
-) -> Any:
-    """Enter a function into the table, under its own name by default."""
+def operation(act: Act | None = None, *, name: str = "", **how: Any) -> Any:
+    """Enter a function into the table, under its own name by default; see :class:`Operation`."""
     if act is None:
-        return lambda act: operation(act, name=name, changes=changes, weight=weight)
+        return lambda act: operation(act, name=name, **how)
     name = name or act.__name__
     assert name not in OPERATIONS, f"two operations are called {name!r}"
-    OPERATIONS[name] = Operation(act, changes, weight)
+    OPERATIONS[name] = Operation(act, **how)
     return act
 
 

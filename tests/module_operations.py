@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +12,6 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from model_operations import Act, operation
 from walks import NotNow, Subject, Undo
-
-HAS_PEFT = importlib.util.find_spec("peft") is not None
 
 # Modules inside the base model
 
@@ -71,14 +68,13 @@ def linear_wrapped(s: Subject) -> Undo:
         raise NotNow
     wrapped = nn.Sequential(old, nn.Tanh())
     _put(s, old, wrapped)
-    return lambda s: (
-        [
-            _put(s, module, module[0])
-            for module in list(s.base.modules())
-            if type(module) is nn.Sequential
-        ]
-        and None
-    )
+
+    def undo(s: Subject) -> None:
+        for module in list(s.base.modules()):
+            if type(module) is nn.Sequential:
+                _put(s, module, module[0])
+
+    return undo
 
 
 def _put(s: Subject, old: nn.Module, new: nn.Module) -> None:
@@ -111,6 +107,54 @@ def bias_removed(s: Subject) -> None:
     if linear.bias is None or isinstance(linear.bias, bool):
         raise NotNow
     linear.bias = None
+
+
+@operation(weight=0.5)
+def dropout_replaced(s: Subject) -> Undo:
+    """In inference it does nothing; what stands in its place may."""
+    old = s.module(nn.Dropout)
+    new = s.rng.choice([nn.Tanh(), nn.Identity(), nn.Hardtanh()])
+    _put(s, old, new)
+
+    def undo(s: Subject) -> None:
+        for module in list(s.model.modules()):
+            for name, child in list(module.named_children()):
+                if name == "dropout" and not isinstance(child, nn.Dropout):
+                    setattr(module, name, nn.Dropout(0.1))
+
+    return undo
+
+
+@operation
+def modules_exchanged(s: Subject) -> None:
+    attention = s.attention()
+    if hasattr(attention, "q_lin"):
+        raise NotNow
+    attention.query, attention.value = attention.value, attention.query
+
+
+@operation(weight=0.5)
+def layer_replaced(s: Subject) -> Undo:
+    class Passes(nn.Module):
+        def forward(self, states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            return states
+
+    old = s.stack.layer[-1]
+    s.stack.layer[-1] = Passes()
+    return lambda s: s.stack.layer.__setitem__(-1, old)
+
+
+@operation(changes=False)
+def pooler_removed(s: Subject) -> None:
+    if not hasattr(s.base, "pooler"):
+        raise NotNow
+    s.base.pooler = None
+
+
+@operation(changes=False)
+def inputs_require_gradients(s: Subject) -> Undo:
+    s.base.enable_input_require_grads()
+    return lambda s: s.base.disable_input_require_grads()
 
 
 @operation(changes=False)
@@ -196,41 +240,3 @@ def quantized(s: Subject) -> Undo:
     kept = s.first.model
     s.first.model = torch.ao.quantization.quantize_dynamic(kept, {nn.Linear}, dtype=torch.qint8)
     return lambda s: setattr(s.first, "model", kept)
-
-
-# Adapters
-
-
-def _lora(**options: Any) -> Any:
-    from peft import LoraConfig
-
-    torch.manual_seed(0)
-    targets = ["query", "value", "q_lin", "v_lin", "dense"]
-    return LoraConfig(target_modules=targets, init_lora_weights=False, lora_alpha=32, **options)
-
-
-def _merged(**how: Any) -> Act:
-    def act(s: Subject) -> None:
-        from peft import get_peft_model
-
-        get_peft_model(s.base, _lora()).merge_and_unload(**how)
-
-    return act
-
-
-if HAS_PEFT:
-    operation(_merged(), name="LoRA merged")
-    operation(_merged(safe_merge=True), name="LoRA merged safely")
-
-    @operation(weight=0.5)
-    def adapter_attached(s: Subject) -> Undo:
-        s.model.add_adapter(_lora())
-        return lambda s: s.model.delete_adapter("default")
-
-    @operation
-    def adapter_merged_in_place(s: Subject) -> None:
-        from peft import get_peft_model
-
-        adapted = get_peft_model(s.base, _lora())
-        adapted.merge_adapter()
-        adapted.unload()

@@ -103,7 +103,7 @@ def undisturbed(model: Any) -> Iterator[None]:
         yield
     finally:
         for module, training in modes:
-            module.training = training
+            module.__dict__["training"] = training
         lengths.clear()
         lengths.update(known)
         if backend is not None:

@@ -43,6 +43,7 @@ _first(
 )
 _first("module_output_name", "other_embeddings", weight=0.3)
 _first("do_lower_case", True, changes=False)
+_first("model_forward_params", lambda _: {"input_ids"}, lambda _: {"input_ids", "attention_mask"})
 _first("unpad_inputs", True, False, changes=False)
 
 _of("Pooling", "pooling_mode", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
@@ -60,6 +61,13 @@ setting(lambda s: s.model, "model", "truncate_dim", 5, 11, 1000)
 setting(lambda s: s.model, "model", "default_prompt_name", "query", "document")
 setting(lambda s: s.model, "model", "similarity_fn_name", "dot", "euclidean", changes=False)
 setting(lambda s: s.model, "model", "prompts", lambda old: {n: f"{p}sea " for n, p in old.items()})
+
+
+@operation
+def truncated_for_a_while(s: Subject) -> Undo:
+    context = s.model.truncate_embeddings(7)
+    context.__enter__()
+    return lambda s: context.__exit__(None, None, None)
 
 
 @operation
@@ -135,6 +143,7 @@ _attention("is_causal", True, changes=False, weight=0.5)
 _attention("is_decoder", True, changes=False, weight=0.3)
 _attention("num_attention_heads", 4, changes=False, weight=0.5)
 _attention("attention_head_size", 8)
+_attention("n_heads", 4, changes=False, family="distilbert", weight=0.3)
 _attention("all_head_size", 8, changes=False, weight=0.3)
 setting(Subject.layer, "layer", "chunk_size_feed_forward", 1, changes=False, weight=0.5)
 setting(Subject.layer, "layer", "is_decoder", True, changes=False, weight=0.3)
@@ -155,7 +164,7 @@ setting(lambda s: s.base.get_input_embeddings(), "table", "padding_idx", 9, chan
 setting(
     lambda s: s.base.get_input_embeddings(), "table", "num_embeddings", 9, weight=0.3, changes=False
 )
-setting(lambda s: s.base.embeddings, "embeddings", "padding_idx", 5)
+setting(lambda s: s.base.embeddings, "embeddings", "padding_idx", 5, family="roberta")
 
 
 def _up(s: Subject) -> Any:
@@ -181,6 +190,23 @@ for _act in (nn.ReLU(), nn.GELU(approximate="tanh"), torch.tanh):
             setattr(up, name, old)
 
         return undo
+
+
+@operation
+def function_inside_the_activation(s: Subject) -> Undo:
+    """transformers' own GELU holds the function that it calls."""
+    act = next((m for m in s.layer().modules() if hasattr(m, "act")), None)
+    if act is None:
+        raise NotNow
+    old = act.act
+    act.act = torch.relu
+
+    def undo(s: Subject) -> None:
+        for module in s.base.modules():
+            if hasattr(module, "act"):
+                module.act = old
+
+    return undo
 
 
 # Buffers

@@ -11,9 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from hook_operations import scaled
 from model_operations import operation
@@ -39,7 +41,7 @@ class _Dispatches(TorchDispatchMode):
 def _context(name: str, make: Callable[[], Any], **how: Any) -> None:
     def act(s: Subject) -> Undo:
         s.contexts[name] = make
-        return lambda s: s.contexts.pop(name, None) and None
+        return lambda s: s.contexts.pop(name, None)
 
     operation(act, name=f"under {name}", weight=0.3, **how)
 
@@ -47,6 +49,8 @@ def _context(name: str, make: Callable[[], Any], **how: Any) -> None:
 _context("autocast", lambda: torch.autocast("cpu", dtype=torch.bfloat16))
 _context("inference mode", torch.inference_mode, changes=False)
 _context("no_grad", torch.no_grad, changes=False)
+_context("another attention kernel", lambda: sdpa_kernel(SDPBackend.MATH), changes=False)
+_context("counted FLOPs", lambda: FlopCounterMode(display=False), changes=False)
 _context("a function mode", _Functions)
 _context("a dispatch mode", _Dispatches)
 
@@ -57,7 +61,7 @@ def other_parameters_for_a_while(s: Subject) -> Undo:
     base = s.base
     others = {name: p.detach() * 1.3 for name, p in base.named_parameters() if p.dim() == 2}
     s.contexts["other parameters"] = lambda: _reparametrize_module(base, others)
-    return lambda s: s.contexts.pop("other parameters", None) and None
+    return lambda s: s.contexts.pop("other parameters", None)
 
 
 # Threads and processes
@@ -125,5 +129,11 @@ _of_torch(
     torch.get_float32_matmul_precision,
     torch.set_float32_matmul_precision,
     "medium",
+)
+_of_torch(
+    "oneDNN switched off",
+    lambda: torch.backends.mkldnn.enabled,
+    lambda on: torch.backends.mkldnn.set_flags(on),
+    False,
 )
 _of_torch("gradients off", torch.is_grad_enabled, torch.set_grad_enabled, False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import os
 import random
 from collections import Counter
@@ -20,7 +21,9 @@ import torch
 import code_operations  # noqa: F401
 import copy_operations  # noqa: F401
 import hook_operations  # noqa: F401
+import layout_operations  # noqa: F401
 import module_operations  # noqa: F401
+import optimizer_operations  # noqa: F401
 import setting_operations  # noqa: F401
 import surrounding_operations  # noqa: F401
 import tokenizer_operations  # noqa: F401
@@ -30,6 +33,9 @@ from model_operations import OPERATIONS
 from packed_kinds import KINDS, launches
 from sbert_fast import FastEncoder
 from walks import FAMILIES, STEPS, NotNow, Subject
+
+if importlib.util.find_spec("peft"):
+    import adapter_operations  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -58,11 +64,6 @@ def subject(kind: str, family: str) -> Subject:
     return made
 
 
-def family_of(name: str) -> str:
-    """One that the operation means something for."""
-    return "roberta" if name == "embeddings.padding_idx" else "bert"
-
-
 # Each operation alone
 
 
@@ -70,7 +71,7 @@ def family_of(name: str) -> str:
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operation(kind: str, name: str) -> None:
     """Right after it, and right after it is undone."""
-    s = subject(kind, family_of(name))
+    s = subject(kind, OPERATIONS[name].family)
     try:
         s.act(OPERATIONS[name].act, 0)
         faults = [s.fault(call) for call in KINDS[kind].calls]
@@ -93,7 +94,7 @@ def test_what_an_operation_changes(name: str) -> None:
 
 def changes(name: str, seed: int) -> bool:
     """Whether stock gives anything else after an operation."""
-    s = subject("encoder", family_of(name))
+    s = subject("encoder", OPERATIONS[name].family)
     calls = KINDS["encoder"].calls.values()
     before = [s.stock(call) for call in calls]
     try:

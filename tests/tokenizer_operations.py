@@ -6,13 +6,13 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from tokenizers import decoders, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordPiece
-from transformers import AddedToken
+from transformers import AddedToken, PreTrainedTokenizerBase
 
 from families import make_tokenizer
 from model_operations import operation, setting
-from walks import LENGTH, NotNow, Subject, Undo
+from walks import LENGTH, TEXTS, NotNow, Subject, Undo
 
 
 def _tokenizer(name: str, *values: Any, **how: Any) -> None:
@@ -49,7 +49,7 @@ def without_attention_mask(s: Subject) -> Undo:
 @operation
 def length_out_of_range(s: Subject) -> Undo:
     old = s.model.max_seq_length
-    s.model.max_seq_length = s.rng.choice([1, 2, None, 10**30])
+    s.model.max_seq_length = s.rng.choice([1, 2, 10**30])
     return lambda s: setattr(s.model, "max_seq_length", old)
 
 
@@ -141,6 +141,50 @@ def normalizer_written(s: Subject) -> Undo:
         raise NotNow
     normalizer.lowercase = not normalizer.lowercase
     return lambda s: setattr(s.backend.normalizer, "lowercase", True)
+
+
+@operation
+def unknown_entry_of_the_model_written(s: Subject) -> Undo:
+    s.backend.model.unk_token = "sea"
+    unknown = s.tokenizer.unk_token
+    return lambda s: setattr(s.backend.model, "unk_token", unknown)
+
+
+@operation
+def entry_added_to_the_backend(s: Subject) -> None:
+    s.backend.add_special_tokens([s.rng.choice(["side", "oad"])])
+    _resize(s)
+
+
+@operation
+def backend_replaced(s: Subject) -> Undo:
+    old = s.backend
+    s.tokenizer._tokenizer = Tokenizer.from_str(
+        old.to_str().replace('"lowercase":true', '"lowercase":false')
+    )
+    return lambda s: setattr(s.tokenizer, "_tokenizer", old)
+
+
+@operation
+def trained_anew(s: Subject) -> None:
+    new = s.tokenizer.train_new_from_iterator([TEXTS], 150)
+    new.model_max_length = LENGTH
+    s.first.processor = new
+
+
+@operation
+def call_of_tokenizers_patched(s: Subject) -> Undo:
+    cls, old = PreTrainedTokenizerBase, PreTrainedTokenizerBase.__call__
+
+    def restore(*_: Any) -> None:
+        cls.__call__ = old
+
+    def call(self: Any, text: Any, *args: Any, **how: Any) -> Any:
+        return old(self, [t.upper()[::-1] for t in text], *args, **how)
+
+    s.globals.callback(restore)
+    cls.__call__ = call
+    return restore
 
 
 @operation

@@ -32,7 +32,7 @@ WIDTH = 32
 STEPS = 20
 # A special token in the text, padding of every amount, and more than `LENGTH` tokens.
 TEXTS = [
-    "The sea, the [SEP] and THE ship of a seaside bank",
+    "The sea, the [SEP] and THE ship of a seaside 日 bank",
     "riverside",
     "an old road by the water where young people walk in the rain of the night and look for stones",
 ]
@@ -41,7 +41,7 @@ PEER_TEXTS = [*TEXTS, *make_texts(21, max_words=12)]
 PROMPTS = {"query": "find the ", "document": "of "}
 
 # What makes up for an operation; it draws what the operation drew.
-Undo = Callable[["Subject"], None]
+Undo = Callable[["Subject"], Any]
 
 
 class NotNow(Exception):
@@ -158,7 +158,7 @@ class Subject:
 
     def attempt(self, call: Call, model: Any, texts: list[str]) -> Any:
         """What a call gives: an array, or the error it raised."""
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         try:
             with ExitStack() as stack:
                 for context in self.contexts.values():
@@ -179,10 +179,15 @@ class Subject:
         call, model = self.kind.calls[name], self.model
         launched, counted = launches(), self.kind.counted(model)
         how, self.how = self.how, None
+        # Those of a spectral norm move with every forward in training mode.
+        buffers = [(b, b.clone()) for b in model.buffers() if b.is_floating_point()]
         once = functools.partial(self.attempt, call, model, TEXTS)
         found = [once()] if how is None else how(once)
         ran_packed = launches() > launched
         was_counted = self.kind.counted(model) > counted
+        for buffer, before in buffers:
+            if not torch.equal(buffer, before):
+                buffer.copy_(before)
         expected = self.stock(call)
         for ours in found:
             if isinstance(ours, BaseException):

@@ -2,55 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import copy
+import ctypes
+import os
 
-import numpy as np
 import torch
 from torch import nn
-from torch.optim import swa_utils
 
-from model_operations import Act, operation
-from walks import TEXTS, WIDTH, NotNow, Subject
-
-# Optimizers
-
-
-def _train_step(s: Subject, optimizer: torch.optim.Optimizer) -> None:
-    with torch.enable_grad():
-        s.model.train()
-        embeddings = s.model(s.model.preprocess(TEXTS))["sentence_embedding"]
-        embeddings[:, 0].float().sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def _optimize(make: Callable[..., torch.optim.Optimizer], **options: Any) -> Act:
-    def act(s: Subject) -> None:
-        parameters = [p for p in s.model.parameters() if p.requires_grad]
-        if not parameters:
-            raise NotNow
-        _train_step(s, make(parameters, **options))
-
-    return act
-
-
-for _class, _rate in (("SGD", 0.3), ("Adam", 0.02), ("AdamW", 0.02), ("Adagrad", 0.02)):
-    for _mode in ("plain", "foreach", "fused"):
-        _options = {"foreach": _mode == "foreach", "fused": _mode == "fused"}
-        operation(
-            _optimize(getattr(torch.optim, _class), lr=_rate, **_options),
-            name=f"{_class} {_mode}",
-            weight=0.5,
-        )
-for _class in ("RMSprop", "NAdam", "RAdam", "Adafactor", "Adamax"):
-    operation(_optimize(getattr(torch.optim, _class), lr=0.02), name=_class, weight=0.3)
-
-
-@operation
-def one_layer_trained_fused(s: Subject) -> None:
-    _train_step(s, torch.optim.AdamW(s.layer().parameters(), lr=0.05, fused=True))
-
+from model_operations import operation
+from walks import WIDTH, NotNow, Subject
 
 # Writes to weights
 
@@ -164,29 +124,6 @@ def parameters_from_vector(s: Subject) -> None:
     nn.utils.vector_to_parameters(vector.detach() * 1.2, layer.parameters())
 
 
-def _averaged(make: Callable[[nn.Module], swa_utils.AveragedModel]) -> Act:
-    def act(s: Subject) -> None:
-        averaged = make(s.base)
-        averaged.update_parameters(s.base)
-        with torch.no_grad():
-            s.weight().mul_(2)
-        averaged.update_parameters(s.base)
-        pairs = zip(s.base.parameters(), averaged.module.parameters(), strict=True)
-        for parameter, mean in pairs:
-            parameter.data.copy_(mean.data)
-
-    return act
-
-
-operation(_averaged(swa_utils.AveragedModel), name="stochastic weight averaging")
-operation(
-    _averaged(
-        lambda base: swa_utils.AveragedModel(base, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.5))
-    ),
-    name="exponential moving average",
-)
-
-
 @operation
 def model_soup(s: Subject) -> None:
     other = {n: t.flip(0) for n, t in _floats(s.base).items()}
@@ -217,54 +154,62 @@ def storage_shared(s: Subject) -> None:
 
 
 @operation
+def storage_written(s: Subject) -> None:
+    storage = s.weight().untyped_storage()
+    storage.copy_(s.module(nn.Linear).weight.detach().mul(1.3).untyped_storage())
+
+
+@operation
+def written_through_its_address(s: Subject) -> None:
+    """As code in C does it."""
+    weight = s.weight()
+    other = (weight.detach() * -0.8).contiguous()
+    if not weight.is_contiguous():
+        raise NotNow
+    ctypes.memmove(weight.data_ptr(), other.data_ptr(), other.nbytes)
+
+
+@operation(weight=0.1)
+def written_by_another_process(s: Subject) -> None:
+    """Weights in shared memory, as for Hogwild training."""
+    weight = s.weight()
+    weight.share_memory_()
+    child = os.fork()
+    if child == 0:
+        weight.data.mul_(1.4)
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+@operation(changes=False)
+def memory_shared(s: Subject) -> None:
+    s.base.share_memory()
+
+
+@operation
+def initialised_by_a_function(s: Subject) -> None:
+    def initialise(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            module.weight.data.clamp_(-0.1, 0.1)
+
+    s.base.apply(initialise)
+
+
+@operation
+def tensors_mapped(s: Subject) -> None:
+    s.layer()._apply(lambda tensor: tensor * 1.2)
+
+
+@operation
+def weights_exchanged(s: Subject) -> None:
+    a, b = s.stack.layer[0], s.stack.layer[-1]
+    state = copy.deepcopy(a.state_dict())
+    a.load_state_dict(b.state_dict())
+    b.load_state_dict(state)
+
+
+@operation
 def set_to_another_storage(s: Subject) -> None:
     weight = s.weight()
     with torch.no_grad():
         weight.set_((weight * 1.4).detach())
-
-
-# Layouts
-
-
-@operation
-def parameter_replaced(s: Subject) -> None:
-    linear = s.module(nn.Linear)
-    linear.weight = nn.Parameter(linear.weight.detach() * s.rng.choice([0.6, 1.5]))
-
-
-def _laid_out(change: Callable[[torch.Tensor], torch.Tensor], *types: type[nn.Module]) -> Act:
-    def act(s: Subject) -> None:
-        weight = s.module(*types).weight
-        weight.data = change(weight.data)
-
-    return act
-
-
-for _name, _layout in {
-    "transposed": lambda w: w.t().contiguous().t(),
-    "strided": lambda w: w.repeat_interleave(2, dim=-1)[..., ::2],
-    "off the grid": lambda w: torch.cat([w.flatten()[:1], w.flatten()])[1:].view(w.shape),
-}.items():
-    operation(_laid_out(_layout, nn.Linear), name=f"linear {_name}", changes=False)
-    operation(_laid_out(_layout, nn.Embedding), name=f"table {_name}", changes=False)
-operation(
-    _laid_out(lambda w: w.repeat_interleave(2)[::2], nn.LayerNorm),
-    name="norm strided",
-    changes=False,
-)
-
-
-@operation(changes=False)
-def from_fortran_array(s: Subject) -> None:
-    weight = s.base.get_input_embeddings().weight
-    if weight.dtype == torch.bfloat16:
-        raise NotNow
-    weight.data = torch.from_numpy(np.asfortranarray(weight.detach().numpy()))
-
-
-@operation
-def expanded_bias(s: Subject) -> None:
-    linear = s.layer().intermediate.dense if hasattr(s.layer(), "intermediate") else None
-    if linear is None or linear.bias is None:
-        raise NotNow
-    linear.bias.data = linear.bias.data[:1].expand(len(linear.bias))

@@ -5,12 +5,17 @@ No child can hang: an alarm kills it, and every wait of the parent has a limit.
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
+import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -19,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gunicorn.app.base import BaseApplication
 from sentence_transformers import SentenceTransformer
 
 from sbert_fast import FastEncoder, accelerate
 
-LIMIT = 20  # seconds until a child counts as hanging
+LIMIT = 15  # seconds until a child counts as hanging
 TEXTS = ["A text of some words.", "Another, longer one, of a few words more.", "Short"] * 4
 Encode = Callable[[list[str]], np.ndarray]
 
@@ -177,6 +183,56 @@ def _data_loader() -> np.ndarray:
     return np.concatenate(list(loader))
 
 
+class Server(BaseApplication):
+    """A WSGI application behind workers that are forked after it was loaded."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        super().__init__()
+
+    def load_config(self) -> None:
+        settings = {"bind": f"unix:{self.address}", "workers": 2, "preload_app": True}
+        for name, value in (settings | {"timeout": LIMIT, "loglevel": "error"}).items():
+            self.cfg.set(name, value)
+
+    def load(self) -> Callable[..., list[bytes]]:
+        def application(environment: Any, start_response: Any) -> list[bytes]:
+            start_response("200 OK", [])
+            return [embed(TEXTS).astype(np.float32).tobytes()]
+
+        return application
+
+
+def _ask(address: str) -> np.ndarray:
+    """The answer of a server, which may still be starting."""
+    for _ in range(10 * LIMIT):
+        with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+            connection = http.client.HTTPConnection("localhost", timeout=LIMIT)
+            connection.sock = socket.socket(socket.AF_UNIX)
+            connection.sock.settimeout(LIMIT)
+            connection.sock.connect(address)
+            connection.request("GET", "/")
+            return np.frombuffer(connection.getresponse().read(), np.float32)
+        time.sleep(0.1)
+    raise RuntimeError("the server does not start")
+
+
+def _gunicorn() -> np.ndarray:
+    with tempfile.TemporaryDirectory() as folder:
+        address = f"{folder}/socket"
+        pid = os.fork()
+        if pid == 0:
+            # Its own session, so that no worker outlives it.
+            os.setsid()
+            Server(address).run()
+            os._exit(0)
+        try:
+            return _ask(address).reshape(len(TEXTS), -1)
+        finally:
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
 WAYS: dict[str, Callable[[], np.ndarray]] = {
     "os.fork": _plain,
     "from a thread": _from_a_thread,
@@ -186,6 +242,7 @@ WAYS: dict[str, Callable[[], np.ndarray]] = {
     "Dataset.map": _dataset_map,
     "joblib": _joblib,
     "DataLoader": _data_loader,
+    "gunicorn": _gunicorn,
 }
 # Parents that encode anyway.
 BUSY_WAYS = {"a fork a job": _many, "while another thread encodes": _while_encoding}

@@ -96,6 +96,29 @@ def test_a_buffer_given_to_functional_call() -> None:
     assert_same_vectors(ours, theirs)
 
 
+@pytest.mark.parametrize("surface", SURFACES)
+def test_a_table_that_is_renormalised_when_read(surface: str) -> None:
+    """The lookup writes to the table: stock's vectors, whoever looks up first."""
+    st, other = make_sentence_transformer(), make_sentence_transformer()
+    model = SURFACES[surface](st)
+    before = model.check()
+    for each in (st, other):
+        each[0].auto_model.embeddings.word_embeddings.max_norm = 3.0
+    after = model.ours()
+    assert_same_vectors(after, SURFACES[surface](other).stock())
+    assert cosine_distances(after, before).max() > MAX_DISTANCE
+
+
+@pytest.mark.parametrize("surface", SURFACES)
+@pytest.mark.parametrize("module", [nn.Tanh, lambda: nn.LayerNorm(64, elementwise_affine=False)])
+def test_a_module_in_the_place_of_dropout(surface: str, module: Callable[[], nn.Module]) -> None:
+    st = make_sentence_transformer()
+    model = SURFACES[surface](st)
+    before = model.check()
+    st[0].auto_model.embeddings.dropout = module()
+    assert cosine_distances(model.check(), before).max() > MAX_DISTANCE
+
+
 # Layouts
 
 

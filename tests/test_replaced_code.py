@@ -23,11 +23,8 @@ from transformers.activations import GELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ATTENTION
 
-from changed import TEXTS, WAYS, assert_as_stock, ours, packed_runs, tiny
-from checks import assert_same_vectors
+from changed import WAYS, Patch, assert_as_stock, assert_patched_as_stock, packed_runs, tiny
 from families import randomize
-
-Patch = Callable[[pytest.MonkeyPatch], Any]
 
 
 def moved(result: Any) -> Any:
@@ -166,24 +163,6 @@ PATCHES_OF_MODULES: dict[str, Patch] = {
 }
 
 
-def assert_patched_as_stock(
-    patch: Patch, way: str, monkeypatch: pytest.MonkeyPatch, name: str = "bert"
-) -> None:
-    """As :func:`assert_as_stock`, of a patch that holds for every model."""
-    how = {"prompt": "find "}
-    stock, before = tiny(name), tiny(name).encode(TEXTS, **how)
-    model = ours(lambda: tiny(name), lambda _: patch(monkeypatch), way)
-    expected = stock.encode(TEXTS, **how)
-    assert abs(expected - before).max() > 1e-4, "the patch does nothing"
-    runs = packed_runs(model)
-    assert_same_vectors(model.encode(TEXTS, **how), expected)
-    assert packed_runs(model)[1] > runs[1], "a call was not counted"
-    monkeypatch.undo()
-    packed = packed_runs(model)[0]
-    assert_same_vectors(model.encode(TEXTS, **how), before)
-    assert packed_runs(model)[0] > packed, "nothing runs packed after the patch was undone"
-
-
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("patch", PATCHES)
 @pytest.mark.filterwarnings("ignore:FastEncoder runs this model in sentence-transformers")
@@ -208,7 +187,18 @@ def test_positions_of_roberta(way: str, monkeypatch: pytest.MonkeyPatch) -> None
         name = "create_position_ids_from_input_ids"
         monkeypatch.setattr(mr.RobertaEmbeddings, name, staticmethod(positions))
 
-    assert_patched_as_stock(patch, way, monkeypatch, "roberta")
+    assert_patched_as_stock(patch, way, monkeypatch, lambda: tiny("roberta"))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.filterwarnings("ignore:FastEncoder runs this model in sentence-transformers")
+def test_eager_attention(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def eager() -> SentenceTransformer:
+        model = tiny()
+        model[0].auto_model.set_attn_implementation("eager")
+        return model
+
+    assert_patched_as_stock(on(mb, "eager_attention_forward"), way, monkeypatch, eager)
 
 
 def layer(model: Any, index: int = 1) -> Any:

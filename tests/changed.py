@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 from sentence_transformers import SentenceTransformer
 
 from checks import assert_same_vectors
@@ -17,6 +18,7 @@ from sbert_fast.patching import counts
 
 Make = Callable[[], SentenceTransformer]
 Change = Callable[[Any], Any]
+Patch = Callable[[pytest.MonkeyPatch], Any]
 
 # Of one length, so that a batch of them needs no mask, and of several.
 TEXTS = ["The sea was cold and dark", "a small boat", "old red trees, rain and windows by the sea"]
@@ -90,3 +92,22 @@ def assert_as_stock(
     assert_same_vectors(getattr(model, call)(texts), expected)
     assert packed_runs(model) > runs or packed_runs(model)[1] > runs[1], "a call was not counted"
     return model
+
+
+def assert_patched_as_stock(
+    patch: Patch, way: str, monkeypatch: pytest.MonkeyPatch, make: Make = tiny
+) -> None:
+    """As :func:`assert_as_stock`, of a patch that holds for every model: ours runs in stock until
+    it is undone, and packed then.
+    """
+    how = {"prompt": "find "}
+    stock, before = make(), make().encode(TEXTS, **how)
+    model = ours(make, lambda _: patch(monkeypatch), way)
+    expected = stock.encode(TEXTS, **how)
+    assert np.abs(expected - before).max() > 1e-4, "the patch does nothing"
+    runs = packed_runs(model)
+    assert_same_vectors(model.encode(TEXTS, **how), expected)
+    assert packed_runs(model) == (runs[0], runs[1] + 1)
+    monkeypatch.undo()
+    assert_same_vectors(model.encode(TEXTS, **how), before)
+    assert packed_runs(model) == (runs[0] + 1, runs[1] + 1)

@@ -75,10 +75,6 @@ def another_backend(model: Any) -> None:
     model.tokenizer._tokenizer = other
 
 
-def add_special(model: Any) -> None:
-    model.tokenizer.add_special_tokens({"extra_special_tokens": ["sea"]})
-
-
 def other_flags(model: Any) -> None:
     for single_word in (True, False):
         model.tokenizer.add_tokens([AddedToken("sea", single_word=single_word)])
@@ -117,7 +113,9 @@ def set_python(name: str, value: object) -> Callable[[Any], None]:
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
-    "an entry made special": add_special,
+    "an entry made special": lambda m: m.tokenizer.add_special_tokens(
+        {"extra_special_tokens": ["sea"]}
+    ),
     "an entry added again": lambda m: m.tokenizer.add_tokens(["sea"]),
     "an entry added with other flags": other_flags,
     "an entry made the mask": lambda m: m.tokenizer.add_special_tokens({"mask_token": "sea"}),

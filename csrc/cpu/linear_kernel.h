@@ -12,14 +12,20 @@
 namespace sbert_fast::cpu::SBF_ISA {
 
 // Accumulators of a tile, rows times vectors; with the vectors of one step and a broadcast they
-// must fit the registers.
+// must fit the registers. The fewer rows, the more often a tile reads the weights. Where that is
+// more than an L2 cache can give, a block of rows shares one run (LinearOperand) of a panel, which
+// stays in the L1 cache, before it goes on to the next one.
 #if defined(__AVX512F__)
 constexpr int kLinearRows = 8, kLinearVecs = 3;
+constexpr int64_t kRowBlock = kLinearRows;
 #elif defined(__AVX2__) || defined(__ARM_NEON)
 constexpr int kLinearRows = 4, kLinearVecs = 3;
+constexpr int64_t kRowBlock = 128;
 #else
 constexpr int kLinearRows = 4, kLinearVecs = 1;
+constexpr int64_t kRowBlock = 128;
 #endif
+constexpr bool kSharesRuns = kRowBlock > kLinearRows;
 static_assert(kPanelColumns % (kLinearVecs * VecF::N) == 0);
 
 /// Weights that are used on all rows of an item before the next ones: half of a small L2 cache.
@@ -49,10 +55,17 @@ struct LinearOperand<bf16> {
   }
 };
 
-// sums[r][0, kLinearVecs * N) = x[r] times some columns of a panel; x and panel in steps.
+// What to ask of memory while a tile is computed: `stride` more bytes at each step.
+struct Ahead {
+  const char* from;
+  int64_t stride;
+};
+
+// sums[r][0, kLinearVecs * N) = x[r] times some columns of a panel, or += where `add` is set; x and
+// panel in steps.
 template <class Operand, int ROWS>
 __attribute__((noinline)) void multiply_tile(const float* x, int64_t x_stride, const float* panel,
-                                             int64_t steps, float* sums) {
+                                             int64_t steps, bool add, Ahead ahead, float* sums) {
   for (int64_t run = 0; run < steps; run += Operand::kRun) {
     const int64_t run_end = run + Operand::kRun < steps ? run + Operand::kRun : steps;
     VecF acc[ROWS][kLinearVecs];
@@ -60,6 +73,7 @@ __attribute__((noinline)) void multiply_tile(const float* x, int64_t x_stride, c
       SBF_UNROLL for (int v = 0; v < kLinearVecs; ++v) acc[r][v] = VecF::zero();
     }
     for (int64_t s = run; s < run_end; ++s) {
+      if constexpr (kSharesRuns) __builtin_prefetch(ahead.from + s * ahead.stride, 0, 2);
       VecF columns[kLinearVecs];
       SBF_UNROLL for (int v = 0; v < kLinearVecs; ++v) {
         columns[v] = VecF::load(panel + s * kPanelColumns + v * VecF::N);
@@ -74,7 +88,7 @@ __attribute__((noinline)) void multiply_tile(const float* x, int64_t x_stride, c
     SBF_UNROLL for (int r = 0; r < ROWS; ++r) {
       SBF_UNROLL for (int v = 0; v < kLinearVecs; ++v) {
         float* const to = sums + r * kPanelColumns + v * VecF::N;
-        if (run > 0) acc[r][v] = acc[r][v] + VecF::load(to);
+        if (run > 0 || add) acc[r][v] = acc[r][v] + VecF::load(to);
         acc[r][v].store(to);
       }
     }
@@ -83,11 +97,36 @@ __attribute__((noinline)) void multiply_tile(const float* x, int64_t x_stride, c
 
 template <class Operand, int ROWS = kLinearRows>
 SBF_INLINE void multiply_rows(int64_t rows, const float* x, int64_t x_stride, const float* panel,
-                              int64_t steps, float* sums) {
+                              int64_t steps, bool add, Ahead ahead, float* sums) {
   if constexpr (ROWS > 1) {
-    if (rows < ROWS) return multiply_rows<Operand, ROWS - 1>(rows, x, x_stride, panel, steps, sums);
+    if (rows < ROWS) {
+      return multiply_rows<Operand, ROWS - 1>(rows, x, x_stride, panel, steps, add, ahead, sums);
+    }
   }
-  multiply_tile<Operand, ROWS>(x, x_stride, panel, steps, sums);
+  multiply_tile<Operand, ROWS>(x, x_stride, panel, steps, add, ahead, sums);
+}
+
+// sums[r][:] = x[r] times a panel, for at most kRowBlock rows; x and panel in steps.
+template <class Operand>
+SBF_INLINE void multiply_block(const float* x, int64_t rows, const float* panel, int64_t steps,
+                               float* sums) {
+  constexpr int64_t kColumns = kLinearVecs * VecF::N, kTilesAcross = kPanelColumns / kColumns;
+  const int64_t run = kSharesRuns ? Operand::kRun : steps;
+  const int64_t tiles = (rows + kLinearRows - 1) / kLinearRows * kTilesAcross;
+  const int64_t ahead = (kPanelColumns * static_cast<int64_t>(sizeof(float)) + tiles - 1) / tiles;
+  for (int64_t s = 0; s < steps; s += run) {
+    const int64_t count = steps - s < run ? steps - s : run;
+    const float* weights = panel + s * kPanelColumns;
+    // The tiles of this run ask for the next one, of this panel or the one behind it.
+    const char* next = reinterpret_cast<const char*>(weights + count * kPanelColumns);
+    for (int64_t r = 0; r < rows; r += kLinearRows) {
+      for (int64_t c = 0; c < kPanelColumns; c += kColumns) {
+        multiply_rows<Operand>(rows - r, x + r * steps + s, steps, weights + c, count, s > 0,
+                               Ahead{next, ahead}, sums + r * kPanelColumns + c);
+        next += ahead * count;
+      }
+    }
+  }
 }
 
 template <class Out, class Activate>
@@ -121,19 +160,17 @@ void linear_item(const LinearParams& p, int64_t row, int64_t row_end, int64_t pa
   const int64_t panel_size = steps * kPanelColumns;  // of 32-bit lanes
   const int64_t fitting = kPanelGroupBytes / (panel_size * static_cast<int64_t>(sizeof(float)) + 1);
   const int64_t group = fitting > 1 ? fitting : 1;
-  alignas(64) float sums[kLinearRows * kPanelColumns];
+  alignas(64) float sums[kRowBlock * kPanelColumns];
 
   for (int64_t first = panel; first < panel_end; first += group) {
     const int64_t last = first + group < panel_end ? first + group : panel_end;
-    for (int64_t t = row; t < row_end; t += kLinearRows) {
-      const int64_t rows = row_end - t < kLinearRows ? row_end - t : kLinearRows;
+    for (int64_t t = row; t < row_end; t += kRowBlock) {
+      const int64_t rows = row_end - t < kRowBlock ? row_end - t : kRowBlock;
       // A lane holds one fp32 or two bf16 values; they are only broadcast, never computed with.
       const float* x = reinterpret_cast<const float*>(static_cast<const T*>(p.x) + t * p.K);
       for (int64_t i = first; i < last; ++i) {
         const float* weights = static_cast<const float*>(p.panels) + i * panel_size;
-        for (int64_t c = 0; c < kPanelColumns; c += kLinearVecs * VecF::N) {
-          multiply_rows<Operand>(rows, x, steps, weights + c, steps, sums + c);
-        }
+        multiply_block<Operand>(x, rows, weights, steps, sums);
         const int64_t column = i * kPanelColumns;
         const int64_t columns = p.N - column < kPanelColumns ? p.N - column : kPanelColumns;
         finish_tile(sums, rows, columns, p.bias == nullptr ? nullptr : p.bias + column, activate,

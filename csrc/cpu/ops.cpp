@@ -1,4 +1,5 @@
-// Registration of the CPU ops, and the two ops that tell and choose the instruction set.
+// Registration of the CPU ops, and the ops that know of no implementation: the instruction set,
+// content_hash.
 #include "ops.h"
 
 #include <torch/csrc/stable/library.h>
@@ -60,6 +61,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sbert_fast, m) {
   m.def("cpu_isa() -> str");
   m.def("cpu_isas() -> str");
   m.def("set_cpu_isa(str isa) -> ()");
+  m.def("content_hash(Tensor[] tensors) -> int");
+}
+
+// For every device: it never differentiates, and tells the geometry of tensors elsewhere.
+STABLE_TORCH_LIBRARY_IMPL(sbert_fast, CompositeImplicitAutograd, m) {
+  m.impl("content_hash", TORCH_BOX(&sbert_fast::cpu::content_hash));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sbert_fast, CompositeExplicitAutograd, m) {

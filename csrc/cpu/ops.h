@@ -2,6 +2,8 @@
 // schemas in sbert_fast/ops/schemas.py. Registered in ops.cpp.
 #pragma once
 
+#include <vector>
+
 #include "checks.h"
 #include "kernels.h"
 
@@ -62,6 +64,9 @@ void segment_pool_out(const Tensor& x,           // [T, E], unit inner stride
                       const std::optional<Tensor>& spans,      // [P, 2] int32
                       const Tensor& out,                       // [N, E] fp32, unit inner stride
                       const std::optional<Tensor>& out_rows);  // [B] or [P] int32
+
+/// 64 bits over geometry and content of `tensors`; of those that are not on the CPU, over geometry.
+int64_t content_hash(std::vector<Tensor> tensors);
 
 /// The kernels' dtype of a torch dtype; refuses those they do not take.
 Dtype kernel_dtype(const char* op, const char* name, ScalarType dtype);

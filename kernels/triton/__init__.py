@@ -33,6 +33,7 @@ LAUNCHERS = {
     "segment_pool_out": "segment_pool",
     "norm_pool": "norm_pool",
     "norm_pool_out": "norm_pool",
+    "content_hash": "content",
 }
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

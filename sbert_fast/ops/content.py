@@ -2,8 +2,9 @@
 
 Writes through `.data`, numpy views and fused optimizers raise no version counter. The hash sees
 the address, dtype, shape, strides and device of every tensor; every bit of vectors and of tensors
-of up to 4,096 elements; and of each row (last dim) of the others 8 elements or more, at columns
-that move on from row to row. A write to less than a row of a large tensor can go unseen.
+of up to 4,096 elements; and of each row (last dim) of the others 32 bytes (Triton: at most 8
+elements), at columns that move on from row to row. Less than a row of a large tensor can be
+written unseen.
 
 It is no op of the model, and has no implementation to choose: C++ on a CPU, Triton on CUDA, torch
 elsewhere and where those are missing. Values of one are not those of another.

@@ -187,14 +187,16 @@ def threads() -> Iterator[Callable[[int], None]]:
 def test_equal_content_is_equal(device: str, threads: Callable[[int], None]) -> None:
     data = random(torch.float32, device)
     tensors = [make(data) for make in (*MATRICES.values(), *SMALL.values())]
-    tensors += [data[:0], data[:0].view(3, 0), data[: 11_000 // 4 * 4].view(-1, 4).repeat(8, 9)]
+    tensors += [data[:0], data[:0].view(3, 0)]
+    if ContentHash(tensors)._compiled:
+        # Enough rows for several threads.
+        tensors.append(torch.arange(400_000).view(-1, 16))
     hashed = ContentHash(tensors)
     expected = hashed()
     for number in (1, 2, 3):
         threads(number)
         assert ContentHash(tensors)() == expected
-    times = 1000 if hashed._compiled else 3
-    assert {hashed() for _ in range(times)} == {expected}
+    assert {hashed() for _ in range(1000 if hashed._compiled else 2)} == {expected}
 
 
 def test_nothing_to_read(device: str) -> None:

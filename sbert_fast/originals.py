@@ -20,7 +20,11 @@ from sbert_fast.state import PACKAGES, contents, same_contents
 _TORCH = (vars(F), vars(torch))
 
 
-_LIBRARIES = ("huggingface_hub", "numpy", "packaging", "safetensors", "typing_extensions")
+# What transformers and sentence-transformers import functions from.
+_LIBRARIES = frozenset(
+    "PIL datasets filelock httpx huggingface_hub jinja2 numpy packaging regex requests safetensors "
+    "scipy sklearn tokenizers tqdm typing_extensions yaml".split()
+)
 # The defaults of each function when it was seen first.
 _defaults: dict[FunctionType, tuple[Any, ...]] = {}
 # Decorators of its making are wrappers like any other.

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.utils import output_capturing
 
+from sbert_fast import bypass
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.packing import PackedBatch, pack_padded, padded_positions
 from sbert_fast.pooling import is_module
@@ -239,7 +240,7 @@ def _reader_of_padding(caller: nn.Module) -> str | None:
         return None
     for module in _parts(caller):
         known = any(is_module(module, name) for name in _READ_NO_PADDING)
-        if not known or "forward" in module.__dict__:
+        if not known or bypass.is_replaced(module, "forward"):
             return type(module).__name__
     return None
 

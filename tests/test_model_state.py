@@ -106,7 +106,9 @@ def test_a_table_that_is_renormalised_when_read(surface: str) -> None:
     for each in (st, other):
         each[0].auto_model.embeddings.word_embeddings.max_norm = 3.0
     after = model.ours()
-    assert_same_vectors(after, SURFACES[surface](other).stock())
+    # Such a model cannot be accelerated any more.
+    theirs = model if surface == "accelerate" else SURFACES[surface](other)
+    assert_same_vectors(after, theirs.stock())
     assert cosine_distances(after, before).max() > MAX_DISTANCE
 
 

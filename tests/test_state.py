@@ -1,0 +1,96 @@
+"""Snapshots and the comparison below them, compiled and in Python."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch import nn
+
+from sbert_fast import state
+from sbert_fast.state import Snapshot, contents, same_contents
+
+
+def _function(x: int = 1, *, y: int = 2) -> int:
+    return x + y
+
+
+def _make() -> SimpleNamespace:
+    def function(x: object = 1, *, y: object = 2) -> object:
+        return x, y
+
+    return SimpleNamespace(
+        dict={"a": object(), "b": object()},
+        ordered=OrderedDict(a=object()),
+        list=[object(), object()],
+        set={object()},
+        function=function,
+        cls=type("Class", (), {"attribute": object()}),
+    )
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "value": lambda o: o.dict.update(a=object()),
+    "key": lambda o: o.dict.update(c=o.dict.pop("b")),
+    "removed": lambda o: o.dict.pop("a"),
+    "order": lambda o: o.dict.update(a=o.dict.pop("a")),
+    "ordered": lambda o: o.ordered.update(b=object()),
+    "item": lambda o: o.list.__setitem__(0, object()),
+    "reversed": lambda o: o.list.reverse(),
+    "appended": lambda o: o.list.append(object()),
+    "set": lambda o: o.set.add(object()),
+    "code": lambda o: setattr(o.function, "__code__", _function.__code__),
+    "defaults": lambda o: setattr(o.function, "__defaults__", (2,)),
+    "keyword defaults": lambda o: setattr(o.function, "__kwdefaults__", {"y": 3}),
+    "class": lambda o: setattr(o.cls, "attribute", object()),
+}
+
+
+@pytest.fixture(params=["compiled", "python"], autouse=True)
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "python":
+        monkeypatch.setattr(state, "_compiled", None)
+    elif state._compiled is None:
+        pytest.skip("the native library was not built")
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_change_of_contents_is_seen(change: str) -> None:
+    made = _make()
+    containers = list(vars(made).values())
+    listed = contents(containers)
+    assert same_contents(containers, listed)
+    CHANGES[change](made)
+    assert not same_contents(containers, listed)
+    assert same_contents(containers, contents(containers))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m[0], "note", 1),
+        lambda m: m[0].register_forward_hook(lambda *_: None),
+        lambda m: m.append(nn.Identity()),
+        lambda m: setattr(m[0], "bias", None),
+        lambda m: setattr(m[1], "__class__", nn.Tanh),
+        lambda m: m[2].table.update(x=1),
+        lambda m: m.eval(),
+    ],
+)
+def test_a_snapshot_sees_what_can_be_reached(change: Callable[[Any], Any]) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Identity())
+    model[2].table = {}
+    snapshot = Snapshot(model)
+    assert snapshot.is_current()
+    change(model)
+    assert not snapshot.is_current()
+
+
+def test_what_is_left_out_may_change() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    snapshot = Snapshot(model, without=[model[0]])
+    model[0].note = 1
+    assert snapshot.is_current()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import threading
 
 import torch
 
+from sbert_fast.forking import Lock
 from sbert_fast.models import Architecture
 
 logger = logging.getLogger("sbert_fast")
@@ -69,7 +69,7 @@ class MemoryLimit:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._tokens: int | None = None
         self._halvings = 0
 

@@ -63,6 +63,9 @@ class _Forks:
     def in_child(self) -> None:
         for lock in list(_locks):
             lock.reset()
+        # tokenizers waits for threads that are missing, where it is told to use some.
+        if os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in ("true", "on", "1"):
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
         if self._is_paused:
             self._process = os.getpid()
 

@@ -20,6 +20,9 @@ from sbert_fast.state import PACKAGES, contents, same_contents
 _TORCH = (vars(F), vars(torch))
 
 
+_LIBRARIES = ("huggingface_hub", "numpy", "packaging", "safetensors", "typing_extensions")
+# The defaults of each function when it was seen first.
+_defaults: dict[FunctionType, tuple[Any, ...]] = {}
 # Decorators of its making are wrappers like any other.
 _CONTEXTLIB = str(contextlib.__file__)
 
@@ -106,13 +109,22 @@ class Originals:
             return set()
         if cls is None:
             self._places.append((space, name))
-        self._containers += bodies
         is_builtin = not bodies and value.__name__.strip("_") == name.strip("_")
         if self.problem is None and not (is_builtin or is_genuine(value, cls)):
             where = space.get("__name__", "torch") if cls is None else cls.__qualname__
             self.problem = f"{where}.{name} was replaced"
+        return self._follow(bodies, name)
+
+    def _follow(self, bodies: list[FunctionType], name: str) -> set[str]:
+        """Take up what functions call; the names that they mention."""
+        self._containers += bodies
         mentioned: set[str] = set()
         for body in bodies:
+            if body.__kwdefaults__ is not None:
+                self._containers.append(body.__kwdefaults__)
+            defaults = body.__defaults__, dict(body.__kwdefaults__ or {})
+            if _defaults.setdefault(body, defaults) != defaults and self.problem is None:
+                self.problem = f"the defaults of {name} were changed"
             names = names_in(body.__code__)
             mentioned |= names
             for other in names:
@@ -124,16 +136,26 @@ class Originals:
 
     def _add_global(self, space: dict[str, Any], name: str) -> set[str]:
         value = space.get(name)
-        if isinstance(value, FunctionType) and is_theirs_by_name(value.__module__):
+        if isinstance(value, FunctionType) and not _is_from_elsewhere(value):
             return self._add(space, name, None)
         # A registry of functions, such as that of attention.
         if isinstance(value, Mapping) and is_theirs_by_name(type(value).__module__):
             if (id(space), name) not in self._known:
                 self._known.add((id(space), name))
                 self._places.append((space, name))
-                tables = [vars(value), *vars(type(value)).values(), *vars(value).values()]
-                self._containers += [table for table in tables if isinstance(table, dict)]
+                tables = [*vars(type(value)).values(), *vars(value).values()]
+                found = [table for table in tables if isinstance(table, dict)]
+                self._containers += found
+                functions = [f for table in found for v in table.values() for f in functions_of(v)]
+                return self._follow([f for f in functions if is_genuine(f)], name)
         return set()
+
+
+def _is_from_elsewhere(function: FunctionType) -> bool:
+    """Whether a module of theirs has the function from a library, whose functions are not ours to
+    watch: what it computes with is in transformers, sentence-transformers and torch."""
+    package = str(function.__module__).partition(".")[0]
+    return package in sys.stdlib_module_names or package in _LIBRARIES
 
 
 def is_genuine(value: Any, cls: type | None = None) -> bool:

@@ -6,8 +6,8 @@ import functools
 import inspect
 import logging
 import types
-from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -167,11 +167,11 @@ class PackedForward:
             with transfers.current_device():
                 batch, _ = transfers.stage(call.batch, np.zeros(0, dtype=np.int64))
                 source = torch.from_numpy(call.source).to(prepared.device)
-                packed: Iterable[Tensor] = self.encoder.states(batch, prepared)
-                if not call.all_states:
-                    packed = deque(packed, maxlen=1)
-                states = [self._padded(x, call, source) for x in packed]
-        hidden = states[-1]
+                states: list[Tensor | None] = []
+                for number, x in enumerate(self.encoder.states(batch, prepared)):
+                    asked = call.states is not None and number in call.states
+                    states.append(self._padded(x, call, source) if asked else None)
+                hidden = self._padded(x, call, source) if states[-1] is None else states[-1]
         output: ModelOutput
         if hasattr(model, "pooler"):
             pooled = None if model.pooler is None else model.pooler(hidden)
@@ -180,7 +180,7 @@ class PackedForward:
             output = BaseModelOutputWithPastAndCrossAttentions(hidden)
         else:
             output = BaseModelOutput(hidden)
-        if call.all_states:
+        if call.states is not None:
             output["hidden_states"] = tuple(states)
         return output if call.return_dict else output.to_tuple()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers.utils import output_capturing
 
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.packing import PackedBatch, pack_padded, padded_positions
@@ -66,7 +67,8 @@ class Call:
         shape: `(B, S)`.
         embeddings: `[B * S, E]`, the table that `batch.input_ids` point into; None where they are
             ids.
-        all_states: whether the states before and after every layer are asked for.
+        states: which of the states before and after every layer are asked for besides the last
+            one, by number; None where none are.
         return_dict: whether a ModelOutput is.
     """
 
@@ -74,7 +76,7 @@ class Call:
     source: NDArray[np.int64]
     shape: tuple[int, int]
     embeddings: Tensor | None
-    all_states: bool
+    states: Container[int] | None
     return_dict: bool
 
 
@@ -99,12 +101,7 @@ def read(encoder: PackedEncoder, arguments: dict[str, Any], padding: str) -> Cal
     architecture, config = encoder.architecture, getattr(encoder.model, "config", None)
     if arguments.get("output_attentions", getattr(config, "output_attentions", False)):
         raise UseOriginalError("output_attentions was asked for")
-    all_states = arguments.get(
-        "output_hidden_states", getattr(config, "output_hidden_states", False)
-    )
-    # Newer versions of transformers take indices of layers here.
-    if all_states not in (None, False) and all_states is not True:
-        raise UseOriginalError(f"output_hidden_states={all_states!r} was asked for")
+    states = arguments.get("output_hidden_states", getattr(config, "output_hidden_states", False))
     ids, embeddings = _tokens(encoder, arguments)
     shape = (ids.shape[0], ids.shape[1])
     keep = _kept(arguments.get("attention_mask"), shape)
@@ -129,7 +126,20 @@ def read(encoder: PackedEncoder, arguments: dict[str, Any], padding: str) -> Cal
         types = _integers("token_type_ids", types, shape, architecture.type_vocab_size)
     return_dict = arguments.get("return_dict", getattr(config, "return_dict", True)) is not False
     batch, source = pack_padded(ids, keep, positions, types)
-    return Call(batch, source, shape, embeddings, all_states is True, return_dict)
+    return Call(batch, source, shape, embeddings, _states(encoder.model, states), return_dict)
+
+
+def _states(model: nn.Module, asked: Any) -> Container[int] | None:  # noqa: ANN401
+    """The states that `output_hidden_states` asks for, by number; None where it asks for none."""
+    if not asked:
+        return None
+    # Newer versions of transformers take a layer's number here, or several.
+    select = getattr(output_capturing, "selected_hidden_states", None)
+    numbers = None if select is None else select(asked)
+    if numbers is None:
+        return range(sys.maxsize)
+    selected: set[int] = output_capturing.resolve_hidden_states_indices(model, numbers)
+    return selected
 
 
 def _tokens(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, field, replace
+
+from sbert_fast.forking import Lock
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Counters:
     """Thread-safe counters behind :class:`EncoderStats`; a copy starts from zero."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._stats = EncoderStats()
         self._told: set[str] = set()
 

@@ -252,7 +252,8 @@ MODELS = ("stock", "encode", "accelerate")
 
 def cases(situation: str) -> list[tuple[str, str]]:
     """Models and ways to fork that are tried in a situation; stock promises nothing once it ran."""
-    ways = [*WAYS, *(BUSY_WAYS if situation == "encoded" else ())]
+    ways = ["os.fork", "Pool"] if situation == "encoded in a thread" else list(WAYS)
+    ways += BUSY_WAYS if situation == "encoded" else ()
     models = MODELS if situation == "loaded" else MODELS[1:]
     return [(model, way) for model in models for way in ways]
 

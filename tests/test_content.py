@@ -39,7 +39,7 @@ SMALL: dict[str, Callable[[Tensor], Tensor]] = {
     "scalar": lambda x: x[5],
     "vector": lambda x: x[:37],
     "long vector": lambda x: x[:4501],
-    "every third": lambda x: x[: 3 * 1700 : 3],
+    "every third": lambda x: x[: 3 * 700 : 3],
     "matrix": lambda x: x[: 60 * 61].view(60, 61),
     "transposed": lambda x: x[: 60 * 61].view(60, 61).t(),
     "some of three dims": lambda x: x[: 10 * 10 * 10].view(10, 10, 10)[:, 1:9, ::2],
@@ -79,7 +79,7 @@ def bits(tensor: Tensor) -> Tensor:
 def places(hashed: ContentHash, shape: Sequence[int]) -> list[tuple[int, ...]]:
     """Every place of a tensor; a few and the last where the implementation is slow."""
     found = list(itertools.product(*map(range, shape)))
-    return found if hashed._compiled else [*found[:: len(found) // 9 or 1], found[-1]]
+    return found if hashed._compiled else [*found[:: len(found) // 3 or 1], found[-1]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -187,14 +187,16 @@ def threads() -> Iterator[Callable[[int], None]]:
 def test_equal_content_is_equal(device: str, threads: Callable[[int], None]) -> None:
     data = random(torch.float32, device)
     tensors = [make(data) for make in (*MATRICES.values(), *SMALL.values())]
-    tensors += [data[:0], data[:0].view(3, 0), data[: 11_000 // 4 * 4].view(-1, 4).repeat(8, 9)]
+    tensors += [data[:0], data[:0].view(3, 0)]
+    if ContentHash(tensors)._compiled:
+        # Enough rows for several threads.
+        tensors.append(torch.arange(400_000).view(-1, 16))
     hashed = ContentHash(tensors)
     expected = hashed()
     for number in (1, 2, 3):
         threads(number)
         assert ContentHash(tensors)() == expected
-    times = 1000 if hashed._compiled else 3
-    assert {hashed() for _ in range(times)} == {expected}
+    assert {hashed() for _ in range(1000 if hashed._compiled else 2)} == {expected}
 
 
 def test_nothing_to_read(device: str) -> None:

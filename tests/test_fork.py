@@ -34,6 +34,8 @@ class Runs:
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(paths),
             "OMP_NUM_THREADS": "2",
+            # Threads of several processes share the cores: none may spin.
+            "OMP_WAIT_POLICY": "passive",
             "HF_HOME": str(self.folder),
             "TOKENIZERS_PARALLELISM": "",
         }

@@ -83,7 +83,8 @@ def test_buffers_are_honoured(surface: str, name: str, write: Callable[[Any], No
     untouched = model.check()
     write(st[0].auto_model.embeddings)
     assert cosine_distances(model.check(), untouched).max() > MAX_DISTANCE
-    SURFACES[surface](st).check()
+    if surface == "encode":
+        SURFACES[surface](st).check()
 
 
 def test_a_buffer_given_to_functional_call() -> None:

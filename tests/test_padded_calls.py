@@ -160,8 +160,12 @@ def test_embeddings_that_the_original_refuses(batch: Batch) -> None:
 def _assert_same_layers(ours: Any, theirs: Any, keep: torch.Tensor) -> None:
     assert_same_states(ours, theirs, keep)
     keep = keep.bool()
-    assert ours.hidden_states[-1] is ours.last_hidden_state
+    last = ours.hidden_states[-1]
+    assert last is None or last is ours.last_hidden_state
     for a, b in zip(ours.hidden_states, theirs.hidden_states, strict=True):
+        assert (a is None) == (b is None)
+        if b is None:
+            continue
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
         assert_same_vectors(a[keep], b[keep])
         assert not a[~keep].any()
@@ -184,6 +188,19 @@ def test_hidden_states_of_all_layers(name: str, in_config: bool) -> None:
             ours, run(original, batch | {"output_hidden_states": unset}), batch["attention_mask"]
         )
     assert counts(model) == {"packed": 4}
+
+
+@pytest.mark.parametrize("asked", [2, [0, -1], (1, -9, 9), 0, [], 1, [1, 2]], ids=str)
+@pytest.mark.parametrize("name", ["bert", "distilbert"])
+def test_hidden_states_of_some_layers(name: str, asked: Any) -> None:
+    original, model = pair(name)
+    batch = families.make_batch(name, LENGTHS) | {"output_hidden_states": asked}
+    ours, theirs = run(model, batch), run(original, batch)
+    if "hidden_states" in theirs:
+        _assert_same_layers(ours, theirs, batch["attention_mask"])
+    else:
+        assert_same_states(ours, theirs, batch["attention_mask"])
+    assert counts(model) == {"packed": 1}
 
 
 def test_hidden_states_of_embeddings_a_head_and_fewer_layers() -> None:

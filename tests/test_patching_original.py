@@ -39,10 +39,6 @@ REASONS: dict[str, tuple[Callable[[Batch], Batch], str]] = {
     "empty row": (_fully_masked_row, "the first token of a row is masked"),
     "4-D mask": (_mask_4d, "attention_mask is not a tensor [B, S]"),
     "attentions": (lambda b: b | {"output_attentions": True}, "output_attentions was asked for"),
-    "hidden states of two layers": (
-        lambda b: b | {"output_hidden_states": [0, -1]},
-        "output_hidden_states=[0, -1] was asked for",
-    ),
     "unknown": (lambda b: b | {"is_causal": False}, "is_causal was given"),
 }
 

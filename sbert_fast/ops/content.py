@@ -2,8 +2,9 @@
 
 Writes through `.data`, numpy views and fused optimizers raise no version counter. The hash sees
 the address, dtype, shape, strides and device of every tensor; every bit of vectors and of tensors
-of up to 4,096 elements; and of each row (last dim) of the others 8 elements or more, at columns
-that move on from row to row. A write to less than a row of a large tensor can go unseen.
+of up to 4,096 elements; and of each row (last dim) of the others 32 bytes (Triton: at most 8
+elements), at columns that move on from row to row. Less than a row of a large tensor can be
+written unseen.
 
 It is no op of the model, and has no implementation to choose: C++ on a CPU, Triton on CUDA, torch
 elsewhere and where those are missing. Values of one are not those of another.
@@ -148,25 +149,24 @@ def _pieces(tensor: Tensor) -> Iterator[tuple[int, int, int, int, int, int]]:
     """Groups of rows: address, rows, bytes from row to row, slots, columns of a slot, bytes from
     column to column."""
     base, item, numel = tensor.data_ptr(), tensor.element_size(), tensor.numel()
-    whole = tensor.dim() < 2 or numel <= WHOLE
-    if tensor.is_contiguous() and (whole or tensor.shape[-1] <= _COLUMNS):
+    whole = tensor.dim() < 2 or numel <= WHOLE or tensor.shape[-1] <= _COLUMNS
+    if whole:  # in the order of memory
+        tensor = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
+    if whole and tensor.is_contiguous():
         yield base, numel // _COLUMNS, _COLUMNS * item, 1, _COLUMNS, item
         if rest := numel % _COLUMNS:
             yield base + (numel - rest) * item, 1, 0, 1, rest, item
         return
-    if tensor.dim() == 1:
-        yield base, numel, tensor.stride(0) * item, 1, 1, item
-        return
     try:
-        rows = tensor.view(-1, tensor.shape[-1])
+        rows = tensor.unsqueeze(1) if tensor.dim() == 1 else tensor.view(-1, tensor.shape[-1])
     except RuntimeError:  # no single stride leads from row to row
         for part in tensor:
             yield from _pieces(part)
         return
+    (count, width), (down, right) = rows.shape, (stride * item for stride in rows.stride())
     if whole:
-        for row in rows:
-            yield from _pieces(row)
+        for first in range(0, width, _COLUMNS):
+            yield base + first * right, count, down, 1, min(_COLUMNS, width - first), right
         return
-    down, right = (stride * item for stride in rows.stride())
-    columns = min(_COLUMNS, PIECE // item, rows.shape[1])
-    yield base, rows.shape[0], down, rows.shape[1] // columns, columns, right
+    columns = min(_COLUMNS, PIECE // item, width)
+    yield base, count, down, width // columns, columns, right

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +13,13 @@ import torch
 
 import sbert_fast.kernels as kernels
 from sbert_fast.errors import ImplementationError
+from sbert_fast.forking import Lock
 from sbert_fast.ops import choices, extension, limits, schemas
 
 logger = logging.getLogger("sbert_fast")
 
 _launches: Counter[tuple[str, str]] = Counter()
-_launches_lock = threading.Lock()
+_launches_lock = Lock()
 _REFERENCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 _CUDA_DTYPES = (torch.float16, torch.bfloat16)

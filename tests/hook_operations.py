@@ -56,7 +56,7 @@ def _hooked(where: Where, register: str, hook: Callable[..., Any], **options: An
             "register_forward_hook": "_forward_hooks",
             "register_forward_pre_hook": "_forward_pre_hooks",
         }.get(register, "_backward_hooks")
-        return lambda s: getattr(where(s), dictionary).clear()
+        return lambda s: [getattr(module, dictionary).clear() for module in s.model.modules()]
 
     return act
 

@@ -158,8 +158,9 @@ def inputs_require_gradients(s: Subject) -> Undo:
 
 
 @operation(changes=False)
-def extra_module_added(s: Subject) -> None:
+def extra_module_added(s: Subject) -> Undo:
     s.layer().add_module("unused", nn.Linear(2, 2))
+    return lambda s: [layer._modules.pop("unused", None) for layer in s.stack.layer]
 
 
 @operation

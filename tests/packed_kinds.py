@@ -91,6 +91,13 @@ KINDS = {
 }
 
 
+def written_by_stock(model: Any) -> list[torch.Tensor]:
+    """What a forward itself writes to: in training mode a spectral norm, and tables with a largest
+    norm of their rows."""
+    tables = [m.weight for m in model.modules() if getattr(m, "max_norm", None) is not None]
+    return [*tables, *(b for b in model.buffers() if b.is_floating_point())]
+
+
 @contextlib.contextmanager
 def undisturbed(model: Any) -> Iterator[None]:
     """Puts back what a call of stock writes: modes, caches, the state of the tokenizer."""

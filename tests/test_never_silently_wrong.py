@@ -44,7 +44,7 @@ CHUNK = 50
 UNDO = "undo"
 # Of the steps that are drawn, those that undo what can be undone: without them most walks end where
 # nothing runs packed.
-UNDO_SHARE = 0.35
+UNDO_SHARE = 0.5
 
 Step = tuple[str, int]
 

@@ -1,4 +1,4 @@
-"""What it costs to compare a model with what was derived from it, beside the calls it stands before.
+"""What it costs to compare a model with what was derived from it, beside whole calls.
 
     python benchmarks/checks.py --json benchmarks/results/cpu-2core/checks.json
 
@@ -79,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         row = document[name]
         share = row["difference"] / row["unchecked"]
         report.say(
-            f"{name}: {row['checked'] * 1e3:.3f} ms, the comparison {row['difference'] * 1e6:.0f} us"
-            f" of them ({share:.2%})"
+            f"{name}: {row['checked'] * 1e3:.3f} ms, of which the comparison takes "
+            f"{row['difference'] * 1e6:.0f} us ({share:.2%})"
         )
     return 0
 

@@ -237,6 +237,8 @@ def _check_parameters(model: nn.Module, weights: EncoderWeights) -> None:
             raise UnsupportedModelError(f"{name} is on the meta device: load its weights first")
     if len({tensor.device for tensor in weights.tensors()}) > 1:
         raise UnsupportedModelError("parameters are spread over several devices")
+    if len({tensor.dtype for tensor in weights.tensors()}) > 1:
+        raise UnsupportedModelError("parameters have several dtypes")
 
 
 def check_finite(model: nn.Module, prefix: str = "") -> None:

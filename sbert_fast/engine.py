@@ -81,6 +81,8 @@ class Admission:
         self._snapshot = Snapshot(model)
         self._originals = models.originals_of(model)
         self._buffers = Fingerprint(model.buffers(), ())
+        self.tensors = [t for name, t in model.named_parameters() if not _is_pooler(name)]
+        self._kinds = self._read_kinds()
         self.problem: str | None = None
         inner = [m for name, m in model.named_modules() if name and not _is_pooler(name)]
         pooler = [m for name, m in model.named_modules() if _is_pooler(name)]
@@ -93,13 +95,16 @@ class Admission:
         self.inside, self.around = bypass.reason(inner), bypass.reason([model, *pooler])
         self.drops = bypass.drops([*inner, model])
         self.records = any(map(bypass.records_gradients, inner))
-        self.tensors = [t for name, t in model.named_parameters() if not _is_pooler(name)]
+
+    def _read_kinds(self) -> list[tuple[torch.dtype, torch.device]]:
+        return [(tensor.dtype, tensor.device) for tensor in self.tensors]
 
     def is_current(self) -> bool:
         return (
             self._snapshot.is_current()
             and self._originals.is_current()
             and self._buffers.is_current()
+            and self._read_kinds() == self._kinds
         )
 
 

@@ -240,6 +240,11 @@ def _reader_of_padding(caller: nn.Module) -> str | None:
         return None
     for module in _parts(caller):
         known = any(is_module(module, name) for name in _READ_NO_PADDING)
+        # What makes an embedding of all tokens makes it of the masked ones, too.
+        names = {getattr(module, f"module_{end}_name", None) for end in ("input", "output")}
+        known &= len(names) == 1 or not any(
+            is_module(module, name) for name in ("Dense", "Normalize")
+        )
         if not known or bypass.is_replaced(module, "forward"):
             return type(module).__name__
     return None

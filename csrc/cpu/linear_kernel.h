@@ -106,11 +106,10 @@ SBF_INLINE void multiply_rows(int64_t rows, const float* x, int64_t x_stride, co
   multiply_tile<Operand, ROWS>(x, x_stride, panel, steps, add, ahead, sums);
 }
 
-// sums[r][:] = x[r] times a panel, for at most kRowBlock rows; x and panel in steps. They go to
-// `out` afterwards, which nobody has touched yet.
-template <class Operand, class Out>
+// sums[r][:] = x[r] times a panel, for at most kRowBlock rows; x and panel in steps.
+template <class Operand>
 SBF_INLINE void multiply_block(const float* x, int64_t rows, const float* panel, int64_t steps,
-                               float* sums, const Out* out, int64_t out_stride) {
+                               float* sums) {
   constexpr int64_t kColumns = kLinearVecs * VecF::N, kTilesAcross = kPanelColumns / kColumns;
   const int64_t run = kSharesRuns ? Operand::kRun : steps;
   const int64_t tiles = (rows + kLinearRows - 1) / kLinearRows * kTilesAcross;
@@ -120,12 +119,7 @@ SBF_INLINE void multiply_block(const float* x, int64_t rows, const float* panel,
     const float* weights = panel + s * kPanelColumns;
     // The tiles of this run ask for the next one, of this panel or the one behind it.
     const char* next = reinterpret_cast<const char*>(weights + count * kPanelColumns);
-    const bool asks_for_out = kSharesRuns && s + count == steps;
     for (int64_t r = 0; r < rows; r += kLinearRows) {
-      for (int64_t i = r; asks_for_out && i < rows && i < r + kLinearRows; ++i) {
-        const char* row = reinterpret_cast<const char*>(out + i * out_stride);
-        for (size_t b = 0; b < kPanelColumns * sizeof(Out); b += 64) __builtin_prefetch(row + b, 1);
-      }
       for (int64_t c = 0; c < kPanelColumns; c += kColumns) {
         multiply_rows<Operand>(rows - r, x + r * steps + s, steps, weights + c, count, s > 0,
                                Ahead{next, ahead}, sums + r * kPanelColumns + c);
@@ -176,12 +170,11 @@ void linear_item(const LinearParams& p, int64_t row, int64_t row_end, int64_t pa
       const float* x = reinterpret_cast<const float*>(static_cast<const T*>(p.x) + t * p.K);
       for (int64_t i = first; i < last; ++i) {
         const float* weights = static_cast<const float*>(p.panels) + i * panel_size;
+        multiply_block<Operand>(x, rows, weights, steps, sums);
         const int64_t column = i * kPanelColumns;
         const int64_t columns = p.N - column < kPanelColumns ? p.N - column : kPanelColumns;
-        Out* out = static_cast<Out*>(p.out) + t * p.N + column;
-        multiply_block<Operand>(x, rows, weights, steps, sums, out, p.N);
         finish_tile(sums, rows, columns, p.bias == nullptr ? nullptr : p.bias + column, activate,
-                    out, p.N);
+                    static_cast<Out*>(p.out) + t * p.N + column, p.N);
       }
     }
   }

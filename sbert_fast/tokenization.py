@@ -147,8 +147,9 @@ class TextTokenizer:
         parts = [self._chunk(texts[i : i + _CHUNK]) for i in range(0, len(texts), _CHUNK)]
         lengths = np.concatenate([part[1] for part in parts] or [np.zeros(0, dtype=np.int32)])
         ids = np.concatenate([part[0] for part in parts] or [np.zeros(0, dtype=np.int32)])
-        kept = [part[2] for part in parts if part[2] is not None]
-        types = np.concatenate(kept) if kept else None
+        types = None
+        if any(part[2] is not None for part in parts):
+            types = np.concatenate([np.zeros_like(p[0]) if p[2] is None else p[2] for p in parts])
         offsets = np.zeros(lengths.shape[0] + 1, dtype=np.int64)
         np.cumsum(lengths, out=offsets[1:])
         return TokenizedTexts(ids, lengths, offsets, types, sum(part[3] for part in parts))
@@ -170,7 +171,7 @@ class TextTokenizer:
         ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int32, total)
         types = None
         # A few tokenizers number the segments of a single text other than 0.
-        if self.returns_types and any(encodings[0].type_ids):
+        if self.returns_types and any(encodings[int(lengths.argmax())].type_ids):
             types = np.fromiter(chain.from_iterable(e.type_ids for e in encodings), np.int32, total)
         full = np.flatnonzero(lengths == self.max_length)
         return ids, lengths, types, sum(1 for i in full if encodings[i].overflowing)

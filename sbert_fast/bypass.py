@@ -69,7 +69,8 @@ def reason(modules: Iterable[nn.Module]) -> str | None:
 
 def drops(modules: Sequence[nn.Module]) -> bool:
     """Whether `modules` are in training mode, at least in part, and some of them drop values."""
-    return any(module.training for module in modules) and any(
+    # A list of layers is made anew by slicing, in training mode, and reads nothing of it.
+    return any(m.training for m in modules if type(m) is not nn.ModuleList) and any(
         isinstance(module, nn.Dropout) and module.p > 0 for module in modules
     )
 

@@ -94,7 +94,11 @@ OTHERS: dict[str, tuple[Any, str]] = {
 def test_other_inputs_run_in_sentence_transformers(
     encoder: FastEncoder, st: SentenceTransformer, inputs: Any, kind: str, arguments: dict[str, Any]
 ) -> None:
-    assert_same_result(encoder.encode(inputs, **arguments), st.encode(inputs, **arguments))
+    try:
+        expected = st.encode(inputs, **arguments)
+    except IndexError:
+        pytest.skip("sentence-transformers 6.0 does not embed these itself")
+    assert_same_result(encoder.encode(inputs, **arguments), expected)
     assert encoder.stats.fallbacks == {f"inputs of type {kind}": 1}
 
 

@@ -55,6 +55,10 @@ def _offload_a_layer(base: Any) -> None:
 HOOKS = (_offload, _dispatch, _offload_a_layer)
 
 
+@pytest.mark.skipif(
+    not hasattr(SentenceTransformer, "clear_placement_cache"),
+    reason="sentence-transformers 6.0 cannot run offloaded models itself",
+)
 @pytest.mark.parametrize("place", HOOKS)
 def test_hooks_that_place_are_run(saved: str, place: Callable[[Any], None]) -> None:
     expected = SentenceTransformer(saved, device="cpu").encode(TEXTS)
@@ -74,7 +78,8 @@ def test_removed_hooks_leave_nothing_behind_in_an_encoder(
     expected = encoder.encode(TEXTS)
     place(encoder[0].auto_model)
     remove_hook_from_module(encoder[0].auto_model, recurse=True)
-    encoder.clear_placement_cache()
+    # sentence-transformers 6.0 has no such cache.
+    getattr(encoder, "clear_placement_cache", lambda: None)()
     assert_same_vectors(encoder.encode(TEXTS), expected)
     assert encoder.stats.fallbacks == {}
 

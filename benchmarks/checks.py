@@ -1,6 +1,6 @@
 """What it costs to compare a model with what was derived from it, beside whole calls.
 
-    python benchmarks/checks.py --json benchmarks/results/cpu-2core/checks.json
+    python benchmarks/checks.py --corpus mixed --texts 1000
 
 Calls of one text and of a corpus are timed as they are and with the comparison left out, in turn.
 """

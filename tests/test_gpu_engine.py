@@ -21,13 +21,13 @@ from torch import Tensor
 import cuda_emulation
 import families
 from sbert_fast import FastEncoder, accelerate, budget, ops
-from sbert_fast import encoder as encoder_module
 from sbert_fast.data import sample_texts
 from sbert_fast.engine import PackedEncoder, Prepared
 from sbert_fast.errors import DeviceLostError, NonFiniteEmbeddingError
 from sbert_fast.models import Architecture
 from sbert_fast.ops import extension
 from sbert_fast.packing import PackedBatch
+from sbert_fast.sentence_transformers import encoder as encoder_module
 from sbert_fast.testing import worst_cosine
 from sbert_fast.transfer import device_error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 from typing import Any
 
 import numpy as np
@@ -177,45 +177,64 @@ def _max_length(transformer: Any, room: int) -> int:
     return int(value)
 
 
+# The dtype to compute in, or None for that of the model; and its device.
+Where = tuple[torch.dtype | None, torch.device]
+
+
 class Assembly:
     """What runs `encode` for the modules of a model as they were, or why nothing of ours does.
 
-    Attributes:
-        pipeline: the pipeline; None where the model runs in sentence-transformers.
-        problem: why it does; None where the pipeline runs it.
+    Args:
+        model: what to run.
+        where: what to run it in and on.
+        impl: implementation of the ops.
+        old: the assembly so far, of which the engine is kept where it still serves.
     """
 
     def __init__(
-        self, model: SentenceTransformer, dtype: torch.dtype | None, impl: str, old: Assembly | None
+        self, model: SentenceTransformer, where: Where, impl: str, old: Assembly | None
     ) -> None:
         first = next(model.children(), None)
         base = getattr(first, "auto_model", None)
-        self._request = dtype, model.device
+        self._where = where
         # The engine looks after the base model, where there is one.
         self._snapshot = Snapshot(model, without=[base])
         self._originals = originals(map(type, self._snapshot.objects), _ROOTS)
-        self.pipeline: Pipeline | None = None
-        self.problem = self._originals.problem
+        self._pipeline: Pipeline | None = None
+        self._problem = self._originals.problem
         try:
             for part in self._snapshot.objects:
                 _check_own(part, self._originals.names)
-            known = None if old is None or old.pipeline is None else old.pipeline.engine
-            self.pipeline = build_pipeline(model, dtype, impl, known)
+            known = None if old is None or old._pipeline is None else old._pipeline.engine
+            self._pipeline = build_pipeline(model, where[0], impl, known)
         except InvalidWeightsError:
             raise
         except UnsupportedModelError as error:
-            self.problem = str(error)
-        if self.problem is not None:
-            self.pipeline, self._snapshot = None, Snapshot(model)
+            self._problem = str(error)
+        if self._problem is not None:
+            self._pipeline, self._snapshot = None, Snapshot(model)
             self._originals = originals(map(type, self._snapshot.objects), _ROOTS)
 
-    def is_current(self, dtype: torch.dtype | None, device: torch.device) -> bool:
-        """Whether nothing has changed that the assembly was made from."""
-        return (
-            self._request == (dtype, device)
-            and self._snapshot.is_current()
-            and self._originals.is_current()
-        )
+    def prepare(self, where: Callable[[], Where]) -> Pipeline | str | None:
+        """The pipeline, or why sentence-transformers runs; None where the assembly is outdated.
+
+        Args:
+            where: what to run in and on now. It is asked for where weights have changed: those that
+                have not are where they were.
+        """
+        if not (self._snapshot.is_current() and self._originals.is_current()):
+            return None
+        prepared = None if self._pipeline is None else self._pipeline.engine.current()
+        if prepared is None and where() != self._where:
+            return None
+        if self._pipeline is None:
+            return str(self._problem)
+        try:
+            return self._pipeline.prepare(prepared or self._pipeline.engine.prepared())
+        except InvalidWeightsError:
+            raise
+        except UnsupportedModelError as error:
+            return str(error)
 
 
 class Derived:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ class Admission:
             called all the same: they have hooks or forwards of their own. None where they have not.
         drops: the model is in training mode and has dropout.
         weights, identity: of the parameters, see :class:`sbert_fast.models.EncoderWeights`.
-        tensors: the parameters that a packed pass stands for.
+        tensors, buffers: the parameters that a packed pass stands for, and the model's buffers.
         records: a hook that gradient checkpointing has left records gradients where these are on.
     """
 
@@ -80,7 +80,8 @@ class Admission:
     def __init__(self, model: nn.Module) -> None:
         self._snapshot = Snapshot(model)
         self._originals = models.originals_of(model)
-        self._buffers = Fingerprint(model.buffers(), ())
+        self.buffers = list(model.buffers())
+        self._buffers = Fingerprint(self.buffers, ())
         self.tensors = [t for name, t in model.named_parameters() if not _is_pooler(name)]
         self._kinds = self._read_kinds()
         self.problem: str | None = None
@@ -100,12 +101,16 @@ class Admission:
         return [(tensor.dtype, tensor.device) for tensor in self.tensors]
 
     def is_current(self) -> bool:
+        """Whether all of it still holds."""
         return (
-            self._snapshot.is_current()
-            and self._originals.is_current()
+            self.holds_without_tensors()
             and self._buffers.is_current()
             and self._read_kinds() == self._kinds
         )
+
+    def holds_without_tensors(self) -> bool:
+        """Whether it holds where no tensor was written to, moved or cast."""
+        return self._snapshot.is_current() and self._originals.is_current()
 
 
 def _is_pooler(name: str) -> bool:
@@ -116,12 +121,9 @@ def _is_pooler(name: str) -> bool:
 class _Current:
     """Prepared weights, and what they were derived from."""
 
-    identity: tuple[object, ...]
+    admission: Admission
     fingerprint: Fingerprint
     prepared: Prepared
-
-    def is_current(self, admission: Admission) -> bool:
-        return self.identity == admission.identity and self.fingerprint.is_current()
 
 
 def compute_dtype(model: nn.Module, requested: torch.dtype | None) -> torch.dtype:
@@ -234,23 +236,39 @@ class PackedEncoder:
         with self._lock:
             self._current = None
 
+    def current(self) -> Prepared | None:
+        """The prepared weights, where the model is what they were derived from."""
+        current = self._current
+        if (
+            current is not None
+            and current.admission is self._admission
+            and current.admission.holds_without_tensors()
+            and current.fingerprint.is_current()
+        ):
+            return current.prepared
+        return None
+
     def prepared(self) -> Prepared:
         """The prepared weights of the model as it is now."""
-        current = self._current
-        if current is not None and current.is_current(self.admission()):
-            return current.prepared
+        return self.current() or self._prepared_anew()
+
+    def _prepared_anew(self) -> Prepared:
         with self._lock:
             admission, current = self.admission(), self._current
-            if current is None or not current.is_current(admission):
-                self._current = None
+            if (
+                current is None
+                or current.admission.identity != admission.identity
+                or not current.fingerprint.is_current()
+            ):
+                self._current = current = None
                 self.architecture = admission.architecture
                 with torch.inference_mode(False), torch.no_grad():
                     check_finite(self.model)
                     prepared = self._prepare(admission.weights)
                 settle(self.device)
-                fingerprint = Fingerprint(admission.tensors, tensors_in(prepared))
-                current = _Current(admission.identity, fingerprint, prepared)
-                self._current = current
+                tensors = [*admission.tensors, *admission.buffers]
+                current = _Current(admission, Fingerprint(tensors, tensors_in(prepared)), prepared)
+            self._current = replace(current, admission=admission)
             return current.prepared
 
     def _prepare(self, weights: models.EncoderWeights) -> Prepared:

@@ -39,22 +39,21 @@ class Pipeline:
     limit: budget.MemoryLimit = field(default_factory=budget.MemoryLimit)
     prepared: Prepared | None = None
 
-    def prepare(self) -> Pipeline:
-        """The pipeline with the weights of the models as they are now, laid out.
+    def prepare(self, prepared: Prepared) -> Pipeline:
+        """The pipeline with what the tokenizer and the head are now, and `prepared` weights.
 
         Raises:
-            UnsupportedModelError: the base model or the tokenizer is no longer supported.
+            UnsupportedModelError: the tokenizer is no longer supported.
             InvalidWeightsError: weights hold NaN or infinity; the message names the tensor.
         """
         self.tokenizer.refresh()
-        prepared = self.engine.prepared()
-        self.head.prepare(self.engine.device, self.engine.impl)
-        return self if prepared is self.prepared else replace(self, prepared=prepared)
+        self.head.prepare(prepared.device, self.engine.impl)
+        return replace(self, prepared=prepared)
 
     def default_batch_tokens(self) -> int:
         """Tokens of a batch, by the model and its device."""
-        engine = self.engine
-        return budget.default_tokens(engine.architecture, engine.compute_dtype, engine.device)
+        prepared = self.prepared or self.engine.prepared()
+        return budget.default_tokens(prepared.architecture, prepared.dtype, prepared.device)
 
 
 @dataclass(frozen=True, slots=True)

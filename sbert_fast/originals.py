@@ -7,14 +7,13 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, cached_property
-from operator import is_
 from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from sbert_fast.state import PACKAGES, contents, same_contents
+from sbert_fast.state import PACKAGES, Contents
 
 # What modules of transformers call without importing it by name.
 _TORCH = (vars(F), vars(torch))
@@ -84,7 +83,7 @@ class Originals:
         self._containers: list[Any] = list(classes)
         self._known: set[tuple[int, str]] = set()
         # Functions of modules; those of classes are among the containers.
-        self._places: list[tuple[dict[str, Any], str]] = []
+        self._places: dict[int, tuple[dict[str, Any], list[str]]] = {}
         classes, todo = list(classes), list(roots)
         while todo:
             name = todo.pop()
@@ -94,13 +93,14 @@ class Originals:
             for cls in classes:
                 if name in vars(cls):
                     todo += self._add(vars(cls), name, cls)
-        self._values = [space[name] for space, name in self._places]
-        self._contents = contents(self._containers)
+        self._contents = Contents(
+            self._containers,
+            [(space, tuple(names)) for space, names in self._places.values()],
+        )
 
     def is_current(self) -> bool:
         """Whether each function is in its place still, with the code it had."""
-        now = [space.get(name) for space, name in self._places]
-        return all(map(is_, now, self._values)) and same_contents(self._containers, self._contents)
+        return self._contents.is_current()
 
     def _add(self, space: Any, name: str, cls: type | None) -> set[str]:
         """Take up the function `name` of a class or module; the names that it mentions."""
@@ -112,7 +112,7 @@ class Originals:
         if not bodies and not isinstance(value, BuiltinFunctionType):
             return set()
         if cls is None:
-            self._places.append((space, name))
+            self._add_place(space, name)
         is_builtin = not bodies and value.__name__.strip("_") == name.strip("_")
         if self.problem is None and not (is_builtin or is_genuine(value, cls)):
             where = space.get("__name__", "torch") if cls is None else cls.__qualname__
@@ -138,6 +138,9 @@ class Originals:
                     self._add(library, other, None)
         return mentioned
 
+    def _add_place(self, space: dict[str, Any], name: str) -> None:
+        self._places.setdefault(id(space), (space, []))[1].append(name)
+
     def _add_global(self, space: dict[str, Any], name: str) -> set[str]:
         value = space.get(name)
         if isinstance(value, FunctionType) and not _is_from_elsewhere(value):
@@ -146,7 +149,7 @@ class Originals:
         if isinstance(value, Mapping) and is_theirs_by_name(type(value).__module__):
             if (id(space), name) not in self._known:
                 self._known.add((id(space), name))
-                self._places.append((space, name))
+                self._add_place(space, name)
                 tables = [*vars(type(value)).values(), *vars(value).values()]
                 found = [table for table in tables if isinstance(table, dict)]
                 self._containers += found

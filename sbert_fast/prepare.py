@@ -204,6 +204,9 @@ def tensors_in(node: object) -> Iterator[Tensor]:
             yield from tensors_in(getattr(node, entry.name))
 
 
+_version_of = Tensor._version.__get__  # type: ignore[attr-defined]
+
+
 class Fingerprint:
     """Tells whether any of some tensors was written to, or given another storage.
 
@@ -221,18 +224,18 @@ class Fingerprint:
         self._held = [tensor.detach() for tensor in self._tensors]
         # Those in the layout of oneDNN have none, and are copies.
         addresses = {t.data_ptr() for t in shared if t.layout == torch.strided}
-        self._live = [t for t in self._tensors if t.data_ptr() in addresses]
-        self._hash = ContentHash([t for t in self._tensors if t.data_ptr() not in addresses])
+        live = [t for t in self._tensors if t.data_ptr() in addresses]
+        self._hash = ContentHash([t for t in self._tensors if t.data_ptr() not in addresses], live)
         self._counted = [t for t in self._tensors if not t.is_inference()]
+        # Inference tensors count no writes: a hash of all their bits tells of them.
+        self._uncounted = [t for t in self._tensors if t.is_inference()]
         self._values = self._read()
 
     def _read(self) -> tuple[object, ...]:
         return (
-            [tensor._version for tensor in self._counted],
-            [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in self._live],
             self._hash(),
-            # Inference tensors count no writes: a hash of all their bits tells of them.
-            [torch.hash_tensor(tensor).item() for tensor in self._tensors if tensor.is_inference()],
+            list(map(_version_of, self._counted)),
+            [torch.hash_tensor(tensor).item() for tensor in self._uncounted],
         )
 
     def is_current(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from operator import is_
 from types import FunctionType
@@ -16,7 +16,7 @@ except ImportError:
     _host = None
 
 # None where it was not built, or by an older source.
-_compiled = getattr(_host, "same_contents", None)
+_Compiled = getattr(_host, "Contents", None)
 
 # Objects of these packages are looked into, others are compared by identity.
 PACKAGES = ("transformers.", "sentence_transformers.", "torch.nn.modules.")
@@ -39,11 +39,43 @@ _UNREAD = frozenset(
 )
 # A container of more entries, such as a vocabulary, is compared by identity and length.
 _MOST_ENTRIES = 1000
+_MISSING = object()
 
 
 def is_theirs(cls: type) -> bool:
     """Whether the attributes of such an object decide about what a model computes."""
     return issubclass(cls, nn.Module) or f"{cls.__module__}.".startswith(PACKAGES)
+
+
+class Contents:
+    """What containers hold, by identity, as it was.
+
+    Args:
+        containers: dicts and classes, with keys and values in their order; lists, tuples and sets;
+            functions, with their code and defaults; of any other object, its class and its dict.
+        places: dicts of modules, and of each the names that are looked up in it.
+    """
+
+    def __init__(
+        self, containers: list[Any], places: Sequence[tuple[dict[str, Any], tuple[str, ...]]] = ()
+    ) -> None:
+        self._containers, self._places = containers, list(places)
+        self._listed = self._list()
+        # It is all kept alive here, where the garbage collector sees it.
+        self._compiled = None if _Compiled is None else _Compiled(containers, self._places)
+
+    def is_current(self) -> bool:
+        """Whether nothing has changed."""
+        if self._compiled is not None:
+            return bool(self._compiled.is_current())
+        now = self._list()
+        return len(now) == len(self._listed) and all(map(is_, now, self._listed))
+
+    def _list(self) -> list[object]:
+        listed = [e for each in self._containers for e in chain((each,), _entries(each))]
+        return listed + [
+            space.get(name, _MISSING) for space, names in self._places for name in names
+        ]
 
 
 class Snapshot:
@@ -69,17 +101,12 @@ class Snapshot:
         self._seen = set(map(id, self._kept))
         for root in roots:
             self._walk(root)
-        self._types = list(map(type, self.objects))
         self._sizes = list(map(len, self._large))
-        self._contents = contents(self._containers)
+        self._contents = Contents(self._containers)
 
     def is_current(self) -> bool:
         """Whether nothing has changed."""
-        return (
-            list(map(type, self.objects)) == self._types
-            and list(map(len, self._large)) == self._sizes
-            and same_contents(self._containers, self._contents)
-        )
+        return list(map(len, self._large)) == self._sizes and self._contents.is_current()
 
     def _walk(self, value: object) -> None:
         if id(value) in self._seen:
@@ -100,6 +127,7 @@ class Snapshot:
         elif not isinstance(value, type) and is_theirs(type(value)) and hasattr(value, "__dict__"):
             self._seen.add(id(value))
             self.objects.append(value)
+            self._containers.append(value)
             self._walk(vars(value))
 
 
@@ -111,22 +139,6 @@ def _entries(container: Any) -> Iterable[object]:
     if isinstance(container, dict):
         # Not in the order of an OrderedDict: that of its base is looked at faster.
         return chain.from_iterable(dict.items(container))
-    return container
-
-
-def contents(containers: Iterable[Any]) -> list[object]:
-    """What :func:`same_contents` compares: each container, then its entries.
-
-    Args:
-        containers: dicts and classes, whose keys and values are listed; lists, tuples and sets; and
-            functions, of which it is the code and the defaults.
-    """
-    return [entry for container in containers for entry in chain((container,), _entries(container))]
-
-
-def same_contents(containers: list[Any], listed: list[object]) -> bool:
-    """Whether `containers` hold the very objects that :func:`contents` has listed."""
-    if _compiled is not None:
-        return bool(_compiled(containers, listed))
-    now = contents(containers)
-    return len(now) == len(listed) and all(map(is_, now, listed))
+    if isinstance(container, (list, tuple, set)):
+        return container
+    return type(container), getattr(container, "__dict__", None)

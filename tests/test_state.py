@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -11,7 +13,7 @@ import pytest
 from torch import nn
 
 from sbert_fast import state
-from sbert_fast.state import Snapshot, contents, same_contents
+from sbert_fast.state import Contents, Snapshot
 
 
 def _function(x: int = 1, *, y: int = 2) -> int:
@@ -52,8 +54,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 @pytest.fixture(params=["compiled", "python"], autouse=True)
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "python":
-        monkeypatch.setattr(state, "_compiled", None)
-    elif state._compiled is None:
+        monkeypatch.setattr(state, "_Compiled", None)
+    elif state._Compiled is None:
         pytest.skip("the native library was not built")
 
 
@@ -61,11 +63,43 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 def test_every_change_of_contents_is_seen(change: str) -> None:
     made = _make()
     containers = list(vars(made).values())
-    listed = contents(containers)
-    assert same_contents(containers, listed)
+    found = Contents(containers)
+    assert found.is_current()
     CHANGES[change](made)
-    assert not same_contents(containers, listed)
-    assert same_contents(containers, contents(containers))
+    assert not found.is_current()
+    assert Contents(containers).is_current()
+
+
+def test_contents_that_are_put_back_are_the_same() -> None:
+    made = _make()
+    found = Contents(list(vars(made).values()), [(vars(made), ("set",))])
+    for change, undo in (
+        (lambda: made.dict.update(c=1), lambda: made.dict.pop("c")),
+        (lambda: setattr(made.cls, "other", 1), lambda: delattr(made.cls, "other")),
+        (lambda: vars(made).pop("set"), lambda put=made.set: setattr(made, "set", put)),
+    ):
+        change()
+        assert not found.is_current()
+        undo()
+        assert found.is_current()
+
+
+def test_of_a_place_the_names_alone_are_seen() -> None:
+    space = {"function": object(), "other": object()}
+    found = Contents([], [(space, ("function", "missing"))])
+    space["other"] = object()
+    assert found.is_current()
+    space["missing"] = None
+    assert not found.is_current()
+
+
+def test_what_is_compared_does_not_live_longer() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.note = Snapshot(model)
+    seen = weakref.ref(model[0])
+    del model
+    gc.collect()
+    assert seen() is None
 
 
 @pytest.mark.parametrize(
@@ -76,6 +110,7 @@ def test_every_change_of_contents_is_seen(change: str) -> None:
         lambda m: m.append(nn.Identity()),
         lambda m: setattr(m[0], "bias", None),
         lambda m: setattr(m[1], "__class__", nn.Tanh),
+        lambda m: setattr(m[1], "__dict__", dict(vars(m[1]))),
         lambda m: m[2].table.update(x=1),
         lambda m: m.eval(),
     ],

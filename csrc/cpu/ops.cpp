@@ -61,7 +61,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sbert_fast, m) {
   m.def("cpu_isa() -> str");
   m.def("cpu_isas() -> str");
   m.def("set_cpu_isa(str isa) -> ()");
-  m.def("content_hash(Tensor[] tensors) -> int");
+  m.def("content_hash(Tensor[] tensors, int read) -> int");
 }
 
 // For every device: it never differentiates, and tells the geometry of tensors elsewhere.

@@ -65,8 +65,9 @@ void segment_pool_out(const Tensor& x,           // [T, E], unit inner stride
                       const Tensor& out,                       // [N, E] fp32, unit inner stride
                       const std::optional<Tensor>& out_rows);  // [B] or [P] int32
 
-/// 64 bits over geometry and content of `tensors`; of those that are not on the CPU, over geometry.
-int64_t content_hash(std::vector<Tensor> tensors);
+/// 64 bits over the geometry of `tensors` and the content of the first `read`, those elsewhere than
+/// on the CPU left out.
+int64_t content_hash(std::vector<Tensor> tensors, int64_t read);
 
 /// The kernels' dtype of a torch dtype; refuses those they do not take.
 Dtype kernel_dtype(const char* op, const char* name, ScalarType dtype);

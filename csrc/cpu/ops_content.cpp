@@ -133,7 +133,7 @@ void for_each_row(const View& view, size_t dim, const char* data, const Body& bo
 
 class ContentHash {
  public:
-  void add(const Tensor& tensor);
+  void add(const Tensor& tensor, bool read);
   int64_t finish() const;
 
  private:
@@ -176,7 +176,7 @@ void ContentHash::add_elements(const View& view, bool whole) {
   });
 }
 
-void ContentHash::add(const Tensor& tensor) {
+void ContentHash::add(const Tensor& tensor, bool read) {
   int32_t dtype = 0, device = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device));
@@ -194,7 +194,8 @@ void ContentHash::add(const Tensor& tensor) {
     add_word(static_cast<uint64_t>(view.sizes[dim]));
     add_word(static_cast<uint64_t>(view.strides[dim]));
   }
-  if (device != aoti_torch_device_type_cpu() || numel == 0 || !in_storage(tensor, view)) return;
+  if (!read || device != aoti_torch_device_type_cpu() || numel == 0) return;
+  if (!in_storage(tensor, view)) return;
 
   const size_t dims = view.sizes.size();
   const bool whole = dims < 2 || numel <= kWhole, contiguous = tensor.is_contiguous();
@@ -226,9 +227,9 @@ int64_t ContentHash::finish() const {
 
 }  // namespace
 
-int64_t content_hash(std::vector<Tensor> tensors) {
+int64_t content_hash(std::vector<Tensor> tensors, int64_t read) {
   ContentHash hash;
-  for (const Tensor& tensor : tensors) hash.add(tensor);
+  for (const Tensor& tensor : tensors) hash.add(tensor, read-- > 0);
   return hash.finish();
 }
 

@@ -114,8 +114,10 @@ Returns:
 Raises:
     ValueError: lengths is not a contiguous int32 [N], is negative somewhere or sums to 2**31 or
         more, or tile is below 1; the message names the argument.)");
-  module.def("same_contents", &same_contents, py::arg("containers"), py::arg("contents"),
-             "Whether containers hold the objects that are listed; see sbert_fast.state.Snapshot.");
+  py::class_<Contents>(module, "Contents", "See sbert_fast.state.Contents.")
+      .def(py::init<const py::list&, const py::list&>(), py::arg("containers"),
+           py::arg("places") = py::list())
+      .def("is_current", &Contents::is_current, "Whether all of it is as it was.");
   module.def("cpu_features", &py_cpu_features,
              "Every feature the package knows of, by name, with whether it can be used here.");
   module.def("cpu_name", &cpu_name, "The processor's name, or \"unknown\".");

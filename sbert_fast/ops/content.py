@@ -37,13 +37,14 @@ class ContentHash:
 
     Args:
         tensors: strided tensors of 1 to 8 bytes an element; any shapes, strides and devices.
+        unread: tensors of which the geometry alone is hashed.
 
     Raises:
         TypeError: a tensor has no such elements; the message names it.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = list(tensors)
+    def __init__(self, tensors: Sequence[Tensor], unread: Sequence[Tensor] = ()) -> None:
+        self._tensors, self._all = list(tensors), [*tensors, *unread]
         for index, tensor in enumerate(self._tensors):
             if tensor.layout != torch.strided or tensor.dtype.itemsize not in _BITS:
                 raise TypeError(
@@ -57,9 +58,9 @@ class ContentHash:
     def __call__(self) -> int:
         # The geometry comes first: memory is read only where tensors have it now.
         if self._compiled is None:
-            seen = hash(tuple(map(_geometry, self._tensors)))
+            seen = hash(tuple(map(_geometry, self._all)))
         else:
-            seen = self._compiled(self._tensors)
+            seen = self._compiled(self._all, len(self._tensors))
         if seen != self._seen:
             self._seen, self._rest = seen, self._readers()
         return hash((seen, *[read() for read in self._rest])) if self._rest else seen
@@ -75,7 +76,7 @@ class ContentHash:
         return [_reader(device, group) for device, group in groups.items()]
 
 
-def _compiled() -> Callable[[list[Tensor]], int] | None:
+def _compiled() -> Callable[[list[Tensor], int], int] | None:
     """The C++ op: content on a CPU, geometry everywhere; None where it is missing."""
     if extension.CPU.available and hasattr(torch.ops.sbert_fast, "content_hash"):
         return torch.ops.sbert_fast.content_hash.default

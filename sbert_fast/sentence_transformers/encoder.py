@@ -30,13 +30,11 @@ from sbert_fast.arguments import (
     parse_dtype,
     with_default_batch_size,
 )
-from sbert_fast.assembly import Assembly, Derived
+from sbert_fast.assembly import Assembly, Derived, Where
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import (
     DeviceLostError,
-    InvalidWeightsError,
     SbertFastError,
-    UnsupportedModelError,
 )
 from sbert_fast.inference import Pipeline, Request
 from sbert_fast.sentence_transformers.stock import (
@@ -226,25 +224,20 @@ class FastEncoder(SentenceTransformer):
 
     def _pipeline(self) -> Pipeline | str:
         """What runs `encode` for the modules as they are now, or why nothing of ours does."""
-        dtype, assembly = self._dtype_to_request(), self._derived.assembly
-        if assembly is None or not assembly.is_current(dtype, self.device):
-            assembly = Assembly(self, dtype, self._impl, assembly)
+        assembly = self._derived.assembly
+        found = None if assembly is None else assembly.prepare(self._where)
+        while found is None:
+            assembly = Assembly(self, self._where(), self._impl, assembly)
             self._derived.assembly = assembly
-        if assembly.pipeline is None:
-            return str(assembly.problem)
-        try:
-            return assembly.pipeline.prepare()
-        except InvalidWeightsError:
-            raise
-        except UnsupportedModelError as error:
-            return str(error)
+            found = assembly.prepare(self._where)
+        return found
 
-    def _dtype_to_request(self) -> torch.dtype | None:
-        """The dtype to compute in; None is that of the model."""
-        if self._requested_dtype is not None or self._keeps_dtype or self.device.type != "cuda":
-            return self._requested_dtype
-        first = next(self.parameters(), None)
-        return torch.float16 if first is not None and first.dtype == torch.float32 else None
+    def _where(self) -> Where:
+        dtype, device = self._requested_dtype, self.device
+        if dtype is None and not self._keeps_dtype and device.type == "cuda":
+            first = next(self.parameters(), None)
+            dtype = torch.float16 if first is not None and first.dtype == torch.float32 else None
+        return dtype, device
 
     def _takes_texts_only(self) -> bool:
         """Whether the first module says so; those of other packages may say nothing."""
@@ -364,8 +357,8 @@ class FastEncoder(SentenceTransformer):
         if inputs is not None and sentences is not None:
             raise TypeError("encode takes inputs or sentences, its former name, but got both")
         inputs = sentences if inputs is None else inputs
-        asked = {"batch_size": batch_size, "precision": precision, "device": self.device, **kwargs}
-        with stock_words(lambda: as_stock(self).encode([], **asked)):
+        asked = {"batch_size": batch_size, "precision": precision, **kwargs}
+        with stock_words(lambda: as_stock(self).encode([], device=self.device, **asked)):
             check_positive("batch_size", batch_size)
             check_keywords(kwargs, self.get_model_kwargs)
             if precision is not None and precision not in PRECISIONS:

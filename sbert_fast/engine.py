@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,23 +12,14 @@ from torch import Tensor, nn
 
 from sbert_fast import bypass, models, ops
 from sbert_fast.errors import UnsupportedModelError
+from sbert_fast.fingerprint import Fingerprint, settle, tensors_in
 from sbert_fast.forking import Lock
+from sbert_fast.linears import PreparedLinear, PreparedNorm, Target, aligned, prepare_linear
 from sbert_fast.models.base import Linear, check_finite
 from sbert_fast.ops.dispatch import FUSING
 from sbert_fast.ops.panels import Activation
 from sbert_fast.packing import PackedBatch
-from sbert_fast.prepare import (
-    Fingerprint,
-    LinearKernels,
-    PreparedLinear,
-    PreparedNorm,
-    aligned,
-    settle,
-    tensors_in,
-)
 from sbert_fast.state import Snapshot
-
-NormAndPool = Callable[[Tensor, "Tensor | None", Tensor, PreparedNorm], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +30,14 @@ class PreparedLayer:
     up: PreparedLinear
     down: PreparedLinear
     output_norm: PreparedNorm
+
+
+@dataclass(frozen=True, slots=True)
+class PoolKernels:
+    """What pools hidden states; and, where that is one kernel, what normalises and pools them."""
+
+    pool: ops.Kernel
+    norm_pool: ops.Kernel | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +55,22 @@ class Prepared:
     layers: tuple[PreparedLayer, ...]
     embed: ops.Kernel
     attend: ops.Kernel
+    pooling: PoolKernels
+
+
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """The last hidden states before the last LayerNorm: `norm(y + bias + residual)`.
+
+    Attributes:
+        y, residual: `[T, E]`.
+        bias: fp32 `[E]`, or None.
+    """
+
+    y: Tensor
+    bias: Tensor | None
+    residual: Tensor
+    norm: PreparedNorm
 
 
 class Admission:
@@ -193,11 +208,6 @@ class PackedEncoder:
         :mod:`sbert_fast.ops.choices` lists."""
         return ops.resolve(self.device, self.compute_dtype, self.impl)
 
-    @property
-    def fuses_pooling(self) -> bool:
-        """Whether the last LayerNorm and pooling are one kernel: :meth:`pool` is the way then."""
-        return self.bind("norm_pool_out").implementation in FUSING
-
     def bind(self, op: str) -> ops.Kernel:
         """The kernel of `op` that a forward pass uses now."""
         return ops.bind(op, self.device, self.compute_dtype, self.impl, **self.sizes(op))
@@ -273,17 +283,17 @@ class PackedEncoder:
 
     def _prepare(self, weights: models.EncoderWeights) -> Prepared:
         architecture, device, dtype = self.architecture, self.device, self.compute_dtype
-        kernels = LinearKernels(dtype, device, self.impl)
+        target = Target(dtype, device, self.impl)
         gelu = Activation.GELU_TANH if architecture.tanh_gelu else Activation.GELU
 
         def prepare(*parts: Linear, activation: Activation = Activation.NONE) -> PreparedLinear:
-            return PreparedLinear(parts, kernels, activation)
+            return prepare_linear(parts, target, activation)
 
         embeddings = weights.embeddings
         types = embeddings.token_type
         # On a CPU fp32 tables serve every dtype as they are: no copy, no rounding before the sum.
         in_place = device.type == "cpu" and embeddings.word.dtype == torch.float32
-        embed = self.bind("embed_norm")
+        embed, norm_pool = self.bind("embed_norm"), self.bind("norm_pool_out")
         vectors = device.type == "cuda" or embed.implementation == "cuda"
 
         def table(values: Tensor) -> Tensor:
@@ -313,6 +323,10 @@ class PackedEncoder:
             ),
             embed=embed,
             attend=self.bind("varlen_attention"),
+            pooling=PoolKernels(
+                self.bind("segment_pool_out"),
+                norm_pool if norm_pool.implementation in FUSING else None,
+            ),
         )
 
     def __call__(self, batch: PackedBatch, prepared: Prepared | None = None) -> Tensor:
@@ -335,19 +349,12 @@ class PackedEncoder:
         with torch.no_grad():
             yield from _states(prepared, prepared.layers, batch)
 
-    def pool(self, batch: PackedBatch, prepared: Prepared, norm_and_pool: NormAndPool) -> None:
-        """Run a packed batch up to the last layer's residual and LayerNorm.
-
-        Args:
-            batch, prepared: as in calling the engine.
-            norm_and_pool: takes what is left: the output `[T, E]` of the last linear layer, its
-                bias if that is still to be added, the residual, and the LayerNorm.
-        """
+    def unfinished(self, batch: PackedBatch, prepared: Prepared) -> Unfinished:
+        """What calling the engine returns, before the last LayerNorm; arguments as there."""
         with torch.no_grad():
             *layers, last = prepared.layers
             x = _attend(prepared, last, batch, _run_layers(prepared, layers, batch))
-            y, bias = last.down.without_bias(last.up(x))
-            norm_and_pool(y, bias, x, last.output_norm)
+            return Unfinished(*last.down.without_bias(last.up(x)), x, last.output_norm)
 
 
 def _embed(p: Prepared, batch: PackedBatch) -> Tensor:

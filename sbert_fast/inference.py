@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sbert_fast import budget, packing
-from sbert_fast.engine import PackedEncoder, Prepared
+from sbert_fast.engine import PackedEncoder, Prepared, Unfinished
 from sbert_fast.errors import NonFiniteEmbeddingError, TokenIdError
 from sbert_fast.packing import PackedBatch
 from sbert_fast.pooling import PoolingHead
@@ -233,7 +232,6 @@ def _how(pipeline: Pipeline, request: Request) -> dict[str, Any]:
     return {
         "normalize": request.normalize,
         "skip": 0 if pipeline.head.spec.include_prompt else request.prompt_tokens,
-        "impl": pipeline.engine.impl,
     }
 
 
@@ -246,12 +244,13 @@ def _pool(
     rows: Tensor,
 ) -> None:
     """Write the embeddings of a batch, which is on the device of `out`, to `out[rows]`."""
-    engine, head = pipeline.engine, pipeline.head
-    how = _how(pipeline, request)
-    if engine.fuses_pooling and head.fuses(out.shape[1]):
-        engine.pool(batch, prepared, partial(head.norm_and_pool, batch, out, rows, **how))
-        return
-    head(engine(batch, prepared), batch, out, rows, **how)
+    engine, head, kernels = pipeline.engine, pipeline.head, prepared.pooling
+    x: Tensor | Unfinished
+    if kernels.norm_pool is not None and head.fuses(out.shape[1]):
+        x = engine.unfinished(batch, prepared)
+    else:
+        x = engine(batch, prepared)
+    head(x, batch, kernels, out, rows, **_how(pipeline, request))
 
 
 class _Embeddings:
@@ -356,7 +355,7 @@ class _States:
                 shape = len(rows), self._request.dimension
                 embeddings = torch.empty(shape, dtype=torch.float32, device=x.device)
                 how = _how(self._pipeline, self._request)
-                self._pipeline.head(x, staged, embeddings, where, **how)
+                self._pipeline.head(x, staged, prepared.pooling, embeddings, where, **how)
             x = x[: batch.num_tokens]
         parts: list[Tensor] = [x] if embeddings is None else [x, embeddings]
         if self._request.checks and not all(torch.isfinite(part).all() for part in parts):

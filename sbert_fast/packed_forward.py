@@ -24,8 +24,8 @@ from transformers.utils import ModelOutput
 from sbert_fast import bypass, forking, padded_call
 from sbert_fast.engine import PackedEncoder, Prepared
 from sbert_fast.errors import InvalidWeightsError, UnsupportedModelError
+from sbert_fast.linears import aligned
 from sbert_fast.padded_call import UseOriginalError as _UseOriginalError
-from sbert_fast.prepare import aligned
 from sbert_fast.transfer import Transfers
 
 logger = logging.getLogger("sbert_fast")

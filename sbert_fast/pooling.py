@@ -10,17 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sbert_fast import ops
+from sbert_fast.engine import PoolKernels, Unfinished
 from sbert_fast.errors import UnsupportedModelError
+from sbert_fast.fingerprint import Fingerprint, settle, tensors_in
+from sbert_fast.linears import PreparedLinear, Target, prepare_linear
 from sbert_fast.models.base import check_finite, linear
 from sbert_fast.packing import ROW_ALIGNMENT, PackedBatch
-from sbert_fast.prepare import (
-    Fingerprint,
-    LinearKernels,
-    PreparedLinear,
-    PreparedNorm,
-    settle,
-    tensors_in,
-)
 
 # sentence-transformers' names of the modes, and ours.
 _MODES = {
@@ -146,31 +141,40 @@ class PoolingHead:
 
     def __call__(
         self,
-        x: Tensor,
+        x: Tensor | Unfinished,
         batch: PackedBatch,
+        kernels: PoolKernels,
         out: Tensor,
         rows: Tensor,
         *,
         normalize: bool,
         skip: int,
-        impl: str,
     ) -> None:
         """Write one embedding a sequence.
 
         Args:
-            x: `[T, E]` hidden states of `batch`.
+            x: hidden states `[T, E]` of `batch`; or, where `kernels` and :meth:`fuses` allow it,
+                what has yet to be normalised.
             batch: the packed batch.
+            kernels: those of the engine that made `x`.
             out: fp32 `[N, dimension]`, or fewer columns where embeddings are truncated.
             rows: int32 `[B]`: sequence i goes to `out[rows[i]]`.
             normalize: L2-normalise at the end, after truncation.
             skip: tokens of the prompt to leave out.
-            impl: implementation of the ops.
         """
         spec, dimension = self.spec, out.shape[1]
-        pool = ops.bind("segment_pool_out", x.device, x.dtype, impl, width=x.shape[1])
         if self.fuses(dimension):
-            pool(x, batch.cu_seqlens, *self._one_pass(normalize, skip), out, rows)
+            ends_normalized = any(is_module(m, "Normalize") for m in spec.tail.values())
+            mode = ops.POOLING_MODES.index(spec.modes[0])
+            last = batch.cu_seqlens, mode, ends_normalized or normalize, skip, None, out, rows
+            if isinstance(x, Unfinished):
+                assert kernels.norm_pool is not None
+                norm = x.norm.weight, x.norm.bias, x.norm.eps
+                kernels.norm_pool(x.y, x.bias, x.residual, *norm, *last)
+            else:
+                kernels.pool(x, *last)
             return
+        assert isinstance(x, Tensor)
         pooled = torch.empty(
             (batch.num_sequences, spec.width * len(spec.modes)),
             device=x.device,
@@ -179,12 +183,12 @@ class PoolingHead:
         for i, mode_name in enumerate(spec.modes):
             part = pooled[:, i * spec.width : (i + 1) * spec.width]
             mode = ops.POOLING_MODES.index(mode_name)
-            pool(x, batch.cu_seqlens, mode, False, skip, None, part, None)
+            kernels.pool(x, batch.cu_seqlens, mode, False, skip, None, part, None)
         for name, module in spec.tail.items():
             if is_module(module, "Normalize"):
                 pooled = F.normalize(pooled, dim=1)
             else:
-                pooled = self._apply_dense(name, module, pooled, impl)
+                pooled = self._apply_dense(name, module, pooled)
         pooled = pooled[:, :dimension]
         out[rows.long()] = F.normalize(pooled, dim=1) if normalize else pooled
 
@@ -193,40 +197,8 @@ class PoolingHead:
         spec = self.spec
         return len(spec.modes) == 1 and not spec.has_dense and dimension == spec.dimension
 
-    def _one_pass(self, normalize: bool, skip: int) -> tuple[int, bool, int, None]:
-        ends_normalized = any(is_module(m, "Normalize") for m in self.spec.tail.values())
-        mode = ops.POOLING_MODES.index(self.spec.modes[0])
-        return mode, ends_normalized or normalize, skip, None
-
-    def norm_and_pool(
-        self,
-        batch: PackedBatch,
-        out: Tensor,
-        rows: Tensor,
-        y: Tensor,
-        bias: Tensor | None,
-        residual: Tensor,
-        norm: PreparedNorm,
-        *,
-        normalize: bool,
-        skip: int,
-        impl: str,
-    ) -> None:
-        """Write one embedding a sequence, from what the last layer has yet to normalise.
-
-        Args:
-            batch, out, rows, normalize, skip, impl: as in calling the head; `out` has a dimension
-                that it :meth:`fuses`.
-            y, residual: `[T, E]`, see :meth:`sbert_fast.engine.PackedEncoder.pool`.
-            bias: fp32 `[E]` or None.
-            norm: the last LayerNorm.
-        """
-        kernel = ops.bind("norm_pool_out", y.device, y.dtype, impl, width=y.shape[1])
-        last = bias, residual, norm.weight, norm.bias, norm.eps
-        kernel(y, *last, batch.cu_seqlens, *self._one_pass(normalize, skip), out, rows)
-
     def prepare(self, device: torch.device, impl: str) -> None:
-        """Lay out the weights of every `Dense` where that has not been done.
+        """Lay out the weights of every `Dense`, as they are now: needed before the head is called.
 
         Args:
             device: where the weights are.
@@ -236,23 +208,16 @@ class PoolingHead:
             InvalidWeightsError: weights hold NaN or infinity; the message names the tensor.
         """
         for name, module in self.spec.tail.items():
-            if is_module(module, "Dense"):
-                self._prepared(name, module, device, impl)
+            entry = self._dense.get(name)
+            if is_module(module, "Dense") and (entry is None or not entry[0].is_current()):
+                check_finite(module, f"{name}.")
+                entry = _prepare_dense(module, Target(torch.float32, device, impl))
+                settle(device)
+                self._dense[name] = entry
 
-    def _prepared(
-        self, name: str, module: nn.Module, device: torch.device, impl: str
-    ) -> _PreparedDense:
-        entry = self._dense.get(name)
-        if entry is None or not entry[0].is_current():
-            check_finite(module, f"{name}.")
-            entry = _prepare_dense(module, device, impl)
-            settle(device)
-            self._dense[name] = entry
-        return entry
-
-    def _apply_dense(self, name: str, module: Any, x: Tensor, impl: str) -> Tensor:
+    def _apply_dense(self, name: str, module: Any, x: Tensor) -> Tensor:
         """`Dense` on rows padded to a multiple of 16, so that a row depends on no other row."""
-        _, layer, residual = self._prepared(name, module, x.device, impl)
+        _, layer, residual = self._dense[name]
         count = x.shape[0]
         padded = F.pad(x, (0, 0, 0, -count % ROW_ALIGNMENT))
         y = module.activation_function(layer(padded))
@@ -261,13 +226,12 @@ class PoolingHead:
         return y[:count]
 
 
-def _prepare_dense(module: Any, device: torch.device, impl: str) -> _PreparedDense:
-    kernels = LinearKernels(torch.float32, device, impl)
+def _prepare_dense(module: Any, target: Target) -> _PreparedDense:
     with torch.inference_mode(False), torch.no_grad():
-        layer = PreparedLinear((linear(module.linear),), kernels)
+        layer = prepare_linear((linear(module.linear),), target)
         projection = getattr(module, "residual", None)
         residual = None
         if projection is not None:
-            residual = PreparedLinear((linear(projection),), kernels)
+            residual = prepare_linear((linear(projection),), target)
     fingerprint = Fingerprint(module.parameters(), tensors_in((layer, residual)))
     return fingerprint, layer, residual

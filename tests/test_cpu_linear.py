@@ -9,15 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sbert_fast import linears
+from sbert_fast.linears import PanelLinear, PreparedNorm, Target
 from sbert_fast.models.base import Linear
 from sbert_fast.ops import extension, panels
 from sbert_fast.ops.panels import Activation
-from sbert_fast.prepare import (
-    LinearKernels,
-    PreparedLinear,
-    PreparedNorm,
-    onednn_linear_available,
-)
 from sbert_fast.testing import check_op
 
 OPS = torch.ops.sbert_fast
@@ -121,15 +117,14 @@ def test_panels_hold_the_weight(K: int, N: int, dtype: torch.dtype) -> None:
 
 @every_dtype
 @pytest.mark.parametrize("inputs", [64, 37])
-@pytest.mark.parametrize("implementation", ["panels", "onednn", "torch"])
-def test_prepared_linears_agree(
-    monkeypatch: pytest.MonkeyPatch, implementation: str, inputs: int, dtype: torch.dtype
-) -> None:
+@pytest.mark.parametrize("kind", linears.KINDS, ids=lambda kind: kind.name)
+def test_prepared_linears_agree(kind: Any, inputs: int, dtype: torch.dtype) -> None:
     """Whatever they run on; layers without a bias beside one that has it."""
-    if implementation == "onednn" and not onednn_linear_available(dtype):
-        pytest.skip(f"oneDNN has no linear layers in {dtype} on this CPU")
-    monkeypatch.setattr("sbert_fast.prepare.linear_implementation", lambda *_: implementation)
-    kernels = LinearKernels(dtype, CPU, "auto")
+    target = Target(dtype, CPU)
+    if kind is not PanelLinear and (reason := kind.refusal(target, inputs)) is not None:
+        pytest.skip(reason)
+    if kind is PanelLinear and dtype == torch.bfloat16 and inputs % 2:
+        pytest.skip("bfloat16 panels hold pairs of inputs")
     x, residual = torch.randn(32, inputs).to(dtype), torch.randn(32, 90).to(dtype)
     weights, bias = torch.randn(3, 30, inputs), torch.randn(30)
     parts = tuple(Linear(w, b) for w, b in zip(weights, (None, bias, None), strict=True))
@@ -139,9 +134,9 @@ def test_prepared_linears_agree(
         # pack() takes an even number of inputs: the oracle gets one more, of zeros.
         wide = F.pad(weights.view(90, -1), (0, inputs % 2)).to(dtype)
         args[:2] = F.pad(x, (0, inputs % 2)), panels.pack(wide)
-    check_op("linear", PreparedLinear(parts, kernels, Activation.GELU)(x), args, dtype)
+    check_op("linear", kind(parts, target, Activation.GELU)(x), args, dtype)
 
     norm = PreparedNorm(torch.rand(90), torch.randn(90), 1e-5)
-    out = PreparedLinear(parts, kernels).add_norm(x, residual, norm)
+    out = kind(parts, target).add_norm(x, residual, norm)
     args[3:] = residual, norm.weight, norm.bias, norm.eps
     check_op("linear_norm", out, args, dtype)

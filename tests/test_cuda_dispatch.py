@@ -242,7 +242,7 @@ class TestEmulated:
     def test_engine(self) -> None:
         model = families.make_model("bert")
         engine = PackedEncoder(model, dtype=torch.bfloat16, impl="cuda")
-        assert engine.implementation == "cuda" and engine.fuses_pooling
+        assert engine.implementation == "cuda" and engine.prepared().pooling.norm_pool is not None
         prepared = engine.prepared()
         assert {prepared.embed.implementation, prepared.attend.implementation} == {"cuda"}
         # As on a GPU: torch's products, their biases left to the kernels behind them.
@@ -250,7 +250,7 @@ class TestEmulated:
         assert layer.down.implementation == "torch"
         assert layer.up.gelu_kernel.implementation == "cuda"
         assert layer.down.norm_kernel.implementation == "cuda"
-        assert not PackedEncoder(model, impl="reference").fuses_pooling
+        assert PackedEncoder(model, impl="reference").prepared().pooling.norm_pool is None
 
     def test_head_dim_is_refused_at_construction(self) -> None:
         model = families.make_model("bert", hidden_size=36, num_attention_heads=3)

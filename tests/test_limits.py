@@ -18,7 +18,7 @@ import cuda_emulation
 import families
 from op_cases import int32
 from refusal_cases import HEADS, public_arguments
-from sbert_fast import FastEncoder, explain, ops, prepare
+from sbert_fast import FastEncoder, explain, linears, ops
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import ImplementationError
 from sbert_fast.ops import choices, extension, limits, schemas
@@ -244,7 +244,7 @@ class TestEngine:
 
     @pytest.fixture(autouse=True)
     def _linears_of_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(prepare, "linear_implementation", lambda *_: "torch")
+        monkeypatch.setattr(linears, "KINDS", (linears.TorchLinear,))
 
     ONE = ("embed_norm", "varlen_attention", "bias_gelu", "add_norm", "norm_pool_out")
 
@@ -274,12 +274,12 @@ class TestEngine:
         layer = engine.prepared().layers[0]
         assert layer.down.norm_kernel.implementation == "cuda"
         assert layer.up.gelu_kernel.implementation == "cuda"
-        assert engine.fuses_pooling
+        assert engine.prepared().pooling.norm_pool is not None
 
     def test_a_width_no_kernel_of_rows_takes(self) -> None:
         model = families.make_model("bert", hidden_size=36, num_attention_heads=3)
         engine = PackedEncoder(model, dtype=DTYPE)
-        assert not engine.fuses_pooling
+        assert engine.prepared().pooling.norm_pool is None
         assert {engine.bind(op).implementation for op in ("add_norm", "varlen_attention")} == {
             engine.implementation
         }

@@ -15,7 +15,8 @@ from torch import nn
 
 from checks import assert_same_result, assert_same_vectors
 from families import make_sentence_transformer, make_texts, randomize
-from sbert_fast import FastEncoder
+from sbert_fast import FastEncoder, ops
+from sbert_fast.engine import PoolKernels
 from sbert_fast.errors import InvalidWeightsError
 from sbert_fast.packing import pack
 from sbert_fast.pooling import PoolingHead, read_pooling
@@ -172,6 +173,9 @@ def test_dense_after_a_concatenation(launches: Launches) -> None:
 def test_dense_rows_do_not_depend_on_the_batch(tail: Callable[[], list[nn.Module]]) -> None:
     """The head alone: the same hidden states in batches of other sizes give the same bits."""
     head = PoolingHead(read_pooling(dict(list(build("mean", *tail()).named_children())[1:]), WIDTH))
+    head.prepare(torch.device("cpu"), "auto")
+    pool = ops.bind("segment_pool_out", torch.device("cpu"), torch.float32, width=WIDTH)
+    kernels = PoolKernels(pool, None)
     lengths = np.array([5, 1, 17, 2, 30, 9, 4] * 7)
     offsets = np.concatenate(([0], np.cumsum(lengths)))
     ids = np.zeros(offsets[-1], dtype=np.int32)
@@ -183,7 +187,7 @@ def test_dense_rows_do_not_depend_on_the_batch(tail: Callable[[], list[nn.Module
         x[: batch.num_tokens] = torch.cat([states[offsets[r] : offsets[r + 1]] for r in rows])
         out = torch.empty(len(rows), head.spec.dimension)
         where = torch.arange(len(rows), dtype=torch.int32)
-        head(x, batch, out, where, normalize=True, skip=0, impl="auto")
+        head(x, batch, kernels, out, where, normalize=True, skip=0)
         return out
 
     expected = embed(list(range(len(lengths))))

@@ -16,9 +16,9 @@ from checks import assert_same_vectors, bits, cosine_distances
 from families import make_sentence_transformer, make_texts
 from sbert_fast import FastEncoder, ops, packing
 from sbert_fast.data import multilingual_texts, sample_texts
+from sbert_fast.linears import Target, choose
 from sbert_fast.packing import PackedBatch
 from sbert_fast.pooling import PoolingHead
-from sbert_fast.prepare import linear_implementation
 
 MAX_LENGTH = 512
 # Most that a 16-bit vector may turn away from the fp32 one, whatever the original loses itself.
@@ -97,7 +97,7 @@ def _encode_packed(st: SentenceTransformer, texts: list[str], dtype: str) -> np.
     launches = ops.launches()
     engine = encoder.packed_engine
     expected = {"embed_norm": 1, "varlen_attention": layers, "segment_pool_out": 1}
-    match linear_implementation(engine.compute_dtype, engine.device):
+    match choose(Target(engine.compute_dtype, engine.device)).name:
         case "panels":
             expected |= {"linear": 2 * layers, "linear_norm": 2 * layers}
         case "onednn":

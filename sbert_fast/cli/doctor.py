@@ -193,11 +193,11 @@ def _linears() -> dict[str, str]:
     """What linear layers run on: panels (the C++ ops), onednn (prepacked), or torch."""
     import torch
 
-    from sbert_fast.prepare import linear_implementation
+    from sbert_fast.linears import Target, choose
 
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     return {
-        f"{device} {str(dtype)[6:]}": linear_implementation(dtype, torch.device(device))
+        f"{device} {str(dtype)[6:]}": choose(Target(dtype, torch.device(device))).name
         for device in devices
         for dtype in (torch.float32, torch.bfloat16)
     }

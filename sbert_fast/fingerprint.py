@@ -1,0 +1,70 @@
+"""The fingerprint of tensors, which tells when what was derived from them is stale."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, is_dataclass
+
+import torch
+from torch import Tensor
+
+from sbert_fast.linears import StackedLinear
+from sbert_fast.ops.content import ContentHash
+
+
+def settle(device: torch.device) -> None:
+    """Wait for what was prepared on the current stream: other threads read it on theirs."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def tensors_in(node: object) -> Iterator[Tensor]:
+    """Every tensor of prepared weights."""
+    if isinstance(node, Tensor):
+        yield node
+    elif isinstance(node, tuple):
+        for part in node:
+            yield from tensors_in(part)
+    elif isinstance(node, StackedLinear):
+        yield from tensors_in(tuple(vars(node).values()))
+    elif is_dataclass(node):
+        for entry in fields(node):
+            yield from tensors_in(getattr(node, entry.name))
+
+
+_version_of = Tensor._version.__get__  # type: ignore[attr-defined]
+
+
+class Fingerprint:
+    """Tells whether any of some tensors was written to, or given another storage.
+
+    Args:
+        tensors: parameters and buffers. Each is asked for its count of writes, address, dtype,
+            shape and strides.
+        shared: what was derived of them. Those of `tensors` that are among it are read live; what
+            the others hold is hashed, because many writers are not counted: those through
+            `.data`, fused optimizers, views of numpy.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], shared: Iterable[Tensor]) -> None:
+        self._tensors = list(tensors)
+        # They keep the storages alive, so that an address cannot be used again unseen.
+        self._held = [tensor.detach() for tensor in self._tensors]
+        # Those in the layout of oneDNN have none, and are copies.
+        addresses = {t.data_ptr() for t in shared if t.layout == torch.strided}
+        live = [t for t in self._tensors if t.data_ptr() in addresses]
+        self._hash = ContentHash([t for t in self._tensors if t.data_ptr() not in addresses], live)
+        self._counted = [t for t in self._tensors if not t.is_inference()]
+        # Inference tensors count no writes: a hash of all their bits tells of them.
+        self._uncounted = [t for t in self._tensors if t.is_inference()]
+        self._values = self._read()
+
+    def _read(self) -> tuple[object, ...]:
+        return (
+            self._hash(),
+            list(map(_version_of, self._counted)),
+            [torch.hash_tensor(tensor).item() for tensor in self._uncounted],
+        )
+
+    def is_current(self) -> bool:
+        return self._read() == self._values

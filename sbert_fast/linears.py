@@ -1,0 +1,240 @@
+"""Linear layers of the packed engine: a class for each kernel, and what chooses between them.
+
+On panels a row of the result depends on no other row, bit for bit; elsewhere that holds where the
+number of rows is a multiple of 16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sbert_fast import ops
+from sbert_fast.models.base import Linear, Norm
+from sbert_fast.ops import panels
+from sbert_fast.ops.dispatch import requested
+from sbert_fast.ops.panels import Activation
+
+# Rows oneDNN lays prepacked weights out for; any other number of rows works too.
+_PREPACK_ROWS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What layers are prepared for.
+
+    Attributes:
+        dtype: what they compute in, whatever their weights are kept in.
+        device: where the weights are.
+        impl: implementation of the ops, see :mod:`sbert_fast.ops`.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    impl: str = "auto"
+
+    def bind(self, op: str, width: int | None = None) -> ops.Kernel:
+        """The kernel of `op` for rows `[T, width]`."""
+        return ops.bind(op, self.device, self.dtype, self.impl, width=width)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedNorm:
+    """LayerNorm parameters in fp32."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, norm: Norm) -> PreparedNorm:
+        weight, bias = (part.detach().float().contiguous() for part in (norm.weight, norm.bias))
+        return cls(aligned(weight), aligned(bias), norm.eps)
+
+
+class PreparedLinear(Protocol):
+    """`activation(x @ weight.T + bias)`, laid out for its kernel."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[T, N]` of `x` `[T, K]`."""
+
+    def add_norm(self, x: Tensor, residual: Tensor, norm: PreparedNorm) -> Tensor:
+        """LayerNorm of the output plus `residual` `[T, N]`."""
+
+    def without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The output, and the bias fp32 `[N]` that is still to be added; None where it has been."""
+
+
+class StackedLinear:
+    """A layer whose weights are copied; several of the same input stand side by side.
+
+    Args:
+        parts: the layers.
+        target: what to prepare them for.
+        activation: fused into the layer.
+    """
+
+    def __init__(
+        self, parts: tuple[Linear, ...], target: Target, activation: Activation = Activation.NONE
+    ) -> None:
+        self.target, self.activation = target, activation
+        weight = torch.cat([part.weight.detach().to(target.dtype) for part in parts])
+        self.features = weight.shape[0]
+        self.weight = self.lay_out(weight)
+        bias = _side_by_side(parts)
+        self.wide_bias = None if bias is None else bias.float()
+        self.bias = None if bias is None else bias.to(target.dtype)
+
+    def lay_out(self, weight: Tensor) -> Tensor:
+        return weight.contiguous()
+
+    # Bound by its first use: a linear layer alone may run where LayerNorm does not.
+    @cached_property
+    def norm_kernel(self) -> ops.Kernel:
+        return self.target.bind("add_norm", self.features)
+
+    def add_norm(self, x: Tensor, residual: Tensor, norm: PreparedNorm) -> Tensor:
+        rest = residual, norm.weight, norm.bias, norm.eps
+        return self.norm_kernel(*self.without_bias(x), *rest)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self(x), None
+
+
+class PanelLinear(StackedLinear):
+    """The C++ ops: GELU, residual and LayerNorm are part of the product."""
+
+    name = "panels"
+
+    @staticmethod
+    def refusal(target: Target, inputs: int) -> str | None:
+        if target.device.type != "cpu" or requested(target.impl) == "cuda":
+            return "they multiply on a CPU only"
+        if ops.resolve(target.device, target.dtype, target.impl) != "cpu":
+            return "the C++ ops do not run"
+        isa = torch.ops.sbert_fast.cpu_isa()
+        if target.dtype == torch.float32:
+            return "without AVX2 oneDNN is faster" if isa == "generic" else None
+        if isa != "avx512_bf16" or torch.cpu._is_amx_tile_supported():
+            return "oneDNN is faster where there are no dot products of pairs, or AMX"
+        return f"{inputs} inputs are an odd number" if inputs % 2 else None
+
+    def lay_out(self, weight: Tensor) -> Tensor:
+        return panels.pack(weight)
+
+    @cached_property
+    def kernel(self) -> ops.Kernel:
+        return self.target.bind("linear")
+
+    @cached_property
+    def norm_kernel(self) -> ops.Kernel:
+        return self.target.bind("linear_norm")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.kernel(x, self.weight, self.wide_bias, self.features, self.activation)
+
+    def add_norm(self, x: Tensor, residual: Tensor, norm: PreparedNorm) -> Tensor:
+        rest = residual, norm.weight, norm.bias, norm.eps
+        return self.norm_kernel(x, self.weight, self.wide_bias, *rest)
+
+
+class OneDnnLinear(StackedLinear):
+    """Torch's oneDNN on weights that are laid out ahead; GELU is part of the product."""
+
+    name = "onednn"
+
+    @staticmethod
+    def refusal(target: Target, inputs: int) -> str | None:
+        if target.device.type != "cpu" or requested(target.impl) == "cuda":
+            return "oneDNN multiplies on a CPU only"
+        if not torch.backends.mkldnn.is_available() or not hasattr(
+            torch.ops.mkldnn, "_linear_pointwise"
+        ):
+            return "this torch was built without oneDNN"
+        bf16 = target.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if bf16 or target.dtype == torch.float32:
+            return None
+        return f"it does not multiply {target.dtype} on this CPU"
+
+    def lay_out(self, weight: Tensor) -> Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PREPACK_ROWS)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        function, variant = {
+            Activation.NONE: ("none", ""),
+            Activation.GELU: ("gelu", "none"),
+            Activation.GELU_TANH: ("gelu", "tanh"),
+        }[self.activation]
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, function, [], variant)
+
+
+class TorchLinear(StackedLinear):
+    """`F.linear`, the bias left to the op that follows."""
+
+    name = "torch"
+
+    @staticmethod
+    def refusal(target: Target, inputs: int) -> str | None:
+        return None
+
+    @cached_property
+    def gelu_kernel(self) -> ops.Kernel:
+        return self.target.bind("bias_gelu", self.features)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.activation == Activation.NONE:
+            return F.linear(x, self.weight, self.bias)
+        is_tanh = self.activation == Activation.GELU_TANH
+        return self.gelu_kernel(*self.without_bias(x), is_tanh)
+
+    def without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return F.linear(x, self.weight), self.wide_bias
+
+
+KINDS = (PanelLinear, OneDnnLinear, TorchLinear)
+
+
+def choose(target: Target, inputs: int = 0) -> type[PanelLinear | OneDnnLinear | TorchLinear]:
+    """The kind of layer that is fastest for `target`, of those that take rows of `inputs`."""
+    return next(kind for kind in KINDS if kind.refusal(target, inputs) is None)
+
+
+def prepare_linear(
+    parts: tuple[Linear, ...], target: Target, activation: Activation = Activation.NONE
+) -> PreparedLinear:
+    """Layers of the same input as one, laid out for the kernel that suits `target`.
+
+    Args:
+        parts: their outputs stand side by side.
+        target: what to prepare them for.
+        activation: fused into the layer.
+    """
+    return choose(target, parts[0].weight.shape[1])(parts, target, activation)
+
+
+def _side_by_side(parts: tuple[Linear, ...]) -> Tensor | None:
+    """The biases of some layers, zeros where one has none; None where none has any."""
+    if all(part.bias is None for part in parts):
+        return None
+    return torch.cat(
+        [
+            part.weight.new_zeros(part.weight.shape[0]) if part.bias is None else part.bias.detach()
+            for part in parts
+        ]
+    )
+
+
+def aligned(values: Tensor) -> Tensor:
+    """`values`, copied where they begin between the 16 bytes that a kernel loads at once.
+
+    A file that is mapped into memory has its tensors anywhere.
+    """
+    return values if values.data_ptr() % 16 == 0 else values.clone()

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import nn
+from transformers import BatchEncoding
 
 from sbert_fast import bypass, ops
 from sbert_fast.engine import PackedEncoder
@@ -22,8 +23,17 @@ from sbert_fast.tokenization import TextTokenizer
 DEVICES = ("cpu", "cuda")
 # transformers' stand-in for "no limit" is far above this.
 _NO_LIMIT = 1_000_000_000
-# What encoding calls.
-_ROOTS = ("__call__", "__getattr__", "encode", "forward")
+# What encoding calls, by name and by syntax.
+_ROOTS = (
+    "__call__",
+    "__getattr__",
+    "__getattribute__",
+    "__getitem__",
+    "__iter__",
+    "__len__",
+    "encode",
+    "forward",
+)
 # Attributes of a Transformer module that are checked below, change nothing after loading, or only
 # remember what was computed. Others change what it does where they are set.
 _KNOWN = {
@@ -159,13 +169,13 @@ def _max_length(transformer: Any, room: int) -> int:
     """Tokens kept of a text, given the room of the position table."""
     tokenizer = transformer.tokenizer
     value = tokenizer.model_max_length
-    if value is not None and (
-        isinstance(value, bool) or not isinstance(value, (int, float, np.integer))
-    ):
+    if value is None:
+        raise UnsupportedModelError("max_seq_length is None")
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer)):
         raise ValueError(f"max_seq_length must be an integer, got {value!r}")
     # sentence-transformers falls back to the size of the whole table, offset rows included.
     table = transformer.auto_model.config.max_position_embeddings
-    if value is None or value >= _NO_LIMIT or room < value == table:
+    if value >= _NO_LIMIT or room < value == table:
         return room
     # Tokenizers cut nothing where the special tokens alone are too many.
     least = max(1, tokenizer.num_special_tokens_to_add(pair=False))
@@ -199,7 +209,7 @@ class Assembly:
         self._where = where
         # The engine looks after the base model, where there is one.
         self._snapshot = Snapshot(model, without=[base])
-        self._originals = originals(map(type, self._snapshot.objects), _ROOTS)
+        self._originals = originals({*map(type, self._snapshot.objects), BatchEncoding}, _ROOTS)
         self._pipeline: Pipeline | None = None
         self._problem = self._originals.problem
         try:
@@ -213,7 +223,7 @@ class Assembly:
             self._problem = str(error)
         if self._problem is not None:
             self._pipeline, self._snapshot = None, Snapshot(model)
-            self._originals = originals(map(type, self._snapshot.objects), _ROOTS)
+            self._originals = originals({*map(type, self._snapshot.objects), BatchEncoding}, _ROOTS)
 
     def prepare(self, where: Callable[[], Where]) -> Pipeline | str | None:
         """The pipeline, or why sentence-transformers runs; None where the assembly is outdated.

@@ -64,6 +64,8 @@ def reason(modules: Iterable[nn.Module]) -> str | None:
             return f"{type(module).__name__} has forward hooks"
         if is_replaced(module, "forward"):
             return f"forward of {type(module).__name__} was replaced on an instance"
+        if module._compiled_call_impl is not None:
+            return f"{type(module).__name__} was compiled"
     return None
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sbert_fast import bypass, models, ops
 from sbert_fast.errors import UnsupportedModelError
-from sbert_fast.fingerprint import Fingerprint, settle, tensors_in
+from sbert_fast.fingerprint import Fingerprint, derive, settle
 from sbert_fast.forking import Lock
 from sbert_fast.linears import PreparedLinear, PreparedNorm, Target, aligned, prepare_linear
 from sbert_fast.models.base import Linear, check_finite
@@ -272,16 +272,20 @@ class PackedEncoder:
             ):
                 self._current = current = None
                 self.architecture = admission.architecture
-                with torch.inference_mode(False), torch.no_grad():
-                    check_finite(self.model)
-                    prepared = self._prepare(admission.weights)
-                settle(self.device)
                 tensors = [*admission.tensors, *admission.buffers]
-                current = _Current(admission, Fingerprint(tensors, tensors_in(prepared)), prepared)
+                prepared, fingerprint = derive(tensors, lambda: self._prepare(admission.weights))
+                current = _Current(admission, fingerprint, prepared)
             self._current = replace(current, admission=admission)
             return current.prepared
 
     def _prepare(self, weights: models.EncoderWeights) -> Prepared:
+        with torch.inference_mode(False), torch.no_grad():
+            check_finite(self.model)
+            prepared = self._lay_out(weights)
+        settle(self.device)
+        return prepared
+
+    def _lay_out(self, weights: models.EncoderWeights) -> Prepared:
         architecture, device, dtype = self.architecture, self.device, self.compute_dtype
         target = Target(dtype, device, self.impl)
         gelu = Activation.GELU_TANH if architecture.tanh_gelu else Activation.GELU

@@ -22,7 +22,7 @@ class ModelFileError(SbertFastError, NotADirectoryError, ValueError):
 
 
 class NoSuchDeviceError(SbertFastError, ValueError, RuntimeError, AssertionError):
-    """A device that is none, or none of this machine: torch raises one of these, by its build."""
+    """An invalid device, or one this machine lacks: torch raises one of these, by its build."""
 
 
 class UnsupportedModelError(SbertFastError, ValueError):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from sbert_fast.linears import StackedLinear
 from sbert_fast.ops.content import ContentHash
+
+Derived = TypeVar("Derived")
 
 
 def settle(device: torch.device) -> None:
@@ -67,4 +70,23 @@ class Fingerprint:
         )
 
     def is_current(self) -> bool:
+        """Whether none has changed."""
         return self._read() == self._values
+
+    def outdate(self) -> None:
+        """Have :meth:`is_current` say no from now on."""
+        self._values = ()
+
+
+def derive(tensors: Iterable[Tensor], make: Callable[[], Derived]) -> tuple[Derived, Fingerprint]:
+    """What `make` derives from `tensors`, and their fingerprint.
+
+    Where another thread writes to them in the meantime, the fingerprint is outdated at once.
+    """
+    tensors = list(tensors)
+    before = Fingerprint(tensors, ())
+    derived = make()
+    fingerprint = Fingerprint(tensors, tensors_in(derived))
+    if not before.is_current():
+        fingerprint.outdate()
+    return derived, fingerprint

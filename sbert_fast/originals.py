@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from sbert_fast.state import PACKAGES, Contents
+from sbert_fast.state import EMPTY, PACKAGES, Contents
 
 # What modules of transformers call without importing it by name.
 _TORCH = (vars(F), vars(torch))
@@ -53,7 +53,8 @@ def names_in(code: CodeType) -> frozenset[str]:
 
 
 def functions_of(value: object) -> Iterator[FunctionType]:
-    """The Python functions behind a value: of a property its getter, of a wrapper what it wraps."""
+    """The Python functions behind a value, the innermost last: of a property its getter, of a
+    wrapper what it wraps, and what its closure holds."""
     if isinstance(value, property):
         value = value.fget
     elif isinstance(value, cached_property):
@@ -61,6 +62,9 @@ def functions_of(value: object) -> Iterator[FunctionType]:
     elif isinstance(value, (classmethod, staticmethod)):
         value = value.__func__
     while isinstance(value, FunctionType):
+        for cell in value.__closure__ or ():
+            if cell != EMPTY and isinstance(cell.cell_contents, FunctionType):
+                yield cell.cell_contents
         yield value
         value = getattr(value, "__wrapped__", None)
 

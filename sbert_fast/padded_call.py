@@ -52,6 +52,21 @@ _READ_NO_PADDING = {
     "SpladePooling",
     "Transformer",
 }
+# Models of transformers that do so, by the end of their names. Answers to questions are the best of
+# all columns, the masked ones among them.
+_HEADS = (
+    "DPRContextEncoder",
+    "DPREncoder",
+    "DPRQuestionEncoder",
+    "EncoderDecoderModel",
+    "ForMaskedLM",
+    "ForMultipleChoice",
+    "ForNextSentencePrediction",
+    "ForPreTraining",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "VisionTextDualEncoderModel",
+)
 
 
 class UseOriginalError(Exception):
@@ -235,7 +250,13 @@ def _callers(model: nn.Module) -> list[nn.Module]:
 
 
 def _reader_of_padding(caller: nn.Module) -> str | None:
-    """The class of a module of the SentenceTransformer `caller` that may read padding, or None."""
+    """The class of what may read padding, or None: `caller`, where that is a model of transformers,
+    or one of its modules, where it is a SentenceTransformer."""
+    name = type(caller).__name__
+    if type(caller).__module__.startswith("transformers."):
+        summary = getattr(caller, "sequence_summary", None)
+        known = name.endswith(_HEADS) and getattr(summary, "summary_type", "first") == "first"
+        return None if known else name
     if not isinstance(caller, nn.Sequential) or not _is_theirs(caller):
         return None
     for module in _parts(caller):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from sbert_fast import ops
 from sbert_fast.engine import PoolKernels, Unfinished
 from sbert_fast.errors import UnsupportedModelError
-from sbert_fast.fingerprint import Fingerprint, settle, tensors_in
+from sbert_fast.fingerprint import Fingerprint, derive, settle
 from sbert_fast.linears import PreparedLinear, Target, prepare_linear
 from sbert_fast.models.base import check_finite, linear
 from sbert_fast.packing import ROW_ALIGNMENT, PackedBatch
@@ -26,6 +27,17 @@ _MODES = {
     "weightedmean": "weighted_mean",
     "lasttoken": "last_token",
 }
+
+
+# What a `Dense` may end in: a row of the result depends on no other, nor on training.
+_ACTIVATIONS = frozenset(
+    getattr(nn, name)
+    for name in (
+        "CELU ELU GELU Hardshrink Hardsigmoid Hardswish Hardtanh Identity LeakyReLU LogSigmoid "
+        "Mish PReLU ReLU ReLU6 SELU SiLU Sigmoid Softplus Softshrink Softsign Tanh Tanhshrink "
+        "Threshold"
+    ).split()
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +122,12 @@ def _check_tail(module: Any, width: int) -> int:
         module, "residual"
     ):
         raise UnsupportedModelError(f"{name} has a residual that does not fit its features")
+    activation = module.activation_function
+    if type(activation) not in _ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"{name}.activation_function must be one of torch.nn that acts on each value alone, "
+            f"got {type(activation).__name__}"
+        )
     found = linear(module.linear).weight.shape
     if found[1] != width:
         raise UnsupportedModelError(
@@ -119,7 +137,7 @@ def _check_tail(module: Any, width: int) -> int:
 
 
 # Of one `Dense`: its layer, and the projection of its residual if there is one.
-_PreparedDense = tuple[Fingerprint, PreparedLinear, PreparedLinear | None]
+_PreparedDense = tuple[PreparedLinear, PreparedLinear | None]
 
 
 class PoolingHead:
@@ -131,7 +149,7 @@ class PoolingHead:
 
     def __init__(self, spec: PoolingSpec) -> None:
         self.spec = spec
-        self._dense: dict[str, _PreparedDense] = {}
+        self._dense: dict[str, tuple[_PreparedDense, Fingerprint]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"spec": self.spec}
@@ -209,15 +227,14 @@ class PoolingHead:
         """
         for name, module in self.spec.tail.items():
             entry = self._dense.get(name)
-            if is_module(module, "Dense") and (entry is None or not entry[0].is_current()):
-                check_finite(module, f"{name}.")
-                entry = _prepare_dense(module, Target(torch.float32, device, impl))
-                settle(device)
-                self._dense[name] = entry
+            if is_module(module, "Dense") and (entry is None or not entry[1].is_current()):
+                target = Target(torch.float32, device, impl)
+                prepare = partial(_prepare_dense, name, module, target)
+                self._dense[name] = derive(module.parameters(), prepare)
 
     def _apply_dense(self, name: str, module: Any, x: Tensor) -> Tensor:
         """`Dense` on rows padded to a multiple of 16, so that a row depends on no other row."""
-        _, layer, residual = self._dense[name]
+        (layer, residual), _ = self._dense[name]
         count = x.shape[0]
         padded = F.pad(x, (0, 0, 0, -count % ROW_ALIGNMENT))
         y = module.activation_function(layer(padded))
@@ -226,12 +243,13 @@ class PoolingHead:
         return y[:count]
 
 
-def _prepare_dense(module: Any, target: Target) -> _PreparedDense:
+def _prepare_dense(name: str, module: Any, target: Target) -> _PreparedDense:
+    check_finite(module, f"{name}.")
     with torch.inference_mode(False), torch.no_grad():
         layer = prepare_linear((linear(module.linear),), target)
         projection = getattr(module, "residual", None)
         residual = None
         if projection is not None:
             residual = prepare_linear((linear(projection),), target)
-    fingerprint = Fingerprint(module.parameters(), tensors_in((layer, residual)))
-    return fingerprint, layer, residual
+    settle(target.device)
+    return layer, residual

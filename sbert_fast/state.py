@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from operator import is_
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any
 
 from torch import nn
@@ -40,6 +40,7 @@ _UNREAD = frozenset(
 # A container of more entries, such as a vocabulary, is compared by identity and length.
 _MOST_ENTRIES = 1000
 _MISSING = object()
+EMPTY = CellType()
 
 
 def is_theirs(cls: type) -> bool:
@@ -52,7 +53,8 @@ class Contents:
 
     Args:
         containers: dicts and classes, with keys and values in their order; lists, tuples and sets;
-            functions, with their code and defaults; of any other object, its class and its dict.
+            functions, with their code, defaults and closure; of any other object, its class and
+            dict.
         places: dicts of modules, and of each the names that are looked up in it.
     """
 
@@ -133,12 +135,13 @@ class Snapshot:
 
 def _entries(container: Any) -> Iterable[object]:
     if isinstance(container, FunctionType):
-        return container.__code__, container.__defaults__, container.__kwdefaults__
+        cells = container.__closure__ or ()
+        closed = (cell.cell_contents if cell != EMPTY else _MISSING for cell in cells)
+        return container.__code__, container.__defaults__, container.__kwdefaults__, *closed
     if isinstance(container, type):
         return chain.from_iterable(vars(container).items())
     if isinstance(container, dict):
-        # Not in the order of an OrderedDict: that of its base is looked at faster.
-        return chain.from_iterable(dict.items(container))
+        return chain.from_iterable(container.items())
     if isinstance(container, (list, tuple, set)):
         return container
     return type(container), getattr(container, "__dict__", None)

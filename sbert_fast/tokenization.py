@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -18,6 +19,13 @@ from sbert_fast.values import lone_surrogate, shown
 _CHARACTERS_PER_TOKEN = 64
 # A cut text stands for the whole one only if its last kept token ends this far before the cut.
 _CUT_MARGIN = 1024
+# Normalizers that look no further than a character and those that combine with it, pre-tokenizers
+# that divide at white space, and what normalizers of XLM-R's kind replace.
+_LOCAL = frozenset(
+    "BertNormalizer BertPreTokenizer ByteLevel Digits Lowercase Metaspace NFC NFD NFKC NFKD Nmt "
+    "Precompiled Punctuation Strip StripAccents Whitespace WhitespaceSplit".split()
+)
+_LOCAL_PATTERNS: tuple[dict[str, str], ...] = ({"Regex": " {2,}"},)
 # Added tokens beyond which a backend is kept for the next call: adding them takes milliseconds.
 _MANY_ADDED = 64
 # Texts tokenised at once: bounds the memory of the tokenizer's own objects.
@@ -179,14 +187,15 @@ class TextTokenizer:
     def _encode(self, texts: Sequence[str]) -> list[Any]:
         assert self._backend is not None
         limit = self.max_length * _CHARACTERS_PER_TOKEN
-        if not self._right or max(map(len, texts), default=0) <= limit:
+        longest = max(map(len, texts), default=0)
+        if longest <= limit or not self._right or not _reads_nearby(self._backend):
             return _tokenize(self._backend.encode_batch_fast, texts)
         encodings = _tokenize(self._backend.encode_batch, [text[:limit] for text in texts])
         for index, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
-            if len(text) > limit and not (
-                len(encoding) == self.max_length
-                and max(end for _, end in encoding.offsets) <= limit - _CUT_MARGIN
-            ):
+            last = max((end for _, end in encoding.offsets), default=0)
+            # No word that was kept may go on behind the cut.
+            is_whole = last <= limit - _CUT_MARGIN and any(map(str.isspace, text[last:limit]))
+            if len(text) > limit and not (len(encoding) == self.max_length and is_whole):
                 encodings[index] = _tokenize(self._backend.encode_batch_fast, [text])[0]
         return encodings
 
@@ -201,6 +210,25 @@ class TextTokenizer:
         ids = np.fromiter(chain.from_iterable(kept), np.int32, int(lengths.sum()))
         cut = sum(len(a) > len(b) for a, b in zip(whole, kept, strict=True))
         return ids, lengths, None, cut
+
+
+def _reads_nearby(backend: Any) -> bool:  # noqa: ANN401
+    """Whether the tokens of a text depend on nothing but the characters around them."""
+    parts = [part for part in (backend.normalizer, backend.pre_tokenizer) if part is not None]
+    try:
+        states = [json.loads(part.__getstate__()) for part in parts]
+    except Exception:  # parts written in Python cannot be looked into
+        return False
+    return backend.pre_tokenizer is not None and all(map(_is_local, states))
+
+
+def _is_local(part: dict[str, Any]) -> bool:
+    inside = part.get("normalizers", part.get("pretokenizers"))
+    if inside is not None:
+        return all(map(_is_local, inside))
+    if part["type"] == "Replace":
+        return part["pattern"] in _LOCAL_PATTERNS
+    return part["type"] in _LOCAL and part.get("split", True) and part.get("use_regex", True)
 
 
 def _tokenize(encode: Any, texts: Sequence[str]) -> list[Any]:  # noqa: ANN401

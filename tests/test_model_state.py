@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,20 @@ from patched import LENGTHS, pair, run
 from surfaces import SURFACES, TEXTS
 
 CNN = sentence_transformers.sentence_transformer.modules.CNN
+
+# Layers
+
+
+@pytest.mark.parametrize("surface", SURFACES)
+def test_layers_in_another_order(surface: str) -> None:
+    st = make_sentence_transformer()
+    layers = st[0].auto_model.encoder.layer
+    layers._modules = OrderedDict(layers._modules)
+    model = SURFACES[surface](st)
+    before = model.check()
+    layers._modules.move_to_end("0")
+    assert cosine_distances(model.check(), before).max() > MAX_DISTANCE
+
 
 # Buffers
 

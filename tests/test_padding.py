@@ -85,6 +85,27 @@ def test_left_padding_under_a_head_that_came_later() -> None:
     assert counts(model) == MASKED_FIRST
 
 
+@pytest.mark.parametrize(
+    ("name", "head", "setting"),
+    [
+        ("bert", "AutoModelForQuestionAnswering", {}),
+        ("distilbert", "AutoModelForQuestionAnswering", {}),
+        ("electra", "AutoModelForMultipleChoice", {"summary_type": "mean"}),
+        ("electra", "AutoModelForMultipleChoice", {"summary_type": "last"}),
+    ],
+)
+def test_heads_that_read_padding(name: str, head: str, setting: dict[str, str]) -> None:
+    original = families.make_model(name, head=head, **setting)
+    model = accelerate(copy.deepcopy(original))
+    batch = families.make_batch(name, LENGTHS)
+    if "Choice" in head:
+        batch = {key: value[None] for key, value in batch.items()}
+    ours, theirs = run(model, batch), run(original, batch)
+    for mine, other in zip(ours.to_tuple(), theirs.to_tuple(), strict=True):
+        assert torch.equal(mine, other)
+    assert counts(model) == {f"{type(model).__name__}, behind the model, may read padding": 1}
+
+
 @pytest.mark.parametrize("name", ["bert", "roberta", "distilbert"])
 def test_padding_as_in_stock(name: str) -> None:
     original = families.make_model(name)

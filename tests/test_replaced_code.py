@@ -18,10 +18,11 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modality import InputFormatter
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from torch import nn
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.activations import GELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ATTENTION
+from transformers.utils import ModelOutput
 
 from changed import WAYS, Patch, assert_as_stock, assert_patched_as_stock, packed_runs, tiny
 from families import randomize
@@ -115,6 +116,25 @@ def no_masks(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(mb.BertModel, "_create_attention_masks", lambda *_, **__: (None, None))
 
 
+def layers_backwards(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(nn.ModuleList, "__iter__", lambda self: iter([*self._modules.values()][::-1]))
+
+
+def first_tokens(patch: pytest.MonkeyPatch) -> None:
+    get = BatchEncoding.__getitem__
+
+    def first(self: Any, key: Any) -> Any:
+        value = get(self, key)
+        return torch.where(value > 20, 20, value) if torch.is_tensor(value) else value
+
+    patch.setattr(BatchEncoding, "__getitem__", first)
+
+
+def closure(patch: pytest.MonkeyPatch) -> None:
+    (cell,) = mb.BertModel.forward.__closure__
+    patch.setattr(cell, "cell_contents", wrapped(cell.cell_contents))
+
+
 PATCHES: dict[str, Patch] = {
     "BertSelfAttention.forward": on(mb.BertSelfAttention, "forward"),
     "BertSelfOutput.forward": on(mb.BertSelfOutput, "forward"),
@@ -136,6 +156,9 @@ PATCHES: dict[str, Patch] = {
     "functional.layer_norm": on(F, "layer_norm"),
     "functional.embedding": on(F, "embedding"),
     "functional.scaled_dot_product_attention": on(F, "scaled_dot_product_attention"),
+    "ModelOutput.__getitem__": on(ModelOutput, "__getitem__"),
+    "ModuleList.__iter__": layers_backwards,
+    "closure of BertModel.forward": closure,
     "attention registered": registered,
     "attention of this registry": local_attention,
     "another registry of attention": another_registry,
@@ -158,6 +181,7 @@ PATCHES_OF_MODULES: dict[str, Patch] = {
     "PreTrainedTokenizerBase.__call__": on(PreTrainedTokenizerBase, "__call__"),
     "PreTrainedTokenizerFast._encode_plus": on(PreTrainedTokenizerFast, "_encode_plus"),
     "defaults of a tokenizer": new_default,
+    "BatchEncoding.__getitem__": first_tokens,
     "InputFormatter.prepend_prompt_to_texts": on(InputFormatter, "prepend_prompt_to_texts"),
     "code of Pooling.forward": new_code(Pooling.forward),
 }

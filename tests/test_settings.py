@@ -107,6 +107,11 @@ def edit_in_place(holder: Any, key: Any, value: object) -> None:
     holder[key] = value
 
 
+def _flipped(graph: Any, _: Any) -> Callable[..., Any]:
+    """A backend that computes something else."""
+    return lambda *inputs: tuple(x.flip(-1) if x.is_floating_point() else x for x in graph(*inputs))
+
+
 # Of the modules of sentence-transformers; the method that the setting is for.
 OF_THE_MODULES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "query_length": (lambda m: setattr(m[0], "query_length", 5), "encode_query"),
@@ -141,6 +146,15 @@ OF_THE_MODULES: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda m: setattr(m[3], "activation_function", nn.Sigmoid()),
         "encode",
     ),
+    "an activation over the rows": (
+        lambda m: setattr(m[3], "activation_function", nn.Softmax(dim=0)),
+        "encode",
+    ),
+    "an activation that drops": (
+        lambda m: setattr(m[3], "activation_function", nn.Sequential(nn.Sigmoid(), nn.Dropout())),
+        "encode",
+    ),
+    "a compiled module": (lambda m: m[1].compile(backend=_flipped), "encode"),
     "pooling_mode, in place": (lambda m: edit_in_place(m[1].pooling_mode, 0, "cls"), "encode"),
     "prompts, in place": (lambda m: edit_in_place(m.prompts, "query", "the sea: "), "encode_query"),
     "default_prompt_name": (

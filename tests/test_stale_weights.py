@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from checks import MAX_DISTANCE, assert_same_vectors, bits, cosine_distances
 from families import make_sentence_transformer, randomize
-from sbert_fast import FastEncoder
+from sbert_fast import FastEncoder, engine, linears, pooling
 from sbert_fast.errors import InvalidWeightsError
 from surfaces import SURFACES, TEXTS
 from weight_writers import ADAPTERS, OPTIMIZERS, WRITERS, value
@@ -39,6 +39,28 @@ def test_written_weights_are_served(surface: str, writer: str) -> None:
     after = model.check()
     assert cosine_distances(after, before).max() > MAX_DISTANCE
     assert model.fallbacks() == {} or surface == "accelerate"
+
+
+@pytest.mark.parametrize("where", ["encoder", "dense"])
+def test_written_to_while_they_are_prepared(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another thread: what was prepared is not what the weights are then."""
+    st = make_sentence_transformer()
+    st.append(randomize(Dense(64, 32)))
+    weight = value(st).weight if where == "encoder" else st[-1].linear.weight
+    encoder, prepare = FastEncoder(st), linears.prepare_linear
+
+    def prepare_and_write(*args: Any) -> Any:
+        prepared = prepare(*args)
+        weight.data.mul_(-1.5)
+        return prepared
+
+    for module in (engine, pooling):
+        monkeypatch.setattr(module, "prepare_linear", prepare_and_write)
+    encoder.refresh()
+    encoder.encode(TEXTS)
+    monkeypatch.undo()
+    stock = SentenceTransformer(modules=list(st), device="cpu")
+    assert_same_vectors(encoder.encode(TEXTS), stock.encode(TEXTS))
 
 
 def test_the_trainer_with_its_default_optimizer(tmp_path: Path) -> None:

@@ -24,14 +24,21 @@ def _make() -> SimpleNamespace:
     def function(x: object = 1, *, y: object = 2) -> object:
         return x, y
 
+    def closing() -> object:
+        return closed, later
+
+    closed = object()
+
     return SimpleNamespace(
         dict={"a": object(), "b": object()},
-        ordered=OrderedDict(a=object()),
+        ordered=OrderedDict(a=object(), z=object()),
         list=[object(), object()],
         set={object()},
         function=function,
+        closing=closing,
         cls=type("Class", (), {"attribute": object()}),
     )
+    later = closed
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
@@ -40,6 +47,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "removed": lambda o: o.dict.pop("a"),
     "order": lambda o: o.dict.update(a=o.dict.pop("a")),
     "ordered": lambda o: o.ordered.update(b=object()),
+    "moved": lambda o: o.ordered.move_to_end("a"),
     "item": lambda o: o.list.__setitem__(0, object()),
     "reversed": lambda o: o.list.reverse(),
     "appended": lambda o: o.list.append(object()),
@@ -47,6 +55,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "code": lambda o: setattr(o.function, "__code__", _function.__code__),
     "defaults": lambda o: setattr(o.function, "__defaults__", (2,)),
     "keyword defaults": lambda o: setattr(o.function, "__kwdefaults__", {"y": 3}),
+    "closure": lambda o: setattr(o.closing.__closure__[0], "cell_contents", 2),
+    "filled cell": lambda o: setattr(o.closing.__closure__[1], "cell_contents", 2),
     "class": lambda o: setattr(o.cls, "attribute", object()),
 }
 

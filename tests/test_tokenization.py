@@ -12,7 +12,9 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
+from tokenizers import Regex, normalizers, processors
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from checks import assert_same_vectors
 from families import MAX_TOKENS, VARIANTS, make_sentence_transformer, make_texts, make_tokenizer
@@ -108,6 +110,36 @@ def test_words_on_the_cut(real: Any) -> None:
     words = "unbelievable caf\u00e9s misunderstandings " * 20
     texts = [" " * gap + words for gap in range(limit - 300, limit + 10)]
     assert_same_ids(real, texts, 32)
+
+
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        normalizers.Replace(Regex(r"<!--[^>]*-->"), ""),
+        normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"^[\s\S]*-->"), "")]),
+        normalizers.Replace("sea ", ""),
+    ],
+    ids=["comments", "up to the last", "words"],
+)
+def test_a_normalizer_that_looks_far(normalizer: Any) -> None:
+    tokenizer = make_tokenizer("bert")
+    tokenizer.backend_tokenizer.normalizer = normalizer
+    text = f"<!-- {'sea ' * 600} --> the old man and the house"
+    tokens = TextTokenizer(tokenizer, 8)([text, "short"])
+    assert split(tokens) == expected_ids(tokenizer, [text, "short"], 8)
+
+
+@pytest.mark.parametrize("family", VARIANTS)
+def test_long_texts_are_cut_before_they_are_tokenised(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, given = TextTokenizer(make_tokenizer(family), 32), []
+    encode = tokenization._tokenize
+    monkeypatch.setattr(
+        tokenization, "_tokenize", lambda call, texts: given.append(texts) or encode(call, texts)
+    )
+    tokenizer(["the sea " * 5000])
+    assert [len(text) for texts in given for text in texts] == [4 * LIMIT]
 
 
 def test_left_truncation_is_never_cut_before() -> None:
@@ -269,6 +301,8 @@ class PanicException(BaseException):
 @pytest.mark.parametrize("texts", [["sea", "sun"], ["sea", "sun " * 1000]], ids=["short", "long"])
 def test_panic_becomes_an_input_error(monkeypatch: pytest.MonkeyPatch, texts: list[str]) -> None:
     class Panicking:
+        normalizer, pre_tokenizer = BertNormalizer(), BertPreTokenizer()
+
         def encode_batch(self, _: list[str]) -> Any:
             raise PanicException("index out of bounds")
 

@@ -18,8 +18,10 @@ PyObject* dict_of(PyObject* table) {
 #endif
 }
 
-/// What every write to a dict or class renews; 0 where nothing does, as from Python 3.13 on.
+/// What every write to a dict or class renews; 0 where nothing does: the order of an OrderedDict is
+/// kept beside its dict, and from Python 3.13 on there are no such numbers.
 uint64_t version_of(PyObject* table) {
+  if (PyODict_Check(table)) return 0;
 #if PY_VERSION_HEX < 0x030D0000
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wdeprecated-declarations"
@@ -48,6 +50,13 @@ bool all_entries(PyObject* table, const Body& body) {
   if (PyAnySet_Check(table)) {
     for (const py::handle item : py::reinterpret_borrow<py::object>(table)) {
       if (!body(item.ptr())) return false;
+    }
+    return true;
+  }
+  if (PyODict_Check(table)) {
+    if (PyDict_GET_SIZE(table) == 0) return true;
+    for (const py::handle key : py::reinterpret_borrow<py::object>(table)) {
+      if (!body(key.ptr()) || !body(found_in(table, key.ptr()))) return false;
     }
     return true;
   }
@@ -114,6 +123,11 @@ void Contents::add_container(PyObject* container) {
     add_word(function->func_code);
     add_word(function->func_defaults);
     add_word(function->func_kwdefaults);
+    const Py_ssize_t cells = function->func_closure ? PyTuple_GET_SIZE(function->func_closure) : 0;
+    for (Py_ssize_t i = 0; i < cells; ++i) {
+      add_word(
+          reinterpret_cast<PyCellObject*>(PyTuple_GET_ITEM(function->func_closure, i))->ob_ref);
+    }
   } else if (!PyTuple_Check(container)) {
     add_word(container->ob_type);
     if (PyObject** dict = _PyObject_GetDictPtr(container)) add_word(*dict);

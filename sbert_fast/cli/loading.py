@@ -44,10 +44,10 @@ def load_encoder(args: argparse.Namespace) -> FastEncoder:
 
 
 def _check_device(device: str | None) -> None:
-    """Refuse a device that is none, or that this machine does not have.
+    """Refuse an invalid device, or one that this machine does not have.
 
     Raises:
-        argparse.ArgumentError: it is none.
+        argparse.ArgumentError: it is neither.
         ValueError: it is not there.
     """
     import torch

@@ -47,13 +47,26 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-# What calling a base model calls.
-_ROOTS = ("__call__", "__getattr__", "forward", "_attn_implementation_internal")
+# What calling a base model calls, by name and by syntax.
+_ROOTS = (
+    "__call__",
+    "__getattr__",
+    "__getattribute__",
+    "__getitem__",
+    "__iter__",
+    "__len__",
+    "_attn_implementation_internal",
+    "forward",
+)
 
 
 def originals_of(model: nn.Module) -> Originals:
     """The functions of transformers and torch that the forward of a base model reaches."""
-    return originals({type(module) for module in model.modules()}, _ROOTS)
+    # Imported with the model, and not before: sentence-transformers alone may not need it.
+    from transformers.utils import ModelOutput
+
+    kinds = {type(getattr(model, "config", None)), ModelOutput}
+    return originals({type(module) for module in model.modules()} | kinds, _ROOTS)
 
 
 def _class_of(model: nn.Module) -> type:

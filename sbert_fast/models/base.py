@@ -185,7 +185,7 @@ def check(model: nn.Module, architecture: Architecture, weights: EncoderWeights)
         )
     if architecture.hidden_size % architecture.num_heads:
         raise UnsupportedModelError(
-            f"hidden size {architecture.hidden_size} is no multiple of "
+            f"hidden size {architecture.hidden_size} is not a multiple of "
             f"{architecture.num_heads} heads"
         )
     if not 8 <= architecture.head_dim <= 128:

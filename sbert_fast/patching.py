@@ -66,7 +66,7 @@ def accelerate(
     Results stay what they were, but for two things: sums round in another order, and the hidden
     states of masked tokens are zeros. Whatever looks at those has another result: a plain mean
     over all columns, a convolution or an LSTM over the states, a loss whose labels on masked tokens
-    are not -100. `padding="stock"` is for them. Two kinds are found, and padded calls then go to the
+    are not -100. `padding="stock"` is for them. Two kinds are found, whose padded calls go to the
     original forward: modules in a SentenceTransformer other than its token-wise and pooling ones,
     and heads of transformers that compare all columns (question answering, ELECTRA's summaries).
 
@@ -77,9 +77,9 @@ def accelerate(
     tells how often, and why. So does what is traced or compiled, uncounted.
 
     Call it again after a write through `.data` or numpy to less than a row of a matrix: weights are
-    then read anew. A forward checks weights, when it reads them, and not its results: where weights have come
-    to hold NaN or infinity it raises `InvalidWeightsError`, but hidden states that overflow are
-    returned as the model computes them.
+    then read anew. A forward checks weights, when it reads them, and not its results: where weights
+    have come to hold NaN or infinity it raises `InvalidWeightsError`, but hidden states that
+    overflow are returned as the model computes them.
 
     Args:
         model: a loaded model of transformers or sentence-transformers, or any module that holds

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,14 +18,12 @@ from stopwatch import Call, Timing, cold_sets, message, take_turns
 from torch import Tensor
 from tune_rows import Key, Step
 
-from sbert_fast.kernels import tuning, varlen_attention
+from sbert_fast.kernels import aot, tuning, varlen_attention
 from sbert_fast.kernels.tuning import Attention
 from sbert_fast.kernels.varlen_attention import Launch
 from sbert_fast.packing import plan_tiles
 from sbert_fast.testing import pack_lengths
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-import triton_aot  # noqa: E402
 
 TOKENS = 1 << 16
 # One below, at and above the sizes of slots and blocks; all of them, and those of near batches.
@@ -249,16 +245,16 @@ class Lab:
         for given in batches:
             if reason := self._differs(row, given, timed=False):
                 return f"{reason} with {given.variant}"
-        return self.misfit(row, triton_aot.ARCHS)
+        return self.misfit(row, aot.ARCHS)
 
     def misfit(self, row: Attention, archs: Sequence[int]) -> str | None:
         """Why the kernels of a row would not do on some device: one does not fit, or it spills more
         than that of the original row."""
 
-        def compiled(builds: dict[Use, tuple[triton_aot.Build, triton_aot.Build]]) -> str | None:
+        def compiled(builds: dict[Use, tuple[aot.Build, aot.Build]]) -> str | None:
             pairs = [build for pair in builds.values() for build in pair]
             try:
-                usages = triton_aot.compile_all(pairs)
+                usages = aot.compile_all(pairs)
             except (AssertionError, OSError) as error:
                 named = re.findall(r"^[\w.]*Error\b.*", str(error), re.M) or [message(error)]
                 return f"sm_{pairs[0].arch}: {named[-1]}"[:160]
@@ -277,7 +273,7 @@ class Lab:
             refusals = pool.map(compiled, filter(None, changed))
             return next((reason for reason in refusals if reason), None)
 
-    def builds(self, row: Attention, arch: int) -> dict[Use, triton_aot.Build]:
+    def builds(self, row: Attention, arch: int) -> dict[Use, aot.Build]:
         """All kernels that a row launches on `arch`, by what they are used for."""
         found = {}
         for variant in (self.plain, *self.variants()):
@@ -288,7 +284,5 @@ class Lab:
                 given.sets.append((qkv, qkv[:, 0]))
                 for launch in self.launches(row, given, 0, (arch // 10, arch % 10)):
                     use = (launch.kernel.fn.__name__, longest, variant)
-                    found[use] = triton_aot.build_of(
-                        launch.kernel, launch.arguments, launch.options, arch
-                    )
+                    found[use] = aot.build_of(launch.kernel, launch.arguments, launch.options, arch)
         return found

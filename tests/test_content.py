@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import sbert_fast.kernels as kernels
-import triton_aot
+from sbert_fast.kernels import aot
 from sbert_fast.ops import content, extension
 from sbert_fast.ops.content import ContentHash
 
@@ -223,10 +223,7 @@ def test_kernel_compiles_and_fits() -> None:
 
     arguments = [torch.empty(0, dtype=torch.int64, device="meta")] * 2
     options = {"ROWS": kernel.ROWS, "COLUMNS": kernel.COLUMNS, "num_warps": 4}
-    builds = [
-        triton_aot.build_of(kernel._content_kernel, arguments, options, arch)
-        for arch in triton_aot.ARCHS
-    ]
-    usages = triton_aot.compile_all(builds)
-    print(triton_aot.table(builds, usages))
-    triton_aot.assert_fits(builds, usages)
+    builds = [aot.build_of(kernel._content_kernel, arguments, options, arch) for arch in aot.ARCHS]
+    usages = aot.compile_all(builds)
+    print(aot.table(builds, usages))
+    aot.assert_fits(builds, usages)

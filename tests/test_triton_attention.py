@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import triton_aot
 from attention_cases import (
     DEAD_TAIL,
     KINDS,
@@ -31,6 +30,7 @@ from attention_cases import (
     tiles_of,
 )
 from sbert_fast import ops
+from sbert_fast.kernels import aot
 from sbert_fast.testing import PEERS, assert_close_to_oracle, oracle
 
 kernel = pytest.importorskip("sbert_fast.kernels.varlen_attention")
@@ -265,7 +265,7 @@ def test_tf32_where_torch_is_told_so(
 
 def builds(
     dim: int, dtype: torch.dtype, arch: int, max_seqlen: int, **options: Any
-) -> Iterator[triton_aot.Build]:
+) -> Iterator[aot.Build]:
     """What a batch of 64k tokens and 12 heads launches."""
     tokens, heads = 1 << 16, 12
 
@@ -285,11 +285,11 @@ def builds(
         meta(tokens // 128, 4, to=torch.int32),
         (arch // 10, arch % 10),
     ):
-        yield triton_aot.build_of(launch.kernel, launch.arguments, launch.options, arch)
+        yield aot.build_of(launch.kernel, launch.arguments, launch.options, arch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", triton_aot.ARCHS)
+@pytest.mark.parametrize("arch", aot.ARCHS)
 def test_compiled_kernels_fit(arch: int) -> None:
     """No spills; prints the table of registers and shared memory under `pytest -s`."""
     wanted = [
@@ -306,9 +306,9 @@ def test_compiled_kernels_fit(arch: int) -> None:
         *builds(64, SINGLE, arch, 64),
     ]
     unique = list({repr(build): build for build in wanted}.values())
-    usages = triton_aot.compile_all(unique)
-    print("\n" + triton_aot.table(unique, usages))
-    triton_aot.assert_fits(unique, usages)
+    usages = aot.compile_all(unique)
+    print("\n" + aot.table(unique, usages))
+    aot.assert_fits(unique, usages)
 
 
 @pytest.mark.slow
@@ -317,16 +317,16 @@ def test_compiled_kernels_fit(arch: int) -> None:
 def test_compiled_kernels_in_tf32_fit(arch: int) -> None:
     wanted = [b for dim in (32, 64, 128) for b in builds(dim, SINGLE, arch, 512)]
     assert {build.constexprs["PRECISION"] for build in wanted} == {"tf32"}
-    usages = triton_aot.compile_all(wanted)
-    print("\n" + triton_aot.table(wanted, usages))
-    triton_aot.assert_fits(wanted, usages)
+    usages = aot.compile_all(wanted)
+    print("\n" + aot.table(wanted, usages))
+    aot.assert_fits(wanted, usages)
 
 
 def test_short_kernels_fill_a_multiprocessor() -> None:
     """Memory-bound kernels live on bytes in flight: what one H200 multiprocessor keeps of q, k and
     v under way must exceed bandwidth times latency, 4.3 TB/s / 132 * 0.9 us = 29 kB."""
     wanted = [b for dim in (32, 64) for s in (16, 32) for b in builds(dim, HALF, 90, s)]
-    for build, usage in zip(wanted, triton_aot.compile_all(wanted), strict=True):
+    for build, usage in zip(wanted, aot.compile_all(wanted), strict=True):
         c = build.constexprs
         rows = c["GROUP"] * c["SHORT"]
         assert usage.blocks(90) * rows * 3 * c["D"] * 2 > 2 * 29_000

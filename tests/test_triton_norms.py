@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import triton_aot
 from op_cases import add_norm_args, assert_gelu_of_special_values, embed_args, randn
+from sbert_fast.kernels import aot
 from sbert_fast.testing import check_op
-from triton_aot import Build
 
 OPS = torch.ops.sbert_fast
 HALVES = [torch.float16, torch.bfloat16]
@@ -134,7 +133,7 @@ def test_more_than_2_to_the_31_elements() -> None:
         check_op(op, out, [args[0], *few], torch.float16)
 
 
-def builds(arch: int, dtype: torch.dtype, width: int) -> list[Build]:
+def builds(arch: int, dtype: torch.dtype, width: int) -> list[aot.Build]:
     """The three kernels for rows of `width` columns, four times as many in bias_gelu."""
     from sbert_fast.kernels import add_norm, bias_gelu, embed_norm
 
@@ -153,20 +152,20 @@ def builds(arch: int, dtype: torch.dtype, width: int) -> list[Build]:
         warps = constants.pop("num_warps")
         op = module.__name__.rpartition(".")[2]
         kernel = f"{module.__name__}:_{op}_kernel"
-        made.append(Build(kernel, signature, constants, arch, num_warps=warps))
+        made.append(aot.Build(kernel, signature, constants, arch, num_warps=warps))
     return made
 
 
-@pytest.mark.parametrize("arch", triton_aot.ARCHS)
+@pytest.mark.parametrize("arch", aot.ARCHS)
 def test_kernels_compile_and_fit(arch: int) -> None:
     cases = [(dtype, width) for dtype in HALVES for width in (384, 1024)]
     if arch == 90:
         cases += [(torch.float16, width) for width in (37, 768, 4096)]
         cases += [(torch.float32, width) for width in (384, 1024)]
     todo = [build for dtype, width in cases for build in builds(arch, dtype, width)]
-    usages = triton_aot.compile_all(todo)
-    print(triton_aot.table(todo, usages))
-    triton_aot.assert_fits(todo, usages)
+    usages = aot.compile_all(todo)
+    print(aot.table(todo, usages))
+    aot.assert_fits(todo, usages)
     for build, usage in zip(todo, usages, strict=True):
         # A row within a warp needs no shared memory, unless its layout is changed on the way.
         assert usage.shared == 0 or build.constexprs.get("E") in (37, 4096), build

@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import triton_aot
 from op_cases import add_norm_args, int32, pool_args, randn
+from sbert_fast.kernels import aot
 from sbert_fast.ops import POOLING_MODES
 from sbert_fast.testing import check_op
-from triton_aot import Build
 
 OPS = torch.ops.sbert_fast
 HALVES = [torch.float16, torch.bfloat16]
@@ -215,7 +214,7 @@ def test_more_than_2_to_the_31_elements() -> None:
     assert not out[0].any()
 
 
-def builds(arch: int, x: torch.dtype, E: int, norm: bool, mode: str) -> list[Build]:
+def builds(arch: int, x: torch.dtype, E: int, norm: bool, mode: str) -> list[aot.Build]:
     """Both kernels for rows of E columns."""
     from sbert_fast.kernels import pooling
 
@@ -239,11 +238,11 @@ def builds(arch: int, x: torch.dtype, E: int, norm: bool, mode: str) -> list[Bui
     made = []
     for name, signature, constants in (("pool", first, options), ("join", second, joining)):
         how = {key: constants.pop(key, None) for key in ("num_warps", "maxnreg")}
-        made.append(Build(f"{module}:_{name}_kernel", signature, constants, arch, **how))
+        made.append(aot.Build(f"{module}:_{name}_kernel", signature, constants, arch, **how))
     return made
 
 
-@pytest.mark.parametrize("arch", triton_aot.ARCHS)
+@pytest.mark.parametrize("arch", aot.ARCHS)
 def test_kernels_compile_and_fit(arch: int) -> None:
     cases = [(x, 384, norm, "mean") for x in HALVES for norm in (False, True)]
     cases += [(torch.float16, 1024, True, "max")]
@@ -251,6 +250,6 @@ def test_kernels_compile_and_fit(arch: int) -> None:
         cases += [(torch.float16, 768, True, "weighted_mean"), (torch.bfloat16, 37, True, "max")]
         cases += [(torch.float32, 1024, True, "max"), (torch.float16, 4096, True, "max")]
     todo = [build for case in cases for build in builds(arch, *case)]
-    usages = triton_aot.compile_all(todo)
-    print(triton_aot.table(todo, usages))
-    triton_aot.assert_fits(todo, usages)
+    usages = aot.compile_all(todo)
+    print(aot.table(todo, usages))
+    aot.assert_fits(todo, usages)

@@ -1,5 +1,6 @@
 """Kernels compiled ahead of time for GPUs that are not here: registers, shared memory, spills.
 
+Nothing of the package needs this: tests hold every kernel to it, and tuning every candidate.
 Compilation runs in a process of its own, without TRITON_INTERPRET, which would make every kernel of
 this one an interpreted function.
 """
@@ -93,7 +94,7 @@ def compile_all(builds: Sequence[Build], keep: str | None = None) -> list[Usage]
     """Compile every build; `keep` names a folder for their PTX and machine code."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, __file__, *([keep] if keep else [])],
+        [sys.executable, "-P", "-m", __name__, *([keep] if keep else [])],
         input=json.dumps([asdict(build) for build in builds]),
         env=environment,
         capture_output=True,

@@ -29,7 +29,7 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 def _in_turn(encoder: Any, call: Callable[[], Any], rounds: int) -> dict[str, Any]:
     """Seconds of `call` as it is, and with the comparison of this moment taken for granted."""
-    pipeline = encoder._pipeline()
+    pipeline = encoder.packed_pipeline
     samples: dict[str, list[float]] = {"checked": [], "unchecked": []}
     for _ in range(rounds):
         samples["checked"].append(_seconds(call))
@@ -61,7 +61,7 @@ def measure(args: Any) -> dict[str, Any]:
         "one_text": _in_turn(encoder, lambda: encoder.encode(TEXT), 100 * args.rounds),
         "corpus": _in_turn(encoder, lambda: encoder.encode(texts), args.rounds),
         "comparison_alone": statistics.median(
-            _seconds(encoder._pipeline) for _ in range(100 * args.rounds)
+            _seconds(lambda: encoder.packed_pipeline) for _ in range(100 * args.rounds)
         ),
     }
 

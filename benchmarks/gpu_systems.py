@@ -72,7 +72,7 @@ class Packed:
         )
         if self.encoder.unsupported_reason:
             raise RuntimeError(f"unaccelerated: {self.encoder.unsupported_reason}")
-        self.normalize, self.device = not folder.normalizes, device
+        self.normalize = not folder.normalizes
 
     def encode(self, texts: list[str], batch_size: int) -> NDArray[np.float32]:
         out = self.encoder.encode(
@@ -83,42 +83,12 @@ class Packed:
         return out
 
     def stage(self, tokens: Tokens, batch_size: int) -> Staged:
-        from sbert_fast import inference, packing
-        from sbert_fast.transfer import Transfers
+        from sbert_fast.staging import stage
 
-        pipeline = self.encoder._pipeline()
-        architecture, dimension = pipeline.engine.architecture, pipeline.head.spec.dimension
-        request = inference.Request(
-            prompt="",
-            prompt_tokens=0,
-            batch_tokens=pipeline.default_batch_tokens(),
-            normalize=self.normalize,
-            dimension=dimension,
+        staged = stage(
+            self.encoder.packed_pipeline, tokens.ids, tokens.lengths, normalize=self.normalize
         )
-        lengths = tokens.lengths.astype(np.int32)
-        order, starts = packing.plan_batches(lengths, request.batch_tokens)
-        offsets = np.append(tokens.starts, len(tokens.ids))
-        transfers, batches = Transfers(self.device), []
-        for start, end in zip(starts[:-1], starts[1:], strict=True):
-            batch = packing.pack(
-                tokens.ids.astype(np.int32),
-                offsets,
-                order[start:end],
-                position_offset=architecture.position_offset,
-                uncounted_id=architecture.uncounted_id,
-            )
-            batches.append(transfers.stage(batch, np.arange(start, end)))
-        shape = (len(lengths), dimension)
-        out = torch.empty(shape, dtype=torch.float32, device=self.device)
-
-        @torch.inference_mode()
-        def run() -> Tensor:
-            prepared = pipeline.engine.prepared()
-            for batch, rows in batches:
-                inference._pool(pipeline, request, batch, prepared, out, rows)
-            return out
-
-        return Staged(run, order, [int(batch.input_ids.shape[0]) for batch, _ in batches])
+        return Staged(staged.run, staged.order, staged.batch_tokens)
 
 
 class PackedCuda(Packed):

@@ -235,7 +235,7 @@ def _how(pipeline: Pipeline, request: Request) -> dict[str, Any]:
     }
 
 
-def _pool(
+def embed_batch(
     pipeline: Pipeline,
     request: Request,
     batch: PackedBatch,
@@ -243,7 +243,16 @@ def _pool(
     out: Tensor,
     rows: Tensor,
 ) -> None:
-    """Write the embeddings of a batch, which is on the device of `out`, to `out[rows]`."""
+    """Write the embeddings of a batch to `out[rows]`.
+
+    Args:
+        pipeline: its engine and its pooling head.
+        request: how to pool.
+        batch: on the device of `out`.
+        prepared: weights of the engine.
+        out: fp32 `[N, dimension]`.
+        rows: the row of each sequence.
+    """
     engine, head, kernels = pipeline.engine, pipeline.head, prepared.pooling
     x: Tensor | Unfinished
     if kernels.norm_pool is not None and head.fuses(out.shape[1]):
@@ -272,7 +281,7 @@ class _Embeddings:
     def run(self, rows: NDArray[np.int64], batch: PackedBatch, prepared: Prepared) -> None:
         with self._transfers.current_device():
             staged, where = self._transfers.stage(batch, rows)
-            _pool(self._pipeline, self._request, staged, prepared, self._window, where)
+            embed_batch(self._pipeline, self._request, staged, prepared, self._window, where)
 
     def close(self) -> None:
         with self._transfers.current_device():

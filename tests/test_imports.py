@@ -24,7 +24,7 @@ LAYERS = (
     {"pooling"},
     {"inference", "padded_call", "packed_forward", "arguments"},
     {"assembly"},
-    {"sentence_transformers", "patching", "explanation"},
+    {"sentence_transformers", "patching", "explanation", "staging"},
     {"cli"},
     {"__main__"},
 )

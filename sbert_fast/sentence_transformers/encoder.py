@@ -209,10 +209,19 @@ class FastEncoder(SentenceTransformer):
         return pipeline if isinstance(pipeline, str) else None
 
     @property
+    def packed_pipeline(self) -> Pipeline | None:
+        """Tokenizer, engine and pooling behind `encode`; None where the model runs unaccelerated.
+
+        Of the model as it is now: to ask is to compare it with what was derived from it.
+        """
+        pipeline = self._pipeline()
+        return None if isinstance(pipeline, str) else pipeline
+
+    @property
     def packed_engine(self) -> PackedEncoder | None:
         """The engine behind `encode`; None where the model runs unaccelerated."""
-        pipeline = self._pipeline()
-        return None if isinstance(pipeline, str) else pipeline.engine
+        pipeline = self.packed_pipeline
+        return None if pipeline is None else pipeline.engine
 
     def refresh(self) -> None:
         """Forget what was derived from the model: prepared weights, and the copy of its tokenizer.

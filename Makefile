@@ -15,7 +15,7 @@ TUNE_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CXX_SOURCES := $(wildcard $(foreach suffix,h cpp cu cuh,csrc/*/*.$(suffix)))
-CXX_ELSEWHERE := $(wildcard $(foreach suffix,h cpp cu,tests/*/*.$(suffix) benchmarks/*.$(suffix)))
+CXX_ELSEWHERE := $(wildcard $(foreach suffix,h cpp cu,tests/*/*.$(suffix) benchmarks/*/*.$(suffix)))
 REQUIREMENTS := $(VENV)/.requirements
 BUILD := $(VENV)/.build
 
@@ -33,16 +33,16 @@ test: $(BUILD) ## Run all tests.
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 bench: $(BUILD) ## Time encoding (BENCH_ARGS) and every op (OP_BENCH_ARGS) beside their peers.
-	$(BIN)/python benchmarks/encode.py $(BENCH_ARGS)
-	$(BIN)/pytest benchmarks $(OP_BENCH_ARGS)
+	$(BIN)/python -m benchmarks.encode $(BENCH_ARGS)
+	$(BIN)/pytest benchmarks/ops $(OP_BENCH_ARGS)
 
 # With the python3 on the PATH, as it is: the environment made here has no torch for a GPU.
 gpu-check: ## Check and measure on a GPU: OUT=folder [STAGE=build,ops,...] [KERNELS=attention] [MODEL=folder].
-	$(PYTHON) benchmarks/gpu_check.py --out $(OUT) --stage "$(STAGE)" --kernels "$(KERNELS)" \
+	$(PYTHON) -m tools.gpu.check --out $(OUT) --stage "$(STAGE)" --kernels "$(KERNELS)" \
 		$(if $(MODEL),--model $(MODEL))
 
 tune: ## Time launch parameters on a GPU, rewrite their table: OUT=folder [TUNE_ARGS=--dry-run].
-	$(PYTHON) benchmarks/tune.py --out $(OUT) $(TUNE_ARGS)
+	$(PYTHON) -m benchmarks.tune --out $(OUT) $(TUNE_ARGS)
 
 lint: $(BUILD) ## Check style, types and the import rule.
 	$(BIN)/ruff check .
@@ -59,7 +59,7 @@ format: $(REQUIREMENTS) ## Rewrite sources in the house style.
 clean: ## Remove what builds and checks leave behind, but for the environment.
 	rm -rf build dist *.egg-info sbert_fast/*.so sbert_fast/_build_info.py $(BUILD)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find benchmarks csrc examples kernels sbert_fast tests -name __pycache__ -prune -exec rm -rf {} +
+	find benchmarks csrc examples kernels sbert_fast tests tools -name __pycache__ -prune -exec rm -rf {} +
 
 # torch comes first and alone: asked for beside the rest, another build of it could be chosen.
 $(REQUIREMENTS): requirements/torch.txt requirements/dev.txt requirements/triton.txt

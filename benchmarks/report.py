@@ -1,316 +1,170 @@
-"""Results of the benchmarks: where they come from, how they are stored, how they are shown.
+"""Results of the benchmarks: how they are stored and shown.
 
-    python benchmarks/report.py benchmarks/results/cpu-2core/*.json
-    python benchmarks/report.py --readme
+    python -m benchmarks.report benchmarks/results/cpu-2core/*.json
+    python -m benchmarks.report --readme [--check]
+    python -m benchmarks.report --collect results-tmp/gpu benchmarks/results/h200
 
-print the tables of stored results, and put all stored results into README.md between its marks.
-Both say where the sources have changed since.
+print the tables of stored results; put all stored results into README.md between its marks, or
+fail where that would change it; and make documents, one a benchmark (and model and corpus), of the
+rows that a check on a GPU has left. What was measured on other sources is said to be.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import gpu_report
-from provenance import ROOT, source_hash
-from tables import markdown
+from benchmarks import ROOT
+from benchmarks.common import results
+from benchmarks.common.arguments import plain_parser
+from benchmarks.common.provenance import commit, source_hash
+from benchmarks.encode import report as encoding
+from benchmarks.ops import report as ops
 
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
 OLDER = "Older code: sources have changed since this run."
-# Names as they stand in results.
-OURS, OURS_CUDA = gpu_report.OURS, gpu_report.OURS_CUDA
-REFERENCE = "sentence-transformers"
-PEERS = (REFERENCE, "onnxruntime", "openvino", "zentorch", "torch-compile")
-UNPADDED = "st-unpadded"
-PRECISIONS = ("float32", "bfloat16")
+# Benchmarks on a GPU, whose documents are rows.
+TABLES = {"ops": ops.table, "encode": encoding.gpu_table, "ground": ops.ground}
+ON_CPU = {"breakdown": encoding.render_breakdown, "checks": encoding.render_comparison}
+
+Document = dict[str, Any]
 
 
-def say(text: str) -> None:
-    """Tell what is going on, apart from the results."""
-    print(text, file=sys.stderr, flush=True)
+def load(path: Path) -> Document:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-def render(document: dict[str, Any]) -> str:
-    """The document as text: Markdown tables and the lines a reader needs to judge them."""
-    if _is_breakdown(document):
-        return _render_breakdown(document)
-    if "gates" not in document:
-        return gpu_report.render(document)
-    corpus = document["corpus"]
-    lines = [
-        f"{document['device']['name']} | {document['model']['name']} | {document['date']}",
-        f"{corpus['name']}: {corpus['texts']:,} texts, {corpus['lengths']['mean']:.1f} tokens each "
-        f"(p5 {corpus['lengths']['p5']:.0f}, p95 {corpus['lengths']['p95']:.0f}); "
-        f"{document['scope']}; median of {document['settings']['rounds']} interleaved rounds",
-        "",
-        *_throughput(document["rows"]),
-        "",
-        *(_gate_line(precision, gate) for precision, gate in document["gates"].items()),
-    ]
-    if reached := _limit(document):
-        lines.append(f"The linear layers alone, {reached}.")
-    if document.get("latency"):
-        lines += ["", *_latency(document["latency"])]
-    if document.get("memory"):
-        lines += ["", *_memory(document["memory"])]
-    return "\n".join(lines)
+def render(document: Document) -> str:
+    """The document as text."""
+    if document["benchmark"] in ON_CPU:
+        return ON_CPU[document["benchmark"]](document)
+    if "gates" in document:
+        return encoding.render(document)
+    versions = ", ".join(f"{n} {v}" for n, v in document["versions"].items() if v)
+    head = f"{document['device']['name']} | {document['date']} | {versions}"
+    return "\n".join([head, "", *TABLES[document["benchmark"]](document["rows"])])
 
 
-def _is_breakdown(document: dict[str, Any]) -> bool:
-    return bool(document.get("benchmark") == "breakdown")
+def is_current(document: Document) -> bool:
+    """Whether it was measured from the sources as they are."""
+    return document["source_sha256"] == source_hash(kind=document["device"]["kind"])
 
 
-def _render_breakdown(document: dict[str, Any]) -> str:
-    corpus, rows = document["corpus"], document["rows"]
-    header = ("share of the time", *(row["precision"] for row in rows))
-    parts = list(rows[0]["shares"])
-    table = [(part, *(f"{row['shares'][part]:.1%}" for row in rows)) for part in parts]
-    lines = [
-        f"{document['device']['name']} | {document['model']['name']} | {document['date']}",
-        f"{corpus['name']}: {corpus['texts']:,} texts, {corpus['lengths']['mean']:.1f} tokens each"
-        f"; {OURS} under a profiler, median of {document['settings']['rounds']} passes",
-        "",
-        *markdown(header, table),
-        "",
-    ]
-    for row in rows:
-        line = (
-            f"{row['precision']}: {row['tokens_per_s']:,.0f} tokens/s; "
-            f"linear layers at {row['linear_gflops']:,.0f} GFLOP/s"
-        )
-        if row["fma_peak_gflops"] is not None:
-            line += (
-                f", {row['linear_gflops'] / row['fma_peak_gflops']:.0%} of the "
-                f"{row['fma_peak_gflops']:,.0f} that the vector units reach in registers: "
-                f"{row['fma_peak_tokens_per_s']:,.0f} tokens/s if nothing else were to do"
-            )
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def _breakdown_line(document: dict[str, Any]) -> str:
-    """Where the time goes, as README says it."""
-    told = []
-    for row in document["rows"]:
-        shares = ", ".join(
-            f"{part} {share:.0%}"
-            for part, share in sorted(row["shares"].items(), key=lambda item: -item[1])
-            if share >= 0.01
-        )
-        peak = row["fma_peak_gflops"]
-        if peak is not None:
-            shares += (
-                f"; linear layers at {row['linear_gflops'] / peak:.0%} of the vector units' peak, "
-                f"which is {row['fma_peak_tokens_per_s']:,.0f} tokens/s"
-            )
-        told.append(f"{row['precision']}: {shares}")
-    return f"Where the time goes, {document['corpus']['name']}: {'. '.join(told)}."
-
-
-def _throughput(rows: list[dict[str, Any]]) -> list[str]:
-    header = (
-        *("system", "precision", "batch", "sentences/s", "tokens/s", "IQR", "real tokens"),
-        *("worst cosine", "peak RSS MB", "ours is faster by"),
-    )
-    table = []
-    for row in rows:
-        if row["status"] != "measured":
-            table.append((row["system"], row["precision"], row["status"]))
-            continue
-        low, high = row["iqr_tokens_per_s"]
-        share = row["real_token_share"]
-        table.append(
-            (
-                row["system"],
-                row["precision"],
-                row["batch"],
-                f"{row['sentences_per_s']:,.0f}",
-                f"{row['tokens_per_s']:,.0f}",
-                f"{(high - low) / row['tokens_per_s']:.1%}",
-                "no padding" if share is None else f"{share:.0%}",
-                f"{row['worst_cosine']:.8f}",
-                f"{row['peak_rss_mb']:,.0f}" if row["peak_rss_mb"] else "",
-                ", ".join(f"{ratio:.2f}x ({p})" for p, ratio in row["ratios"].items()),
-            )
-        )
-    return markdown(header, table)
-
-
-def _gate_line(precision: str, gate: dict[str, Any]) -> str:
-    state = "green" if gate["green"] else "RED, so no ratios"
-    return (
-        f"correctness {precision}: {state}: worst 1 - cosine {gate['loss']:.2e}, "
-        f"limit {gate['limit']:.2e} ({gate['rule']})"
-    )
-
-
-def _latency(latency: dict[str, Any]) -> list[str]:
-    header = (f"one text of {latency['tokens']} tokens", "precision", "p50 ms", "p95 ms")
-    rows = [
-        (row["system"], row["precision"], f"{row['p50_ms']:.2f}", f"{row['p95_ms']:.2f}")
-        for row in latency["rows"]
-    ]
-    return markdown(header, rows)
-
-
-def _memory(memory: dict[str, Any]) -> list[str]:
-    header = (
-        *(f"{memory['texts']:,} texts of {memory['corpus']!r}", "precision"),
-        *("RSS loaded MB", "peak RSS MB", f"growth MB ({memory['output_mb']:.0f} are the result)"),
-    )
-    rows = [
-        (
-            row["system"],
-            row["precision"],
-            f"{row['loaded_rss_mb']:,.0f}",
-            f"{row['peak_rss_mb']:,.0f}",
-            f"{row['peak_rss_mb'] - row['loaded_rss_mb']:,.0f}",
-        )
-        for row in memory["rows"]
-    ]
-    return markdown(header, rows)
-
-
-def readme_section(
-    folder: str, documents: list[dict[str, Any]], breakdowns: list[dict[str, Any]]
-) -> str:
-    """The results of one device as README quotes them: a row a system, a column for each corpus
-    and precision.
-
-    Args:
-        folder: name of the device's folder in benchmarks/results.
-        documents: one a corpus.
-        breakdowns: what says where the time goes.
-    """
-    columns = [
-        (document, precision)
-        for document in documents
-        for precision in dict.fromkeys(row["precision"] for row in document["rows"])
-    ]
-    header = (
-        "sentences/s",
-        *(
-            f"{d['corpus']['name']} ({d['corpus']['lengths']['mean']:.0f} tokens), {p}"
-            for d, p in columns
-        ),
-    )
-    systems = dict.fromkeys(row["system"] for document in documents for row in document["rows"])
-    rows = [(system, *(_cell(d, system, p) for d, p in columns)) for system in systems]
+def _gpu_section(folder: str, documents: list[Document]) -> str:
+    """The results of one GPU as README quotes them: encoding, then attention and the other ops."""
     first = documents[0]
     torch, date = first["versions"]["torch"], first["date"][:10]
-    commits = ", ".join(dict.fromkeys(str(d["commit"])[:9] for d in (*documents, *breakdowns)))
-    lines = [
-        f"{first['device']['name']}; {first['model']['name']}; torch {torch}; {date}; "
-        f"commit {commits} (benchmarks/results/{folder})",
-        "",
-        *markdown(header, rows),
+    commits = ", ".join(dict.fromkeys(str(d["commit"])[:9] for d in documents))
+
+    def rows(benchmark: str) -> list[results.Row]:
+        return [r for d in documents if d["benchmark"] == benchmark for r in d["rows"]]
+
+    parts = [
+        f"{first['device']['name']}; torch {torch}; {date}; commit {commits} "
+        f"(benchmarks/results/{folder})",
+        "\n".join(encoding.gpu_table(rows("encode"))),
+        "\n".join(ops.table(rows("ops"), short=True)),
     ]
-    asides = [*_asides(documents), *map(_breakdown_line, breakdowns)]
-    return "\n".join([*lines, *([""] if asides else []), *asides])
+    return "\n\n".join(filter(None, parts))
 
 
-def _cell(document: dict[str, Any], system: str, precision: str) -> str:
-    """Sentences a second, and by how much ours is faster in the same precision."""
-    for row in document["rows"]:
-        if (row["system"], row["precision"]) == (system, precision):
-            if row["status"] != "measured":
-                return row["status"]
-            ratio = row["ratios"].get(precision)
-            rate = f"{row['sentences_per_s']:,.0f}"
-            return rate if ratio is None else f"{rate} ({ratio:.2f}x)"
-    return "not measured"
-
-
-def _limit(document: dict[str, Any]) -> str | None:
-    """How near ours comes to the speed of the linear layers alone."""
-    ours = (row for row in document["rows"] if row["system"] == OURS)
-    rates = {row["precision"]: row.get("tokens_per_s") for row in ours}
-    reached = [
-        f"{limit:,.0f} tokens/s in {precision} ({OURS}: {rates[precision]:,.0f}, "
-        f"{rates[precision] / limit:.0%})"
-        for precision, limit in document.get("linear_layers_alone", {}).items()
-        if rates.get(precision)
-    ]
-    return f"{document['corpus']['name']}: {', '.join(reached)}" if reached else None
-
-
-def _asides(documents: list[dict[str, Any]]) -> list[str]:
-    """A line on limits, on latency and on memory, each where a document has something to say."""
-    limits = [reached for document in documents if (reached := _limit(document))]
-    lines = [f"The linear layers alone, {'; '.join(limits)}."] if limits else []
-    calls = [
-        ", ".join(f"{r['p50_ms']:.2f} ms {r['system']} {r['precision']}" for r in found["rows"])
-        for document in documents
-        if (found := document.get("latency"))
-    ]
-    if calls:
-        tokens = next(d["latency"]["tokens"] for d in documents if d.get("latency"))
-        lines.append(f"One text of {tokens} tokens, median call: {'; another run: '.join(calls)}.")
-    for held in (document["memory"] for document in documents if document.get("memory")):
-        each = (f"{r['peak_rss_mb']:,.0f} MB {r['system']} {r['precision']}" for r in held["rows"])
-        lines.append(
-            f"Peak memory over {held['texts']:,} {held['corpus']} texts: {', '.join(each)}."
-        )
-    return lines
-
-
-def readme_figures(results: Path = RESULTS) -> str:
+def readme_figures(stored: Path = RESULTS) -> str:
     """What README shows between its two marks: every stored result, or that there is none."""
     sections = []
-    for folder in sorted(path for path in results.glob("*") if path.is_dir()):
-        documents = [
-            json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))
-        ]
-        breakdowns = [document for document in documents if _is_breakdown(document)]
-        runs = [document for document in documents if not _is_breakdown(document)]
+    for folder in sorted(path for path in stored.glob("*") if path.is_dir()):
+        documents = [load(path) for path in sorted(folder.glob("*.json"))]
+        breakdowns = [d for d in documents if d.get("benchmark") == "breakdown"]
+        runs = [document for document in documents if document not in breakdowns]
         if any("gates" not in document for document in runs):
-            sections.append(gpu_report.readme_section(folder.name, runs))
+            sections.append(_gpu_section(folder.name, runs))
         elif runs:
-            sections.append(readme_section(folder.name, runs, breakdowns))
+            sections.append(encoding.readme_section(folder.name, runs, breakdowns))
     return "\n\n".join(sections) or "«not measured yet»"
 
 
-def write_readme(path: Path) -> None:
-    """Put the stored results between the marks of README.
+def write_readme(path: Path, check: bool = False) -> bool:
+    """Put the stored results between the marks of README; whether they were there already.
+
+    Args:
+        path: README.md.
+        check: leave it as it is.
 
     Raises:
         ValueError: the marks are missing.
     """
     text = path.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    shown, end, after = rest.partition(END)
     if not end:
         raise ValueError(f"{path.name} must hold the marks {BEGIN} and {END}")
-    stale = "" if _current(RESULTS) else f"\n{OLDER}"
-    path.write_text(f"{before}{begin}\n{readme_figures()}{stale}\n{end}{after}", encoding="utf-8")
+    figures = readme_figures()
+    if not check:
+        current = all(is_current(load(stored)) for stored in RESULTS.glob("*/*.json"))
+        stale = "" if current else f"\n{OLDER}"
+        path.write_text(f"{before}{begin}\n{figures}{stale}\n{end}{after}", encoding="utf-8")
+    return shown.replace(OLDER, "").strip() == figures
 
 
-def _current(results: Path) -> bool:
-    """Whether every stored result was measured from the sources as they are."""
-    stored = (json.loads(p.read_text(encoding="utf-8")) for p in results.glob("*/*.json"))
-    return all(d["source_sha256"] == source_hash(kind=d["device"]["kind"]) for d in stored)
+def collect(folder: Path) -> dict[str, Document]:
+    """Documents, by name, of the rows in a folder: those that the newest sources have made."""
+    documents: dict[str, Document] = {}
+    for benchmark in TABLES:
+        lines = results.read(folder / f"{benchmark}.jsonl")
+        newest = [line["source_sha256"] for line in lines if line["kind"] == "run"][-1:]
+        run: Document = {}
+        for line in lines:
+            if line["kind"] == "run":
+                run = line
+            elif [run.get("source_sha256")] == newest:
+                named = benchmark == "encode"
+                name = f"encode-{line['model']}-{line['corpus']}" if named else benchmark
+                rows = documents.setdefault(name, _head(run, benchmark))["rows"]
+                rows.append({k: v for k, v in line.items() if k != "kind"})
+    for document in documents.values():
+        if document["benchmark"] == "encode":
+            document["rows"] = results.latest(document["rows"])
+    return documents
 
 
-def main(paths: list[str]) -> int:
-    """Print stored results, or put them into README."""
-    if not paths:
-        print("usage: report.py --readme | RESULT.json ...", file=sys.stderr)
-        return 2
-    if paths == ["--readme"]:
-        write_readme(ROOT / "README.md")
-        return 0
-    for path in paths:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-        print(f"## {Path(path).stem}\n\n{render(document)}")
-        if document["source_sha256"] != source_hash(kind=document["device"]["kind"]):
-            print(f"\n{OLDER}")
-        print()
+def _head(run: Document, benchmark: str) -> Document:
+    head = {k: v for k, v in run.items() if k != "kind"}
+    # A tree without its repository does not know its commit; the same sources have the same.
+    if head["commit"] is None and is_current(head):
+        head["commit"] = commit()
+    return head | {"benchmark": benchmark, "rows": []}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print stored results, put them into README, or store the rows of a check."""
+    parser = plain_parser(__doc__)
+    add = parser.add_argument
+    add("files", nargs="*", type=Path, metavar="RESULT.json")
+    add("--readme", action="store_true", help="put all stored results into README.md")
+    add("--check", action="store_true", help="with --readme: only compare them")
+    add("--collect", nargs=2, type=Path, metavar=("FROM", "TO"), help="folders")
+    args = parser.parse_args(argv)
+    if not (args.files or args.readme or args.collect):
+        parser.error("expected a file, --readme or --collect")
+    if args.readme and not write_readme(ROOT / "README.md", args.check) and args.check:
+        print("README.md does not show the stored results", file=sys.stderr)
+        return 1
+    for path in args.files:
+        document = load(path)
+        print(f"## {path.stem}\n\n{render(document)}")
+        print("" if is_current(document) else f"\n{OLDER}\n")
+    if args.collect:
+        documents = collect(args.collect[0])
+        for name, document in documents.items():
+            path = args.collect[1] / f"{name}.json"
+            results.write_json(document, path)
+            print(f"{path}: {len(document['rows'])} rows")
+        return 0 if documents else 1
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(main())

@@ -197,6 +197,27 @@ def test_every_way_to_import_is_seen(source: str) -> None:
     assert {_nearest_module(name) for name in names} == {"sbert_fast.ops.reference"}
 
 
+# What is never installed, and where it may be imported from.
+IMPORTERS = {"tests": ("tests",), "benchmarks": ("benchmarks", "tools", "tests/benchmarks")}
+IMPORTERS |= {"tools": ("tools", "tests/benchmarks")}
+
+
+def test_tests_and_benchmarks_are_apart() -> None:
+    """`tools -> benchmarks -> sbert_fast`; tests of the library import neither."""
+    modules = {"tests": {path.stem for path in (ROOT / "tests").rglob("*.py")} - {"conftest"}}
+    modules |= {room: {room} for room in ("benchmarks", "tools")}
+    wrong = []
+    for folder in ("benchmarks", "examples", "kernels", "sbert_fast", "tests", "tools"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            name = path.relative_to(ROOT).as_posix()
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            tops = {n.split(".")[0] for n in imported_names(tree, name[:-3], is_package=False)}
+            for owner, allowed in IMPORTERS.items():
+                if tops & modules[owner] and not name.startswith(tuple(f"{a}/" for a in allowed)):
+                    wrong.append(f"{name} imports from {owner}: {tops & modules[owner]}")
+    assert wrong == []
+
+
 @pytest.mark.parametrize("source", ["torch.load(path)", "import sys\nsys.exit(1)", "exit()"])
 def test_every_forbidden_call_is_seen(source: str) -> None:
     assert len(list(forbidden_calls(ast.parse(source)))) == 1

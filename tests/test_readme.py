@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
+import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
@@ -24,10 +24,6 @@ MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
 COMMANDS = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines()]
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import provenance  # noqa: E402
-import report  # noqa: E402
 
 
 @pytest.fixture
@@ -149,8 +145,9 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_figures_are_the_stored_ones() -> None:
-    shown = README.partition(report.BEGIN)[2].partition(report.END)[0]
-    assert shown.replace(report.OLDER, "").strip() == report.readme_figures()
+    command = [sys.executable, "-m", "benchmarks.report", "--readme", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -166,78 +163,3 @@ def test_promise_of_determinism(dtype: str, minilm_path: str) -> None:
         np.testing.assert_array_equal(encoder.encode(texts), together)
     finally:
         torch.set_num_threads(threads)
-
-
-def test_figures_of_results(tmp_path: Path) -> None:
-    """What README would show of results: a row a system, absent peers named, red gates bare."""
-    assert report.readme_figures(tmp_path) == "«not measured yet»"
-    os.mkdir(tmp_path / "cpu-2core")
-    row = {"precision": "float32", "status": "measured", "sentences_per_s": 1000.0}
-    document = {
-        "gates": {},
-        "device": {"name": "a CPU"},
-        "model": {"name": "a model"},
-        "versions": {"torch": "2.13.0"},
-        "date": "2026-01-02T03:04:05+00:00",
-        "commit": "0123456789abcdef",
-        "corpus": {"name": "short", "lengths": {"mean": 14.7}},
-        "rows": [
-            row | {"system": "sbert-fast", "ratios": {}},
-            row | {"system": "sentence-transformers", "ratios": {"float32": 2.5}},
-            {
-                "system": "openvino",
-                "precision": "float32",
-                "status": "not measured (not installed)",
-            },
-        ],
-        "latency": None,
-        "memory": None,
-    }
-    report_file = tmp_path / "cpu-2core" / "short.json"
-    provenance.write_json(document, report_file)
-    shown = report.readme_figures(tmp_path)
-    assert "a CPU; a model; torch 2.13.0; 2026-01-02; commit 012345678" in shown
-    cells = [[c.strip() for c in line.strip("|").split("|")] for line in shown.splitlines()[2:]]
-    assert cells == [
-        ["sentences/s", "short (15 tokens), float32"],
-        ["-" * len(cells[1][0]), "-" * len(cells[1][1])],
-        ["sbert-fast", "1,000"],
-        ["sentence-transformers", "1,000 (2.50x)"],
-        ["openvino", "not measured (not installed)"],
-    ]
-
-    measured = {**document, "linear_layers_alone": {"float32": 20_000.0}}
-    ours = row | {"system": "sbert-fast", "ratios": {}, "tokens_per_s": 15_000.0}
-    call = row | {"system": "sbert-fast", "p50_ms": 4.25}
-    held = row | {"system": "sbert-fast", "peak_rss_mb": 1_017.0}
-    for name in ("mixed", "passages"):
-        measured["corpus"] = {"name": name, "lengths": {"mean": 30.0}}
-        measured["rows"] = [ours]
-        measured["latency"] = {"tokens": 16, "rows": [call]}
-        provenance.write_json(measured, tmp_path / "cpu-2core" / f"{name}.json")
-    document["memory"] = {"texts": 100_000, "corpus": "short", "rows": [held]}
-    provenance.write_json(document, report_file)
-    reached = "20,000 tokens/s in float32 (sbert-fast: 15,000, 75%)"
-    assert report.readme_figures(tmp_path).splitlines()[-3:] == [
-        f"The linear layers alone, mixed: {reached}; passages: {reached}.",
-        "One text of 16 tokens, median call: 4.25 ms sbert-fast float32; another run: "
-        "4.25 ms sbert-fast float32.",
-        "Peak memory over 100,000 short texts: 1,017 MB sbert-fast float32.",
-    ]
-    shares = {"linear layers": 0.896, "attention": 0.074, "pooling": 0.004}
-    speed = {"fma_peak_gflops": 200.0, "linear_gflops": 180.0, "fma_peak_tokens_per_s": 9_000.0}
-    bare = {"fma_peak_gflops": None, "linear_gflops": 180.0, "fma_peak_tokens_per_s": None}
-    rows = [
-        {"precision": "float32", "shares": shares, **speed},
-        {"precision": "bfloat16", "shares": shares, **bare},
-    ]
-    found = {"benchmark": "breakdown", "commit": "fedcba9876543210", "rows": rows}
-    found["corpus"] = measured["corpus"]
-    provenance.write_json(found, tmp_path / "cpu-2core" / "breakdown.json")
-    first, *_, last = report.readme_figures(tmp_path).splitlines()
-    assert "; commit 012345678, fedcba987 (" in first
-    assert last == (
-        "Where the time goes, passages: float32: linear layers 90%, attention 7%; linear layers at "
-        "90% of the vector units' peak, which is 9,000 tokens/s. bfloat16: linear layers 90%, "
-        "attention 7%."
-    )

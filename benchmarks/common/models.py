@@ -1,0 +1,121 @@
+"""Folders with models: in other precisions, and of other sizes with random weights.
+
+python -m benchmarks.common.models narrow FROM TO       # weights in float16: half the bytes
+python -m benchmarks.common.models widen FROM TO        # weights in float32
+python -m benchmarks.common.models random-base FROM TO  # BERT-base, random; the tokenizer of FROM
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+WEIGHTS = "model.safetensors"
+# Sizes of BERT-base and BERT-large.
+RANDOM: dict[str, dict[str, int]] = {
+    "random-base": {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+    },
+    "random-large": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    },
+}
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+
+
+def convert(source: Path, target: Path, dtype: str) -> None:
+    """Copy the folder of a model, its weights in `dtype`.
+
+    Args:
+        source: holds config.json and model.safetensors.
+        target: made, or overwritten.
+        dtype: "float16" or "float32".
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    ignored = shutil.ignore_patterns(WEIGHTS, "*.bin", "*.onnx", "onnx", "openvino", "__pycache__")
+    shutil.copytree(source, target, ignore=ignored, dirs_exist_ok=True)
+    weights = load_file(source / WEIGHTS)
+    cast = {
+        name: value.to(getattr(torch, dtype)) if value.is_floating_point() else value
+        for name, value in weights.items()
+    }
+    save_file(cast, target / WEIGHTS, {"format": "pt"})
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    _write(target / "config.json", config | {"dtype": dtype})
+
+
+def make_random(name: str, tokenizer: Path, target: Path, sizes: dict[str, int]) -> None:
+    """Write a BERT with random weights, mean pooling and L2 normalisation.
+
+    Args:
+        name: in its config.
+        tokenizer: folder of the tokenizer, whose vocabulary it gets.
+        target: folder to make.
+        sizes: fields of the config.
+    """
+    import torch
+    import transformers
+
+    vocabulary = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
+    config = transformers.BertConfig(
+        vocab_size=len(vocabulary["model"]["vocab"]), name_or_path=name, **sizes
+    )
+    torch.manual_seed(0)
+    # Where there is a GPU, it draws them in no time.
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.no_grad():
+        model = transformers.BertModel(config)
+        for parameter in model.parameters():
+            # Biases of zero and weights of one would hide an implementation that ignores them.
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    model.cpu().save_pretrained(target)
+    for file in _TOKENIZER:
+        if (tokenizer / file).is_file():
+            shutil.copy(tokenizer / file, target / file)
+    kinds = ("Transformer", "Pooling", "Normalize")
+    paths = ("", "1_Pooling", "2_Normalize")
+    package = "sentence_transformers.models"
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"{package}.{kind}"}
+        for i, (kind, path) in enumerate(zip(kinds, paths, strict=True))
+    ]
+    _write(target / "modules.json", modules)
+    limits = {"max_seq_length": config.max_position_embeddings, "do_lower_case": False}
+    _write(target / "sentence_bert_config.json", limits)
+    pooling = {"word_embedding_dimension": config.hidden_size, "pooling_mode_mean_tokens": True}
+    (target / "1_Pooling").mkdir(exist_ok=True)
+    _write(target / "1_Pooling" / "config.json", pooling)
+    (target / "2_Normalize").mkdir(exist_ok=True)
+
+
+def _write(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def main(arguments: list[str]) -> int:
+    """Make the folder that the arguments ask for."""
+    if len(arguments) != 3 or arguments[0] not in ("narrow", "widen", *RANDOM):
+        print(__doc__, file=sys.stderr)
+        return 2
+    action, source, target = arguments[0], Path(arguments[1]), Path(arguments[2])
+    if action in RANDOM:
+        make_random(action, source, target, RANDOM[action])
+    else:
+        convert(source, target, "float16" if action == "narrow" else "float32")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,143 @@
+"""The time of a model's matrix products alone: what is left if all else is free."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.common import stopwatch
+
+_SAMPLES = 7
+# Rows of a product in oneDNN: large enough that it is at its best.
+_ROWS = 2048
+# Batches differ by a text or so: their sizes are rounded, and the smallest few are left to scale.
+_GRID = {"cuda": 1024, "cpu": 16}
+
+
+def layer_shapes(hidden: int, inner: int) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of the four linear layers of a block."""
+    return {
+        "qkv": (3 * hidden, hidden),
+        "output": (hidden, hidden),
+        "up": (inner, hidden),
+        "down": (hidden, inner),
+    }
+
+
+def _shapes_of(config: dict[str, Any]) -> list[tuple[int, int]]:
+    return list(layer_shapes(config["hidden_size"], config["intermediate_size"]).values())
+
+
+def flops_per_token(config: dict[str, Any]) -> int:
+    """Of the linear layers of a BERT-family model, by its config; attention comes on top."""
+    weights = sum(outputs * inputs for outputs, inputs in _shapes_of(config))
+    return int(2 * config["num_hidden_layers"] * weights)
+
+
+class LinearLayers:
+    """The linear layers of one forward pass, by oneDNN through torch with weights prepacked.
+
+    Args:
+        config: config.json of a BERT-family model.
+        precision: "float32" or "bfloat16".
+    """
+
+    def __init__(self, config: dict[str, Any], precision: str) -> None:
+        dtype = getattr(torch, precision)
+        self._layers = config["num_hidden_layers"]
+        self._products = []
+        for shape in _shapes_of(config):
+            packed = torch.ops.mkldnn._reorder_linear_weight(torch.randn(shape).to(dtype), _ROWS)
+            self._products.append((torch.randn(_ROWS, shape[1]).to(dtype), packed))
+        self.rates: list[float] = []
+
+    def measure(self) -> None:
+        """Add one figure, in tokens/s, to `rates`."""
+        with torch.inference_mode():
+            start = time.perf_counter()
+            for _ in range(self._layers):
+                for x, weight in self._products:
+                    torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+            self.rates.append(_ROWS / (time.perf_counter() - start))
+
+    @property
+    def tokens_per_s(self) -> float:
+        return statistics.median(self.rates)
+
+    @staticmethod
+    def available(precision: str) -> bool:
+        """Whether torch has what this needs."""
+        mkldnn = torch.ops.mkldnn
+        if not torch.backends.mkldnn.is_available() or not hasattr(mkldnn, "_linear_pointwise"):
+            return False
+        return precision == "float32" or bool(mkldnn._is_mkldnn_bf16_supported())
+
+
+@contextmanager
+def _preferred(library: str) -> Iterator[None]:
+    """The library that torch multiplies with on a GPU, for a while."""
+    before = torch.backends.cuda.preferred_blas_library()
+    torch.backends.cuda.preferred_blas_library(library)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.preferred_blas_library(before)
+
+
+def product(
+    tokens: int, outputs: int, inputs: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """Seconds of `[tokens, inputs] x [inputs, outputs]`, each way torch has.
+
+    Returns:
+        `seconds` of the fastest, `way`: its name, `ways`: seconds, or an error, of every one.
+    """
+    size = (tokens * (inputs + outputs) + inputs * outputs) * dtype.itemsize
+    sets = stopwatch.cold_sets(device, size)
+    xs = [torch.randn(tokens, inputs, device=device).to(dtype) for _ in range(sets)]
+    rows = torch.randn(outputs, inputs, device=device).to(dtype)
+    columns = rows.t().contiguous()
+    calls: dict[str, stopwatch.Call] = {
+        "linear": lambda i: F.linear(xs[i], rows),
+        "mm": lambda i: torch.mm(xs[i], columns),
+    }
+    ways: dict[str, Any] = {}
+    for library in ("cublas", "cublaslt") if device.type == "cuda" else ("default",):
+        with _preferred(library):
+            timings = stopwatch.take_turns(calls, sets, device, _SAMPLES)
+        for name, timing in timings.items():
+            ways[f"{library} {name}"] = timing.error or timing.median
+    good = {way: seconds for way, seconds in ways.items() if isinstance(seconds, float)}
+    if not good:
+        raise RuntimeError(f"no matrix product ran: {ways}")
+    best = min(good, key=good.__getitem__)
+    return {"seconds": good[best], "way": best, "ways": ways}
+
+
+def gemm_seconds(
+    batch_tokens: list[int], config: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> float:
+    """Seconds that the linear layers of a model take on batches of so many tokens.
+
+    Args:
+        batch_tokens: of every batch.
+        config: the model's: `hidden_size`, `intermediate_size`, `num_hidden_layers`.
+        dtype: of the activations.
+        device: where.
+    """
+    shapes, grid = _shapes_of(config), _GRID[device.type]
+    known: dict[int, float] = {}
+
+    def block(tokens: int) -> float:
+        rounded = max(grid, round(tokens / grid) * grid)
+        if rounded not in known:
+            known[rounded] = sum(product(rounded, *s, dtype, device)["seconds"] for s in shapes)
+        return known[rounded] * tokens / rounded
+
+    return config["num_hidden_layers"] * sum(map(block, batch_tokens))

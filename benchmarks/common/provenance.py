@@ -1,0 +1,122 @@
+"""Where a result comes from: date, commit, sources, machine, versions."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import subprocess
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from benchmarks import ROOT
+
+SCHEMA = 1
+PACKAGES = (
+    *("sbert-fast", "torch", "transformers", "sentence-transformers", "tokenizers", "numpy"),
+    *("onnx", "onnxruntime", "openvino", "zentorch", "triton", "flash-attn"),
+)
+# What is timed, by kind of device.
+_SOURCES = {
+    "cpu": ("sbert_fast/**/*.py", "csrc/common/*.*", "csrc/cpu/*.*", "csrc/host/*.*"),
+    "cuda": (
+        *("sbert_fast/**/*.py", "kernels/**/*.py"),
+        *(f"csrc/{room}/**/*.*" for room in ("common", "cuda", "host")),
+    ),
+    # What sbert_fast/ops/choices.py goes by.
+    "cuda kernels": ("csrc/cuda/**/*.*",),
+}
+_WRITTEN_BY_THE_BUILD = "sbert_fast/_build_info.py"
+_CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+
+
+def source_hash(root: Path = ROOT, kind: str = "cpu") -> str:
+    """SHA-256 over the names and contents of the sources that benchmarks on a `kind` of device
+    time."""
+    found = (path for pattern in _SOURCES[kind] for path in root.glob(pattern) if path.is_file())
+    files = {path.relative_to(root).as_posix() for path in found}
+    digest = hashlib.sha256()
+    for name in sorted(files - {_WRITTEN_BY_THE_BUILD}):
+        content = root.joinpath(name).read_bytes()
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def provenance(threads: int, kind: str = "cpu") -> dict[str, Any]:
+    """When, on what, and from which sources a run is made."""
+    return {
+        "schema": SCHEMA,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "source_sha256": source_hash(kind=kind),
+        **({"kernels_sha256": source_hash(kind="cuda kernels")} if kind == "cuda" else {}),
+        "device": _gpu(threads) if kind == "cuda" else _cpu(threads),
+        "load_average_before": list(os.getloadavg()),
+        "versions": {"python": platform.python_version()} | {n: _version(n) for n in PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The commit of the sources, with "+" behind it where files differ from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _cpu(threads: int) -> dict[str, Any]:
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.is_file() else ""
+    fields = dict(re.findall(r"^(\S[^\t:]*?)\s*: (.*)$", text.partition("\n\n")[0], re.MULTILINE))
+    flags = set(fields.get("flags", "").split())
+    model = fields.get("model name", platform.processor() or platform.machine())
+    if "cpu family" in fields:
+        model += f" (family {fields['cpu family']}, model {fields['model']})"
+    return {
+        "name": f"{model}, {threads} thread{'s' if threads > 1 else ''}",
+        "kind": "cpu",
+        "threads": threads,
+        "cpus": os.cpu_count(),
+        "mhz": fields.get("cpu MHz"),
+        "flags": [flag for flag in _CPU_FLAGS if flag in flags],
+    }
+
+
+def _gpu(threads: int) -> dict[str, Any]:
+    import torch
+
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    asked = ("driver_version", "clocks.sm", "clocks.mem", "power.limit", "temperature.gpu")
+    command = ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader", "-i", "0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+        told = [part.strip() for part in done.stdout.split(",")]
+    except (OSError, subprocess.TimeoutExpired):
+        told = []
+    return {
+        "name": found.name,
+        "kind": "cuda",
+        "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "memory_bytes": found.total_memory,
+        "l2_bytes": found.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "smi": dict(zip(asked, told, strict=False)),
+        "cpu": _cpu(threads),
+    }

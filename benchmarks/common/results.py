@@ -1,0 +1,61 @@
+"""Files of results: documents in JSON, and rows in JSON lines, appended one at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+# What an encode row is of; its figures may be stored more than once.
+_ENCODE = ("model", "corpus", "texts", "scope", "system", "precision")
+
+
+def write_json(document: Row, path: Path) -> None:
+    """Write a document so that `path` holds either all of it or what it held before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            json.dump(document, stream, indent=1, allow_nan=False)
+            stream.write("\n")
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def append(path: Path | None, kind: str, line: Row) -> None:
+    """Append a line; what was there before stays whole whatever happens.
+
+    Args:
+        path: the file, made where it is missing; None keeps nothing.
+        kind: "run" (where the rows after it come from), "row" or "error".
+        line: its content.
+    """
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"kind": kind} | line) + "\n")
+
+
+def read(path: Path) -> list[Row]:
+    """All lines of a file, but for one that was cut short; none where there is no file."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def latest(lines: Iterable[Row]) -> list[Row]:
+    """The last encode row of every system in the same configuration."""
+    return list({tuple(line.get(name) for name in _ENCODE): line for line in lines}.values())

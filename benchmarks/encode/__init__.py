@@ -1,0 +1,1 @@
+"""Times whole texts through whole encoders."""

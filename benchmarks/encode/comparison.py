@@ -1,0 +1,81 @@
+"""What it costs to compare a model with what was derived from it, beside whole calls.
+
+    python -m benchmarks.encode.comparison --corpus mixed --texts 1000
+
+Calls of one text and of a corpus are timed as they are and with the comparison left out, in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+from unittest import mock
+
+from benchmarks.common import arguments
+from benchmarks.common.process import pin
+from benchmarks.common.provenance import provenance
+
+TEXT = "A text of about sixteen tokens, such as people send to a search engine."
+# Calls of one text are short: a round has many.
+CALLS = 100
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _in_turn(encoder: Any, call: Callable[[], Any], rounds: int) -> dict[str, Any]:
+    """Seconds of `call` as it is, and with the comparison of this moment taken for granted."""
+    samples: dict[str, list[float]] = {"checked": [], "unchecked": []}
+    pipeline = encoder.packed_pipeline
+    granted = mock.patch.object(type(encoder), "_pipeline", lambda _: pipeline)
+    for _ in range(rounds):
+        samples["checked"].append(_seconds(call))
+        with granted:
+            samples["unchecked"].append(_seconds(call))
+    pairs = zip(samples["checked"], samples["unchecked"], strict=True)
+    return {
+        **{name: statistics.median(values) for name, values in samples.items()},
+        "difference": statistics.median(checked - unchecked for checked, unchecked in pairs),
+        "samples": samples,
+    }
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything the arguments ask for, as the document that report.py shows."""
+    from benchmarks.common.corpora import load_corpus
+    from sbert_fast import FastEncoder
+
+    encoder = FastEncoder(str(args.model), device="cpu")
+    texts = load_corpus(args.corpus, args.texts, args.seed)
+    for inputs in ([TEXT], texts):
+        encoder.encode(inputs)
+    alone = [_seconds(lambda: encoder.packed_pipeline) for _ in range(CALLS * args.rounds)]
+    settings = ("threads", "rounds", "texts", "corpus")
+    return provenance(args.threads) | {
+        "benchmark": "checks",
+        "model": {"name": args.model_name},
+        "settings": {name: getattr(args, name) for name in settings},
+        "one_text": _in_turn(encoder, lambda: encoder.encode(TEXT), CALLS * args.rounds),
+        "corpus": _in_turn(encoder, lambda: encoder.encode(texts), args.rounds),
+        "comparison_alone": statistics.median(alone),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, store and print."""
+    parser = arguments.make_parser(__doc__, "float32")
+    args = parser.parse_args(argv)
+    arguments.finish(args, parser)
+    pin(args.threads)
+    arguments.conclude(measure(args), args.json)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,148 @@
+"""Brings systems to their best setting and times them in turn, on any device."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.common.folders import Tokens
+from benchmarks.common.stopwatch import synchronize
+from benchmarks.common.text import say
+from benchmarks.encode.base import Setting, System
+
+
+@dataclass
+class Contender:
+    """One system in one precision, and what has been measured of it.
+
+    Attributes:
+        sweep: seconds of each setting that was tried.
+        staged: prepared ids, where those are what it is timed on.
+        seconds: of a run, one a round.
+        times: runs that make a sample.
+        more: other figures of its row.
+    """
+
+    name: str
+    precision: str
+    status: str = "measured"
+    system: System | None = None
+    setting: Setting = Setting()
+    sweep: dict[Setting, float] = field(default_factory=dict)
+    embeddings: Any = None
+    staged: Any = None
+    seconds: list[float] = field(default_factory=list)
+    times: int = 1
+    more: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.precision}"
+
+
+class Corpus(NamedTuple):
+    """Texts and their tokens."""
+
+    texts: list[str]
+    tokens: Tokens
+
+    def first(self, count: int) -> Corpus:
+        """The corpus of the first texts."""
+        lengths = self.tokens.lengths[:count]
+        return Corpus(self.texts[:count], Tokens(self.tokens.ids[: lengths.sum()], lengths))
+
+
+class Sizes(NamedTuple):
+    """The batch sizes of a sweep: the first, the one that it reaches in any case, the largest, and
+    how often each is timed."""
+
+    first: int
+    reached: int
+    largest: int = 1 << 20
+    times: int = 1
+
+
+def runner(each: Contender, scope: str, corpus: Corpus) -> Callable[[], Any]:
+    """What is timed: strings to numpy (s1), or prepared ids to embeddings on the device (s3)."""
+    if scope == "s1":
+        return lambda: each.system.encode(corpus.texts, each.setting)
+    each.staged = each.system.stage(corpus.tokens, each.setting.batch_size)
+    return each.staged.run
+
+
+def embed(each: Contender, scope: str, corpus: Corpus) -> NDArray[np.float32]:
+    """Embeddings of a corpus in its order, float32 `[N, E]` on the host."""
+    if scope == "s1":
+        return each.system.encode(corpus.texts, each.setting)
+    staged = each.system.stage(corpus.tokens, each.setting.batch_size)
+    rows = staged.run().float().cpu().numpy()
+    out = np.empty_like(rows)
+    out[staged.order] = rows
+    return out
+
+
+def seconds_of(run: Callable[[], Any], device: torch.device, times: int = 1) -> float:
+    """Seconds of a run, the device done."""
+    gc.collect()
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(times):
+        run()
+    synchronize(device)
+    return (time.perf_counter() - start) / times
+
+
+def find_setting(
+    each: Contender, scope: str, corpus: Corpus, device: torch.device, sizes: Sizes
+) -> None:
+    """Double the batch size as long as the largest is the best, for every number of workers; what
+    does not fit into memory ends it."""
+    for workers in each.system.workers:
+        swept: dict[Setting, float] = {}
+        size = sizes.first
+        while size <= sizes.largest:
+            each.setting = Setting(size, workers)
+            each.system.forget()
+            try:
+                run = runner(each, scope, corpus)
+                run()
+                swept[each.setting] = min(seconds_of(run, device) for _ in range(sizes.times))
+            except torch.OutOfMemoryError:
+                break
+            finally:
+                each.staged = None
+            best = min(swept, key=swept.__getitem__).batch_size
+            if size >= len(corpus.texts) or (size >= sizes.reached and best < size):
+                break
+            size *= 2
+        each.sweep |= swept
+    each.setting = min(each.sweep, key=each.sweep.__getitem__)
+    each.system.forget()
+
+
+def take_turns(
+    running: Sequence[tuple[Contender, Callable[[], Any]]],
+    rounds: int,
+    device: torch.device,
+    before: Callable[[], Any] = lambda: None,
+) -> Iterator[int]:
+    """Time all systems in turn, round after round; yields the rounds that are complete.
+
+    Args:
+        running: systems and what each runs.
+        rounds: how many.
+        device: where.
+        before: called before every round.
+    """
+    for done in range(1, rounds + 1):
+        say(f"round {done} of {rounds}")
+        before()
+        for each, run in running:
+            each.seconds.append(seconds_of(run, device, each.times))
+        yield done

@@ -1,0 +1,196 @@
+"""Encoding on a CPU: the document of one run."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.common.corpora import describe, load_corpus
+from benchmarks.common.folders import ModelFolder
+from benchmarks.common.gate import Gates, check, cosines, ratios
+from benchmarks.common.names import OURS, REFERENCE
+from benchmarks.common.products import LinearLayers
+from benchmarks.common.provenance import provenance
+from benchmarks.common.text import say
+from benchmarks.encode import peers
+from benchmarks.encode.base import NotAvailable, Setting
+from benchmarks.encode.contenders import (
+    Contender,
+    Corpus,
+    Sizes,
+    embed,
+    find_setting,
+    runner,
+    take_turns,
+)
+from benchmarks.encode.memory import memory_of
+
+SCOPE = "strings to L2-normalised float32 numpy rows in input order, tokenisation included"
+SIZES = Sizes(first=8, reached=128, times=2)
+CPU = torch.device("cpu")
+MEMORY_CORPUS, MEMORY_TEXTS = "short", 100_000
+# Load average per CPU above which figures are doubtful.
+BUSY = 0.1
+LIMIT_RUNS = 5  # a round: one of them takes a tenth of a second
+LATENCY_TOKENS, LATENCY_CALLS, LATENCY_WARM_CALLS = 16, 300, 20
+
+
+def build_all(
+    names: list[str], precisions: list[str], folder: ModelFolder, onnx: Path
+) -> list[Contender]:
+    """Ours, the reference and `names` in every precision; those that cannot run here say why.
+
+    Raises:
+        RuntimeError: ours or the reference cannot run.
+    """
+    wanted = [(n, p) for p in precisions for n in (OURS, REFERENCE, *names)]
+    # Whatever is asked for, this one is what the others are checked against.
+    wanted.append((REFERENCE, "float32"))
+    entries = [Contender(name, precision) for name, precision in dict.fromkeys(wanted)]
+    for each in entries:
+        try:
+            each.system = peers.build(each.name, each.precision, folder, onnx)
+        except NotAvailable as reason:
+            each.status = f"not measured ({reason})"
+            if each.name in (OURS, REFERENCE):
+                raise RuntimeError(f"{each} is {each.status}") from reason
+    return entries
+
+
+def prepare(each: Contender, corpus: Corpus, sweep_texts: int) -> None:
+    """Bring a system to its best: setting found, warm on all texts, embeddings kept.
+
+    A peer that fails is named as such and left out; ours and the reference may not fail.
+    """
+    say(f"preparing {each}")
+    try:
+        if each.system.batch_sizes:
+            find_setting(each, "s1", corpus.first(sweep_texts), CPU, SIZES)
+        each.embeddings = embed(each, "s1", corpus)
+        computed = each.system.computed_tokens(corpus.texts, each.setting)
+        share = computed and int(corpus.tokens.lengths.sum()) / computed
+        each.more["real_token_share"] = share
+    except Exception as error:
+        if each.name in (OURS, REFERENCE):
+            raise
+        told = str(error).strip().partition("\n")[0]
+        each.status = f"not measured (failed: {type(error).__name__}: {told})"
+        each.system = None
+
+
+def row_of(
+    each: Contender, running: list[Contender], truth: Any, corpus: Corpus, swept: int, gates: Gates
+) -> dict[str, Any]:
+    """The row of a system, measured or not.
+
+    Args:
+        each: the system.
+        running: all that are measured.
+        truth: float32 embeddings of the reference, `[N, E]`.
+        corpus: what was encoded.
+        swept: tokens of the texts that settings were found on.
+        gates: a red one yields no ratios.
+    """
+    row = {"system": each.name, "precision": each.precision, "status": each.status}
+    if each.system is None:
+        return row
+    match = cosines(each.embeddings, truth)
+    rates = int(corpus.tokens.lengths.sum()) / np.array(each.seconds)
+    return row | {
+        "batch": str(each.setting) if each.system.batch_sizes else "auto",
+        "tokens_per_s": float(np.median(rates)),
+        "sentences_per_s": float(len(match) / np.median(each.seconds)),
+        "iqr_tokens_per_s": np.percentile(rates, (25, 75)).tolist(),
+        "worst_cosine": float(match.min()),
+        "mean_cosine": float(match.mean()),
+        **each.more,
+        "sweep_tokens_per_s": {str(s): swept / seconds for s, seconds in each.sweep.items()},
+        "seconds": each.seconds,
+        "ratios": ratios(OURS, each, running, gates),
+    }
+
+
+def latency(running: list[Contender], folder: ModelFolder) -> dict[str, Any]:
+    """Milliseconds of single calls with one short text, systems in turn."""
+    texts = load_corpus("short", 200)
+    lengths = folder.tokenize(texts).lengths
+    nearest = int(np.abs(lengths - LATENCY_TOKENS).argmin())
+    calls = [(each, []) for each in running if each.name in (OURS, REFERENCE)]
+    for _ in range(LATENCY_WARM_CALLS + LATENCY_CALLS):
+        for each, seconds in calls:
+            start = time.perf_counter()
+            each.system.encode([texts[nearest]], Setting(1))
+            seconds.append(time.perf_counter() - start)
+    rows = []
+    for each, seconds in calls:
+        p50, p95 = np.percentile(np.array(seconds[LATENCY_WARM_CALLS:]) * 1e3, (50, 95))
+        row = {"system": each.name, "precision": each.precision}
+        rows.append(row | {"p50_ms": float(p50), "p95_ms": float(p95)})
+    return {"tokens": int(lengths[nearest]), "calls": LATENCY_CALLS, "rows": rows}
+
+
+def memory_of_many(
+    running: list[Contender], shared: dict[str, Any], dimension: int
+) -> dict[str, Any]:
+    """Peak memory of ours and the reference over many short texts, a process each."""
+    rows, many = [], {"corpus": MEMORY_CORPUS, "texts": MEMORY_TEXTS}
+    for each in running:
+        if each.name in (OURS, REFERENCE):
+            say(f"memory of {each} over {MEMORY_TEXTS:,} texts")
+            held = memory_of(each.name, each.precision, each.setting, **shared | many)
+            rows.append({"system": each.name, "precision": each.precision} | held)
+    return many | {"output_mb": MEMORY_TEXTS * dimension * 4 / 1e6, "rows": rows}
+
+
+def measure(args: argparse.Namespace, onnx: Path) -> dict[str, Any]:
+    """Everything the arguments ask for, as the document that report.py shows."""
+    document = provenance(args.threads)
+    load = document["load_average_before"][0]
+    if load > BUSY * args.threads:
+        say(f"this machine is busy (load average {load:.2f}): the figures will be doubtful")
+    folder = ModelFolder(args.model, args.threads)
+    texts = load_corpus(args.corpus, args.texts, args.seed)
+    corpus = Corpus(texts, folder.tokenize(texts))
+    lengths = corpus.tokens.lengths
+    entries = build_all(args.peers, args.dtype, folder, onnx)
+    for each in entries:
+        if each.system is not None:
+            prepare(each, corpus, args.sweep_texts)
+    running = [each for each in entries if each.system is not None]
+    embeddings = {(each.name, each.precision): each.embeddings for each in running}
+    truth, gates = embeddings[REFERENCE, "float32"], check(embeddings)
+    limits = {p: LinearLayers(folder.config, p) for p in args.dtype if LinearLayers.available(p)}
+
+    def measure_limits() -> None:
+        for limit in limits.values():
+            for _ in range(LIMIT_RUNS):
+                limit.measure()
+
+    turns = [(each, runner(each, "s1", corpus)) for each in running]
+    for _ in take_turns(turns, args.rounds, CPU, measure_limits):
+        pass
+    single_calls = latency(running, folder) if args.latency else None
+    shared = {"model": args.model, "threads": args.threads, "seed": args.seed, "onnx": onnx}
+    for each in running:
+        say(f"memory of {each}")
+        own = shared | {"corpus": args.corpus, "texts": args.texts}
+        each.more |= memory_of(each.name, each.precision, each.setting, **own)
+    settings = ("threads", "rounds", "seed", "sweep_texts")
+    swept = int(lengths[: args.sweep_texts].sum())
+    return document | {
+        "benchmark": "encode",
+        "scope": SCOPE,
+        "model": {"name": args.model_name, "sha256": folder.weights_sha256()},
+        "corpus": describe(args.corpus, lengths),
+        "settings": {name: getattr(args, name) for name in settings},
+        "gates": {precision: gates[OURS, precision] for precision in args.dtype},
+        "rows": [row_of(each, running, truth, corpus, swept, gates) for each in entries],
+        "linear_layers_alone": {p: limit.tokens_per_s for p, limit in limits.items()},
+        "latency": single_calls,
+        "memory": memory_of_many(running, shared, truth.shape[1]) if args.memory else None,
+    }

@@ -1,0 +1,238 @@
+"""Encoding on a GPU beside sentence-transformers, padded and unpadded.
+
+Two scopes: s1, strings to numpy, and s3, prepared ids on the device to embeddings on the device.
+In each, every system finds its best batch size, its embeddings are compared with those of unpatched
+sentence-transformers in float32, and all take turns, round after round. Ours runs twice in half
+precision: on the ops that it chooses, and on those in CUDA C++. The rows of a scope are stored
+after the first round, and again after the last or when interrupted: the last row of a system
+counts. A system that fails leaves its row, and the others run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.common import models, products
+from benchmarks.common.corpora import length_stats, load_corpus
+from benchmarks.common.folders import ModelFolder
+from benchmarks.common.gate import Gates, check, cosines, ratios
+from benchmarks.common.names import COMPILED, OURS, OURS_CUDA, REFERENCE
+from benchmarks.common.provenance import provenance
+from benchmarks.common.results import Row, append, latest, write_json
+from benchmarks.common.text import message, say
+from benchmarks.encode import contenders, report
+from benchmarks.encode.base import Setting
+from benchmarks.encode.contenders import Contender, Corpus, Sizes, embed, runner, take_turns
+from benchmarks.encode.systems import SYSTEMS, cuda_ops
+
+FULL = "float32"
+SIZES = {"s1": Sizes(128, 256, 8192), "s3": Sizes(32, 256, 8192)}
+# Enough texts for the cosines, and little enough for float32.
+CHECKED_TEXTS = 2000
+_SAMPLE_SECONDS = 0.05
+
+
+class Benchmark:
+    """One model and corpus on one device.
+
+    Args:
+        args: see `python -m benchmarks.encode --help`.
+        folder: the model.
+        device: where.
+        store: takes a row as soon as it is known: kind and content.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        folder: ModelFolder,
+        device: torch.device,
+        store: Callable[[str, Row], None],
+    ) -> None:
+        self.args, self.folder, self.device, self.store = args, folder, device, store
+        texts = load_corpus(args.corpus, args.texts, args.seed, folder.count)
+        self.corpus = Corpus(texts, folder.tokenize(texts))
+        lengths = self.corpus.tokens.lengths
+        self.what = {"benchmark": "encode", "model": args.model_name}
+        self.what |= {"corpus": Path(args.corpus).name, "texts": len(lengths)}
+        self.what |= {"tokens": int(lengths.sum()), "lengths": length_stats(lengths)}
+        self.gemm: dict[tuple[str, tuple[int, ...]], float] = {}
+
+    def run(self, scope: str) -> None:
+        """Measure every system in a scope."""
+        checked = self.corpus.first(CHECKED_TEXTS)
+        truth = self._truth(scope, checked)
+        running: list[Contender] = []
+        for precision in self.args.dtype:
+            for name in self._names(scope, precision):
+                each = Contender(name, precision)
+                try:
+                    self._prepare(each, scope, checked, running)
+                except Exception as error:
+                    self.store("error", self._row(each, scope) | {"error": message(error)})
+                else:
+                    running.append(each)
+        turns = [(each, runner(each, scope, self.corpus)) for each in running]
+        for each, run in turns:
+            seconds = contenders.seconds_of(run, self.device)
+            each.times = max(1, round(_SAMPLE_SECONDS / seconds))
+        try:
+            for done in take_turns(turns, self.args.rounds, self.device):
+                if done == 1 < self.args.rounds:
+                    self._store(scope, running, truth)
+        finally:
+            self._store(scope, running, truth)
+        del turns, running
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _store(self, scope: str, running: list[Contender], truth: NDArray[np.float32]) -> None:
+        """Store a row a system, of the rounds that all have finished."""
+        rounds = min((len(each.seconds) for each in running), default=0)
+        if rounds == 0:
+            return
+        for each in running:
+            del each.seconds[rounds:]
+        gates = check(
+            {(REFERENCE, FULL): truth}
+            | {(each.name, each.precision): each.embeddings for each in running}
+        )
+        for each in running:
+            self.store("row", self._figures(each, scope, running, truth, gates))
+
+    def _names(self, scope: str, precision: str) -> list[str]:
+        """The systems that run; a row is left for ours where it cannot."""
+        names = dict.fromkeys((OURS, OURS_CUDA, REFERENCE, *self.args.peers))
+        if scope == "s1":
+            names.pop(COMPILED, None)
+        reason = cuda_ops(self.device, getattr(torch, precision))
+        if reason is not None:
+            del names[OURS_CUDA]
+        if reason:
+            row = self._row(Contender(OURS_CUDA, precision), scope)
+            self.store("row", row | {"status": f"not measured: {reason}"})
+        return list(names)
+
+    def _truth(self, scope: str, checked: Corpus) -> NDArray[np.float32]:
+        reference = Contender(REFERENCE, FULL, setting=Setting(128))
+        reference.system = SYSTEMS[REFERENCE](self.folder, self.device, torch.float32)
+        return embed(reference, scope, checked)
+
+    def _prepare(
+        self, each: Contender, scope: str, checked: Corpus, known: list[Contender]
+    ) -> None:
+        say(f"{scope}: preparing {each}")
+        dtype = getattr(torch, each.precision)
+        each.system = SYSTEMS[each.name](self.folder, self.device, dtype)
+        if each.system.batch_sizes:
+            # Both half precisions cost the same: what is best for one is best for the other.
+            halves = [k for k in known if k.name == each.name and k.precision != FULL]
+            if halves and each.precision != FULL:
+                each.setting, each.sweep = halves[0].setting, halves[0].sweep
+            else:
+                few = self.corpus.first(self.args.sweep_texts)
+                contenders.find_setting(each, scope, few, self.device, SIZES[scope])
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        each.embeddings = embed(each, scope, checked)
+        peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else None
+        each.more["peak_bytes"] = peak
+
+    def _row(self, each: Contender, scope: str) -> Row:
+        named = {"scope": scope, "system": each.name, "precision": each.precision}
+        return self.what | named
+
+    def _figures(
+        self,
+        each: Contender,
+        scope: str,
+        running: list[Contender],
+        truth: NDArray[np.float32],
+        gates: Gates,
+    ) -> Row:
+        texts, tokens = self.what["texts"], self.what["tokens"]
+        median = float(np.median(each.seconds))
+        row = self._row(each, scope) | {
+            "batch": each.setting.batch_size or "auto",
+            "sentences_per_s": texts / median,
+            "tokens_per_s": tokens / median,
+            "seconds": each.seconds,
+            "sweep_seconds": {s.batch_size: seconds for s, seconds in each.sweep.items()},
+            "loss": float((1 - cosines(each.embeddings, truth)).max()),
+            # What a peer is compared with first.
+            "gate": gates.get((each.name if each.name == OURS_CUDA else OURS, each.precision)),
+            **each.more,
+            "ratios": ratios(OURS, each, running, gates),
+        }
+        if any(other.name == OURS_CUDA for other in running):
+            row["ratios_cuda"] = ratios(OURS_CUDA, each, running, gates)
+        if each.staged is not None:
+            row["real_token_share"] = tokens / sum(each.staged.batch_tokens)
+            if each.name in (OURS, OURS_CUDA):
+                row |= self._roofline(each, median)
+        return row
+
+    def _roofline(self, each: Contender, median: float) -> Row:
+        """What the linear layers take on the batches of ours."""
+        sizes, dtype = each.staged.batch_tokens, getattr(torch, each.precision)
+        key = each.precision, tuple(sizes)
+        try:
+            if key not in self.gemm:
+                config = self.folder.config
+                self.gemm[key] = products.gemm_seconds(sizes, config, dtype, self.device)
+        except Exception as error:
+            return {"gemm_error": message(error)}
+        seconds = self.gemm[key]
+        return {"gemm_seconds": seconds, "gemm_fraction": seconds / median, "batches": sizes}
+
+
+def model_folder(args: argparse.Namespace, scratch: Path) -> Path:
+    """The folder of the model; one with random weights is made."""
+    name = str(args.model)
+    if name not in models.RANDOM:
+        return args.model
+    say(f"making {name}")
+    models.make_random(name, args.tokenizer, scratch / name, models.RANDOM[name])
+    return scratch / name
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run what the arguments ask for; 1 where a gate is red or ours failed."""
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        say("there is no GPU here that torch can use")
+        return 2
+    torch.backends.cuda.matmul.allow_tf32 = False
+    rows: list[Row] = []
+    bad = []
+
+    def store(kind: str, line: Row) -> None:
+        rows.append(line)
+        append(args.rows, kind, line)
+        red = not (line.get("gate") or {}).get("green", True)
+        if line["system"] in (OURS, OURS_CUDA) and (kind == "error" or red):
+            bad.append(line)
+
+    threads = torch.get_num_threads()
+    run = provenance(threads, device.type) | {"benchmark": "encode"}
+    append(args.rows, "run", run)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = ModelFolder(model_folder(args, Path(scratch)), threads)
+        benchmark = Benchmark(args, folder, device, store)
+        for scope in args.scope:
+            benchmark.run(scope)
+    if args.json:
+        write_json(run | {"rows": latest(rows)}, args.json)
+    print("\n".join(report.gpu_table(rows)))
+    return int(bool(bad) or not rows)

@@ -1,0 +1,244 @@
+"""The runtimes beside torch on a CPU, all behind one driver: the Rust tokenizer, batches sorted by
+length and padded, masked mean and L2 in numpy.
+
+`build` makes a system, or raises :class:`NotAvailable` with the reason why it cannot be measured.
+Nothing heavy is imported before a system needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
+from functools import cache, partial
+from pathlib import Path
+from sys import stderr
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.common.folders import ModelFolder
+from benchmarks.common.names import COMPILED, OURS, REFERENCE
+from benchmarks.encode.base import NotAvailable, Setting, System
+
+Inputs = dict[str, NDArray[np.int64]]
+Forward = Callable[[Inputs], NDArray[np.float32]]
+MakeForward = Callable[[int], Forward]
+_INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
+
+
+class Padded(System):
+    """A bare forward pass behind length-sorted padded batches, masked mean and L2.
+
+    Args:
+        folder: where tokenizer and limits come from.
+        make_forward: from a number of workers, which share the threads evenly, to what each of
+            them calls: int64 `[B, S]` arrays by name to last hidden states, float32 `[B, S, E]`,
+            valid until the worker's next call.
+        workers: numbers of workers that it supports.
+    """
+
+    def __init__(
+        self, folder: ModelFolder, make_forward: MakeForward, workers: tuple[int, ...] = (1,)
+    ) -> None:
+        self.folder, self.workers = folder, workers
+        self._forward = cache(make_forward)
+
+    def encode(self, texts: list[str], setting: Setting) -> NDArray[np.float32]:
+        tokens, forward = self.folder.tokenize(texts), self._forward(setting.workers)
+        out = np.empty((len(texts), self.folder.config["hidden_size"]), np.float32)
+
+        def run(rows: NDArray[np.int64]) -> None:
+            inputs = tokens.padded(rows, self.folder.pad)
+            mask = inputs["attention_mask"][:, None].astype(np.float32)
+            pooled = (mask @ forward(inputs))[:, 0] / tokens.lengths[rows, None]
+            out[rows] = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
+
+        batches = tokens.batches(setting.batch_size)
+        if setting.workers == 1:
+            for rows in batches:
+                run(rows)
+            return out
+        with ThreadPoolExecutor(setting.workers) as pool:
+            deque(pool.map(run, batches), maxlen=0)
+        return out
+
+    def forget(self) -> None:
+        """Load the model anew: runtimes keep what they made for every shape, which is gigabytes."""
+        self._forward.cache_clear()
+
+    def computed_tokens(self, texts: list[str], setting: Setting) -> int:
+        tokens = self.folder.tokenize(texts)
+        batches = tokens.batches(setting.batch_size)
+        return sum(int(tokens.lengths[rows[0]]) * len(rows) for rows in batches)
+
+
+def _require(module: str) -> Any:
+    """Import a peer.
+
+    Raises:
+        NotAvailable: it is not installed, or does not load.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise NotAvailable("not installed")
+    try:
+        with redirect_stdout(stderr):
+            return importlib.import_module(module)
+    except Exception as error:
+        raise NotAvailable(f"does not load: {type(error).__name__}: {error}") from error
+
+
+def _hugging_face(folder: ModelFolder, precision: str) -> Any:
+    import torch
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(
+        folder.path, dtype=getattr(torch, precision), attn_implementation="sdpa"
+    )
+    return model.eval()
+
+
+def export_onnx(folder: ModelFolder, target: Path) -> None:
+    """Write the transformer of `folder` as ONNX with free batch and sequence dimensions.
+
+    Raises:
+        NotAvailable: onnx or onnxscript is missing.
+    """
+    for module in ("onnx", "onnxscript"):
+        _require(module)
+    import torch
+
+    model = _hugging_face(folder, "float32")
+    names = [n for n in _INPUT_NAMES if n in inspect.signature(model.forward).parameters]
+
+    class LastHiddenState(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *args: torch.Tensor) -> torch.Tensor:
+            return self.model(**dict(zip(names, args, strict=True))).last_hidden_state
+
+    free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=folder.max_length)}
+    ones = torch.ones(2, 8, dtype=torch.int64)
+    with redirect_stdout(stderr):
+        torch.onnx.export(
+            LastHiddenState().eval(),
+            tuple(ones.clone() for _ in names),
+            str(target),
+            input_names=names,
+            output_names=["last_hidden_state"],
+            dynamic_shapes=(tuple(dict(free) for _ in names),),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+
+
+def _onnxruntime(folder: ModelFolder, precision: str, onnx: Path) -> MakeForward:
+    if precision != "float32":
+        raise NotAvailable(f"has no {precision} kernels on a CPU")
+    ort = _require("onnxruntime")
+
+    def make(workers: int) -> Forward:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = folder.threads // workers
+        options.inter_op_num_threads = 1
+        session = ort.InferenceSession(str(onnx), options, providers=["CPUExecutionProvider"])
+        names = [node.name for node in session.get_inputs()]
+        return lambda inputs: session.run(None, {name: inputs[name] for name in names})[0]
+
+    return make
+
+
+def _openvino(folder: ModelFolder, precision: str, onnx: Path) -> MakeForward:
+    core = _require("openvino").Core()
+    hint = {"float32": "f32", "bfloat16": "bf16"}[precision]
+    if precision == "bfloat16" and "BF16" not in core.get_property(
+        "CPU", "OPTIMIZATION_CAPABILITIES"
+    ):
+        raise NotAvailable("this CPU has no bfloat16 instructions it could use")
+
+    def make(workers: int) -> Forward:
+        settings = {
+            "INFERENCE_NUM_THREADS": folder.threads,
+            "INFERENCE_PRECISION_HINT": hint,
+            "NUM_STREAMS": workers,
+        }
+        compiled = core.compile_model(str(onnx), "CPU", settings)
+        names = [port.any_name for port in compiled.inputs]
+        own = threading.local()
+
+        def forward(inputs: Inputs) -> NDArray[np.float32]:
+            if not hasattr(own, "request"):
+                own.request = compiled.create_infer_request()
+            arguments = {name: inputs[name] for name in names}
+            return own.request.infer(arguments, share_inputs=True, share_outputs=True)[0]
+
+        return forward
+
+    return make
+
+
+def _compiled(
+    folder: ModelFolder, precision: str, onnx: Path, backend: str = "inductor"
+) -> MakeForward:
+    """torch.compile with weights frozen into the graph, and free batch and sequence dimensions."""
+    import torch
+    from torch._inductor import config
+
+    module = _hugging_face(folder, precision)
+    names = [n for n in _INPUT_NAMES if n in inspect.signature(module.forward).parameters]
+    model = torch.compile(module, backend=backend, dynamic=True)
+
+    def forward(inputs: Inputs) -> NDArray[np.float32]:
+        tensors = {name: torch.from_numpy(inputs[name]) for name in names}
+        with torch.no_grad(), config.patch(freezing=True):
+            return model(**tensors).last_hidden_state.float().numpy()
+
+    return lambda workers: forward
+
+
+# What runs the ONNX export, and what runs the Hugging Face model.
+ONNX: dict[str, Callable[..., MakeForward]] = {"onnxruntime": _onnxruntime, "openvino": _openvino}
+TORCH: dict[str, Callable[..., MakeForward]] = {
+    "zentorch": partial(_compiled, backend="zentorch"),
+    COMPILED: _compiled,
+}
+
+
+def build(name: str, precision: str, folder: ModelFolder, onnx: Path) -> System:
+    """Make a system that runs on a CPU.
+
+    Args:
+        name: `OURS` or one of `PEERS`.
+        precision: one of `PRECISIONS`.
+        folder: the model.
+        onnx: its ONNX export; made there by the first system that needs it.
+
+    Raises:
+        NotAvailable: it cannot be measured here.
+    """
+    if name in (OURS, REFERENCE):
+        import torch
+
+        from benchmarks.encode.systems import SYSTEMS
+
+        return SYSTEMS[name](folder, torch.device("cpu"), getattr(torch, precision))
+    if not folder.pools_by_mean:
+        raise NotAvailable("its driver pools by the mean and nothing else")
+    if name != COMPILED:
+        _require(name)
+    if name in TORCH:
+        return Padded(folder, TORCH[name](folder, precision, onnx))
+    if not onnx.is_file():
+        export_onnx(folder, onnx)
+    # One batch on all threads, or a batch a thread: which is faster depends on the machine.
+    workers = tuple(dict.fromkeys((1, folder.threads)))
+    return Padded(folder, ONNX[name](folder, precision, onnx), workers)

@@ -1,0 +1,1 @@
+"""Times every op beside its peers, and what the hardware does alone."""

@@ -1,0 +1,1 @@
+"""Times what may stand in the table of launch parameters."""

@@ -1,0 +1,265 @@
+"""What the benchmarks have in common: clock, gate, provenance, files, arguments."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.common import gate, models, process, products, provenance, results, stopwatch
+from benchmarks.common.folders import ModelFolder
+from benchmarks.common.names import OURS, OURS_CUDA, PEERS, REFERENCE, UNPADDED
+from benchmarks.encode import peers
+from benchmarks.encode.__main__ import main, parse_args
+
+CPU = torch.device("cpu")
+
+
+# The clock.
+
+
+def test_systems_are_timed_in_turn_and_a_failing_one_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: clock.now)
+
+    def takes(seconds: float, most_calls: float = float("inf")) -> stopwatch.Call:
+        calls: list[int] = []
+
+        def call(i: int) -> None:
+            calls.append(i)
+            clock.now += seconds
+            if len(calls) > most_calls:
+                raise RuntimeError("no such kernel\nand more")
+
+        return call
+
+    systems = {"a": takes(2e-4), "b": takes(1, 0), "c": takes(5e-4), "late": takes(1e-4, 30)}
+    timings = stopwatch.take_turns(systems, 3, CPU, samples=4)
+    assert timings["a"].median == pytest.approx(2e-4)
+    assert len(timings["a"].seconds) == len(timings["c"].seconds) == 4
+    for name in ("b", "late"):
+        assert timings[name].error == "RuntimeError: no such kernel" and not timings[name].seconds
+    assert stopwatch.paired_ratio(timings["c"], timings["a"]) == pytest.approx(2.5)
+
+
+def test_a_call_runs_inside_its_context() -> None:
+    seen: list[str] = []
+
+    class Inside:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        @contextmanager
+        def context(self) -> Any:
+            seen.append(f"into {self.name}")
+            yield
+            seen.append(f"out of {self.name}")
+
+        def __call__(self, i: int) -> None:
+            assert seen[-1] == f"into {self.name}"
+
+    systems = {"a": Inside("a"), "b": Inside("b")}
+    timings = stopwatch.take_turns(systems, 2, CPU, samples=3)
+    assert not any(timing.error for timing in timings.values())
+    assert seen == ["into a", "out of a", "into b", "out of b"] * 4, "warm-up and three samples"
+
+
+def test_sets_of_inputs_exceed_the_cache() -> None:
+    cache = stopwatch.cache_bytes(CPU)
+    assert [stopwatch.cold_sets(CPU, size) for size in (10 * cache, cache // 2, 1)] == [3, 8, 32]
+
+
+def test_the_time_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = products.product(16, 24, 8, torch.float32, CPU)
+    assert found["seconds"] == min(found["ways"].values()) > 0
+    asked: list[tuple[int, ...]] = []
+
+    def product(tokens: int, outputs: int, inputs: int, *_: object) -> dict[str, float]:
+        asked.append((tokens, outputs, inputs))
+        return {"seconds": tokens * outputs * inputs * 1e-12}
+
+    monkeypatch.setattr(products, "product", product)
+    config = {"hidden_size": 8, "intermediate_size": 32, "num_hidden_layers": 3}
+    seconds = products.gemm_seconds([160, 165, 40], config, torch.float32, CPU)
+    assert seconds == pytest.approx(3 * 365 * (24 + 8 + 32 + 32) * 8 * 1e-12)
+    assert len(asked) == 3 * 4 - 4, "160 and 165 are measured once"
+    assert products.flops_per_token(config) == 2 * 3 * (24 + 8 + 32 + 32) * 8
+
+
+# The gate.
+
+
+def turned(loss: float) -> np.ndarray:
+    """Two unit vectors, the second turned so that 1 - cosine is as given."""
+    cosine = 1 - loss
+    return np.array([[1, 0], [cosine, np.sqrt(1 - cosine**2)]])
+
+
+TRUTH = np.array([[1.0, 0.0], [1.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("ours", "reference", "green"),
+    [
+        (0.0, 1e-4, {"float32", "bfloat16"}),
+        (0.9e-6, 1e-4, {"float32", "bfloat16"}),
+        (1.1e-6, 1e-4, {"bfloat16"}),
+        (1.9e-4, 1e-4, {"bfloat16"}),
+        (2.1e-4, 1e-4, set()),
+        (5.1e-4, 1e-3, set()),
+        (float("nan"), 1e-4, set()),
+    ],
+)
+def test_the_gate(ours: float, reference: float, green: set[str]) -> None:
+    embeddings = {(REFERENCE, "float32"): TRUTH, (REFERENCE, "bfloat16"): turned(reference)}
+    embeddings |= {(OURS, p): turned(ours) for p in ("float32", "bfloat16", "float16")}
+    gates = gate.check(embeddings)
+    assert {precision for (_, precision), each in gates.items() if each["green"]} == green
+    assert (OURS, "float16") not in gates, "there is nothing to hold it to"
+
+
+@pytest.mark.parametrize("red", [None, OURS, OURS_CUDA])
+def test_a_red_gate_has_no_ratios(red: str | None) -> None:
+    def system(name: str, precision: str, *seconds: float) -> SimpleNamespace:
+        return SimpleNamespace(name=name, precision=precision, seconds=seconds)
+
+    ours, cuda = system(OURS, "float16", 2.0, 2.0, 2.0), system(OURS_CUDA, "float16", 1.0, 1.0, 1.0)
+    peer, wide = system(REFERENCE, "float16", 4.0, 8.0, 6.0), system(OURS, "float32", 3.0, 3.0, 3.0)
+    running = [ours, cuda, peer, wide]
+    names = [(each.name, each.precision) for each in (ours, cuda, wide)]
+    gates = {key: {"green": key != (red, "float16")} for key in names}
+
+    def found(name: str, each: SimpleNamespace) -> dict[str, float]:
+        return gate.ratios(name, each, running, gates)
+
+    half = {} if red == OURS else {"float16": 3.0}
+    assert found(OURS, peer) == half | {"float32": 2.0}
+    assert found(OURS_CUDA, peer) == ({} if red == OURS_CUDA else {"float16": 6.0})
+    assert found(OURS, ours) == {}
+    assert found(OURS_CUDA, ours) == ({} if red else {"float16": 2.0})
+    assert ("float16" in found(OURS, cuda)) == (red is None)
+
+
+# Where results come from, and where they go.
+
+
+def test_a_result_is_stored_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    results.write_json({"rows": []}, path)
+    with pytest.raises(ValueError):
+        results.write_json({"rate": float("nan")}, path)
+    assert json.loads(path.read_text()) == {"rows": []}
+    assert os.listdir(tmp_path) == ["result.json"]
+
+
+def test_rows_are_appended_and_read(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "rows.jsonl"
+    results.append(None, "row", {})
+    results.append(path, "run", {"benchmark": "ops"})
+    results.append(path, "row", {"op": "add_norm"})
+    with path.open("a") as stream:
+        stream.write('{"kind": "row", "op')
+    assert results.read(path) == [
+        {"kind": "run", "benchmark": "ops"},
+        {"kind": "row", "op": "add_norm"},
+    ]
+    assert results.read(tmp_path / "absent") == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("cpu", ("sbert_fast/ops/x.py", "csrc/cpu/ops.cpp", "csrc/host/host.cpp")),
+        ("cuda", ("sbert_fast/x.py", "kernels/triton/x.py", "csrc/cuda/x.cu", "csrc/cuda/x.cuh")),
+        ("cuda kernels", ("csrc/cuda/attention.cu", "csrc/cuda/ops.cpp", "csrc/cuda/params.h")),
+    ],
+)
+def test_the_source_hash_follows_the_timed_sources(
+    tmp_path: Path, kind: str, names: tuple[str, ...]
+) -> None:
+    seen = [provenance.source_hash(tmp_path, kind)]
+    for name in names:
+        source = tmp_path / name
+        source.parent.mkdir(parents=True, exist_ok=True)
+        for content in ("a = 1", "a = 2"):
+            source.write_text(content)
+            seen.append(provenance.source_hash(tmp_path, kind))
+    source.rename(source.with_stem("y"))
+    seen.append(provenance.source_hash(tmp_path, kind))
+    assert len(set(seen)) == len(seen) == 2 + 2 * len(names)
+    for name in ("sbert_fast/_build_info.py", "README.md"):
+        tmp_path.joinpath(name).parent.mkdir(exist_ok=True)
+        tmp_path.joinpath(name).write_text("words")
+    assert provenance.source_hash(tmp_path, kind) == seen[-1]
+
+
+def test_threads_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 7})
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: chosen.append(cpus))
+    monkeypatch.setattr(os, "environ", {})
+    process.pin(2)
+    assert chosen == [[3, 5]]
+    assert os.environ["OMP_NUM_THREADS"] == "2"
+    with pytest.raises(ValueError, match="threads must be at most 3 here, got 4"):
+        process.pin(4)
+
+
+def test_a_model_is_narrowed_and_widened(tiny: ModelFolder, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    narrow, wide = tmp_path / "narrow", tmp_path / "wide"
+    assert models.main(["narrow", str(tiny.path), str(narrow)]) == 0
+    assert models.main(["widen", str(narrow), str(wide)]) == 0
+    before, half, after = (load_file(path / models.WEIGHTS) for path in (tiny.path, narrow, wide))
+    for name, value in before.items():
+        assert half[name].dtype == torch.float16 and after[name].dtype == torch.float32
+        assert torch.equal(after[name], value.half().float())
+    assert json.loads((wide / "config.json").read_text())["dtype"] == "float32"
+    assert models.main(["narrow"]) == 2
+
+
+# Arguments.
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What `encode` says of arguments that it refuses."""
+
+    def run(*arguments: str) -> str:
+        with pytest.raises(SystemExit):
+            parse_args(arguments)
+        return capsys.readouterr().err
+
+    return run
+
+
+def test_arguments_by_device(refused: Callable[..., str]) -> None:
+    on_gpu = parse_args(["--device", "cuda"])
+    assert on_gpu.dtype == ["bfloat16", "float16"] and on_gpu.peers == [REFERENCE, UNPADDED]
+    on_cpu = parse_args([])
+    assert on_cpu.dtype == ["float32"] and on_cpu.peers == list(PEERS)
+    assert {REFERENCE, *peers.ONNX, *peers.TORCH} == set(PEERS)
+    assert parse_args(["--peers", "openvino,zentorch"]).peers == ["openvino", "zentorch"]
+    assert "expected some of sentence-transformers" in refused("--peers", "fastest")
+    assert "float16 is for GPUs" in refused("--dtype", "float16")
+    assert "st-unpadded does not run on cpu" in refused("--peers", UNPADDED)
+    assert "openvino does not run on cuda" in refused("--device", "cuda", "--peers", "openvino")
+    assert "--rounds must be at least 1" in refused("--rounds", "0")
+
+
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main(["--device", "cuda"]) == 2
+    assert "no GPU" in capsys.readouterr().err

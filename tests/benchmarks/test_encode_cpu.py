@@ -1,0 +1,180 @@
+"""Encoding on a CPU: a run over a tiny corpus, the peers, the breakdown. No figure is judged."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import ROOT
+from benchmarks.common import gate, provenance
+from benchmarks.common.folders import ModelFolder
+from benchmarks.common.names import OURS, REFERENCE
+from benchmarks.encode import breakdown, cpu, peers
+from benchmarks.encode.base import NotAvailable, Setting, System
+from benchmarks.encode.contenders import Contender, Corpus
+from benchmarks.report import render
+
+TEXTS = ["A cat.", "Rain is expected in the north for most of the week.", "", "Why?"]
+
+
+def run(module: str, path: Path, *arguments: str) -> dict[str, Any]:
+    """The document that a benchmark stores, and prints last."""
+    tiny = ("--texts", "24", "--rounds", "2", "--threads", "1", "--json", str(path))
+    command = [sys.executable, "-m", f"benchmarks.{module}", *tiny, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    assert done.stdout.endswith(render(stored) + "\n")
+    return stored
+
+
+@pytest.mark.slow
+def test_a_run(tmp_path: Path) -> None:
+    """Beside every peer that starts quickly."""
+    needs = {OURS: (), REFERENCE: (), "zentorch": ("zentorch",)}
+    needs |= {name: (name, "onnx", "onnxscript") for name in ("onnxruntime", "openvino")}
+    chosen = ("--sweep-texts", "8", "--latency", "--peers", ",".join([*needs][1:]))
+    document = run("encode", tmp_path / "new" / "tiny.json", *chosen)
+    assert document["schema"] == provenance.SCHEMA
+    assert document["device"]["threads"] == document["settings"]["threads"] == 1
+    assert len(document["load_average_before"]) == 3
+    assert set(document["versions"]) == {"python", *provenance.PACKAGES}
+    assert document["model"]["sha256"].startswith("53aa5117")
+    corpus = document["corpus"]
+    assert corpus["texts"] == 24 and corpus["lengths"].keys() >= {"mean", "p50", "max", "Le"}
+    assert corpus["tokens"] == round(24 * corpus["lengths"]["mean"])
+    assert document["gates"]["float32"]["green"]
+    rows = {row["system"]: row for row in document["rows"]}
+    assert rows.keys() == needs.keys()
+    for name, row in rows.items():
+        if not all(importlib.util.find_spec(module) for module in needs[name]):
+            assert row["status"] == "not measured (not installed)" and len(row) == 3
+            continue
+        assert row["status"] == "measured" and len(row["seconds"]) == 2
+        low, high = row["iqr_tokens_per_s"]
+        assert 0 < low <= row["tokens_per_s"] <= high
+        assert 1 - row["mean_cosine"] <= 1 - row["worst_cosine"] <= gate.FLOAT32_LOSS
+        assert row["peak_rss_mb"] >= row["loaded_rss_mb"] > 0
+        assert (row["batch"] == "auto") == (row["real_token_share"] is None) == (name == OURS)
+        assert set(row["ratios"]) == (set() if name == OURS else {"float32"})
+        assert bool(row["sweep_tokens_per_s"]) == (name != OURS)
+    latency = document["latency"]
+    assert [row["system"] for row in latency["rows"]] == [OURS, REFERENCE]
+    assert all(0 < row["p50_ms"] <= row["p95_ms"] for row in latency["rows"])
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "zentorch"])
+def test_an_absent_peer_is_named(
+    name: str, minilm: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
+    with pytest.raises(NotAvailable, match="^not installed$"):
+        peers.build(name, "float32", minilm, tmp_path / "onnx")
+
+
+def test_a_peer_that_does_not_load_is_named(
+    minilm: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "zentorch.py").write_text("raise OSError('wrong torch')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "zentorch", raising=False)
+    with pytest.raises(NotAvailable, match="does not load: OSError: wrong torch"):
+        peers.build("zentorch", "float32", minilm, tmp_path / "onnx")
+
+
+class Broken(System):
+    def encode(self, texts: list[str], setting: Setting) -> np.ndarray:
+        raise MemoryError("no room\nand more")
+
+
+def test_a_peer_that_fails_is_left_out(minilm: ModelFolder) -> None:
+    corpus = Corpus(TEXTS, minilm.tokenize(TEXTS))
+    peer, ours = (Contender(name, "float32", system=Broken()) for name in ("openvino", OURS))
+    cpu.prepare(peer, corpus, len(TEXTS))
+    assert peer.status == "not measured (failed: MemoryError: no room)" and peer.system is None
+    assert set(cpu.row_of(peer, [], None, corpus, 1, {})) == {"system", "precision", "status"}
+    with pytest.raises(MemoryError):
+        cpu.prepare(ours, corpus, len(TEXTS))
+
+
+def test_padded_batches_keep_order_and_mean(minilm: ModelFolder) -> None:
+    def forward(inputs: peers.Inputs) -> np.ndarray:
+        """The id of every token beside a 1, and rubbish where there is padding."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        states = np.where(mask == 1, ids, 1e6).astype(np.float32)
+        return np.stack([states, np.ones_like(states)], axis=-1)
+
+    folder = ModelFolder(minilm.path, threads=1)
+    folder.config = folder.config | {"hidden_size": 2}
+    system = peers.Padded(folder, lambda workers: forward, workers=(1, 2))
+    tokens = folder.tokenize(TEXTS)
+    means = [tokens.of(row).mean() for row in range(len(TEXTS))]
+    expected = np.array([[mean, 1] / np.hypot(mean, 1) for mean in means])
+    # Sums of ids are exact; the mean, the square, the norm and the quotient round once each.
+    for setting in (Setting(1), Setting(3), Setting(4), Setting(1, 2), Setting(3, 2)):
+        np.testing.assert_allclose(
+            system.encode(TEXTS, setting), expected, rtol=4 * np.finfo(np.float32).eps
+        )
+    assert system.computed_tokens(TEXTS, Setting(1)) == tokens.lengths.sum()
+    assert system.computed_tokens(TEXTS, Setting(4)) == 4 * tokens.lengths.max()
+
+
+def test_lengths_agree_with_sentence_transformers(minilm: ModelFolder) -> None:
+    reference = peers.build(REFERENCE, "float32", minilm, Path())
+    texts = [*TEXTS, "word " * 1000]
+    lengths = minilm.tokenize(texts).lengths
+    assert minilm.max_length == reference.model.max_seq_length == lengths.max()
+    assert reference.computed_tokens(texts, Setting(1)) == lengths.sum()
+
+
+@pytest.mark.slow
+def test_breakdown(tmp_path: Path) -> None:
+    (row,) = run("encode.breakdown", tmp_path / "breakdown.json")["rows"]
+    # The rest is what is left of the whole: less than nothing where a part is counted twice.
+    for times in row["passes"]:
+        assert all(times[part] > 0 for part in (*breakdown.PARTS, breakdown.REST))
+    has_peak = platform.machine() == "x86_64" and shutil.which("c++") is not None
+    assert len(row["peaks"]) == (2 if has_peak else 0)
+
+
+@pytest.mark.slow
+def test_the_cost_of_comparisons(tmp_path: Path) -> None:
+    document = run("encode.comparison", tmp_path / "checks.json")
+    assert document["comparison_alone"] > 0
+    for name, calls in (("one_text", 200), ("corpus", 2)):
+        samples = document[name]["samples"]
+        assert len(samples["checked"]) == len(samples["unchecked"]) == calls
+
+
+def test_breakdown_refuses_a_model_that_does_not_run_packed() -> None:
+    encoder = SimpleNamespace(encode=lambda texts: None)
+    with pytest.raises(RuntimeError, match=r"no linear layers, attention, .*, tokenising: "):
+        breakdown.profile(encoder, TEXTS)
+
+
+def test_rates_of_a_breakdown() -> None:
+    parts = dict.fromkeys((*breakdown.PARTS, breakdown.REST), 0.5)
+    passes = [parts | {"linear layers": 2.0 * slower, "all": 4.0 * slower} for slower in (1, 3, 2)]
+    row = breakdown._row("float32", passes, [9.0, 8.0, 10.0], tokens=800, flops=10_000_000)
+    assert (row["tokens_per_s"], row["linear_gflops"]) == (100.0, 2.0)
+    assert (row["shares"]["linear layers"], row["shares"]["attention"]) == (0.5, 0.0625)
+    assert (row["fma_peak_gflops"], row["fma_peak_tokens_per_s"]) == (9.0, 900.0)
+    assert breakdown._row("float32", passes, [], tokens=800, flops=1)["fma_peak_gflops"] is None
+
+
+def test_breakdown_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    peak = breakdown.FmaPeak(tmp_path, threads=1)
+    assert peak.reason == "there is no C++ compiler"
+    assert peak.measure("float32") is None

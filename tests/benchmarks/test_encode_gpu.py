@@ -1,0 +1,285 @@
+"""Encoding on a GPU, run on a CPU with a tiny model: what is computed, stored and shown.
+
+Where only the place of the CUDA ops counts, other ops stand in for them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import families
+from benchmarks.common import results
+from benchmarks.common.folders import ModelFolder
+from benchmarks.common.names import OURS, OURS_CUDA, REFERENCE, UNPADDED
+from benchmarks.encode import contenders, gpu, report, systems
+from benchmarks.encode.__main__ import parse_args
+from benchmarks.encode.base import Setting, System
+from benchmarks.encode.contenders import Contender, Corpus, Sizes
+from benchmarks.ops import ground
+from benchmarks.report import render
+from sbert_fast import ops
+from sbert_fast.ops import extension
+from sbert_fast.testing import worst_cosine
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+WIDTH, EIGHT = 64, Setting(8)
+Row = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def corpus(tiny: ModelFolder) -> Corpus:
+    texts = families.make_texts(40)
+    return Corpus(texts, tiny.tokenize(texts))
+
+
+@pytest.mark.parametrize("name", [OURS, REFERENCE, UNPADDED])
+def test_systems_give_the_same_embeddings(name: str, tiny: ModelFolder, corpus: Corpus) -> None:
+    reference = systems.SYSTEMS[REFERENCE](tiny, CPU, torch.float32)
+    expected = reference.encode(corpus.texts, Setting(8))
+    system = systems.SYSTEMS[name](tiny, CPU, torch.float32)
+    each = Contender(name, "float32", system=system, setting=Setting(7))
+    for scope in ("s1", "s3"):
+        got = contenders.embed(each, scope, corpus)
+        assert got.dtype == np.float32 and worst_cosine(got, expected) >= 1 - 1e-6
+        assert np.allclose(np.linalg.norm(got, axis=1), 1, atol=1e-5)
+    real, computed = corpus.tokens.lengths.sum(), sum(system.stage(corpus.tokens, 8).batch_tokens)
+    if name == REFERENCE:
+        assert computed > real
+    else:
+        assert real <= computed < real + (1 if name == UNPADDED else 16 * 5)
+
+
+class Paced(System):
+    """Takes as long as its table says, by a clock of its own; what is not in it does not fit."""
+
+    def __init__(self, paces: list[dict[int, float]]) -> None:
+        tables = enumerate(paces, start=1)
+        self.pace = {Setting(s, w): seconds for w, t in tables for s, seconds in t.items()}
+        self.workers, self.clock = tuple(range(1, len(paces) + 1)), 0.0
+        self.remembered: set[Setting] = set()
+
+    def encode(self, texts: list[str], setting: Setting) -> None:
+        if setting not in self.pace:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.clock += self.pace[setting]
+        self.remembered.add(setting)
+        assert self.remembered == {setting}, "shapes of one setting at a time"
+
+    def forget(self) -> None:
+        self.remembered.clear()
+
+
+BEST_IN_THE_MIDDLE = {8: 4.0, 16: 3.0, 32: 2.0, 64: 3.0, 128: 4.0}
+BEST_BEYOND = {8: 9.0, 16: 8.0, 32: 7.0, 64: 6.0, 128: 5.0, 256: 1.0, 512: 4.5}
+BEST_IS_THE_LAST_THAT_FITS = {8: 9.0, 16: 8.0, 32: 7.0, 64: 6.0, 128: 5.0, 256: 1.0}
+
+
+@pytest.mark.parametrize(
+    ("paces", "best"),
+    [
+        ([BEST_IN_THE_MIDDLE], Setting(32)),
+        ([BEST_BEYOND], Setting(256)),
+        ([BEST_IN_THE_MIDDLE, BEST_BEYOND], Setting(256, 2)),
+        ([BEST_BEYOND, BEST_IN_THE_MIDDLE], Setting(256)),
+        ([BEST_IS_THE_LAST_THAT_FITS], Setting(256)),
+    ],
+)
+def test_the_sweep_goes_on_while_it_gains(
+    paces: list[dict[int, float]], best: Setting, monkeypatch: pytest.MonkeyPatch, corpus: Corpus
+) -> None:
+    system = Paced(paces)
+    monkeypatch.setattr(contenders.time, "perf_counter", lambda: system.clock)
+    each = Contender("openvino", "float32", system=system)
+    many = Corpus(["text"] * 1000, corpus.tokens)
+    contenders.find_setting(each, "s1", many, CPU, Sizes(8, 128, times=2))
+    assert each.setting == best and each.sweep == system.pace and not system.remembered
+
+
+def test_the_sweep_ends_with_all_texts_in_a_batch(corpus: Corpus) -> None:
+    each = Contender("openvino", "float32", system=Paced([BEST_BEYOND]))
+    contenders.find_setting(each, "s1", corpus, CPU, Sizes(8, 256))
+    assert max(each.sweep) == Setting(64)
+
+
+@pytest.fixture
+def run(tiny: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs the benchmark; the exit code, and the rows that it has stored."""
+    monkeypatch.setattr(gpu, "_SAMPLE_SECONDS", 1e-4)
+    stored = tmp_path / "rows.jsonl"
+
+    def once(*precisions: str, **changes: Any) -> tuple[int, list[Row]]:
+        made = parse_args(["--device", "cuda", "--model", str(tiny.path)])
+        few = {"texts": 24, "sweep_texts": 12, "rounds": 2, "device": "cpu", "rows": stored}
+        vars(made).update(few | {"dtype": list(precisions), "scope": ["s3"]} | changes)
+        before = len(results.read(stored))
+        code = gpu.main(made)
+        first, *lines = results.read(stored)[before:]
+        assert first["kind"] == "run" and len(first["source_sha256"]) == 64
+        return code, lines
+
+    once.stored = stored
+    return once
+
+
+def by_system(lines: list[Row]) -> dict[tuple[str, str], Row]:
+    return {(line["system"], line["precision"]): line for line in lines}
+
+
+@pytest.mark.slow
+def test_a_row_a_system(run: Any, tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    code, every = run("bfloat16", scope=["s3", "s1"], json=out)
+    assert code == 0
+    lines = results.latest(every)
+    assert [len(line["seconds"]) for line in every] == [1, 1, 1, 2, 2, 2] * 2
+    assert [(line["scope"], line["system"]) for line in lines] == [
+        (scope, name) for scope in ("s3", "s1") for name in (OURS, REFERENCE, UNPADDED)
+    ]
+    for line in lines:
+        assert line["kind"] == "row" and line["tokens_per_s"] > 0 and line["gate"]["green"]
+        assert set(line["ratios"]) == (set() if line["system"] == OURS else {"bfloat16"})
+        assert (line["batch"] == "auto") == (line["system"] == OURS)
+    assert lines[0]["gemm_seconds"] > 0 and lines[0]["batches"]
+    document = json.loads(out.read_text())
+    assert OURS in render(document) and len(document["rows"]) == len(lines)
+    assert len(report.gpu_table(every)) == 2 + len(lines), "the last row of a system counts"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rounds", [0, 1, 2])
+def test_an_interruption_keeps_the_rounds_before_it(
+    rounds: int, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Three systems learn how long they take; then they take their turns.
+    calls = iter(range(-3, 100))
+
+    def seconds(run: Any, device: torch.device, times: int = 1) -> float:
+        if next(calls) == 3 * rounds + 1:
+            raise KeyboardInterrupt
+        return 1.0
+
+    monkeypatch.setattr(
+        contenders, "find_setting", lambda each, *_: setattr(each, "setting", EIGHT)
+    )
+    monkeypatch.setattr(contenders, "seconds_of", seconds)
+    with pytest.raises(KeyboardInterrupt):
+        run("bfloat16", rounds=3)
+    lines = results.read(run.stored)[1:]
+    stored = {0: [], 1: [1, 1, 1] * 2, 2: [1, 1, 1, 2, 2, 2]}
+    assert [len(line["seconds"]) for line in lines] == stored[rounds]
+    assert {line["system"] for line in lines[-3:] if line["ratios"]} == (
+        {REFERENCE, UNPADDED} if rounds else set()
+    )
+
+
+@pytest.mark.slow
+def test_a_system_that_fails_leaves_its_row(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setitem(systems.SYSTEMS, UNPADDED, broken)
+    code, lines = run("bfloat16")
+    assert code == 0
+    assert [line["kind"] for line in results.latest(lines)] == ["error", "row", "row"]
+    monkeypatch.setitem(systems.SYSTEMS, OURS, broken)
+    code, lines = run("bfloat16")
+    errors = {line["error"] for line in lines if line["kind"] == "error"}
+    assert code == 1 and errors == {"RuntimeError: no kernel image"}
+    assert "no kernel image" in "\n".join(report.gpu_table(lines))
+
+
+# Ours in CUDA C++ beside ours.
+
+
+def pretend_cuda(monkeypatch: pytest.MonkeyPatch, scale: float = 1.0) -> None:
+    """Ours stands in for ours in CUDA C++; with a `scale` its embeddings are wrong."""
+
+    class Pretended(systems.Packed):
+        def stage(self, *arguments: Any) -> Any:
+            staged = super().stage(*arguments)
+            true = staged.run
+            staged.run = lambda: true() * torch.linspace(1, scale, WIDTH)
+            return staged
+
+    def reason(device: torch.device, dtype: torch.dtype) -> str | None:
+        return "" if dtype == torch.float32 else None
+
+    monkeypatch.setattr(gpu, "cuda_ops", reason)
+    monkeypatch.setitem(systems.SYSTEMS, OURS_CUDA, Pretended)
+
+
+@pytest.mark.slow
+def test_both_of_ours_are_compared(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_cuda(monkeypatch)
+    code, lines = run("float32", "bfloat16", peers=[])
+    found = by_system(lines)
+    half = {(name, "bfloat16") for name in (OURS, OURS_CUDA, REFERENCE)}
+    assert code == 0 and set(found) == half | {(OURS, "float32"), (REFERENCE, "float32")}
+    peer = found[REFERENCE, "bfloat16"]
+    assert set(peer["ratios"]) == {"float32", "bfloat16"}
+    assert set(peer["ratios_cuda"]) == {"bfloat16"}
+    assert set(found[OURS, "bfloat16"]["ratios_cuda"]) == {"bfloat16"}
+    assert set(found[OURS_CUDA, "bfloat16"]["ratios"]) == {"float32", "bfloat16"}
+    assert found[OURS_CUDA, "bfloat16"]["gate"]["green"]
+    assert f"{OURS_CUDA} is faster by" in "\n".join(report.gpu_table(lines))
+
+
+@pytest.mark.slow
+def test_one_that_is_wrong_has_no_ratios(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_cuda(monkeypatch, scale=9.0)
+    code, lines = run("bfloat16", peers=[])
+    found = by_system(lines)
+    assert code == 1 and not found[OURS_CUDA, "bfloat16"]["gate"]["green"]
+    assert found[OURS, "bfloat16"]["gate"]["green"]
+    assert set(found[REFERENCE, "bfloat16"]["ratios"]) == {"bfloat16"}
+    assert all(row["ratios_cuda"] == {} for row in found.values())
+    assert found[OURS_CUDA, "bfloat16"]["ratios"] == {}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("emulated")
+def test_the_cuda_ops_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Narrow(systems.PackedCuda):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            # On a CPU tables in float32 stay so, and the op of a GPU takes no such.
+            self.encoder.to(torch.bfloat16)
+
+    monkeypatch.setitem(systems.SYSTEMS, OURS_CUDA, Narrow)
+    ops.reset_launches()
+    code, lines = run("bfloat16", peers=[], texts=12)
+    found = by_system(lines)
+    assert code == 0 and found[OURS_CUDA, "bfloat16"]["gate"]["green"]
+    launched = {op for op, name in ops.launches() if name == "cuda"}
+    assert {"varlen_attention", "embed_norm", "norm_pool_out"} <= launched
+
+
+@pytest.mark.slow
+def test_without_the_library(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert systems.cuda_ops(CPU, torch.bfloat16) == systems.cuda_ops(GPU, torch.float32) == ""
+    monkeypatch.setattr(extension, "CUDA", extension.Extension("_C_cuda", None, "was not built"))
+    assert systems.cuda_ops(GPU, torch.float16) == "was not built"
+    monkeypatch.setattr(gpu, "cuda_ops", lambda *_: "was not built")
+    code, lines = run("bfloat16", peers=[])
+    assert code == 0
+    assert by_system(lines)[OURS_CUDA, "bfloat16"]["status"] == "not measured: was not built"
+    assert "not measured: was not built" in "\n".join(report.gpu_table(lines))
+
+
+@pytest.mark.slow
+def test_ground_keeps_figures_and_errors(tiny: ModelFolder, tmp_path: Path) -> None:
+    stored = tmp_path / "ground.jsonl"
+    # Attention for packed sequences has no kernel on a CPU: its rows are errors.
+    assert ground.main(["--rows", str(stored), "--model", str(tiny.path)]) == 1
+    first, *lines = results.read(stored)
+    assert first["benchmark"] == "ground"
+    kinds = {(line["what"], line["kind"]) for line in lines}
+    measured = {(what, "row") for what in ("copy", "gemm", "launch", "encode")}
+    assert kinds == measured | {("varlen", "error")}
+    assert all(line["value"] > 0 for line in lines if line["kind"] == "row")

@@ -1,0 +1,149 @@
+"""Stored results: shown, quoted by README, and made of the rows of a GPU check."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import report
+from benchmarks.common import provenance
+from benchmarks.common.names import OURS
+from benchmarks.common.results import append, write_json
+from benchmarks.report import BEGIN, END, load, main, readme_figures, render
+
+
+def test_stored_results_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    files = sorted(report.RESULTS.glob("*/*.json"))
+    assert main([*map(str, files)]) == 0
+    shown = capsys.readouterr().out.split("## ")[1:]
+    assert len(shown) == len(files) and all(OURS in text for text in shown)
+    with pytest.raises(SystemExit):
+        main([])
+
+
+def test_readme_is_rewritten_between_its_marks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    assert main(["--readme", "--check"]) == 1 and "old" in readme.read_text()
+    assert main(["--readme"]) == 0 and main(["--readme", "--check"]) == 0
+    text = readme.read_text()
+    assert readme_figures() in text and text.startswith("before") and text.endswith("after\n")
+    readme.write_text("no marks")
+    with pytest.raises(ValueError, match="must hold the marks"):
+        main(["--readme"])
+
+
+def test_figures_of_results(tmp_path: Path) -> None:
+    """What README would show of results: a row a system, absent peers named, red gates bare."""
+    assert readme_figures(tmp_path) == "«not measured yet»"
+    os.mkdir(tmp_path / "cpu-2core")
+    row = {"precision": "float32", "status": "measured", "sentences_per_s": 1000.0}
+    document = {
+        "gates": {},
+        "device": {"name": "a CPU"},
+        "model": {"name": "a model"},
+        "versions": {"torch": "2.13.0"},
+        "date": "2026-01-02T03:04:05+00:00",
+        "commit": "0123456789abcdef",
+        "corpus": {"name": "short", "lengths": {"mean": 14.7}},
+        "rows": [
+            row | {"system": "sbert-fast", "ratios": {}},
+            row | {"system": "sentence-transformers", "ratios": {"float32": 2.5}},
+            {
+                "system": "openvino",
+                "precision": "float32",
+                "status": "not measured (not installed)",
+            },
+        ],
+        "latency": None,
+        "memory": None,
+    }
+    report_file = tmp_path / "cpu-2core" / "short.json"
+    write_json(document, report_file)
+    shown = readme_figures(tmp_path)
+    assert "a CPU; a model; torch 2.13.0; 2026-01-02; commit 012345678" in shown
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in shown.splitlines()[2:]]
+    assert cells == [
+        ["sentences/s", "short (15 tokens), float32"],
+        ["-" * len(cells[1][0]), "-" * len(cells[1][1])],
+        ["sbert-fast", "1,000"],
+        ["sentence-transformers", "1,000 (2.50x)"],
+        ["openvino", "not measured (not installed)"],
+    ]
+
+    measured = {**document, "linear_layers_alone": {"float32": 20_000.0}}
+    ours = row | {"system": "sbert-fast", "ratios": {}, "tokens_per_s": 15_000.0}
+    call = row | {"system": "sbert-fast", "p50_ms": 4.25}
+    held = row | {"system": "sbert-fast", "peak_rss_mb": 1_017.0}
+    for name in ("mixed", "passages"):
+        measured["corpus"] = {"name": name, "lengths": {"mean": 30.0}}
+        measured["rows"] = [ours]
+        measured["latency"] = {"tokens": 16, "rows": [call]}
+        write_json(measured, tmp_path / "cpu-2core" / f"{name}.json")
+    document["memory"] = {"texts": 100_000, "corpus": "short", "rows": [held]}
+    write_json(document, report_file)
+    reached = "20,000 tokens/s in float32 (sbert-fast: 15,000, 75%)"
+    assert readme_figures(tmp_path).splitlines()[-3:] == [
+        f"The linear layers alone, mixed: {reached}; passages: {reached}.",
+        "One text of 16 tokens, median call: 4.25 ms sbert-fast float32; another run: "
+        "4.25 ms sbert-fast float32.",
+        "Peak memory over 100,000 short texts: 1,017 MB sbert-fast float32.",
+    ]
+    shares = {"linear layers": 0.896, "attention": 0.074, "pooling": 0.004}
+    speed = {"fma_peak_gflops": 200.0, "linear_gflops": 180.0, "fma_peak_tokens_per_s": 9_000.0}
+    bare = {"fma_peak_gflops": None, "linear_gflops": 180.0, "fma_peak_tokens_per_s": None}
+    rows = [
+        {"precision": "float32", "shares": shares, **speed},
+        {"precision": "bfloat16", "shares": shares, **bare},
+    ]
+    found = {"benchmark": "breakdown", "commit": "fedcba9876543210", "rows": rows}
+    found["corpus"] = measured["corpus"]
+    write_json(found, tmp_path / "cpu-2core" / "breakdown.json")
+    first, *_, last = readme_figures(tmp_path).splitlines()
+    assert "; commit 012345678, fedcba987 (" in first
+    assert last == (
+        "Where the time goes, passages: float32: linear layers 90%, attention 7%; linear layers at "
+        "90% of the vector units' peak, which is 9,000 tokens/s. bfloat16: linear layers 90%, "
+        "attention 7%."
+    )
+
+
+def test_rows_become_stored_documents(tmp_path: Path) -> None:
+    run = {
+        "schema": 1,
+        "date": "2026-01-02T00:00:00+00:00",
+        "commit": None,
+        "source_sha256": "old",
+        "device": {"name": "a GPU", "kind": "cuda"},
+        "versions": {"torch": "2.11.0", "onnx": None},
+    }
+    ours = {"us": 2.0, "floor_fraction": 0.5, "tokens_per_s": 1e6, "launch_bound": False}
+    op = {"op": "add_norm", "lengths": "short", "state": "cold", "dtype": "float16", "width": 64}
+    op |= {"ok": True, "systems": {OURS: ours | {"wrong": None}}, "ratios": {}}
+    encoded = {"model": "base", "corpus": "wiki", "scope": "s3", "system": OURS}
+    encoded |= {"precision": "bfloat16", "batch": "auto", "sentences_per_s": 9, "tokens_per_s": 1e6}
+    now = provenance.source_hash(kind="cuda")
+    for file, line in (("ops", op), ("encode", encoded)):
+        path = tmp_path / f"{file}.jsonl"
+        append(path, "run", run | {"benchmark": file})
+        append(path, "row", line | {"benchmark": file, "lengths": "of old sources"})
+        append(path, "run", run | {"benchmark": file, "source_sha256": now})
+        if file == "encode":
+            append(path, "row", line | {"benchmark": file, "tokens_per_s": 1.0})
+        append(path, "row", line | {"benchmark": file})
+    stored = tmp_path / "results" / "gpu"
+    assert main(["--collect", str(tmp_path), str(stored)]) == 0
+    documents: dict[str, Any] = {path.stem: load(path) for path in stored.glob("*.json")}
+    assert set(documents) == {"ops", "encode-base-wiki"}
+    for document in documents.values():
+        assert len(document["rows"]) == 1 and document["commit"] == provenance.commit()
+        assert "a GPU" in render(document)
+    assert documents["encode-base-wiki"]["rows"][0]["tokens_per_s"] == 1e6, "the last one counts"
+    text = readme_figures(stored.parent)
+    assert "add_norm" in text and "base" in text and "benchmarks/results/gpu" in text

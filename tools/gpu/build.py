@@ -1,0 +1,36 @@
+"""Builds the native libraries in place, the CUDA ops for the GPU of this machine alone.
+
+Where TORCH_CUDA_ARCH_LIST is set it is obeyed.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from benchmarks import ROOT
+
+
+def environment(capability: tuple[int, int] | None) -> dict[str, str]:
+    """What setup.py runs with, for a GPU of this compute capability."""
+    asked = {"SBERT_FAST_BUILD": "auto"}
+    if capability is not None:
+        asked["TORCH_CUDA_ARCH_LIST"] = ".".join(map(str, capability))
+    return asked | os.environ
+
+
+def main() -> int:
+    import torch
+
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    built = subprocess.run(command, cwd=ROOT, env=environment(capability), check=False)
+    if built.returncode:
+        return built.returncode
+    told = "from sbert_fast.ops.extension import CUDA; print('CUDA ops:', CUDA.reason or CUDA.path)"
+    return subprocess.run([sys.executable, "-c", told], check=False).returncode
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -30,7 +30,7 @@ from sbert_fast.arguments import (
     parse_dtype,
     with_default_batch_size,
 )
-from sbert_fast.assembly import Assembly, Derived, Where
+from sbert_fast.assembly import Assembly, Derived, Unsupported, Where
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import (
     DeviceLostError,
@@ -162,15 +162,16 @@ class FastEncoder(SentenceTransformer):
         self._announce()
 
     def _announce(self) -> None:
-        pipeline = self._pipeline()
-        if isinstance(pipeline, str):
-            self._counters.expect_fallback(pipeline)
+        found = self._pipeline()
+        if isinstance(found, Unsupported):
+            self._counters.expect_fallback(found.reason)
             warnings.warn(
-                f"FastEncoder runs this model in sentence-transformers, unaccelerated: {pipeline}",
+                "FastEncoder runs this model in sentence-transformers, unaccelerated: "
+                f"{found.reason}",
                 stacklevel=3,
             )
             return
-        engine = pipeline.engine
+        engine = found.engine
         if engine.implementation == "reference" and ops.requested(self._impl) == "auto":
             logger.warning(
                 "no kernels run on %s, only plain torch: `sbert-fast doctor` tells why",
@@ -182,7 +183,7 @@ class FastEncoder(SentenceTransformer):
             engine.compute_dtype,
             engine.device,
             engine.implementation,
-            self._token_budget(pipeline, DEFAULT_BATCH_SIZE),
+            self._token_budget(found, DEFAULT_BATCH_SIZE),
         )
 
     @property
@@ -193,8 +194,8 @@ class FastEncoder(SentenceTransformer):
     @property
     def compute_dtype(self) -> torch.dtype | None:
         """The dtype the packed engine computes in; None where the model runs unaccelerated."""
-        pipeline = self._pipeline()
-        return None if isinstance(pipeline, str) else pipeline.engine.compute_dtype
+        engine = self.packed_engine
+        return None if engine is None else engine.compute_dtype
 
     @property
     def unsupported_reason(self) -> str | None:
@@ -203,16 +204,16 @@ class FastEncoder(SentenceTransformer):
         Where `encode` raises an error because of the model, the message of that error.
         """
         try:
-            pipeline = self._pipeline()
+            found = self._pipeline()
         except (SbertFastError, ValueError) as error:
             return str(error)
-        return pipeline if isinstance(pipeline, str) else None
+        return found.reason if isinstance(found, Unsupported) else None
 
     @property
     def packed_engine(self) -> PackedEncoder | None:
         """The engine behind `encode`; None where the model runs unaccelerated."""
-        pipeline = self._pipeline()
-        return None if isinstance(pipeline, str) else pipeline.engine
+        found = self._pipeline()
+        return found.engine if isinstance(found, Pipeline) else None
 
     def refresh(self) -> None:
         """Forget what was derived from the model: prepared weights, and the copy of its tokenizer.
@@ -222,8 +223,8 @@ class FastEncoder(SentenceTransformer):
         """
         self._derived.assembly = None
 
-    def _pipeline(self) -> Pipeline | str:
-        """What runs `encode` for the modules as they are now, or why nothing of ours does."""
+    def _pipeline(self) -> Pipeline | Unsupported:
+        """What runs `encode` for the modules as they are now."""
         assembly = self._derived.assembly
         found = None if assembly is None else assembly.prepare(self._where)
         while found is None:
@@ -257,21 +258,19 @@ class FastEncoder(SentenceTransformer):
             budget = min(budget, batch_size * pipeline.tokenizer.max_length)
         return int(budget)
 
-    def _ready(
-        self, kwargs: dict[str, Any], output_value: str | None
-    ) -> tuple[Pipeline | None, str | None]:
-        """What runs a call, checked once for it; or None, and why sentence-transformers does."""
+    def _ready(self, kwargs: dict[str, Any], output_value: str | None) -> Pipeline | Unsupported:
+        """What runs a call, checked once for it."""
         if bypass.is_transformed():
-            return None, "a mode or transform of torch is on"
+            return Unsupported("a mode or transform of torch is on", counts=False)
         forking.settle()
-        pipeline = self._pipeline()
-        if isinstance(pipeline, Pipeline) and (self.training or pipeline.engine.admitted.drops):
+        found = self._pipeline()
+        if isinstance(found, Pipeline) and (self.training or found.engine.admitted.drops):
             self.eval()
-            pipeline = self._pipeline()
-        if isinstance(pipeline, str):
-            return None, pipeline
-        reason = self._call_reason(pipeline, kwargs, output_value)
-        return (None, reason) if reason is not None else (pipeline, None)
+            found = self._pipeline()
+        if isinstance(found, Unsupported):
+            return found
+        reason = self._call_reason(found, kwargs, output_value)
+        return found if reason is None else Unsupported(reason)
 
     def _call_reason(
         self, pipeline: Pipeline, kwargs: dict[str, Any], output_value: str | None
@@ -381,22 +380,25 @@ class FastEncoder(SentenceTransformer):
         prompt = self._resolve_prompt(prompt, prompt_name)
         if prompt is not None:
             check_texts([prompt], "prompt")
-        pipeline, reason = self._ready(kwargs, output_value)
-        if output_value != "sentence_embedding" and precision not in (None, "float32"):
-            reason = reason or f"precision={precision!r} of {output_value}"
+        found = self._ready(kwargs, output_value)
+        if isinstance(found, Pipeline) and (
+            output_value != "sentence_embedding" and precision not in (None, "float32")
+        ):
+            found = Unsupported(f"precision={precision!r} of {output_value}")
         single = isinstance(inputs, str)
-        if reason is None or self._takes_texts_only():
+        if isinstance(found, Pipeline) or self._takes_texts_only():
             texts, single = listed(self, inputs)
             other = check_inputs(self, texts)
             inputs = texts[0] if single else texts
-            reason = reason or (f"inputs of type {other.__name__}" if other is not None else None)
+            if isinstance(found, Pipeline) and other is not None:
+                found = Unsupported(f"inputs of type {other.__name__}")
         in_workers = pool is not None or isinstance(device, list) or distributed
-        if reason is not None and not bypass.is_transformed():
-            self._count_fallback(reason)
-        if pipeline is None or reason is not None or in_workers:
+        if isinstance(found, Unsupported):
+            self._count_fallback(found)
+        if isinstance(found, Unsupported) or in_workers:
             return self._encode_elsewhere(
                 inputs,
-                dtype=None if reason is None else self.dtype,
+                dtype=self.dtype if isinstance(found, Unsupported) else None,
                 in_workers=in_workers,
                 output_value=output_value,
                 precision=precision,
@@ -424,7 +426,7 @@ class FastEncoder(SentenceTransformer):
             "truncate_dim": truncate_dim,
         }
         on_host = precision not in (None, "float32") or (convert_to_numpy and not convert_to_tensor)
-        result = self._run_packed(texts, pipeline, **how, on_host=on_host)
+        result = self._run_packed(texts, found, **how, on_host=on_host)
         if output_value == "sentence_embedding":
             result = convert(result, precision, convert_to_numpy, convert_to_tensor)
         return result[0] if single else result
@@ -476,8 +478,9 @@ class FastEncoder(SentenceTransformer):
             result = convert_rows(result, precision, convert_to_numpy, convert_to_tensor)
         return result[0] if is_boxed else result
 
-    def _count_fallback(self, reason: str) -> None:
-        if self._counters.add_fallback(reason):
+    def _count_fallback(self, unsupported: Unsupported) -> None:
+        reason = unsupported.reason
+        if unsupported.counts and self._counters.add_fallback(reason):
             logger.warning("encode runs in sentence-transformers, unaccelerated: %s", reason)
 
     @torch.inference_mode()
@@ -487,11 +490,11 @@ class FastEncoder(SentenceTransformer):
             self._move(arguments["device"])
         known = {name: arguments[name] for name in _RUN_ARGUMENTS if name in arguments}
         extra = {k: v for k, v in arguments.items() if k not in (*known, "device", "save_to_cpu")}
-        pipeline, _ = self._ready(extra, known.get("output_value"))
-        if pipeline is None or any(not isinstance(text, str) for text in inputs):
+        found = self._ready(extra, known.get("output_value"))
+        if isinstance(found, Unsupported) or any(not isinstance(text, str) for text in inputs):
             return super()._inference(inputs, **arguments)
         on_host = arguments.get("save_to_cpu", True)
-        return self._run_packed(inputs, pipeline, **known, on_host=on_host)
+        return self._run_packed(inputs, found, **known, on_host=on_host)
 
     def _run_packed(self, inputs: list[str], pipeline: Pipeline, **how: Any) -> Any:
         """:meth:`_run_batches`; a CUDA error that nothing comes after is told apart from others."""

@@ -21,7 +21,7 @@ LAYERS = (
     {"packing", "prepare"},
     {"tokenization", "engine", "pooling", "transfer", "budget"},
     {"inference", "padded_call", "packed_forward", "arguments"},
-    {"assembly"},
+    {"call", "assembly"},
     {"sentence_transformers", "patching", "explanation"},
     {"cli"},
     {"__main__"},

@@ -211,7 +211,15 @@ class PoisonedEncoder(FastEncoder):
 
     out_of_memory = False
 
-    def _run_batches(self, *args: Any, **how: Any) -> Any:
+    def encode(self, *args: Any, **how: Any) -> Any:
+        with self._poison():
+            return super().encode(*args, **how)
+
+    def _inference(self, *args: Any, **how: Any) -> Any:
+        with self._poison():
+            return super()._inference(*args, **how)
+
+    def _poison(self) -> Any:
         forward = PackedEncoder.__call__
         token = self.tokenizer.convert_tokens_to_ids(POISON)
 
@@ -221,8 +229,7 @@ class PoisonedEncoder(FastEncoder):
                 raise torch.OutOfMemoryError("no memory")
             return forward(engine, batch, *rest).masked_fill(found[:, None], float("nan"))
 
-        with patch.object(PackedEncoder, "__call__", poisoned):
-            return super()._run_batches(*args, **how)
+        return patch.object(PackedEncoder, "__call__", poisoned)
 
 
 @pytest.fixture(scope="module")

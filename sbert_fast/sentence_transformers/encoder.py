@@ -19,18 +19,16 @@ from tqdm.autonotebook import tqdm
 from sbert_fast import bypass, forking, inference, ops
 from sbert_fast.arguments import (
     DEFAULT_BATCH_SIZE,
-    OUTPUT_VALUES,
     Chunk,
     DefaultBatchSize,
     check_device,
-    check_keywords,
     check_positive,
-    convert,
-    convert_rows,
+    either,
     parse_dtype,
     with_default_batch_size,
 )
 from sbert_fast.assembly import Assembly, Derived, Unsupported, Where
+from sbert_fast.call import Call
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import (
     DeviceLostError,
@@ -38,31 +36,17 @@ from sbert_fast.errors import (
 )
 from sbert_fast.inference import Pipeline, Request
 from sbert_fast.sentence_transformers.stock import (
-    as_stock,
-    check_inputs,
-    listed,
+    checked,
+    read_inputs,
+    reason_of_call,
     stock_words,
     written_as_stock,
 )
 from sbert_fast.stats import Counters, EncoderStats
-from sbert_fast.tokenization import check_texts
 from sbert_fast.transfer import device_error
-from sbert_fast.values import PRECISIONS, Precision, check_model, shown
+from sbert_fast.values import Precision, check_model
 
 logger = logging.getLogger("sbert_fast")
-
-# What `_run_packed` takes of the arguments sentence-transformers hands to `_inference`.
-_RUN_ARGUMENTS = (
-    "prompt",
-    "batch_size",
-    "show_progress_bar",
-    "output_value",
-    "normalize_embeddings",
-    "truncate_dim",
-)
-
-# What the configs of transformers may ask a forward to return besides.
-_OUTPUTS = ("hidden_states", "attentions")
 
 
 def _arguments_of(model: SentenceTransformer) -> dict[str, Any]:
@@ -240,16 +224,6 @@ class FastEncoder(SentenceTransformer):
             dtype = torch.float16 if first is not None and first.dtype == torch.float32 else None
         return dtype, device
 
-    def _takes_texts_only(self) -> bool:
-        """Whether the first module says so; those of other packages may say nothing."""
-        modalities = getattr(self[0], "modalities", ())
-        return "text" in modalities and all(m in ("text", "message") for m in modalities)
-
-    def _outputs_more(self) -> bool:
-        """Whether the config of the base model adds to what a forward returns."""
-        config = self[0].auto_model.config
-        return any(getattr(config, f"output_{what}", False) for what in _OUTPUTS)
-
     def _token_budget(self, pipeline: Pipeline, batch_size: int) -> int:
         budget = self.batch_tokens
         if budget == "auto":
@@ -258,8 +232,10 @@ class FastEncoder(SentenceTransformer):
             budget = min(budget, batch_size * pipeline.tokenizer.max_length)
         return int(budget)
 
-    def _ready(self, kwargs: dict[str, Any], output_value: str | None) -> Pipeline | Unsupported:
+    def _ready(self, call: Call) -> Pipeline | Unsupported:
         """What runs a call, checked once for it."""
+        if call.moves_to is not None:
+            self._move(call.moves_to)
         if bypass.is_transformed():
             return Unsupported("a mode or transform of torch is on", counts=False)
         forking.settle()
@@ -269,29 +245,10 @@ class FastEncoder(SentenceTransformer):
             found = self._pipeline()
         if isinstance(found, Unsupported):
             return found
-        reason = self._call_reason(found, kwargs, output_value)
+        admitted = found.engine.admitted
+        reason = admitted.inside or admitted.around or bypass.global_reason()
+        reason = reason or reason_of_call(self, call)
         return found if reason is None else Unsupported(reason)
-
-    def _call_reason(
-        self, pipeline: Pipeline, kwargs: dict[str, Any], output_value: str | None
-    ) -> str | None:
-        """Why a call runs in sentence-transformers; None where it runs packed."""
-        admitted = pipeline.engine.admitted
-        for reason in (admitted.inside, admitted.around, bypass.global_reason()):
-            if reason is not None:
-                return reason
-        for name in ("forward", "preprocess", "tokenize"):
-            if getattr(type(self), name) is not getattr(SentenceTransformer, name):
-                return f"{type(self).__name__} has a {name} of its own"
-        if output_value is None and self._outputs_more():
-            return "output_value=None of a model that outputs hidden states or attentions"
-        # sentence-transformers refuses the names it does not know, whatever their value.
-        given = [
-            name
-            for name, value in kwargs.items()
-            if name != "task" and (name != "processing_kwargs" or value)
-        ]
-        return f"argument {given[0]!r}" if given else None
 
     @torch.inference_mode()
     def encode(  # type: ignore[override]
@@ -352,130 +309,64 @@ class FastEncoder(SentenceTransformer):
             DeviceLostError: the GPU failed, now or in an earlier call, and serves this process no
                 more.
         """
-        sentences = kwargs.pop("sentences", None)
-        if inputs is not None and sentences is not None:
-            raise TypeError("encode takes inputs or sentences, its former name, but got both")
-        inputs = sentences if inputs is None else inputs
-        asked = {"batch_size": batch_size, "precision": precision, **kwargs}
-        with stock_words(lambda: as_stock(self).encode([], device=self.device, **asked)):
-            check_positive("batch_size", batch_size)
-            check_keywords(kwargs, self.get_model_kwargs)
-            if precision is not None and precision not in PRECISIONS:
-                raise ValueError(f"precision must be one of {PRECISIONS}, got {shown(precision)}")
-        if output_value not in OUTPUT_VALUES:
-            raise ValueError(
-                f"output_value must be one of {OUTPUT_VALUES}, got {shown(output_value)}"
-            )
-        truncate_dim = self.truncate_dim if truncate_dim is None else truncate_dim
-        if truncate_dim is not None:
-            check_positive("truncate_dim", truncate_dim)
-        if isinstance(device, list) and not device:
-            raise ValueError("device must be a device or a list of devices, got an empty list")
-        for each in device if isinstance(device, list) else [device]:
-            if each is not None:
-                check_device("device", each)
-        distributed = getattr(self, "_distributed_inference", None) is not None and device is None
-        if device is not None and not isinstance(device, list):
-            self._move(device)
-        prompt = self._resolve_prompt(prompt, prompt_name)
-        if prompt is not None:
-            check_texts([prompt], "prompt")
-        found = self._ready(kwargs, output_value)
-        if isinstance(found, Pipeline) and (
-            output_value != "sentence_embedding" and precision not in (None, "float32")
-        ):
-            found = Unsupported(f"precision={precision!r} of {output_value}")
-        single = isinstance(inputs, str)
-        if isinstance(found, Pipeline) or self._takes_texts_only():
-            texts, single = listed(self, inputs)
-            other = check_inputs(self, texts)
-            inputs = texts[0] if single else texts
-            if isinstance(found, Pipeline) and other is not None:
-                found = Unsupported(f"inputs of type {other.__name__}")
-        in_workers = pool is not None or isinstance(device, list) or distributed
+        inputs = either(inputs, kwargs.pop("sentences", None))
+        call = Call(
+            prompt=prompt,
+            batch_size=batch_size,
+            show_progress_bar=show_progress_bar,
+            output_value=output_value,
+            normalize_embeddings=normalize_embeddings,
+            truncate_dim=truncate_dim,
+            precision=precision,
+            convert_to_numpy=convert_to_numpy,
+            convert_to_tensor=convert_to_tensor,
+            device=device,
+            pool=pool,
+            chunk_size=chunk_size,
+            keywords=kwargs,
+        )
+        call = checked(self, call, prompt_name)
+        texts, is_single, reason = read_inputs(self, inputs)
+        found = self._ready(call)
+        if isinstance(found, Pipeline) and reason is not None:
+            found = Unsupported(reason)
         if isinstance(found, Unsupported):
             self._count_fallback(found)
-        if isinstance(found, Unsupported) or in_workers:
-            return self._encode_elsewhere(
-                inputs,
-                dtype=self.dtype if isinstance(found, Unsupported) else None,
-                in_workers=in_workers,
-                output_value=output_value,
-                precision=precision,
-                convert_to_numpy=convert_to_numpy,
-                convert_to_tensor=convert_to_tensor,
-                prompt=prompt,
-                batch_size=batch_size,
-                show_progress_bar=show_progress_bar,
-                device=device,
-                normalize_embeddings=normalize_embeddings,
-                truncate_dim=truncate_dim,
-                pool=pool,
-                chunk_size=chunk_size,
-                **kwargs,
-            )
-        if show_progress_bar is None:
-            level = logging.getLogger("sentence_transformers").getEffectiveLevel()
-            show_progress_bar = level in (logging.INFO, logging.DEBUG)
-        how: dict[str, Any] = {
-            "prompt": prompt,
-            "batch_size": batch_size,
-            "show_progress_bar": show_progress_bar,
-            "output_value": output_value,
-            "normalize_embeddings": normalize_embeddings,
-            "truncate_dim": truncate_dim,
-        }
-        on_host = precision not in (None, "float32") or (convert_to_numpy and not convert_to_tensor)
-        result = self._run_packed(texts, found, **how, on_host=on_host)
-        if output_value == "sentence_embedding":
-            result = convert(result, precision, convert_to_numpy, convert_to_tensor)
-        return result[0] if single else result
+        if isinstance(found, Unsupported) or call.in_workers:
+            dtype = self.dtype if isinstance(found, Unsupported) else None
+            return self._encode_elsewhere(texts[0] if is_single else texts, call, dtype)
+        result = self._run_packed(texts, found, call)
+        if call.is_of_sentences:
+            result = call.convert(result)
+        return result[0] if is_single else result
 
     encode_query = with_default_batch_size(SentenceTransformer.encode_query)
     encode_document = with_default_batch_size(SentenceTransformer.encode_document)
     encode_multi_process = with_default_batch_size(SentenceTransformer.encode_multi_process)
 
-    def _encode_elsewhere(
-        self,
-        inputs: Any,
-        *,
-        dtype: torch.dtype | None,
-        in_workers: bool,
-        output_value: str | None,
-        precision: Precision,
-        convert_to_numpy: bool,
-        convert_to_tensor: bool,
-        **arguments: Any,
-    ) -> Any:
+    def _encode_elsewhere(self, inputs: Any, call: Call, dtype: torch.dtype | None) -> Any:
         """`encode` of sentence-transformers, which runs models that the engine does not, and worker
         processes. Results are checked before they are quantised, and under the caller's indices.
 
         `dtype` is what it computes in, None where workers run packed.
         """
-        is_sentence = output_value == "sentence_embedding"
-        is_quantized = precision not in (None, "float32")
-        on_host = convert_to_numpy and not convert_to_tensor
         in_worker = isinstance(inputs, Chunk)
-        is_boxed = in_workers and isinstance(inputs, (str, dict)) and not is_message_dict(inputs)
-        inputs = [inputs] if is_boxed else inputs
-        if in_workers and isinstance(inputs, list) and not self.is_singular_input(inputs):
-            # Token embeddings come back quantised: too late to see what they were.
-            inputs = Chunk(inputs, checks=is_quantized and not is_sentence)
-        quantizes = is_sentence and is_quantized
-        result = super().encode(
-            inputs,
-            output_value=output_value,
-            precision="float32" if quantizes else precision,
-            convert_to_numpy=on_host if quantizes else convert_to_numpy,
-            convert_to_tensor=not on_host if quantizes else convert_to_tensor,
-            **arguments,
+        is_boxed = (
+            call.in_workers and isinstance(inputs, (str, dict)) and not is_message_dict(inputs)
         )
+        inputs = [inputs] if is_boxed else inputs
+        if call.in_workers and isinstance(inputs, list) and not self.is_singular_input(inputs):
+            # Token embeddings come back quantised: too late to see what they were.
+            inputs = Chunk(inputs, checks=call.is_quantized and not call.is_of_sentences)
+        quantizes = call.is_of_sentences and call.is_quantized
+        asked = call.unquantized() if quantizes else call
+        result = super().encode(inputs, **asked.arguments())
         if not in_worker:
             # A tensor of token embeddings, or a dict, is what a single input gives.
-            alone = not is_sentence and not isinstance(result, list)
+            alone = not call.is_of_sentences and not isinstance(result, list)
             inference.check_embeddings([result] if alone else result, dtype)
         if quantizes:
-            result = convert_rows(result, precision, convert_to_numpy, convert_to_tensor)
+            result = call.convert_rows(result)
         return result[0] if is_boxed else result
 
     def _count_fallback(self, unsupported: Unsupported) -> None:
@@ -486,21 +377,17 @@ class FastEncoder(SentenceTransformer):
     @torch.inference_mode()
     def _inference(self, inputs: list[str], **arguments: Any) -> Any:
         """Run checked texts in this process; sentence-transformers' workers enter here."""
-        if arguments.get("device") is not None:
-            self._move(arguments["device"])
-        known = {name: arguments[name] for name in _RUN_ARGUMENTS if name in arguments}
-        extra = {k: v for k, v in arguments.items() if k not in (*known, "device", "save_to_cpu")}
-        found = self._ready(extra, known.get("output_value"))
+        call = Call.of_inference(**arguments)
+        found = self._ready(call)
         if isinstance(found, Unsupported) or any(not isinstance(text, str) for text in inputs):
             return super()._inference(inputs, **arguments)
-        on_host = arguments.get("save_to_cpu", True)
-        return self._run_packed(inputs, found, **known, on_host=on_host)
+        return self._run_packed(inputs, found, call)
 
-    def _run_packed(self, inputs: list[str], pipeline: Pipeline, **how: Any) -> Any:
+    def _run_packed(self, inputs: list[str], pipeline: Pipeline, call: Call) -> Any:
         """:meth:`_run_batches`; a CUDA error that nothing comes after is told apart from others."""
         if self._derived.lost is None:
             try:
-                return self._run_batches(inputs, pipeline, **how)
+                return self._run_batches(inputs, pipeline, call)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -514,42 +401,33 @@ class FastEncoder(SentenceTransformer):
     def _lost_message(self) -> str:
         return f"{self.device} serves this process no more, start another one: {self._derived.lost}"
 
-    def _run_batches(
-        self,
-        inputs: list[str],
-        pipeline: Pipeline,
-        *,
-        prompt: str | None,
-        batch_size: int,
-        show_progress_bar: bool,
-        output_value: str | None,
-        normalize_embeddings: bool,
-        truncate_dim: int | None,
-        on_host: bool,
-    ) -> Any:
+    def _run_batches(self, inputs: list[str], pipeline: Pipeline, call: Call) -> Any:
         first, checks = 0, True
         if isinstance(inputs, Chunk):
             first, checks, inputs = inputs.first, inputs.checks, list(inputs)
-        spec = pipeline.head.spec
-        asks_prompt = output_value is None or not spec.include_prompt
+        spec, prompt = pipeline.head.spec, call.prompt
+        asks_prompt = call.output_value is None or not spec.include_prompt
         request = Request(
             prompt=prompt or "",
             prompt_tokens=self._prompt_tokens(pipeline, prompt) if prompt and asks_prompt else 0,
-            batch_tokens=self._token_budget(pipeline, batch_size),
-            normalize=normalize_embeddings and output_value == "sentence_embedding",
-            dimension=min(truncate_dim or spec.dimension, spec.dimension),
+            batch_tokens=self._token_budget(pipeline, call.batch_size),
+            normalize=call.normalize_embeddings and call.is_of_sentences,
+            dimension=min(call.truncate_dim or spec.dimension, spec.dimension),
             first=first,
             checks=checks,
         )
-        with tqdm(
-            total=len(inputs), unit="text", desc="Encoding", disable=not show_progress_bar
-        ) as bar:
+        shows = call.show_progress_bar
+        if shows is None:
+            level = logging.getLogger("sentence_transformers").getEffectiveLevel()
+            shows = level in (logging.INFO, logging.DEBUG)
+        with tqdm(total=len(inputs), unit="text", desc="Encoding", disable=not shows) as bar:
             arguments = (inputs, pipeline, request, self._counters, bar.update)
-            if output_value == "sentence_embedding":
-                return inference.sentence_embeddings(*arguments, on_host=on_host)
-            if output_value == "token_embeddings":
-                return inference.token_embeddings(*arguments)
-            return inference.features(*arguments)
+            if call.is_of_sentences:
+                return inference.sentence_embeddings(*arguments, on_host=call.on_host)
+            compute = (
+                inference.features if call.output_value is None else inference.token_embeddings
+            )
+            return compute(*arguments)
 
     @torch.inference_mode(False)
     def _move(self, device: str | torch.device) -> None:

@@ -33,7 +33,7 @@ def _in_turn(encoder: Any, call: Callable[[], Any], rounds: int) -> dict[str, An
     samples: dict[str, list[float]] = {"checked": [], "unchecked": []}
     for _ in range(rounds):
         samples["checked"].append(_seconds(call))
-        with mock.patch.object(type(encoder), "_pipeline", lambda _: pipeline):
+        with mock.patch.object(type(encoder._session), "pipeline", lambda *_: pipeline):
             samples["unchecked"].append(_seconds(call))
     pairs = zip(samples["checked"], samples["unchecked"], strict=True)
     return {

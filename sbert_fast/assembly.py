@@ -256,19 +256,3 @@ class Assembly:
             raise
         except UnsupportedModelError as error:
             return Unsupported(str(error))
-
-
-class Derived:
-    """What an encoder has derived from its modules: left behind by copies and pickles.
-
-    Attributes:
-        assembly: the latest; None where there is none yet.
-        lost: what made the device useless to this process; None where it works.
-    """
-
-    def __init__(self) -> None:
-        self.lost: str | None = None
-        self.assembly: Assembly | None = None
-
-    def __reduce__(self) -> tuple[type[Derived], tuple[()]]:
-        return type(self), ()

@@ -22,6 +22,7 @@ LAYERS = (
     {"tokenization", "engine", "pooling", "transfer", "budget"},
     {"inference", "padded_call", "packed_forward", "arguments"},
     {"call", "assembly"},
+    {"session"},
     {"sentence_transformers", "patching", "explanation"},
     {"cli"},
     {"__main__"},

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -14,27 +12,22 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modality import is_message_dict
 from torch import nn
-from tqdm.autonotebook import tqdm
 
-from sbert_fast import bypass, forking, inference, ops
+from sbert_fast import ops
 from sbert_fast.arguments import (
     DEFAULT_BATCH_SIZE,
     Chunk,
-    DefaultBatchSize,
     check_device,
     check_positive,
     either,
     parse_dtype,
     with_default_batch_size,
 )
-from sbert_fast.assembly import Assembly, Derived, Unsupported, Where
+from sbert_fast.assembly import Unsupported
 from sbert_fast.call import Call
 from sbert_fast.engine import PackedEncoder
-from sbert_fast.errors import (
-    DeviceLostError,
-    SbertFastError,
-)
-from sbert_fast.inference import Pipeline, Request
+from sbert_fast.errors import SbertFastError
+from sbert_fast.inference import Pipeline, check_embeddings
 from sbert_fast.sentence_transformers.stock import (
     checked,
     read_inputs,
@@ -42,11 +35,9 @@ from sbert_fast.sentence_transformers.stock import (
     stock_words,
     written_as_stock,
 )
-from sbert_fast.stats import Counters, EncoderStats
-from sbert_fast.transfer import device_error
+from sbert_fast.session import Session
+from sbert_fast.stats import EncoderStats
 from sbert_fast.values import Precision, check_model
-
-logger = logging.getLogger("sbert_fast")
 
 
 def _arguments_of(model: SentenceTransformer) -> dict[str, Any]:
@@ -60,6 +51,18 @@ def _arguments_of(model: SentenceTransformer) -> dict[str, Any]:
         "model_card_data": copy.copy(model.model_card_data),
         "backend": model.backend,
     }
+
+
+def _check_source(model: object, modules: object) -> None:
+    if not isinstance(model, (str, SentenceTransformer, type(None))):
+        raise TypeError(
+            "model_name_or_path must be a name, a path or a SentenceTransformer, got "
+            f"{type(model).__name__}"
+        )
+    if model is None and modules is None:
+        raise ValueError("model_name_or_path or modules must be given, got neither")
+    if isinstance(model, SentenceTransformer) and modules is not None:
+        raise ValueError("modules must be None where a SentenceTransformer is given")
 
 
 class FastEncoder(SentenceTransformer):
@@ -111,20 +114,12 @@ class FastEncoder(SentenceTransformer):
             raise ValueError(f"impl must be one of {expected}, got {impl!r}")
         if device is not None:
             check_device("device", device)
-        source = None
         if isinstance(model_name_or_path, os.PathLike):
             model_name_or_path = os.fspath(model_name_or_path)
-        if not isinstance(model_name_or_path, (str, SentenceTransformer, type(None))):
-            raise TypeError(
-                "model_name_or_path must be a name, a path or a SentenceTransformer, got "
-                f"{type(model_name_or_path).__name__}"
-            )
-        if model_name_or_path is None and modules is None:
-            raise ValueError("model_name_or_path or modules must be given, got neither")
+        _check_source(model_name_or_path, modules)
+        source = None
         if isinstance(model_name_or_path, SentenceTransformer):
             source, model_name_or_path = model_name_or_path, None
-            if modules is not None:
-                raise ValueError("modules must be None where a SentenceTransformer is given")
             modules = OrderedDict(source._modules)
             kwargs = _arguments_of(source) | kwargs
             device = source.device if device is None else device
@@ -137,43 +132,27 @@ class FastEncoder(SentenceTransformer):
             self.module_kwargs = source.module_kwargs
             self._model_card_text = source._model_card_text
         named = {"dtype", "torch_dtype"} & set(kwargs.get("model_kwargs") or {})
-        self._keeps_dtype = modules is not None or bool(named)
-        self.batch_tokens = batch_tokens
-        self._requested_dtype = requested_dtype
-        self._impl = impl
-        self._counters = Counters()
-        self._derived = Derived()
-        self._announce()
-
-    def _announce(self) -> None:
-        found = self._pipeline()
-        if isinstance(found, Unsupported):
-            self._counters.expect_fallback(found.reason)
-            warnings.warn(
-                "FastEncoder runs this model in sentence-transformers, unaccelerated: "
-                f"{found.reason}",
-                stacklevel=3,
-            )
-            return
-        engine = found.engine
-        if engine.implementation == "reference" and ops.requested(self._impl) == "auto":
-            logger.warning(
-                "no kernels run on %s, only plain torch: `sbert-fast doctor` tells why",
-                engine.device,
-            )
-        logger.info(
-            "packed %s in %s on %s, ops: %s, at most %d tokens a batch",
-            engine.architecture.family,
-            engine.compute_dtype,
-            engine.device,
-            engine.implementation,
-            self._token_budget(found, DEFAULT_BATCH_SIZE),
+        self._session = Session(
+            requested_dtype,
+            keeps_dtype=modules is not None or bool(named),
+            impl=impl,
+            batch_tokens=batch_tokens,
         )
+        self._session.announce(self)
+
+    @property
+    def batch_tokens(self) -> int | Literal["auto"]:
+        """Most tokens of a batch; "auto" picks by model and device."""
+        return self._session.batch_tokens
+
+    @batch_tokens.setter
+    def batch_tokens(self, value: int | Literal["auto"]) -> None:
+        self._session.batch_tokens = value
 
     @property
     def stats(self) -> EncoderStats:
         """A snapshot of what this encoder has done."""
-        return self._counters.snapshot()
+        return self._session.counters.snapshot()
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
@@ -205,50 +184,18 @@ class FastEncoder(SentenceTransformer):
         Needed after writes torch does not count (`p.data[...] = x`), and after a part of
         `tokenizer.backend_tokenizer` was replaced.
         """
-        self._derived.assembly = None
+        self._session.assembly = None
 
     def _pipeline(self) -> Pipeline | Unsupported:
-        """What runs `encode` for the modules as they are now."""
-        assembly = self._derived.assembly
-        found = None if assembly is None else assembly.prepare(self._where)
-        while found is None:
-            assembly = Assembly(self, self._where(), self._impl, assembly)
-            self._derived.assembly = assembly
-            found = assembly.prepare(self._where)
+        return self._session.pipeline(self)
+
+    def _ready(self, call: Call, reason: str | None) -> Pipeline | Unsupported:
+        """What runs a call, checked once for it; `reason` is why its inputs do not run packed."""
+        found = self._session.ready(self, call.moves_to)
+        if isinstance(found, Pipeline):
+            reason = reason_of_call(self, call) or reason
+            found = found if reason is None else Unsupported(reason)
         return found
-
-    def _where(self) -> Where:
-        dtype, device = self._requested_dtype, self.device
-        if dtype is None and not self._keeps_dtype and device.type == "cuda":
-            first = next(self.parameters(), None)
-            dtype = torch.float16 if first is not None and first.dtype == torch.float32 else None
-        return dtype, device
-
-    def _token_budget(self, pipeline: Pipeline, batch_size: int) -> int:
-        budget = self.batch_tokens
-        if budget == "auto":
-            budget = pipeline.default_batch_tokens()
-        if not isinstance(batch_size, DefaultBatchSize):
-            budget = min(budget, batch_size * pipeline.tokenizer.max_length)
-        return int(budget)
-
-    def _ready(self, call: Call) -> Pipeline | Unsupported:
-        """What runs a call, checked once for it."""
-        if call.moves_to is not None:
-            self._move(call.moves_to)
-        if bypass.is_transformed():
-            return Unsupported("a mode or transform of torch is on", counts=False)
-        forking.settle()
-        found = self._pipeline()
-        if isinstance(found, Pipeline) and (self.training or found.engine.admitted.drops):
-            self.eval()
-            found = self._pipeline()
-        if isinstance(found, Unsupported):
-            return found
-        admitted = found.engine.admitted
-        reason = admitted.inside or admitted.around or bypass.global_reason()
-        reason = reason or reason_of_call(self, call)
-        return found if reason is None else Unsupported(reason)
 
     @torch.inference_mode()
     def encode(  # type: ignore[override]
@@ -327,15 +274,13 @@ class FastEncoder(SentenceTransformer):
         )
         call = checked(self, call, prompt_name)
         texts, is_single, reason = read_inputs(self, inputs)
-        found = self._ready(call)
-        if isinstance(found, Pipeline) and reason is not None:
-            found = Unsupported(reason)
+        found = self._ready(call, reason)
         if isinstance(found, Unsupported):
-            self._count_fallback(found)
+            self._session.count(found)
         if isinstance(found, Unsupported) or call.in_workers:
             dtype = self.dtype if isinstance(found, Unsupported) else None
             return self._encode_elsewhere(texts[0] if is_single else texts, call, dtype)
-        result = self._run_packed(texts, found, call)
+        result = self._session.run(self, found, texts, call)
         if call.is_of_sentences:
             result = call.convert(result)
         return result[0] if is_single else result
@@ -364,87 +309,20 @@ class FastEncoder(SentenceTransformer):
         if not in_worker:
             # A tensor of token embeddings, or a dict, is what a single input gives.
             alone = not call.is_of_sentences and not isinstance(result, list)
-            inference.check_embeddings([result] if alone else result, dtype)
+            check_embeddings([result] if alone else result, dtype)
         if quantizes:
             result = call.convert_rows(result)
         return result[0] if is_boxed else result
-
-    def _count_fallback(self, unsupported: Unsupported) -> None:
-        reason = unsupported.reason
-        if unsupported.counts and self._counters.add_fallback(reason):
-            logger.warning("encode runs in sentence-transformers, unaccelerated: %s", reason)
 
     @torch.inference_mode()
     def _inference(self, inputs: list[str], **arguments: Any) -> Any:
         """Run checked texts in this process; sentence-transformers' workers enter here."""
         call = Call.of_inference(**arguments)
-        found = self._ready(call)
-        if isinstance(found, Unsupported) or any(not isinstance(text, str) for text in inputs):
+        others = any(not isinstance(text, str) for text in inputs)
+        found = self._ready(call, "inputs that are no texts" if others else None)
+        if isinstance(found, Unsupported):
             return super()._inference(inputs, **arguments)
-        return self._run_packed(inputs, found, call)
-
-    def _run_packed(self, inputs: list[str], pipeline: Pipeline, call: Call) -> Any:
-        """:meth:`_run_batches`; a CUDA error that nothing comes after is told apart from others."""
-        if self._derived.lost is None:
-            try:
-                return self._run_batches(inputs, pipeline, call)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                lost = device_error(self.device)
-                if lost is None:
-                    raise
-                self._derived.lost = lost
-                raise DeviceLostError(self._lost_message()) from error
-        raise DeviceLostError(self._lost_message())
-
-    def _lost_message(self) -> str:
-        return f"{self.device} serves this process no more, start another one: {self._derived.lost}"
-
-    def _run_batches(self, inputs: list[str], pipeline: Pipeline, call: Call) -> Any:
-        first, checks = 0, True
-        if isinstance(inputs, Chunk):
-            first, checks, inputs = inputs.first, inputs.checks, list(inputs)
-        spec, prompt = pipeline.head.spec, call.prompt
-        asks_prompt = call.output_value is None or not spec.include_prompt
-        request = Request(
-            prompt=prompt or "",
-            prompt_tokens=self._prompt_tokens(pipeline, prompt) if prompt and asks_prompt else 0,
-            batch_tokens=self._token_budget(pipeline, call.batch_size),
-            normalize=call.normalize_embeddings and call.is_of_sentences,
-            dimension=min(call.truncate_dim or spec.dimension, spec.dimension),
-            first=first,
-            checks=checks,
-        )
-        shows = call.show_progress_bar
-        if shows is None:
-            level = logging.getLogger("sentence_transformers").getEffectiveLevel()
-            shows = level in (logging.INFO, logging.DEBUG)
-        with tqdm(total=len(inputs), unit="text", desc="Encoding", disable=not shows) as bar:
-            arguments = (inputs, pipeline, request, self._counters, bar.update)
-            if call.is_of_sentences:
-                return inference.sentence_embeddings(*arguments, on_host=call.on_host)
-            compute = (
-                inference.features if call.output_value is None else inference.token_embeddings
-            )
-            return compute(*arguments)
-
-    @torch.inference_mode(False)
-    def _move(self, device: str | torch.device) -> None:
-        """Move to `device`, which may be an alias of the present one: "cpu:0" is "cpu"."""
-        if torch.empty(0, device=device).device != self.device:
-            self.to(device)
-
-    def _prompt_tokens(self, pipeline: Pipeline, prompt: str) -> int:
-        """Tokens of the prompt, without a trailing special token, kept by the first module.
-
-        Counted by our copy of its tokenizer, which threads may share.
-        """
-        kept = self[0]._prompt_length_mapping
-        if (prompt,) not in kept:
-            ids = pipeline.tokenizer([prompt]).ids
-            kept[prompt,] = len(ids) - int(ids[-1] in self.tokenizer.all_special_ids)
-        return int(kept[prompt,])
+        return self._session.run(self, found, inputs, call)
 
     def _create_model_card(self, *args: Any, **kwargs: Any) -> None:
         with written_as_stock(self) as model:

@@ -1,4 +1,4 @@
-"""The arguments and results of `encode`: checked, told apart, and converted."""
+"""The arguments of `encode`, checked and told apart."""
 
 from __future__ import annotations
 
@@ -119,6 +119,13 @@ class Chunk(list[Any]):
 _NOT_TEXTS = (bytes, bytearray, Mapping, Tensor, set, frozenset)
 
 
+def either(inputs: Any, sentences: Any) -> Any:
+    """The inputs of a call, which may have come under their former name."""
+    if inputs is not None and sentences is not None:
+        raise TypeError("encode takes inputs or sentences, its former name, but got both")
+    return sentences if inputs is None else inputs
+
+
 def as_list(inputs: object) -> list[Any]:
     """The elements of anything iterable that is not itself one input."""
     if isinstance(inputs, list):
@@ -138,35 +145,3 @@ def as_list(inputs: object) -> list[Any]:
     elif isinstance(inputs, Iterable) and not isinstance(inputs, _NOT_TEXTS):
         return list(inputs)
     raise InputError(f"inputs must be a str or an iterable of str, got {type(inputs).__name__}")
-
-
-def convert(
-    embeddings: Tensor, precision: str, convert_to_numpy: bool, convert_to_tensor: bool
-) -> Any:
-    """The type the caller asked for, of fp32 `[N, dimension]`."""
-    if not len(embeddings):
-        empty = torch.tensor([], device=embeddings.device)
-        if convert_to_tensor:
-            return empty
-        return np.array([]) if convert_to_numpy else []
-    result: Any = embeddings
-    if precision not in (None, "float32"):
-        # Here, so that models of transformers alone are accelerated without it.
-        from sentence_transformers.util import quantize_embeddings
-
-        result = quantize_embeddings(embeddings, precision=precision)
-    if convert_to_tensor:
-        return torch.as_tensor(result)
-    if convert_to_numpy:
-        return result if isinstance(result, np.ndarray) else result.cpu().numpy()
-    return list(torch.as_tensor(result))
-
-
-def convert_rows(
-    embeddings: Any, precision: str, convert_to_numpy: bool, convert_to_tensor: bool
-) -> Any:
-    """:meth:`convert` for an array or tensor, of a single input `[dimension]`."""
-    rows = torch.as_tensor(embeddings)
-    single = rows.ndim == 1 and len(rows) > 0
-    result = convert(rows[None] if single else rows, precision, convert_to_numpy, convert_to_tensor)
-    return result[0] if single else result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Set
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -187,12 +188,25 @@ def _max_length(transformer: Any, room: int) -> int:
     return int(value)
 
 
+@dataclass(frozen=True, slots=True)
+class Unsupported:
+    """Why sentence-transformers runs a model or a call.
+
+    Attributes:
+        reason: for the user to read.
+        counts: whether such calls are counted and told of.
+    """
+
+    reason: str
+    counts: bool = True
+
+
 # The dtype to compute in, or None for that of the model; and its device.
 Where = tuple[torch.dtype | None, torch.device]
 
 
 class Assembly:
-    """What runs `encode` for the modules of a model as they were, or why nothing of ours does.
+    """What runs `encode` for the modules of a model as they were.
 
     Args:
         model: what to run.
@@ -210,23 +224,29 @@ class Assembly:
         # The engine looks after the base model, where there is one.
         self._snapshot = Snapshot(model, without=[base])
         self._originals = originals({*map(type, self._snapshot.objects), BatchEncoding}, _ROOTS)
-        self._pipeline: Pipeline | None = None
-        self._problem = self._originals.problem
+        self._found = self._build(model, impl, old)
+        if isinstance(self._found, Unsupported):
+            self._snapshot = Snapshot(model)
+            self._originals = originals({*map(type, self._snapshot.objects), BatchEncoding}, _ROOTS)
+
+    def _build(
+        self, model: SentenceTransformer, impl: str, old: Assembly | None
+    ) -> Pipeline | Unsupported:
         try:
             for part in self._snapshot.objects:
                 _check_own(part, self._originals.names)
-            known = None if old is None or old._pipeline is None else old._pipeline.engine
-            self._pipeline = build_pipeline(model, where[0], impl, known)
+            found = None if old is None else old._found
+            known = found.engine if isinstance(found, Pipeline) else None
+            pipeline = build_pipeline(model, self._where[0], impl, known)
         except InvalidWeightsError:
             raise
         except UnsupportedModelError as error:
-            self._problem = str(error)
-        if self._problem is not None:
-            self._pipeline, self._snapshot = None, Snapshot(model)
-            self._originals = originals({*map(type, self._snapshot.objects), BatchEncoding}, _ROOTS)
+            return Unsupported(str(error))
+        problem = self._originals.problem
+        return pipeline if problem is None else Unsupported(problem)
 
-    def prepare(self, where: Callable[[], Where]) -> Pipeline | str | None:
-        """The pipeline, or why sentence-transformers runs; None where the assembly is outdated.
+    def prepare(self, where: Callable[[], Where]) -> Pipeline | Unsupported | None:
+        """What runs the model; None where the assembly is outdated.
 
         Args:
             where: what to run in and on now. It is asked for where weights have changed: those that
@@ -234,30 +254,15 @@ class Assembly:
         """
         if not (self._snapshot.is_current() and self._originals.is_current()):
             return None
-        prepared = None if self._pipeline is None else self._pipeline.engine.current()
+        found = self._found
+        prepared = found.engine.current() if isinstance(found, Pipeline) else None
         if prepared is None and where() != self._where:
             return None
-        if self._pipeline is None:
-            return str(self._problem)
+        if isinstance(found, Unsupported):
+            return found
         try:
-            return self._pipeline.prepare(prepared or self._pipeline.engine.prepared())
+            return found.prepare(prepared or found.engine.prepared())
         except InvalidWeightsError:
             raise
         except UnsupportedModelError as error:
-            return str(error)
-
-
-class Derived:
-    """What an encoder has derived from its modules: left behind by copies and pickles.
-
-    Attributes:
-        assembly: the latest; None where there is none yet.
-        lost: what made the device useless to this process; None where it works.
-    """
-
-    def __init__(self) -> None:
-        self.lost: str | None = None
-        self.assembly: Assembly | None = None
-
-    def __reduce__(self) -> tuple[type[Derived], tuple[()]]:
-        return type(self), ()
+            return Unsupported(str(error))

@@ -20,14 +20,13 @@ from torch import Tensor
 
 import cuda_emulation
 import families
-from sbert_fast import FastEncoder, accelerate, budget, ops
+from sbert_fast import FastEncoder, accelerate, budget, ops, session
 from sbert_fast.data import sample_texts
 from sbert_fast.engine import PackedEncoder, Prepared
 from sbert_fast.errors import DeviceLostError, NonFiniteEmbeddingError
 from sbert_fast.models import Architecture
 from sbert_fast.ops import extension
 from sbert_fast.packing import PackedBatch
-from sbert_fast.sentence_transformers import encoder as encoder_module
 from sbert_fast.testing import worst_cosine
 from sbert_fast.transfer import device_error
 
@@ -172,13 +171,27 @@ class TestLostDevice:
         self, st_minilm: SentenceTransformer, failing: list[int], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         encoder = FastEncoder(st_minilm)
-        monkeypatch.setattr(encoder_module, "device_error", lambda device: "CUDA error: illegal")
+        monkeypatch.setattr(session, "device_error", lambda device: "CUDA error: illegal")
         message = "^cpu serves this process no more, start another one: CUDA error: illegal$"
         for output_value in ("sentence_embedding", "token_embeddings", "sentence_embedding"):
             with pytest.raises(DeviceLostError, match=message):
                 encoder.encode(TEXTS, output_value=output_value)
         assert len(failing) == 1
-        assert pickle.loads(pickle.dumps(encoder))._derived.lost is None
+        assert pickle.loads(pickle.dumps(encoder))._session.lost is None
+
+    def test_an_error_of_the_comparison_with_the_model_says_so_too(
+        self, st_minilm: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def current(_: PackedEncoder) -> None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        encoder = FastEncoder(st_minilm)
+        monkeypatch.setattr(PackedEncoder, "current", current)
+        monkeypatch.setattr(session, "device_error", lambda device: "CUDA error: illegal")
+        for device in (None, "meta"):
+            with pytest.raises(DeviceLostError, match="serves this process no more"):
+                encoder.encode(TEXTS, device=device)
+        assert encoder.device.type == "cpu"
 
     def test_an_error_that_passes_is_raised_as_it_is(
         self, st_minilm: SentenceTransformer, failing: list[int]

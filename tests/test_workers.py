@@ -211,7 +211,15 @@ class PoisonedEncoder(FastEncoder):
 
     out_of_memory = False
 
-    def _run_batches(self, *args: Any, **how: Any) -> Any:
+    def encode(self, *args: Any, **how: Any) -> Any:
+        with self._poison():
+            return super().encode(*args, **how)
+
+    def _inference(self, *args: Any, **how: Any) -> Any:
+        with self._poison():
+            return super()._inference(*args, **how)
+
+    def _poison(self) -> Any:
         forward = PackedEncoder.__call__
         token = self.tokenizer.convert_tokens_to_ids(POISON)
 
@@ -221,8 +229,7 @@ class PoisonedEncoder(FastEncoder):
                 raise torch.OutOfMemoryError("no memory")
             return forward(engine, batch, *rest).masked_fill(found[:, None], float("nan"))
 
-        with patch.object(PackedEncoder, "__call__", poisoned):
-            return super()._run_batches(*args, **how)
+        return patch.object(PackedEncoder, "__call__", poisoned)
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +305,7 @@ def test_distributed_inference(
     distributed = pytest.importorskip("sentence_transformers.util.distributed")
     if not hasattr(distributed, "_DistributedInference"):
         pytest.skip("this sentence-transformers has no distributed inference")
-    expected = encoder.encode(TEXTS)
+    expected, before = encoder.encode(TEXTS), encoder.stats.fallbacks
     ops.reset_launches()
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
@@ -319,7 +326,7 @@ def test_distributed_inference(
         encoder._distributed_inference = poisoned._distributed_inference = None
         torch.distributed.destroy_process_group()
     assert_same_result(ours, expected)
-    assert encoder.stats.fallbacks == {}
+    assert encoder.stats.fallbacks == before
 
 
 # Threads

@@ -33,7 +33,7 @@ def _in_turn(encoder: Any, call: Callable[[], Any], rounds: int) -> dict[str, An
     """Seconds of `call` as it is, and with the comparison of this moment taken for granted."""
     samples: dict[str, list[float]] = {"checked": [], "unchecked": []}
     pipeline = encoder.packed_pipeline
-    granted = mock.patch.object(type(encoder), "_pipeline", lambda _: pipeline)
+    granted = mock.patch.object(type(encoder._session), "pipeline", lambda *_: pipeline)
     for _ in range(rounds):
         samples["checked"].append(_seconds(call))
         with granted:

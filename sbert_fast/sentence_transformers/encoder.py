@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -14,55 +12,32 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modality import is_message_dict
 from torch import nn
-from tqdm.autonotebook import tqdm
 
-from sbert_fast import bypass, forking, inference, ops
+from sbert_fast import ops
 from sbert_fast.arguments import (
     DEFAULT_BATCH_SIZE,
-    OUTPUT_VALUES,
     Chunk,
-    DefaultBatchSize,
     check_device,
-    check_keywords,
     check_positive,
-    convert,
-    convert_rows,
+    either,
     parse_dtype,
     with_default_batch_size,
 )
-from sbert_fast.assembly import Assembly, Derived, Where
+from sbert_fast.assembly import Unsupported
+from sbert_fast.call import Call
 from sbert_fast.engine import PackedEncoder
-from sbert_fast.errors import (
-    DeviceLostError,
-    SbertFastError,
-)
-from sbert_fast.inference import Pipeline, Request
+from sbert_fast.errors import SbertFastError
+from sbert_fast.inference import Pipeline, check_embeddings
 from sbert_fast.sentence_transformers.stock import (
-    as_stock,
-    check_inputs,
-    listed,
+    checked,
+    read_inputs,
+    reason_of_call,
     stock_words,
     written_as_stock,
 )
-from sbert_fast.stats import Counters, EncoderStats
-from sbert_fast.tokenization import check_texts
-from sbert_fast.transfer import device_error
-from sbert_fast.values import PRECISIONS, Precision, check_model, shown
-
-logger = logging.getLogger("sbert_fast")
-
-# What `_run_packed` takes of the arguments sentence-transformers hands to `_inference`.
-_RUN_ARGUMENTS = (
-    "prompt",
-    "batch_size",
-    "show_progress_bar",
-    "output_value",
-    "normalize_embeddings",
-    "truncate_dim",
-)
-
-# What the configs of transformers may ask a forward to return besides.
-_OUTPUTS = ("hidden_states", "attentions")
+from sbert_fast.session import Session
+from sbert_fast.stats import EncoderStats
+from sbert_fast.values import Precision, check_model
 
 
 def _arguments_of(model: SentenceTransformer) -> dict[str, Any]:
@@ -76,6 +51,18 @@ def _arguments_of(model: SentenceTransformer) -> dict[str, Any]:
         "model_card_data": copy.copy(model.model_card_data),
         "backend": model.backend,
     }
+
+
+def _check_source(model: object, modules: object) -> None:
+    if not isinstance(model, (str, SentenceTransformer, type(None))):
+        raise TypeError(
+            "model_name_or_path must be a name, a path or a SentenceTransformer, got "
+            f"{type(model).__name__}"
+        )
+    if model is None and modules is None:
+        raise ValueError("model_name_or_path or modules must be given, got neither")
+    if isinstance(model, SentenceTransformer) and modules is not None:
+        raise ValueError("modules must be None where a SentenceTransformer is given")
 
 
 class FastEncoder(SentenceTransformer):
@@ -127,20 +114,12 @@ class FastEncoder(SentenceTransformer):
             raise ValueError(f"impl must be one of {expected}, got {impl!r}")
         if device is not None:
             check_device("device", device)
-        source = None
         if isinstance(model_name_or_path, os.PathLike):
             model_name_or_path = os.fspath(model_name_or_path)
-        if not isinstance(model_name_or_path, (str, SentenceTransformer, type(None))):
-            raise TypeError(
-                "model_name_or_path must be a name, a path or a SentenceTransformer, got "
-                f"{type(model_name_or_path).__name__}"
-            )
-        if model_name_or_path is None and modules is None:
-            raise ValueError("model_name_or_path or modules must be given, got neither")
+        _check_source(model_name_or_path, modules)
+        source = None
         if isinstance(model_name_or_path, SentenceTransformer):
             source, model_name_or_path = model_name_or_path, None
-            if modules is not None:
-                raise ValueError("modules must be None where a SentenceTransformer is given")
             modules = OrderedDict(source._modules)
             kwargs = _arguments_of(source) | kwargs
             device = source.device if device is None else device
@@ -153,48 +132,33 @@ class FastEncoder(SentenceTransformer):
             self.module_kwargs = source.module_kwargs
             self._model_card_text = source._model_card_text
         named = {"dtype", "torch_dtype"} & set(kwargs.get("model_kwargs") or {})
-        self._keeps_dtype = modules is not None or bool(named)
-        self.batch_tokens = batch_tokens
-        self._requested_dtype = requested_dtype
-        self._impl = impl
-        self._counters = Counters()
-        self._derived = Derived()
-        self._announce()
-
-    def _announce(self) -> None:
-        pipeline = self._pipeline()
-        if isinstance(pipeline, str):
-            self._counters.expect_fallback(pipeline)
-            warnings.warn(
-                f"FastEncoder runs this model in sentence-transformers, unaccelerated: {pipeline}",
-                stacklevel=3,
-            )
-            return
-        engine = pipeline.engine
-        if engine.implementation == "reference" and ops.requested(self._impl) == "auto":
-            logger.warning(
-                "no kernels run on %s, only plain torch: `sbert-fast doctor` tells why",
-                engine.device,
-            )
-        logger.info(
-            "packed %s in %s on %s, ops: %s, at most %d tokens a batch",
-            engine.architecture.family,
-            engine.compute_dtype,
-            engine.device,
-            engine.implementation,
-            self._token_budget(pipeline, DEFAULT_BATCH_SIZE),
+        self._session = Session(
+            requested_dtype,
+            keeps_dtype=modules is not None or bool(named),
+            impl=impl,
+            batch_tokens=batch_tokens,
         )
+        self._session.announce(self)
+
+    @property
+    def batch_tokens(self) -> int | Literal["auto"]:
+        """Most tokens of a batch; "auto" picks by model and device."""
+        return self._session.batch_tokens
+
+    @batch_tokens.setter
+    def batch_tokens(self, value: int | Literal["auto"]) -> None:
+        self._session.batch_tokens = value
 
     @property
     def stats(self) -> EncoderStats:
         """A snapshot of what this encoder has done."""
-        return self._counters.snapshot()
+        return self._session.counters.snapshot()
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
         """The dtype the packed engine computes in; None where the model runs unaccelerated."""
-        pipeline = self._pipeline()
-        return None if isinstance(pipeline, str) else pipeline.engine.compute_dtype
+        engine = self.packed_engine
+        return None if engine is None else engine.compute_dtype
 
     @property
     def unsupported_reason(self) -> str | None:
@@ -203,10 +167,10 @@ class FastEncoder(SentenceTransformer):
         Where `encode` raises an error because of the model, the message of that error.
         """
         try:
-            pipeline = self._pipeline()
+            found = self._pipeline()
         except (SbertFastError, ValueError) as error:
             return str(error)
-        return pipeline if isinstance(pipeline, str) else None
+        return found.reason if isinstance(found, Unsupported) else None
 
     @property
     def packed_pipeline(self) -> Pipeline | None:
@@ -214,8 +178,8 @@ class FastEncoder(SentenceTransformer):
 
         Of the model as it is now: to ask is to compare it with what was derived from it.
         """
-        pipeline = self._pipeline()
-        return None if isinstance(pipeline, str) else pipeline
+        found = self._pipeline()
+        return found if isinstance(found, Pipeline) else None
 
     @property
     def packed_engine(self) -> PackedEncoder | None:
@@ -229,79 +193,18 @@ class FastEncoder(SentenceTransformer):
         Needed after writes torch does not count (`p.data[...] = x`), and after a part of
         `tokenizer.backend_tokenizer` was replaced.
         """
-        self._derived.assembly = None
+        self._session.assembly = None
 
-    def _pipeline(self) -> Pipeline | str:
-        """What runs `encode` for the modules as they are now, or why nothing of ours does."""
-        assembly = self._derived.assembly
-        found = None if assembly is None else assembly.prepare(self._where)
-        while found is None:
-            assembly = Assembly(self, self._where(), self._impl, assembly)
-            self._derived.assembly = assembly
-            found = assembly.prepare(self._where)
+    def _pipeline(self) -> Pipeline | Unsupported:
+        return self._session.pipeline(self)
+
+    def _ready(self, call: Call, reason: str | None) -> Pipeline | Unsupported:
+        """What runs a call, checked once for it; `reason` is why its inputs do not run packed."""
+        found = self._session.ready(self, call.moves_to)
+        if isinstance(found, Pipeline):
+            reason = reason_of_call(self, call) or reason
+            found = found if reason is None else Unsupported(reason)
         return found
-
-    def _where(self) -> Where:
-        dtype, device = self._requested_dtype, self.device
-        if dtype is None and not self._keeps_dtype and device.type == "cuda":
-            first = next(self.parameters(), None)
-            dtype = torch.float16 if first is not None and first.dtype == torch.float32 else None
-        return dtype, device
-
-    def _takes_texts_only(self) -> bool:
-        """Whether the first module says so; those of other packages may say nothing."""
-        modalities = getattr(self[0], "modalities", ())
-        return "text" in modalities and all(m in ("text", "message") for m in modalities)
-
-    def _outputs_more(self) -> bool:
-        """Whether the config of the base model adds to what a forward returns."""
-        config = self[0].auto_model.config
-        return any(getattr(config, f"output_{what}", False) for what in _OUTPUTS)
-
-    def _token_budget(self, pipeline: Pipeline, batch_size: int) -> int:
-        budget = self.batch_tokens
-        if budget == "auto":
-            budget = pipeline.default_batch_tokens()
-        if not isinstance(batch_size, DefaultBatchSize):
-            budget = min(budget, batch_size * pipeline.tokenizer.max_length)
-        return int(budget)
-
-    def _ready(
-        self, kwargs: dict[str, Any], output_value: str | None
-    ) -> tuple[Pipeline | None, str | None]:
-        """What runs a call, checked once for it; or None, and why sentence-transformers does."""
-        if bypass.is_transformed():
-            return None, "a mode or transform of torch is on"
-        forking.settle()
-        pipeline = self._pipeline()
-        if isinstance(pipeline, Pipeline) and (self.training or pipeline.engine.admitted.drops):
-            self.eval()
-            pipeline = self._pipeline()
-        if isinstance(pipeline, str):
-            return None, pipeline
-        reason = self._call_reason(pipeline, kwargs, output_value)
-        return (None, reason) if reason is not None else (pipeline, None)
-
-    def _call_reason(
-        self, pipeline: Pipeline, kwargs: dict[str, Any], output_value: str | None
-    ) -> str | None:
-        """Why a call runs in sentence-transformers; None where it runs packed."""
-        admitted = pipeline.engine.admitted
-        for reason in (admitted.inside, admitted.around, bypass.global_reason()):
-            if reason is not None:
-                return reason
-        for name in ("forward", "preprocess", "tokenize"):
-            if getattr(type(self), name) is not getattr(SentenceTransformer, name):
-                return f"{type(self).__name__} has a {name} of its own"
-        if output_value is None and self._outputs_more():
-            return "output_value=None of a model that outputs hidden states or attentions"
-        # sentence-transformers refuses the names it does not know, whatever their value.
-        given = [
-            name
-            for name, value in kwargs.items()
-            if name != "task" and (name != "processing_kwargs" or value)
-        ]
-        return f"argument {given[0]!r}" if given else None
 
     @torch.inference_mode()
     def encode(  # type: ignore[override]
@@ -362,217 +265,73 @@ class FastEncoder(SentenceTransformer):
             DeviceLostError: the GPU failed, now or in an earlier call, and serves this process no
                 more.
         """
-        sentences = kwargs.pop("sentences", None)
-        if inputs is not None and sentences is not None:
-            raise TypeError("encode takes inputs or sentences, its former name, but got both")
-        inputs = sentences if inputs is None else inputs
-        asked = {"batch_size": batch_size, "precision": precision, **kwargs}
-        with stock_words(lambda: as_stock(self).encode([], device=self.device, **asked)):
-            check_positive("batch_size", batch_size)
-            check_keywords(kwargs, self.get_model_kwargs)
-            if precision is not None and precision not in PRECISIONS:
-                raise ValueError(f"precision must be one of {PRECISIONS}, got {shown(precision)}")
-        if output_value not in OUTPUT_VALUES:
-            raise ValueError(
-                f"output_value must be one of {OUTPUT_VALUES}, got {shown(output_value)}"
-            )
-        truncate_dim = self.truncate_dim if truncate_dim is None else truncate_dim
-        if truncate_dim is not None:
-            check_positive("truncate_dim", truncate_dim)
-        if isinstance(device, list) and not device:
-            raise ValueError("device must be a device or a list of devices, got an empty list")
-        for each in device if isinstance(device, list) else [device]:
-            if each is not None:
-                check_device("device", each)
-        distributed = getattr(self, "_distributed_inference", None) is not None and device is None
-        if device is not None and not isinstance(device, list):
-            self._move(device)
-        prompt = self._resolve_prompt(prompt, prompt_name)
-        if prompt is not None:
-            check_texts([prompt], "prompt")
-        pipeline, reason = self._ready(kwargs, output_value)
-        if output_value != "sentence_embedding" and precision not in (None, "float32"):
-            reason = reason or f"precision={precision!r} of {output_value}"
-        single = isinstance(inputs, str)
-        if reason is None or self._takes_texts_only():
-            texts, single = listed(self, inputs)
-            other = check_inputs(self, texts)
-            inputs = texts[0] if single else texts
-            reason = reason or (f"inputs of type {other.__name__}" if other is not None else None)
-        in_workers = pool is not None or isinstance(device, list) or distributed
-        if reason is not None and not bypass.is_transformed():
-            self._count_fallback(reason)
-        if pipeline is None or reason is not None or in_workers:
-            return self._encode_elsewhere(
-                inputs,
-                dtype=None if reason is None else self.dtype,
-                in_workers=in_workers,
-                output_value=output_value,
-                precision=precision,
-                convert_to_numpy=convert_to_numpy,
-                convert_to_tensor=convert_to_tensor,
-                prompt=prompt,
-                batch_size=batch_size,
-                show_progress_bar=show_progress_bar,
-                device=device,
-                normalize_embeddings=normalize_embeddings,
-                truncate_dim=truncate_dim,
-                pool=pool,
-                chunk_size=chunk_size,
-                **kwargs,
-            )
-        if show_progress_bar is None:
-            level = logging.getLogger("sentence_transformers").getEffectiveLevel()
-            show_progress_bar = level in (logging.INFO, logging.DEBUG)
-        how: dict[str, Any] = {
-            "prompt": prompt,
-            "batch_size": batch_size,
-            "show_progress_bar": show_progress_bar,
-            "output_value": output_value,
-            "normalize_embeddings": normalize_embeddings,
-            "truncate_dim": truncate_dim,
-        }
-        on_host = precision not in (None, "float32") or (convert_to_numpy and not convert_to_tensor)
-        result = self._run_packed(texts, pipeline, **how, on_host=on_host)
-        if output_value == "sentence_embedding":
-            result = convert(result, precision, convert_to_numpy, convert_to_tensor)
-        return result[0] if single else result
+        inputs = either(inputs, kwargs.pop("sentences", None))
+        call = Call(
+            prompt=prompt,
+            batch_size=batch_size,
+            show_progress_bar=show_progress_bar,
+            output_value=output_value,
+            normalize_embeddings=normalize_embeddings,
+            truncate_dim=truncate_dim,
+            precision=precision,
+            convert_to_numpy=convert_to_numpy,
+            convert_to_tensor=convert_to_tensor,
+            device=device,
+            pool=pool,
+            chunk_size=chunk_size,
+            keywords=kwargs,
+        )
+        call = checked(self, call, prompt_name)
+        texts, is_single, reason = read_inputs(self, inputs)
+        found = self._ready(call, reason)
+        if isinstance(found, Unsupported):
+            self._session.count(found)
+        if isinstance(found, Unsupported) or call.in_workers:
+            dtype = self.dtype if isinstance(found, Unsupported) else None
+            return self._encode_elsewhere(texts[0] if is_single else texts, call, dtype)
+        result = self._session.run(self, found, texts, call)
+        if call.is_of_sentences:
+            result = call.convert(result)
+        return result[0] if is_single else result
 
     encode_query = with_default_batch_size(SentenceTransformer.encode_query)
     encode_document = with_default_batch_size(SentenceTransformer.encode_document)
     encode_multi_process = with_default_batch_size(SentenceTransformer.encode_multi_process)
 
-    def _encode_elsewhere(
-        self,
-        inputs: Any,
-        *,
-        dtype: torch.dtype | None,
-        in_workers: bool,
-        output_value: str | None,
-        precision: Precision,
-        convert_to_numpy: bool,
-        convert_to_tensor: bool,
-        **arguments: Any,
-    ) -> Any:
+    def _encode_elsewhere(self, inputs: Any, call: Call, dtype: torch.dtype | None) -> Any:
         """`encode` of sentence-transformers, which runs models that the engine does not, and worker
         processes. Results are checked before they are quantised, and under the caller's indices.
 
         `dtype` is what it computes in, None where workers run packed.
         """
-        is_sentence = output_value == "sentence_embedding"
-        is_quantized = precision not in (None, "float32")
-        on_host = convert_to_numpy and not convert_to_tensor
         in_worker = isinstance(inputs, Chunk)
-        is_boxed = in_workers and isinstance(inputs, (str, dict)) and not is_message_dict(inputs)
-        inputs = [inputs] if is_boxed else inputs
-        if in_workers and isinstance(inputs, list) and not self.is_singular_input(inputs):
-            # Token embeddings come back quantised: too late to see what they were.
-            inputs = Chunk(inputs, checks=is_quantized and not is_sentence)
-        quantizes = is_sentence and is_quantized
-        result = super().encode(
-            inputs,
-            output_value=output_value,
-            precision="float32" if quantizes else precision,
-            convert_to_numpy=on_host if quantizes else convert_to_numpy,
-            convert_to_tensor=not on_host if quantizes else convert_to_tensor,
-            **arguments,
+        is_boxed = (
+            call.in_workers and isinstance(inputs, (str, dict)) and not is_message_dict(inputs)
         )
+        inputs = [inputs] if is_boxed else inputs
+        if call.in_workers and isinstance(inputs, list) and not self.is_singular_input(inputs):
+            # Token embeddings come back quantised: too late to see what they were.
+            inputs = Chunk(inputs, checks=call.is_quantized and not call.is_of_sentences)
+        quantizes = call.is_of_sentences and call.is_quantized
+        asked = call.unquantized() if quantizes else call
+        result = super().encode(inputs, **asked.arguments())
         if not in_worker:
             # A tensor of token embeddings, or a dict, is what a single input gives.
-            alone = not is_sentence and not isinstance(result, list)
-            inference.check_embeddings([result] if alone else result, dtype)
+            alone = not call.is_of_sentences and not isinstance(result, list)
+            check_embeddings([result] if alone else result, dtype)
         if quantizes:
-            result = convert_rows(result, precision, convert_to_numpy, convert_to_tensor)
+            result = call.convert_rows(result)
         return result[0] if is_boxed else result
-
-    def _count_fallback(self, reason: str) -> None:
-        if self._counters.add_fallback(reason):
-            logger.warning("encode runs in sentence-transformers, unaccelerated: %s", reason)
 
     @torch.inference_mode()
     def _inference(self, inputs: list[str], **arguments: Any) -> Any:
         """Run checked texts in this process; sentence-transformers' workers enter here."""
-        if arguments.get("device") is not None:
-            self._move(arguments["device"])
-        known = {name: arguments[name] for name in _RUN_ARGUMENTS if name in arguments}
-        extra = {k: v for k, v in arguments.items() if k not in (*known, "device", "save_to_cpu")}
-        pipeline, _ = self._ready(extra, known.get("output_value"))
-        if pipeline is None or any(not isinstance(text, str) for text in inputs):
+        call = Call.of_inference(**arguments)
+        others = any(not isinstance(text, str) for text in inputs)
+        found = self._ready(call, "inputs that are no texts" if others else None)
+        if isinstance(found, Unsupported):
             return super()._inference(inputs, **arguments)
-        on_host = arguments.get("save_to_cpu", True)
-        return self._run_packed(inputs, pipeline, **known, on_host=on_host)
-
-    def _run_packed(self, inputs: list[str], pipeline: Pipeline, **how: Any) -> Any:
-        """:meth:`_run_batches`; a CUDA error that nothing comes after is told apart from others."""
-        if self._derived.lost is None:
-            try:
-                return self._run_batches(inputs, pipeline, **how)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                lost = device_error(self.device)
-                if lost is None:
-                    raise
-                self._derived.lost = lost
-                raise DeviceLostError(self._lost_message()) from error
-        raise DeviceLostError(self._lost_message())
-
-    def _lost_message(self) -> str:
-        return f"{self.device} serves this process no more, start another one: {self._derived.lost}"
-
-    def _run_batches(
-        self,
-        inputs: list[str],
-        pipeline: Pipeline,
-        *,
-        prompt: str | None,
-        batch_size: int,
-        show_progress_bar: bool,
-        output_value: str | None,
-        normalize_embeddings: bool,
-        truncate_dim: int | None,
-        on_host: bool,
-    ) -> Any:
-        first, checks = 0, True
-        if isinstance(inputs, Chunk):
-            first, checks, inputs = inputs.first, inputs.checks, list(inputs)
-        spec = pipeline.head.spec
-        asks_prompt = output_value is None or not spec.include_prompt
-        request = Request(
-            prompt=prompt or "",
-            prompt_tokens=self._prompt_tokens(pipeline, prompt) if prompt and asks_prompt else 0,
-            batch_tokens=self._token_budget(pipeline, batch_size),
-            normalize=normalize_embeddings and output_value == "sentence_embedding",
-            dimension=min(truncate_dim or spec.dimension, spec.dimension),
-            first=first,
-            checks=checks,
-        )
-        with tqdm(
-            total=len(inputs), unit="text", desc="Encoding", disable=not show_progress_bar
-        ) as bar:
-            arguments = (inputs, pipeline, request, self._counters, bar.update)
-            if output_value == "sentence_embedding":
-                return inference.sentence_embeddings(*arguments, on_host=on_host)
-            if output_value == "token_embeddings":
-                return inference.token_embeddings(*arguments)
-            return inference.features(*arguments)
-
-    @torch.inference_mode(False)
-    def _move(self, device: str | torch.device) -> None:
-        """Move to `device`, which may be an alias of the present one: "cpu:0" is "cpu"."""
-        if torch.empty(0, device=device).device != self.device:
-            self.to(device)
-
-    def _prompt_tokens(self, pipeline: Pipeline, prompt: str) -> int:
-        """Tokens of the prompt, without a trailing special token, kept by the first module.
-
-        Counted by our copy of its tokenizer, which threads may share.
-        """
-        kept = self[0]._prompt_length_mapping
-        if (prompt,) not in kept:
-            ids = pipeline.tokenizer([prompt]).ids
-            kept[prompt,] = len(ids) - int(ids[-1] in self.tokenizer.all_special_ids)
-        return int(kept[prompt,])
+        return self._session.run(self, found, inputs, call)
 
     def _create_model_card(self, *args: Any, **kwargs: Any) -> None:
         with written_as_stock(self) as model:

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modality import infer_modality, is_message_dict
 
-from sbert_fast.arguments import as_list
+from sbert_fast.arguments import as_list, check_keywords, check_positive
+from sbert_fast.call import Call
 from sbert_fast.errors import InputError
 from sbert_fast.tokenization import check_texts
-from sbert_fast.values import shown
+from sbert_fast.values import PRECISIONS, shown
+
+# What the configs of transformers may ask a forward to return besides.
+_OUTPUTS = ("hidden_states", "attentions")
 
 
-def as_stock(model: SentenceTransformer) -> SentenceTransformer:
-    """The same model, not a copy of it, as an instance of `SentenceTransformer` itself."""
+def as_stock(model: SentenceTransformer, **methods: Any) -> SentenceTransformer:
+    """The same model, not a copy of it, as an instance of `SentenceTransformer` itself.
+
+    Args:
+        model: any.
+        **methods: what stands in for methods of it.
+    """
     stock = object.__new__(SentenceTransformer)
-    object.__setattr__(stock, "__dict__", model.__dict__)
+    object.__setattr__(stock, "__dict__", vars(model) | methods if methods else vars(model))
     return stock
 
 
@@ -68,6 +78,68 @@ def stock_words(call: Callable[[], object]) -> Iterator[None]:
         theirs, ours = refusal(call) or "", str(error)
         error.args = (theirs if ours in theirs else f"{theirs} {ours}".lstrip(),)
         raise
+
+
+def checked(model: SentenceTransformer, call: Call, prompt_name: str | None) -> Call:
+    """A call with what it leaves to the model filled in, once none of its arguments is refused.
+
+    Raises:
+        ValueError: an argument is invalid or unknown; names it.
+    """
+
+    def asked_of_stock() -> None:
+        # `_inference` would end the training of the model.
+        stock = as_stock(model, _inference=lambda inputs, **_: inputs, _distributed_inference=None)
+        asked = {"batch_size": call.batch_size, "precision": call.precision, **call.keywords}
+        stock.encode([], **asked)
+
+    with stock_words(asked_of_stock):
+        check_positive("batch_size", call.batch_size)
+        check_keywords(call.keywords, model.get_model_kwargs)
+        if call.precision is not None and call.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {PRECISIONS}, got {shown(call.precision)}")
+    distributed = getattr(model, "_distributed_inference", None) is not None and call.device is None
+    call = replace(
+        call,
+        prompt=model._resolve_prompt(call.prompt, prompt_name),
+        truncate_dim=model.truncate_dim if call.truncate_dim is None else call.truncate_dim,
+        in_workers=call.pool is not None or isinstance(call.device, list) or distributed,
+    )
+    call.check()
+    return call
+
+
+def reason_of_call(model: SentenceTransformer, call: Call) -> str | None:
+    """Why sentence-transformers runs a call of a supported model; None where it does not."""
+    for name in ("forward", "preprocess", "tokenize"):
+        if getattr(type(model), name) is not getattr(SentenceTransformer, name):
+            return f"{type(model).__name__} has a {name} of its own"
+    config = model[0].auto_model.config
+    if call.output_value is None and any(getattr(config, f"output_{n}", False) for n in _OUTPUTS):
+        return "output_value=None of a model that outputs hidden states or attentions"
+    # sentence-transformers refuses the names it does not know, whatever their value.
+    for name, value in call.keywords.items():
+        if name != "task" and (name != "processing_kwargs" or value):
+            return f"argument {name!r}"
+    if call.is_quantized and not call.is_of_sentences:
+        return f"precision={call.precision!r} of {call.output_value}"
+    return None
+
+
+def read_inputs(model: SentenceTransformer, inputs: Any) -> tuple[Any, bool, str | None]:
+    """The inputs of a call, checked; whether they are a single one; why sentence-transformers runs
+    them, or None.
+
+    Raises:
+        InputError: an input is none that a model of texts embeds. Other models take what they take.
+    """
+    # Modules of other packages may say nothing.
+    modalities = getattr(model[0], "modalities", ())
+    if "text" not in modalities or any(m not in ("text", "message") for m in modalities):
+        return inputs, False, f"inputs of {modalities}"
+    texts, is_single = listed(model, inputs)
+    other = check_inputs(model, texts)
+    return texts, is_single, None if other is None else f"inputs of type {other.__name__}"
 
 
 def listed(model: SentenceTransformer, inputs: Any) -> tuple[list[Any], bool]:

@@ -1,0 +1,220 @@
+"""A session: what serves the calls of one model, and what is known of it."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from sentence_transformers import SentenceTransformer
+from tqdm.autonotebook import tqdm
+
+from sbert_fast import bypass, forking, inference, ops
+from sbert_fast.arguments import DEFAULT_BATCH_SIZE, Chunk, DefaultBatchSize
+from sbert_fast.assembly import Assembly, Unsupported, Where
+from sbert_fast.call import Call
+from sbert_fast.errors import DeviceLostError
+from sbert_fast.inference import Pipeline, Request
+from sbert_fast.stats import Counters
+from sbert_fast.transfer import device_error
+
+logger = logging.getLogger("sbert_fast")
+
+
+class Session:
+    """What serves the calls of one model, which every method is handed.
+
+    Copies and pickles keep the settings, count from zero and leave behind what was derived.
+
+    Args:
+        dtype: dtype to compute in; None leaves it to the model.
+        keeps_dtype: whether that of the model is computed in on a GPU, too, where it is float32.
+        impl: implementation of the ops.
+        batch_tokens: most tokens of a batch; "auto" picks by model and device.
+
+    Attributes:
+        counters: what has been done.
+        assembly: what was derived from the model; None where there is nothing yet.
+        lost: what made the device useless to this process; None where it works.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype | None,
+        *,
+        keeps_dtype: bool,
+        impl: str,
+        batch_tokens: int | Literal["auto"],
+    ) -> None:
+        self._dtype, self._keeps_dtype, self._impl = dtype, keeps_dtype, impl
+        self.batch_tokens = batch_tokens
+        self.counters = Counters()
+        self.assembly: Assembly | None = None
+        self.lost: str | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"counters": Counters(), "assembly": None, "lost": None}
+
+    def pipeline(self, model: SentenceTransformer) -> Pipeline | Unsupported:
+        """What runs the model as it is now."""
+        where, assembly = partial(self._where, model), self.assembly
+        found = None if assembly is None else assembly.prepare(where)
+        while found is None:
+            self.assembly = assembly = Assembly(model, where(), self._impl, assembly)
+            found = assembly.prepare(where)
+        return found
+
+    def ready(
+        self, model: SentenceTransformer, device: str | torch.device | None
+    ) -> Pipeline | Unsupported:
+        """What runs a call, checked once for it.
+
+        Args:
+            model: is moved, and its training ends.
+            device: where it is to run; None where it is.
+
+        Raises:
+            DeviceLostError: the device failed, now or earlier.
+        """
+        with self._on_device(model):
+            if device is not None:
+                _move(model, device)
+            if bypass.is_transformed():
+                return Unsupported("a mode or transform of torch is on", counts=False)
+            forking.settle()
+            found = self.pipeline(model)
+            if isinstance(found, Pipeline) and (model.training or found.engine.admitted.drops):
+                model.eval()
+                found = self.pipeline(model)
+        if isinstance(found, Unsupported):
+            return found
+        admitted = found.engine.admitted
+        reason = admitted.inside or admitted.around or bypass.global_reason()
+        return found if reason is None else Unsupported(reason)
+
+    def run(
+        self, model: SentenceTransformer, pipeline: Pipeline, texts: list[str], call: Call
+    ) -> Any:
+        """Run checked texts.
+
+        Returns:
+            By `call.output_value` what the functions of :mod:`sbert_fast.inference` return.
+
+        Raises:
+            DeviceLostError: the device failed, now or earlier.
+        """
+        first, checks = 0, True
+        if isinstance(texts, Chunk):
+            first, checks, texts = texts.first, texts.checks, list(texts)
+        spec, prompt = pipeline.head.spec, call.prompt
+        asks_prompt = call.output_value is None or not spec.include_prompt
+        request = Request(
+            prompt=prompt or "",
+            prompt_tokens=_prompt_tokens(model, pipeline, prompt) if prompt and asks_prompt else 0,
+            batch_tokens=self._token_budget(pipeline, call.batch_size),
+            normalize=call.normalize_embeddings and call.is_of_sentences,
+            dimension=min(call.truncate_dim or spec.dimension, spec.dimension),
+            first=first,
+            checks=checks,
+        )
+        shows = call.show_progress_bar
+        if shows is None:
+            level = logging.getLogger("sentence_transformers").getEffectiveLevel()
+            shows = level in (logging.INFO, logging.DEBUG)
+        bar = tqdm(total=len(texts), unit="text", desc="Encoding", disable=not shows)
+        with self._on_device(model), bar:
+            arguments = (texts, pipeline, request, self.counters, bar.update)
+            if call.is_of_sentences:
+                return inference.sentence_embeddings(*arguments, on_host=call.on_host)
+            compute = (
+                inference.features if call.output_value is None else inference.token_embeddings
+            )
+            return compute(*arguments)
+
+    def announce(self, model: SentenceTransformer) -> None:
+        """Tell the caller of a constructor how the model is going to run."""
+        found = self.pipeline(model)
+        if isinstance(found, Unsupported):
+            self.counters.expect_fallback(found.reason)
+            warnings.warn(
+                f"{type(model).__name__} runs this model in sentence-transformers, unaccelerated: "
+                f"{found.reason}",
+                stacklevel=3,
+            )
+            return
+        engine = found.engine
+        if engine.implementation == "reference" and ops.requested(self._impl) == "auto":
+            logger.warning(
+                "no kernels run on %s, only plain torch: `sbert-fast doctor` tells why",
+                engine.device,
+            )
+        logger.info(
+            "packed %s in %s on %s, ops: %s, at most %d tokens a batch",
+            engine.architecture.family,
+            engine.compute_dtype,
+            engine.device,
+            engine.implementation,
+            self._token_budget(found, DEFAULT_BATCH_SIZE),
+        )
+
+    def count(self, unsupported: Unsupported) -> None:
+        """Count a call that sentence-transformers runs, and tell of a reason that is new."""
+        reason = unsupported.reason
+        if unsupported.counts and self.counters.add_fallback(reason):
+            logger.warning("encode runs in sentence-transformers, unaccelerated: %s", reason)
+
+    def _where(self, model: SentenceTransformer) -> Where:
+        dtype, device = self._dtype, model.device
+        if dtype is None and not self._keeps_dtype and device.type == "cuda":
+            first = next(model.parameters(), None)
+            dtype = torch.float16 if first is not None and first.dtype == torch.float32 else None
+        return dtype, device
+
+    def _token_budget(self, pipeline: Pipeline, batch_size: int) -> int:
+        budget = self.batch_tokens
+        if budget == "auto":
+            budget = pipeline.default_batch_tokens()
+        if not isinstance(batch_size, DefaultBatchSize):
+            budget = min(budget, batch_size * pipeline.tokenizer.max_length)
+        return int(budget)
+
+    @contextmanager
+    def _on_device(self, model: SentenceTransformer) -> Iterator[None]:
+        """Tell an error of CUDA that nothing comes after from others, now and ever after."""
+        cause = None
+        if self.lost is None:
+            try:
+                yield
+                return
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                lost = device_error(model.device)
+                if lost is None:
+                    raise
+                self.lost, cause = lost, error
+        told = f"{model.device} serves this process no more, start another one: {self.lost}"
+        raise DeviceLostError(told) from cause
+
+
+@torch.inference_mode(False)
+def _move(model: SentenceTransformer, device: str | torch.device) -> None:
+    """Move to `device`, which may be an alias of the present one: "cpu:0" is "cpu"."""
+    if torch.empty(0, device=device).device != model.device:
+        model.to(device)
+
+
+def _prompt_tokens(model: SentenceTransformer, pipeline: Pipeline, prompt: str) -> int:
+    """Tokens of the prompt, without a trailing special token, kept by the first module.
+
+    Counted by our copy of its tokenizer, which threads may share.
+    """
+    kept = model[0]._prompt_length_mapping
+    if (prompt,) not in kept:
+        ids = pipeline.tokenizer([prompt]).ids
+        kept[prompt,] = len(ids) - int(ids[-1] in model.tokenizer.all_special_ids)
+    return int(kept[prompt,])

@@ -261,7 +261,12 @@ class Assembly:
         if isinstance(found, Unsupported):
             return found
         try:
-            return found.prepare(prepared or found.engine.prepared())
+            if prepared is None:
+                admission = found.engine.admission()
+                if admission.inside is not None or admission.around is not None:
+                    return found  # the model itself will run: nothing of it need be valid
+                prepared = found.engine.prepared()
+            return found.prepare(prepared)
         except InvalidWeightsError:
             raise
         except UnsupportedModelError as error:

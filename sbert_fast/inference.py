@@ -42,11 +42,11 @@ class Pipeline:
         """The pipeline with what the tokenizer and the head are now, and `prepared` weights.
 
         Raises:
-            UnsupportedModelError: the tokenizer is no longer supported.
+            UnsupportedModelError: the tokenizer or the head is no longer supported.
             InvalidWeightsError: weights hold NaN or infinity; the message names the tensor.
         """
         self.tokenizer.refresh()
-        self.head.prepare(prepared.device, self.engine.impl)
+        self.head.prepare(self.engine.admitted.tensors[0].dtype, prepared.device, self.engine.impl)
         return replace(self, prepared=prepared)
 
     def default_batch_tokens(self) -> int:

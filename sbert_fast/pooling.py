@@ -215,19 +215,25 @@ class PoolingHead:
         spec = self.spec
         return len(spec.modes) == 1 and not spec.has_dense and dimension == spec.dimension
 
-    def prepare(self, device: torch.device, impl: str) -> None:
+    def prepare(self, dtype: torch.dtype, device: torch.device, impl: str) -> None:
         """Lay out the weights of every `Dense`, as they are now: needed before the head is called.
 
         Args:
+            dtype: that of the encoder's weights: those of another fail in sentence-transformers.
             device: where the weights are.
             impl: implementation of the ops.
 
         Raises:
+            UnsupportedModelError: a `Dense` has another dtype.
             InvalidWeightsError: weights hold NaN or infinity; the message names the tensor.
         """
         for name, module in self.spec.tail.items():
+            if not is_module(module, "Dense"):
+                continue
+            if any(parameter.dtype != dtype for parameter in module.parameters()):
+                raise UnsupportedModelError("parameters have several dtypes")
             entry = self._dense.get(name)
-            if is_module(module, "Dense") and (entry is None or not entry[1].is_current()):
+            if entry is None or not entry[1].is_current():
                 target = Target(torch.float32, device, impl)
                 prepare = partial(_prepare_dense, name, module, target)
                 self._dense[name] = derive(module.parameters(), prepare)

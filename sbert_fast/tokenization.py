@@ -193,8 +193,12 @@ class TextTokenizer:
         encodings = _tokenize(self._backend.encode_batch, [text[:limit] for text in texts])
         for index, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
             last = max((end for _, end in encoding.offsets), default=0)
-            # No word that was kept may go on behind the cut.
-            is_whole = last <= limit - _CUT_MARGIN and any(map(str.isspace, text[last:limit]))
+            # No word that was kept may go on behind the cut. Those of WordPiece do not: a longer word
+            # than a hundred characters is one token.
+            is_whole = last <= limit - _CUT_MARGIN and (
+                type(self._backend.model).__name__ in ("WordPiece", "WordLevel")
+                or any(map(str.isspace, text[last:limit]))
+            )
             if len(text) > limit and not (len(encoding) == self.max_length and is_whole):
                 encodings[index] = _tokenize(self._backend.encode_batch_fast, [text])[0]
         return encodings

@@ -223,3 +223,18 @@ def test_precision_of_token_embeddings(precision: str) -> None:
         assert [g.dtype for g in got] == [e.dtype for e in expected]
         assert [g.shape for g in got] == [e.shape for e in expected]
     assert sum(encoder.stats.fallbacks.values()) == 1
+
+
+@pytest.mark.parametrize("part", [0, -1], ids=["encoder", "dense"])
+def test_a_dense_of_another_dtype_fails_as_in_stock(part: int) -> None:
+    st = make_sentence_transformer(normalize=False)
+    st.append(Dense(64, 32))
+    encoder = FastEncoder(st)
+    encoder.encode(["a text"])
+    encoder[part].half()
+    with pytest.raises(RuntimeError, match="must have the same dtype"):
+        encoder.encode(["a text"])
+    assert encoder.stats.fallbacks == {"parameters have several dtypes": 1}
+    encoder[part].float()
+    encoder.encode(["a text"])
+    assert encoder.stats.texts == 2

@@ -173,7 +173,7 @@ def test_dense_after_a_concatenation(launches: Launches) -> None:
 def test_dense_rows_do_not_depend_on_the_batch(tail: Callable[[], list[nn.Module]]) -> None:
     """The head alone: the same hidden states in batches of other sizes give the same bits."""
     head = PoolingHead(read_pooling(dict(list(build("mean", *tail()).named_children())[1:]), WIDTH))
-    head.prepare(torch.device("cpu"), "auto")
+    head.prepare(torch.float32, torch.device("cpu"), "auto")
     pool = ops.bind("segment_pool_out", torch.device("cpu"), torch.float32, width=WIDTH)
     kernels = PoolKernels(pool, None)
     lengths = np.array([5, 1, 17, 2, 30, 9, 4] * 7)

@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import os
 import re
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -89,6 +90,11 @@ def has_bfloat16() -> bool:
     )
 
 
+def progress(text: str) -> None:
+    """Tell what is going on, apart from the results."""
+    print(f"... {text}", file=sys.stderr, flush=True)
+
+
 def timed(encode: Encode, texts: list[str]) -> tuple[np.ndarray, float]:
     start = time.perf_counter()
     embeddings = encode(texts)
@@ -115,7 +121,8 @@ def compare(
     times: dict[str, list[float]] = {name: [] for name in systems}
     for encode in systems.values():
         encode(texts[:WARM_TEXTS])
-    for _ in range(ROUNDS):
+    for number in range(1, ROUNDS + 1):
+        progress(f"{len(texts):,} texts, round {number} of {ROUNDS}")
         for name, encode in systems.items():
             embeddings[name], time_taken = timed(encode, texts)
             times[name].append(time_taken)
@@ -140,12 +147,14 @@ def main() -> int:
     parser.add_argument("model", nargs="?", default=os.environ.get("MODEL"))
     model = find_model(parser.parse_args().model)
     disable_progress_bar()
+    progress("loading the model")
     texts = sample_texts()
     peer = SentenceTransformer(model, device="cpu")
     ours = {"fp32": FastEncoder(model, device="cpu", dtype="float32")}
     if has_bfloat16():
         ours["bf16"] = FastEncoder(model, device="cpu", dtype="bfloat16")
 
+    progress("looking for the best batch size of sentence-transformers")
     reference, encode = at_best_batch_size(peer, texts[:WARM_TEXTS])
     systems: dict[str, Encode] = {reference: encode}
     systems |= {f"sbert_fast {name}": encoder.encode for name, encoder in ours.items()}

@@ -19,7 +19,6 @@ from collections.abc import Callable
 from functools import partial
 from importlib import util
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import torch
@@ -39,7 +38,7 @@ QUERIES = (
     "How do I stop a tap from dripping?",
     "My database query is slow, would an index help?",
 )
-ROUNDS = 3
+TURNS = 4
 WARM_TEXTS = 128
 BATCH_SIZES = (8, 16, 32)
 # The largest loss of cosine that fp32 may have beside sentence-transformers.
@@ -116,17 +115,19 @@ def at_best_batch_size(model: SentenceTransformer, texts: list[str]) -> tuple[st
 def compare(
     systems: dict[str, Encode], texts: list[str]
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Embeddings of each system, and its median seconds over rounds in which all take turns."""
-    embeddings: dict[str, np.ndarray] = {}
-    times: dict[str, list[float]] = {name: [] for name in systems}
+    """Embeddings of each system, and its seconds: all take turns over parts of the texts."""
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in systems}
+    times = dict.fromkeys(systems, 0.0)
     for encode in systems.values():
         encode(texts[:WARM_TEXTS])
-    for number in range(1, ROUNDS + 1):
-        progress(f"{len(texts):,} texts, round {number} of {ROUNDS}")
+    for turn in range(TURNS):
+        part = texts[turn * len(texts) // TURNS : (turn + 1) * len(texts) // TURNS]
+        progress(f"encoding, turn {turn + 1} of {TURNS}: {len(part)} texts in every system")
         for name, encode in systems.items():
-            embeddings[name], time_taken = timed(encode, texts)
-            times[name].append(time_taken)
-    return embeddings, {name: median(each) for name, each in times.items()}
+            embeddings, time_taken = timed(encode, part)
+            parts[name].append(embeddings)
+            times[name] += time_taken
+    return {name: np.concatenate(each) for name, each in parts.items()}, times
 
 
 def search(encoder: FastEncoder, texts: list[str], embeddings: np.ndarray) -> None:

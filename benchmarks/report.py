@@ -3,8 +3,9 @@
     python benchmarks/report.py benchmarks/results/cpu-2core/*.json
     python benchmarks/report.py --readme
 
-print the tables of stored results, and put all stored results into README.md between its marks.
-Both say where the sources have changed since.
+print the tables of stored results, and put them into README.md (one sentence, one table) and into
+benchmarks/README.md (all of them), between their marks. Both say where the sources have changed
+since.
 """
 
 from __future__ import annotations
@@ -15,11 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import gpu_report
+import headline
 from provenance import ROOT, source_hash
 from tables import markdown
 
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
+# Between which marks of a page stand which figures.
+MARKS = {
+    name: (f"<!-- {name} -->", f"<!-- end of {name} -->")
+    for name in ("headline", "table", "figures")
+}
 OLDER = "Older code: sources have changed since this run."
 # Names as they stand in results.
 OURS, OURS_CUDA = gpu_report.OURS, gpu_report.OURS_CUDA
@@ -93,7 +99,7 @@ def _render_breakdown(document: dict[str, Any]) -> str:
 
 
 def _breakdown_line(document: dict[str, Any]) -> str:
-    """Where the time goes, as README says it."""
+    """Where the time goes, as the benchmarks page says it."""
     told = []
     for row in document["rows"]:
         shares = ", ".join(
@@ -178,8 +184,8 @@ def _memory(memory: dict[str, Any]) -> list[str]:
 def readme_section(
     folder: str, documents: list[dict[str, Any]], breakdowns: list[dict[str, Any]]
 ) -> str:
-    """The results of one device as README quotes them: a row a system, a column for each corpus
-    and precision.
+    """The results of one device as the benchmarks page quotes them: a row a system, a column for
+    each corpus and precision.
 
     Args:
         folder: name of the device's folder in benchmarks/results.
@@ -259,7 +265,7 @@ def _asides(documents: list[dict[str, Any]]) -> list[str]:
 
 
 def readme_figures(results: Path = RESULTS) -> str:
-    """What README shows between its two marks: every stored result, or that there is none."""
+    """What the benchmarks page shows: every stored result, or that there is none."""
     sections = []
     for folder in sorted(path for path in results.glob("*") if path.is_dir()):
         documents = [
@@ -274,19 +280,28 @@ def readme_figures(results: Path = RESULTS) -> str:
     return "\n\n".join(sections) or "«not measured yet»"
 
 
-def write_readme(path: Path) -> None:
-    """Put the stored results between the marks of README.
+def write_pages(root: Path = ROOT) -> None:
+    """Put the stored results between the marks of the pages that show them.
 
     Raises:
-        ValueError: the marks are missing.
+        ValueError: a mark is missing.
     """
+    results = root / "benchmarks" / "results"
+    stale = "" if _current(results) else f"\n\n{OLDER}"
+    readme, page = root / "README.md", root / "benchmarks" / "README.md"
+    _write(readme, "headline", headline.sentence(results))
+    _write(readme, "table", headline.table(results) + stale)
+    _write(page, "figures", readme_figures(results) + stale)
+
+
+def _write(path: Path, name: str, shown: str) -> None:
+    begin, end = MARKS[name]
     text = path.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"{path.name} must hold the marks {BEGIN} and {END}")
-    stale = "" if _current(RESULTS) else f"\n{OLDER}"
-    path.write_text(f"{before}{begin}\n{readme_figures()}{stale}\n{end}{after}", encoding="utf-8")
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"{path.name} must hold the marks {begin} and {end}")
+    path.write_text(f"{before}{begin}\n{shown}\n{end}{after}", encoding="utf-8")
 
 
 def _current(results: Path) -> bool:
@@ -296,12 +311,12 @@ def _current(results: Path) -> bool:
 
 
 def main(paths: list[str]) -> int:
-    """Print stored results, or put them into README."""
+    """Print stored results, or put them into the pages that show them."""
     if not paths:
         print("usage: report.py --readme | RESULT.json ...", file=sys.stderr)
         return 2
     if paths == ["--readme"]:
-        write_readme(ROOT / "README.md")
+        write_pages()
         return 0
     for path in paths:
         document = json.loads(Path(path).read_text(encoding="utf-8"))

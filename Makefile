@@ -13,26 +13,33 @@ MODEL ?=
 TUNE_ARGS ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# torch for CPUs is a tenth of torch for GPUs: where no driver answers, it is looked for here first.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 CXX_SOURCES := $(wildcard $(foreach suffix,h cpp cu cuh,csrc/*/*.$(suffix)))
 CXX_ELSEWHERE := $(wildcard $(foreach suffix,h cpp cu,tests/*/*.$(suffix) benchmarks/*/*.$(suffix)))
+DEMO_REQUIREMENTS := $(VENV)/.demo-requirements
 REQUIREMENTS := $(VENV)/.requirements
+ASKED := $(VENV)/.asked
 BUILD := $(VENV)/.build
+STEP := @printf '==> %s\n'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench gpu-check tune lint format clean
+.NOTPARALLEL:
+.PHONY: help demo test bench gpu-check tune lint format clean force
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(BUILD) ## Embed sentences, compare with sentence-transformers, time both.
-	$(BIN)/python examples/demo.py
+	$(STEP) "Demo"
+	@$(BIN)/python examples/demo.py
 
-test: $(BUILD) ## Run all tests.
+test: $(REQUIREMENTS) $(BUILD) ## Run all tests.
 	$(BIN)/pytest $(PYTEST_ARGS)
 
-bench: $(BUILD) ## Time encoding (BENCH_ARGS) and every op (OP_BENCH_ARGS) beside their peers.
+bench: $(REQUIREMENTS) $(BUILD) ## Time encoding (BENCH_ARGS) and every op (OP_BENCH_ARGS) beside their peers.
 	$(BIN)/python -m benchmarks.encode $(BENCH_ARGS)
 	$(BIN)/pytest benchmarks/ops $(OP_BENCH_ARGS)
 
@@ -44,7 +51,7 @@ gpu-check: ## Check and measure on a GPU: OUT=folder [STAGE=build,ops,...] [KERN
 tune: ## Time launch parameters on a GPU, rewrite their table: OUT=folder [TUNE_ARGS=--dry-run].
 	$(PYTHON) -m benchmarks.tune --out $(OUT) $(TUNE_ARGS)
 
-lint: $(BUILD) ## Check style, types and the import rule.
+lint: $(REQUIREMENTS) $(BUILD) ## Check style, types and the import rule.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES) $(CXX_ELSEWHERE)
@@ -61,17 +68,40 @@ clean: ## Remove what builds and checks leave behind, but for the environment.
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find benchmarks csrc examples kernels sbert_fast tests tools -name __pycache__ -prune -exec rm -rf {} +
 
+# Bytecode of all that is installed takes a minute: the demo imports little of it, and the tests, which
+# start many processes, have it made on all cores.
 # torch comes first and alone: asked for beside the rest, another build of it could be chosen.
-$(REQUIREMENTS): requirements/torch.txt requirements/dev.txt requirements/triton.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install $(TORCH)
-	$(PIP) install -r requirements/dev.txt
-	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install -r requirements/triton.txt
-	touch $@
+$(DEMO_REQUIREMENTS): requirements/torch.txt requirements/demo.txt
+	$(STEP) "Environment in $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(STEP) "torch"
+	@$(if $(TORCH_CPU_INDEX),$(PYTHON) csrc/driver.py || $(PIP) install --no-compile --no-deps --retries 0 \
+		--timeout 10 --index-url $(TORCH_CPU_INDEX) $(TORCH) 2>/dev/null || true)
+	@$(PIP) install --no-compile $(TORCH) --constraint requirements/demo.txt
+	$(STEP) "What the package runs on, what builds it, MiniLM"
+	@$(PIP) install --no-compile -r requirements/demo.txt
+	@touch $@
 
-# The folders are listed too, so that a removed source counts as a change.
-$(BUILD): $(REQUIREMENTS) setup.py pyproject.toml $(wildcard csrc/*.py) \
+$(REQUIREMENTS): $(DEMO_REQUIREMENTS) requirements/dev.txt requirements/triton.txt
+	$(STEP) "What the tests and checks need"
+	@$(PIP) install --no-compile -r requirements/dev.txt
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install -r requirements/triton.txt
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
+	@touch $@
+
+# Newer than the build where something else was asked for than last time.
+$(ASKED): force
+	@mkdir -p $(@D)
+	@echo "$$SBERT_FAST_BUILD $$TORCH_CUDA_ARCH_LIST" | cmp -s - $@ \
+		|| echo "$$SBERT_FAST_BUILD $$TORCH_CUDA_ARCH_LIST" > $@
+
+# The folders are listed too, so that a removed source counts as a change. The build comes before the
+# installation, which would hide how far it is.
+$(BUILD): $(DEMO_REQUIREMENTS) $(ASKED) setup.py pyproject.toml $(wildcard csrc/*.py) \
 		csrc/common csrc/cpu csrc/cuda csrc/host $(CXX_SOURCES)
-	$(PIP) install --no-build-isolation --no-deps -e .
-	$(PIP) check
-	touch $@
+	$(STEP) "Native libraries: a minute or two; minutes more with CUDA"
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	$(STEP) "The package itself"
+	@$(PIP) install --quiet --no-build-isolation --no-deps -e .
+	@$(PIP) check
+	@touch $@

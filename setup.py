@@ -9,9 +9,9 @@ on its Python code.
   beside any torch, and loaded beside one of the same major version of CUDA.
 
 Environment:
-    SBERT_FAST_BUILD: ``auto`` (default) builds what this machine can and records why the rest is
-        missing; ``cpu`` builds all but the CUDA ops or fails; ``cuda`` builds all or fails;
-        ``none`` builds nothing native.
+    SBERT_FAST_BUILD: ``auto`` (default) builds what this machine can build and run, and records why
+        the rest is missing: the CUDA ops want an NVIDIA driver that answers; ``cpu`` builds all but
+        the CUDA ops or fails; ``cuda`` builds all or fails; ``none`` builds nothing native.
     CXX: the C++20 compiler, by default g++, else clang++.
     MAX_JOBS: compilations at a time, by default ninja's choice.
     CUDA_HOME, CUDA_PATH: the CUDA toolkit, by default that of the nvcc on the PATH, else
@@ -37,6 +37,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))
 
+import driver  # noqa: E402
 from native_build import (  # noqa: E402
     CUDA,
     LIBRARIES,
@@ -78,6 +79,9 @@ def make_plan(mode: str) -> Plan:
     for library in LIBRARIES:
         if mode == "none" or (mode == "cpu" and library is CUDA):
             plan.skipped[library] = f"SBERT_FAST_BUILD={mode}"
+            continue
+        if mode == "auto" and library is CUDA and (why := driver.unavailable()) is not None:
+            plan.skipped[library] = f"{why}; SBERT_FAST_BUILD=cuda builds it all the same"
             continue
         try:
             plan.toolchains[library] = find_toolchain(library)
@@ -174,5 +178,6 @@ if __name__ == "__main__":
         ],
         cmdclass={"build_py": BuildPython, "build_ext": BuildLibraries},
     )
-    for library, reason in plan.skipped.items() if distribution.have_run.get("build_py") else ():
-        print(f"sbert_fast: {library.name} was not built: {reason}", file=sys.stderr)
+    if distribution.have_run.get("build_py") or distribution.have_run.get("build_ext"):
+        for library, reason in plan.skipped.items():
+            print(f"sbert_fast: {library.name} was not built: {reason}", file=sys.stderr)

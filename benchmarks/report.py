@@ -4,8 +4,9 @@
     python -m benchmarks.report --readme [--check]
     python -m benchmarks.report --collect results-tmp/gpu benchmarks/results/h200
 
-print the tables of stored results; put all stored results into README.md between its marks, or
-fail where that would change it; and make documents, one a benchmark (and model and corpus), of the
+print the tables of stored results; put them into README.md (one sentence, one table) and into
+benchmarks/README.md (all of them) between their marks, or fail where that would change a page; and
+make documents, one a benchmark (and model and corpus), of the
 rows that a check on a GPU has left. What was measured on other sources is said to be.
 """
 
@@ -21,11 +22,16 @@ from benchmarks import ROOT
 from benchmarks.common import results
 from benchmarks.common.arguments import plain_parser
 from benchmarks.common.provenance import commit, source_hash
+from benchmarks.encode import headline
 from benchmarks.encode import report as encoding
 from benchmarks.ops import report as ops
 
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
+# Between which marks of a page stand which figures.
+PAGES = {
+    "README.md": {"headline": headline.sentence, "table": headline.table},
+    "benchmarks/README.md": {"figures": lambda stored: readme_figures(stored)},
+}
 OLDER = "Older code: sources have changed since this run."
 # Benchmarks on a GPU, whose documents are rows.
 TABLES = {"ops": ops.table, "encode": encoding.gpu_table, "ground": ops.ground}
@@ -73,7 +79,7 @@ def _gpu_section(folder: str, documents: list[Document]) -> str:
 
 
 def readme_figures(stored: Path = RESULTS) -> str:
-    """What README shows between its two marks: every stored result, or that there is none."""
+    """What the benchmarks page shows: every stored result, or that there is none."""
     sections = []
     for folder in sorted(path for path in stored.glob("*") if path.is_dir()):
         documents = [load(path) for path in sorted(folder.glob("*.json"))]
@@ -86,27 +92,35 @@ def readme_figures(stored: Path = RESULTS) -> str:
     return "\n\n".join(sections) or "«not measured yet»"
 
 
-def write_readme(path: Path, check: bool = False) -> bool:
-    """Put the stored results between the marks of README; whether they were there already.
+def write_pages(root: Path = ROOT, *, check: bool = False) -> bool:
+    """Put the stored results between the marks of the pages; whether they were there already.
 
     Args:
-        path: README.md.
-        check: leave it as it is.
+        root: of the project.
+        check: leave the pages as they are.
 
     Raises:
-        ValueError: the marks are missing.
+        ValueError: a mark is missing.
     """
-    text = path.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    shown, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"{path.name} must hold the marks {BEGIN} and {END}")
-    figures = readme_figures()
-    if not check:
-        current = all(is_current(load(stored)) for stored in RESULTS.glob("*/*.json"))
-        stale = "" if current else f"\n{OLDER}"
-        path.write_text(f"{before}{begin}\n{figures}{stale}\n{end}{after}", encoding="utf-8")
-    return shown.replace(OLDER, "").strip() == figures
+    stored = root / "benchmarks" / "results"
+    current = all(is_current(load(path)) for path in stored.glob("*/*.json"))
+    stale = "" if current else f"\n\n{OLDER}"
+    same = True
+    for page, parts in PAGES.items():
+        text = (root / page).read_text(encoding="utf-8")
+        for name, figures in parts.items():
+            marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
+            if not all(text.count(mark) == 1 for mark in marks):
+                raise ValueError(f"{page} must hold the marks {' and '.join(marks)}")
+            before, _, rest = text.partition(marks[0])
+            shown, _, after = rest.partition(marks[1])
+            found = figures(stored)
+            same &= shown.replace(OLDER, "").strip() == found
+            note = "" if name == "headline" else stale
+            text = f"{before}{marks[0]}\n{found}{note}\n{marks[1]}{after}"
+        if not check:
+            (root / page).write_text(text, encoding="utf-8")
+    return same
 
 
 def collect(folder: Path) -> dict[str, Document]:
@@ -143,14 +157,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = plain_parser(__doc__)
     add = parser.add_argument
     add("files", nargs="*", type=Path, metavar="RESULT.json")
-    add("--readme", action="store_true", help="put all stored results into README.md")
+    add("--readme", action="store_true", help="put stored results into the pages that show them")
     add("--check", action="store_true", help="with --readme: only compare them")
     add("--collect", nargs=2, type=Path, metavar=("FROM", "TO"), help="folders")
     args = parser.parse_args(argv)
     if not (args.files or args.readme or args.collect):
         parser.error("expected a file, --readme or --collect")
-    if args.readme and not write_readme(ROOT / "README.md", args.check) and args.check:
-        print("README.md does not show the stored results", file=sys.stderr)
+    if args.readme and not write_pages(check=args.check) and args.check:
+        print("a page does not show the stored results", file=sys.stderr)
         return 1
     for path in args.files:
         document = load(path)

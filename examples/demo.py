@@ -13,12 +13,12 @@ import argparse
 import hashlib
 import os
 import re
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from importlib import util
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ QUERIES = (
     "How do I stop a tap from dripping?",
     "My database query is slow, would an index help?",
 )
-ROUNDS = 3
+TURNS = 4
 WARM_TEXTS = 128
 BATCH_SIZES = (8, 16, 32)
 # The largest loss of cosine that fp32 may have beside sentence-transformers.
@@ -89,6 +89,11 @@ def has_bfloat16() -> bool:
     )
 
 
+def progress(text: str) -> None:
+    """Tell what is going on, apart from the results."""
+    print(f"... {text}", file=sys.stderr, flush=True)
+
+
 def timed(encode: Encode, texts: list[str]) -> tuple[np.ndarray, float]:
     start = time.perf_counter()
     embeddings = encode(texts)
@@ -110,16 +115,19 @@ def at_best_batch_size(model: SentenceTransformer, texts: list[str]) -> tuple[st
 def compare(
     systems: dict[str, Encode], texts: list[str]
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Embeddings of each system, and its median seconds over rounds in which all take turns."""
-    embeddings: dict[str, np.ndarray] = {}
-    times: dict[str, list[float]] = {name: [] for name in systems}
+    """Embeddings of each system, and its seconds: all take turns over parts of the texts."""
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in systems}
+    times = dict.fromkeys(systems, 0.0)
     for encode in systems.values():
         encode(texts[:WARM_TEXTS])
-    for _ in range(ROUNDS):
+    for turn in range(TURNS):
+        part = texts[turn * len(texts) // TURNS : (turn + 1) * len(texts) // TURNS]
+        progress(f"encoding, turn {turn + 1} of {TURNS}: {len(part)} texts in every system")
         for name, encode in systems.items():
-            embeddings[name], time_taken = timed(encode, texts)
-            times[name].append(time_taken)
-    return embeddings, {name: median(each) for name, each in times.items()}
+            embeddings, time_taken = timed(encode, part)
+            parts[name].append(embeddings)
+            times[name] += time_taken
+    return {name: np.concatenate(each) for name, each in parts.items()}, times
 
 
 def search(encoder: FastEncoder, texts: list[str], embeddings: np.ndarray) -> None:
@@ -140,12 +148,14 @@ def main() -> int:
     parser.add_argument("model", nargs="?", default=os.environ.get("MODEL"))
     model = find_model(parser.parse_args().model)
     disable_progress_bar()
+    progress("loading the model")
     texts = sample_texts()
     peer = SentenceTransformer(model, device="cpu")
     ours = {"fp32": FastEncoder(model, device="cpu", dtype="float32")}
     if has_bfloat16():
         ours["bf16"] = FastEncoder(model, device="cpu", dtype="bfloat16")
 
+    progress("looking for the best batch size of sentence-transformers")
     reference, encode = at_best_batch_size(peer, texts[:WARM_TEXTS])
     systems: dict[str, Encode] = {reference: encode}
     systems |= {f"sbert_fast {name}": encoder.encode for name, encoder in ours.items()}

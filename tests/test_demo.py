@@ -1,4 +1,5 @@
-"""The demo, run as its reader runs it, and what it says where it cannot run."""
+"""The demo and the other examples, run as their reader runs them, and what the demo says where it
+cannot run."""
 
 from __future__ import annotations
 
@@ -13,7 +14,15 @@ import pytest
 
 from sbert_fast.data import sample_texts
 
-DEMO = Path(__file__).resolve().parent.parent / "examples" / "demo.py"
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+DEMO = EXAMPLES / "demo.py"
+# What the output of each example must show.
+SHOWN = {
+    "accelerate_in_place": (r"\(3, \d+, 384\)", r"calls: \{'packed': 1\}", r"bit for bit: True"),
+    "classifier": (r"(?m)^billing +0\.\d\d  Please refund", r"(?m)^delivery +0\.\d\d  Tracking"),
+    "devices": (r"64 texts on .+, .+: \(64, 384\), worst cosine (1\.0000|0\.9999)",),
+    "prompts": (r"rest\?\n .* Sourdough", r"slow\?\n .* An index", r"the same bits: True"),
+}
 
 
 def run_demo(
@@ -108,3 +117,25 @@ def test_takes_a_named_model(tmp_path: Path, named_by: str) -> None:
     )
     assert given.returncode != 0
     assert "no-such-model" in given.stderr
+
+
+def test_every_example_is_run() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*SHOWN, "demo"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHOWN)
+def test_example(tmp_path: Path, name: str, minilm_path: str) -> None:
+    path = EXAMPLES / f"{name}.py"
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 50
+    done = subprocess.run(
+        [sys.executable, str(path), minilm_path],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for pattern in SHOWN[name]:
+        assert re.search(pattern, done.stdout), done.stdout

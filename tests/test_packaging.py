@@ -24,6 +24,7 @@ from sbert_fast import _build_info
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(sbert_fast.__file__).parent
 PACKED = ("csrc", "kernels", "sbert_fast", "tests", "examples", "requirements")
+BUILD_SOURCES = ("setup.py", "csrc/driver.py", "csrc/native_build.py", "csrc/nvcc.py")
 MOST_BYTES = 30 << 20
 PACKED_FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile")
 
@@ -125,7 +126,7 @@ class TestInstalled:
 class TestSources:
     """Rules of the build's own sources."""
 
-    @pytest.mark.parametrize("path", ["setup.py", "csrc/native_build.py", "csrc/nvcc.py"])
+    @pytest.mark.parametrize("path", BUILD_SOURCES)
     def test_build_never_imports_torch(self, path: str) -> None:
         tree = ast.parse((ROOT / path).read_text())
         names = [
@@ -173,6 +174,7 @@ class TestPlan:
 
         monkeypatch.setattr(native, "find_nvcc", find)
         monkeypatch.setattr(native, "has_cuda_sources", lambda: True)
+        monkeypatch.setattr(build.driver, "unavailable", lambda: None)
         plan = build.make_plan("auto")
         assert plan.skipped == {build.CUDA: "there is no nvcc"}
         with pytest.raises(SystemExit, match="=cuda cannot build _C_cuda: there is no nvcc"):
@@ -184,11 +186,19 @@ class TestPlan:
         nvcc = native.Nvcc(Path("/cuda/bin/nvcc"), "13.0", ("8.0", "9.0a"))
         monkeypatch.setattr(native, "find_nvcc", lambda *_: nvcc)
         monkeypatch.setattr(native, "has_cuda_sources", lambda: True)
+        monkeypatch.setattr(build.driver, "unavailable", lambda: None)
         for mode in ("auto", "cuda"):
             plan = build.make_plan(mode)
             assert set(plan.libraries) == {"_host", "_C", "_C_cuda"}
             record = build.build_info(plan)
             assert "CUDA: str = '13.0'" in record and "= ('8.0', '9.0a')" in record
+
+        monkeypatch.setattr(build.driver, "unavailable", lambda: "there is no driver")
+        assert set(build.make_plan("cuda").libraries) == {"_host", "_C", "_C_cuda"}
+        plan = build.make_plan("auto")
+        reason = "there is no driver; SBERT_FAST_BUILD=cuda builds it all the same"
+        assert plan.skipped == {build.CUDA: reason}
+        assert f"SKIPPED: dict[str, str] = {{'_C_cuda': {reason!r}}}" in build.build_info(plan)
 
     def test_no_compiler(self, build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("CXX", "no-such-compiler -flag")

@@ -1,7 +1,9 @@
-"""README: its code runs as printed, its tables agree with the sources, its figures are stored."""
+"""README: its code runs as printed, its tables agree with the sources, its figures are stored, as
+are those of the benchmarks page."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -80,12 +82,14 @@ def check_make(arguments: list[str]) -> None:
 
 
 def check_pip(arguments: list[str]) -> None:
-    """`pip install .` with extras that pyproject.toml defines."""
-    extras = tomllib.loads(ROOT.joinpath("pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
+    """`pip install .` with extras that pyproject.toml defines, or one of its dependencies."""
+    project = tomllib.loads(ROOT.joinpath("pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
     verb, *options, what = arguments
     assert set(options) <= {"--no-build-isolation"}
+    if what in project["dependencies"]:
+        assert verb == "install"
+        return
     found = re.fullmatch(r"\.(?:\[(.+)\])?", what)
     assert verb == "install" and found
     assert found[1] is None or found[1] in extras
@@ -148,6 +152,24 @@ def test_figures_are_the_stored_ones() -> None:
     command = [sys.executable, "-m", "benchmarks.report", "--readme", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_no_figure_stands_outside_the_marks() -> None:
+    text = re.sub(r"<!-- (\w+) -->.*?<!-- end of \1 -->", "", README, flags=re.DOTALL)
+    assert re.findall(r"\d[\d.,]*\s?(?:x\b|%|ms\b|MB\b|GB\b|sentences/s|tokens/s)", text) == []
+
+
+def test_gpu_kernels_are_not_measured_until_a_result_is_stored() -> None:
+    stored = [json.loads(p.read_text()) for p in ROOT.glob("benchmarks/results/*/*.json")]
+    measured = any(document["device"]["kind"] == "cuda" for document in stored)
+    head = next(line for line in README.splitlines() if line.startswith("| base model in"))
+    assert ("GPU kernels: «not measured yet»" in head) != measured
+
+
+def test_examples_are_listed() -> None:
+    listed = re.findall(r"^\* \[(\w+\.py)\]\(examples/(\w+\.py)\): ", README, re.MULTILINE)
+    assert all(name == target for name, target in listed)
+    assert sorted(name for name, _ in listed) == sorted(p.name for p in ROOT.glob("examples/*.py"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -67,10 +67,20 @@ def _load(path: Path, implementation: str, key: str) -> str | None:
     return None
 
 
+def _not_built(name: str) -> str:
+    """That a library is missing, and why setup.py left it out, if it did."""
+    try:
+        from sbert_fast import _build_info
+    except ImportError:
+        return f"sbert_fast/{name} was not built"
+    reason = _build_info.SKIPPED.get(name)
+    return f"sbert_fast/{name} was not built" + (f": {reason}" if reason else "")
+
+
 def _load_cpu() -> Extension:
     path = _find("_C")
     if path is None:
-        return Extension("_C", None, "sbert_fast/_C was not built (see `sbert-fast doctor`)")
+        return Extension("_C", None, _not_built("_C"))
     return Extension("_C", path, _load(path, "cpu", "CPU"))
 
 
@@ -86,8 +96,7 @@ def _build_record() -> tuple[str, tuple[str, ...]]:
 def _load_cuda() -> Extension:
     path, (version, targets) = _find("_C_cuda"), _build_record()
     if path is None:
-        reason = "sbert_fast/_C_cuda was not built (see `sbert-fast doctor`)"
-        return Extension("_C_cuda", None, reason)
+        return Extension("_C_cuda", None, _not_built("_C_cuda"))
     return Extension("_C_cuda", path, _unfit(path, version, targets), version, targets)
 
 

@@ -12,7 +12,8 @@ from benchmarks import report
 from benchmarks.common import provenance
 from benchmarks.common.names import OURS
 from benchmarks.common.results import append, write_json
-from benchmarks.report import BEGIN, END, load, main, readme_figures, render
+from benchmarks.encode import headline
+from benchmarks.report import load, main, readme_figures, render
 
 
 def test_stored_results_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,19 +25,59 @@ def test_stored_results_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None
         main([])
 
 
-def test_readme_is_rewritten_between_its_marks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    assert main(["--readme", "--check"]) == 1 and "old" in readme.read_text()
-    assert main(["--readme"]) == 0 and main(["--readme", "--check"]) == 0
-    text = readme.read_text()
-    assert readme_figures() in text and text.startswith("before") and text.endswith("after\n")
-    readme.write_text("no marks")
-    with pytest.raises(ValueError, match="must hold the marks"):
-        main(["--readme"])
+def test_pages_are_rewritten_between_their_marks(tmp_path: Path) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    for page, parts in report.PAGES.items():
+        marks = [f"<!-- {name} -->\nold\n<!-- end of {name} -->" for name in parts]
+        (tmp_path / page).write_text("before\n" + "\nbetween\n".join(marks) + "\nafter\n")
+    assert not report.write_pages(tmp_path, check=True)
+    assert "old" in (tmp_path / "README.md").read_text()
+    report.write_pages(tmp_path)
+    assert report.write_pages(tmp_path, check=True)
+    for page in report.PAGES:
+        text = (tmp_path / page).read_text()
+        assert "«not measured yet»" in text and "old" not in text
+        assert text.startswith("before\n") and text.endswith("\nafter\n")
+    (tmp_path / "README.md").write_text("no marks")
+    with pytest.raises(ValueError, match=r"README.md must hold the marks <!-- headline -->"):
+        report.write_pages(tmp_path)
+
+
+def test_headline_of_results(tmp_path: Path) -> None:
+    """One sentence and one table: red gates bare, absent systems named, GPUs elsewhere."""
+    assert headline.sentence(tmp_path) == headline.table(tmp_path) == "«not measured yet»"
+    measured = {"precision": "float32", "status": "measured", "sentences_per_s": 3000.0}
+    theirs = {"system": "sentence-transformers", "sentences_per_s": 1200.0}
+    absent = {"system": "openvino", "precision": "float32", "status": "not measured (absent)"}
+    rows = [measured | {"system": "sbert-fast", "ratios": {}}]
+    rows += [measured | theirs | {"ratios": {"float32": 2.5}}, absent]
+    document = {
+        "device": {"name": "a CPU", "kind": "cpu"},
+        "versions": {"torch": "2.13.0"},
+        "date": "2026-01-02T03:04:05+00:00",
+        "commit": "0123456789abcdef",
+        "rows": rows,
+    }
+    for folder, kind in (("cpu", "cpu"), ("gpu", "cuda")):
+        (tmp_path / folder).mkdir()
+        stored = document | {"device": {"name": f"a {kind}", "kind": kind}}
+        write_json(stored, tmp_path / folder / "mixed.json")
+    assert headline.sentence(tmp_path).startswith(
+        "3,000 sentences/s against 1,200 in float32 (**2.50x**): all-MiniLM-L6-v2 on a cpu, "
+    )
+    lines = headline.table(tmp_path).splitlines()
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines[:5]]
+    assert cells[0] == ["sentences/s", "float32 (1)"]
+    assert cells[2:] == [
+        ["sbert-fast", "3,000"],
+        ["sentence-transformers", "1,200 (2.50x)"],
+        ["openvino", "not measured"],
+    ]
+    assert lines[-1] == "(1) a cpu; torch 2.13.0; 2026-01-02; commit 012345678."
+    rows[1]["ratios"] = {}
+    write_json(document, tmp_path / "cpu" / "mixed.json")
+    assert headline.sentence(tmp_path) == "«not measured yet»"
+    assert "x)" not in headline.table(tmp_path)
 
 
 def test_figures_of_results(tmp_path: Path) -> None:

@@ -193,8 +193,8 @@ class TextTokenizer:
         encodings = _tokenize(self._backend.encode_batch, [text[:limit] for text in texts])
         for index, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
             last = max((end for _, end in encoding.offsets), default=0)
-            # No word that was kept may go on behind the cut. Those of WordPiece do not: a word of more
-            # than a hundred characters is one token.
+            # No word that was kept may go on behind the cut. With WordPiece none does: more than a
+            # hundred characters are one token.
             is_whole = last <= limit - _CUT_MARGIN and (
                 type(self._backend.model).__name__ in ("WordPiece", "WordLevel")
                 or any(map(str.isspace, text[last:limit]))

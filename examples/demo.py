@@ -39,8 +39,9 @@ QUERIES = (
     "My database query is slow, would an index help?",
 )
 TURNS = 4
-WARM_TEXTS = 128
 BATCH_SIZES = (8, 16, 32)
+SWEEP_TEXTS = 128
+WARM_TEXTS = max(BATCH_SIZES)
 # The largest loss of cosine that fp32 may have beside sentence-transformers.
 FP32_LOSS = 1e-6
 
@@ -105,7 +106,7 @@ def at_best_batch_size(model: SentenceTransformer, texts: list[str]) -> tuple[st
     times = {}
     for size in BATCH_SIZES:
         encode = partial(model.encode, batch_size=size, show_progress_bar=False)
-        encode(texts)
+        encode(texts[:WARM_TEXTS])
         times[size] = timed(encode, texts)[1]
     best = min(times, key=times.__getitem__)
     encode = partial(model.encode, batch_size=best, show_progress_bar=False)
@@ -156,7 +157,7 @@ def main() -> int:
         ours["bf16"] = FastEncoder(model, device="cpu", dtype="bfloat16")
 
     progress("looking for the best batch size of sentence-transformers")
-    reference, encode = at_best_batch_size(peer, texts[:WARM_TEXTS])
+    reference, encode = at_best_batch_size(peer, texts[:SWEEP_TEXTS])
     systems: dict[str, Encode] = {reference: encode}
     systems |= {f"sbert_fast {name}": encoder.encode for name, encoder in ours.items()}
     embeddings, times = compare(systems, texts)

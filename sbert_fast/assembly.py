@@ -16,7 +16,7 @@ from sbert_fast import bypass, ops
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import InvalidWeightsError, UnsupportedModelError
 from sbert_fast.inference import Pipeline
-from sbert_fast.originals import originals
+from sbert_fast.originals import SYNTAX, originals
 from sbert_fast.pooling import PoolingHead, is_module, read_pooling
 from sbert_fast.state import Snapshot
 from sbert_fast.tokenization import TextTokenizer
@@ -24,17 +24,8 @@ from sbert_fast.tokenization import TextTokenizer
 DEVICES = ("cpu", "cuda")
 # transformers' stand-in for "no limit" is far above this.
 _NO_LIMIT = 1_000_000_000
-# What encoding calls, by name and by syntax.
-_ROOTS = (
-    "__call__",
-    "__getattr__",
-    "__getattribute__",
-    "__getitem__",
-    "__iter__",
-    "__len__",
-    "encode",
-    "forward",
-)
+# What encoding calls.
+_ROOTS = (*SYNTAX, "encode", "forward")
 # Attributes of a Transformer module that are checked below, change nothing after loading, or only
 # remember what was computed. Others change what it does where they are set.
 _KNOWN = {

@@ -24,6 +24,8 @@ _LIBRARIES = frozenset(
     "PIL datasets filelock httpx huggingface_hub jinja2 numpy packaging regex requests safetensors "
     "scipy sklearn tokenizers tqdm typing_extensions yaml".split()
 )
+# Methods that are called without being named.
+SYNTAX = ("__call__", "__getattr__", "__getattribute__", "__getitem__", "__iter__", "__len__")
 # The defaults of each function when it was seen first.
 _defaults: dict[FunctionType, tuple[Any, ...]] = {}
 # Decorators of its making are wrappers like any other.

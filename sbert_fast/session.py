@@ -24,6 +24,9 @@ from sbert_fast.transfer import device_error
 
 logger = logging.getLogger("sbert_fast")
 
+# How often a model is read that another thread keeps changing.
+_TRIES = 8
+
 
 class Session:
     """What serves the calls of one model, which every method is handed.
@@ -63,10 +66,12 @@ class Session:
         """What runs the model as it is now."""
         where, assembly = partial(self._where, model), self.assembly
         found = None if assembly is None else assembly.prepare(where)
-        while found is None:
+        for _ in range(_TRIES):
+            if found is not None:
+                return found
             self.assembly = assembly = Assembly(model, where(), self._impl, assembly)
             found = assembly.prepare(where)
-        return found
+        return found or Unsupported("the model changes while it is read")
 
     def ready(
         self, model: SentenceTransformer, device: str | torch.device | None

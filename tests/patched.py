@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -60,3 +61,14 @@ def assert_packed(name: str, batch: Batch, **arguments: Any) -> None:
     keep = torch.ones_like(batch["input_ids"]) if keep is None else keep
     assert_same_states(ours, theirs, keep)
     assert counts(model) == {"packed": 1}
+
+
+def assert_raises_as_original(name: str, batch: Batch) -> None:
+    """Both refuse `batch`, in the same words."""
+    original, model = pair(name)
+    with pytest.raises(Exception) as theirs:
+        run(original, batch)
+    with pytest.raises(type(theirs.value)) as ours:
+        run(model, batch)
+    assert str(ours.value) == str(theirs.value)
+    assert "packed" not in counts(model)

@@ -24,6 +24,8 @@ namespace {
 constexpr int64_t kPiece = 32;
 // A tensor of no more elements is read whole.
 constexpr int64_t kWhole = 4096;
+// Rows that are asked for ahead: more than a core finds in its window of instructions.
+constexpr int64_t kAhead = 16;
 // Rows below which waking another thread costs more than it saves.
 constexpr int64_t kGrain = 4096;
 
@@ -59,8 +61,8 @@ Words multiply_halves(Words x) {
 
 /// Sums of the hashes of pieces, which follow one another from a position on. The time is that of
 /// waiting for memory, and a core waits for as many rows as its window of instructions holds. So
-/// there are few a row, and no prefetch: half a multiplication, and the word beside it, which shows
-/// where that hides a change.
+/// there are few a row: half a multiplication, and the word beside it, which shows where that hides
+/// a change.
 class Sums {
  public:
   explicit Sums(int64_t position)
@@ -97,7 +99,11 @@ void hash_rows(const std::vector<Rows>& rows, int64_t begin, int64_t end,
       const int64_t slot = row % group->slots;
       next = std::min(last, row + group->slots - slot);
       const char* piece = group->base + row * group->stride + slot * kPiece;
-      for (; row < next; ++row, piece += group->stride + kPiece) sums.add(piece);
+      const int64_t step = group->stride + kPiece;
+      for (; row < next; ++row, piece += step) {
+        __builtin_prefetch(piece + kAhead * step);
+        sums.add(piece);
+      }
     }
     begin = group->first + last;
   }

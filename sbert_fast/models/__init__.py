@@ -12,7 +12,7 @@ from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.models import base, bert, distilbert
 from sbert_fast.models.base import Architecture, EncoderWeights
 from sbert_fast.models.twin import check_attributes
-from sbert_fast.originals import Originals, originals
+from sbert_fast.originals import SYNTAX, Originals, originals
 
 __all__ = [
     "FAMILIES",
@@ -47,17 +47,8 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-# What calling a base model calls, by name and by syntax.
-_ROOTS = (
-    "__call__",
-    "__getattr__",
-    "__getattribute__",
-    "__getitem__",
-    "__iter__",
-    "__len__",
-    "_attn_implementation_internal",
-    "forward",
-)
+# What calling a base model calls.
+_ROOTS = (*SYNTAX, "_attn_implementation_internal", "forward")
 
 
 def originals_of(model: nn.Module) -> Originals:

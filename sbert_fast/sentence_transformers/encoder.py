@@ -188,10 +188,9 @@ class FastEncoder(SentenceTransformer):
         return None if pipeline is None else pipeline.engine
 
     def refresh(self) -> None:
-        """Forget what was derived from the model: prepared weights, and the copy of its tokenizer.
+        """Forget what was derived from the model.
 
-        Needed after writes torch does not count (`p.data[...] = x`), and after a part of
-        `tokenizer.backend_tokenizer` was replaced.
+        Needed after a write through `.data` or numpy to less than a row of a matrix.
         """
         self._session.assembly = None
 
@@ -257,7 +256,7 @@ class FastEncoder(SentenceTransformer):
             of worker processes, and those of a `precision` other than "float32".
 
         Raises:
-            InputError: an input is none that the model embeds; names its index.
+            InputError: the model does not embed such an input; names its index.
             ValueError: an argument is invalid or unknown; names it.
             TokenIdError: the tokenizer gives an id that the model has no embedding of.
             NonFiniteEmbeddingError: an embedding holds NaN or infinity; names the texts.
@@ -328,7 +327,7 @@ class FastEncoder(SentenceTransformer):
         """Run checked texts in this process; sentence-transformers' workers enter here."""
         call = Call.of_inference(**arguments)
         others = any(not isinstance(text, str) for text in inputs)
-        found = self._ready(call, "inputs that are no texts" if others else None)
+        found = self._ready(call, "inputs that are not texts" if others else None)
         if isinstance(found, Unsupported):
             return super()._inference(inputs, **arguments)
         return self._session.run(self, found, inputs, call)

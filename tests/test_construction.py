@@ -267,11 +267,24 @@ def test_no_max_seq_length_means_the_room_of_the_position_table(family: str) -> 
     texts = make_texts(4, max_words=400)
     expected = st.encode(texts)
     # The values that stand for "none": transformers' own, and the size of RoBERTa's whole table.
-    for value in (None, transformers.tokenization_utils_base.VERY_LARGE_INTEGER, MAX_TOKENS + 2):
+    for value in (transformers.tokenization_utils_base.VERY_LARGE_INTEGER, MAX_TOKENS + 2):
         if value == MAX_TOKENS + 2 and family == "bert":
             continue
         st.max_seq_length = value
         assert_same_vectors(FastEncoder(st).encode(texts), expected)
+
+
+@pytest.mark.filterwarnings("ignore:FastEncoder runs this model in sentence-transformers")
+def test_max_seq_length_of_none_fails_as_in_stock() -> None:
+    st = make_sentence_transformer()
+    st.max_seq_length = None
+    with pytest.raises(TypeError) as stock:
+        st.encode(["a text"])
+    encoder = FastEncoder(st)
+    with pytest.raises(TypeError) as ours:
+        encoder.encode(["a text"])
+    assert str(ours.value) == str(stock.value)
+    assert encoder.stats.fallbacks == {"max_seq_length is None": 1}
 
 
 def test_max_seq_length_set_later_is_honoured() -> None:

@@ -14,6 +14,7 @@ from planted_gpu import LOADED, TARGETS, plant
 from sbert_fast import _build_info, ops
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import ImplementationError
+from sbert_fast.linears import TorchLinear
 from sbert_fast.ops import choices, dispatch, extension, schemas
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -249,7 +250,7 @@ class TestEmulated:
         assert {prepared.embed.implementation, prepared.attend.implementation} == {"cuda"}
         # As on a GPU: torch's products, their biases left to the kernels behind them.
         layer = prepared.layers[0]
-        assert layer.down.implementation == "torch"
+        assert isinstance(layer.down, TorchLinear)
         assert layer.up.gelu_kernel.implementation == "cuda"
         assert layer.down.norm_kernel.implementation == "cuda"
         assert PackedEncoder(model, impl="reference").prepared().pooling.norm_pool is None

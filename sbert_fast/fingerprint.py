@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.linears import StackedLinear
 from sbert_fast.ops.content import ContentHash
 
@@ -38,6 +39,14 @@ def tensors_in(node: object) -> Iterator[Tensor]:
 _version_of = Tensor._version.__get__  # type: ignore[attr-defined]
 
 
+def _counts_writes(tensor: Tensor) -> bool:
+    try:
+        _version_of(tensor)
+    except RuntimeError:
+        return False
+    return True
+
+
 class Fingerprint:
     """Tells whether any of some tensors was written to, or given another storage.
 
@@ -47,6 +56,9 @@ class Fingerprint:
         shared: what was derived of them. Those of `tensors` that are among it are read live; what
             the others hold is hashed, because many writers are not counted: those through
             `.data`, fused optimizers, views of numpy.
+
+    Raises:
+        UnsupportedModelError: a tensor neither counts writes nor is an inference tensor.
     """
 
     def __init__(self, tensors: Iterable[Tensor], shared: Iterable[Tensor]) -> None:
@@ -60,6 +72,8 @@ class Fingerprint:
         self._counted = [t for t in self._tensors if not t.is_inference()]
         # Inference tensors count no writes: a hash of all their bits tells of them.
         self._uncounted = [t for t in self._tensors if t.is_inference()]
+        if not all(map(_counts_writes, self._counted)):
+            raise UnsupportedModelError("a tensor made in inference mode was given other data")
         self._values = self._read()
 
     def _read(self) -> tuple[object, ...]:
@@ -71,7 +85,12 @@ class Fingerprint:
 
     def is_current(self) -> bool:
         """Whether none has changed."""
-        return self._read() == self._values
+        try:
+            return self._read() == self._values
+        except RuntimeError:
+            if all(map(_counts_writes, self._counted)):
+                raise
+            return False
 
     def outdate(self) -> None:
         """Have :meth:`is_current` say no from now on."""

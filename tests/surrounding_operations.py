@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import TorchFunctionMode
@@ -71,7 +72,15 @@ def other_parameters_for_a_while(s: Subject) -> Undo:
 def two_threads(s: Subject) -> None:
     def how(call: Callable[[], Any]) -> list[Any]:
         results: list[Any] = []
-        threads = [threading.Thread(target=lambda: results.append(call())) for _ in range(2)]
+        # What is drawn at random is the same again one after the other only.
+        drops = any(isinstance(m, nn.Dropout) and m.training for m in s.model.modules())
+        turn = threading.Lock() if drops else contextlib.nullcontext()
+
+        def run() -> None:
+            with turn:
+                results.append(call())
+
+        threads = [threading.Thread(target=run) for _ in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:

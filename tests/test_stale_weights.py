@@ -79,6 +79,28 @@ def test_the_trainer_with_its_default_optimizer(tmp_path: Path) -> None:
     assert cosine_distances(after, before).max() > MAX_DISTANCE
 
 
+@pytest.mark.parametrize("surface", SURFACES)
+def test_data_in_a_parameter_that_counts_no_writes(surface: str) -> None:
+    """Made in inference mode, given ordinary data later: it has no version; torch may refuse it."""
+    st = make_sentence_transformer()
+    model, base = SURFACES[surface](st), st[0].auto_model
+    with torch.inference_mode():
+        state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+        base.load_state_dict(state, assign=True)
+    model.check()
+    weight = value(st).weight
+    weight.data = -weight.detach().clone()
+    try:
+        expected = model.stock()
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError, match=str(error)):
+            model.ours()
+    else:
+        assert_same_vectors(model.ours(), expected)
+    (reason,) = model.fallbacks()
+    assert reason.endswith("a tensor made in inference mode was given other data")
+
+
 # Weights that live elsewhere, written from there
 
 

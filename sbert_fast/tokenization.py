@@ -128,16 +128,16 @@ class TextTokenizer:
             return
         added = live.get_added_tokens_decoder()
         described = repr(added)
-        if len(added) > _MANY_ADDED and described == self._added:
-            private = self._backend
-            private.model = live.model
-        else:
-            private = type(live)(live.model)
+        keeps = len(added) > _MANY_ADDED and described == self._added
+        private = self._backend if keeps else type(live)(live.model)
+        private.model = live.model
+        # Before the tokens: tokenizers 0.22 normalises them when they are added, and never again.
+        for part in ("normalizer", "pre_tokenizer", "post_processor"):
+            setattr(private, part, getattr(live, part))
+        if not keeps:
             private.add_tokens([added[index] for index in sorted(added)])
             if repr(private.get_added_tokens_decoder()) != described:
                 raise UnsupportedModelError("the ids of the tokenizer's added tokens have gaps")
-        for part in ("normalizer", "pre_tokenizer", "post_processor"):
-            setattr(private, part, getattr(live, part))
         private.encode_special_tokens = self._tokenizer.split_special_tokens
         private.enable_truncation(
             self.max_length,

@@ -220,6 +220,7 @@ def test_a_sum_whose_order_depends_on_the_batch_is_caught(
         self: PoolingHead,
         x: torch.Tensor,
         batch: PackedBatch,
+        kernels: Any,
         out: torch.Tensor,
         rows: Any,
         **_: Any,

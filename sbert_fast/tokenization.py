@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
+import tokenizers
 from numpy.typing import NDArray
 
 from sbert_fast.errors import InputError, UnsupportedModelError
@@ -26,6 +27,8 @@ _LOCAL = frozenset(
     "Precompiled Punctuation Strip StripAccents Whitespace WhitespaceSplit".split()
 )
 _LOCAL_PATTERNS: tuple[dict[str, str], ...] = ({"Regex": " {2,}"},)
+# Until 0.22 added tokens are normalised as they are added, whatever normalizer comes later.
+_HIDES_HISTORY = tuple(map(int, tokenizers.__version__.split(".")[:2])) < (0, 23)
 # Added tokens beyond which a backend is kept for the next call: adding them takes milliseconds.
 _MANY_ADDED = 64
 # Texts tokenised at once: bounds the memory of the tokenizer's own objects.
@@ -127,11 +130,12 @@ class TextTokenizer:
         if live is None:
             return
         added = live.get_added_tokens_decoder()
+        if _HIDES_HISTORY and live.normalizer and any(t.normalized for t in added.values()):
+            raise UnsupportedModelError("this tokenizers hides how its added tokens are normalised")
         described = repr(added)
         keeps = len(added) > _MANY_ADDED and described == self._added
         private = self._backend if keeps else type(live)(live.model)
         private.model = live.model
-        # Before the tokens: tokenizers 0.22 normalises them when they are added, and never again.
         for part in ("normalizer", "pre_tokenizer", "post_processor"):
             setattr(private, part, getattr(live, part))
         if not keeps:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import sentence_transformers
 import torch
 from sentence_transformers import SentenceTransformer
 
@@ -32,6 +33,9 @@ REFUSED: dict[str, dict[str, Any]] = {
     "surrogate in a text": {"inputs": [*TEXTS, "\ud800"]},
     "tensor": {"inputs": torch.zeros(3)},
 }
+# Older ones end training before they find fault with it.
+if tuple(map(int, sentence_transformers.__version__.split(".")[:2])) < (6, 2):
+    del REFUSED["batch_size that sentence-transformers takes"]
 
 
 @pytest.fixture(params=["packed", "in sentence-transformers"])

@@ -12,7 +12,7 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, normalizers, processors
+from tokenizers import AddedToken, Regex, normalizers, processors
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
@@ -219,7 +219,7 @@ def test_tokens_without_a_row_in_the_table(
     encoder = FastEncoder(model)
     texts = ["sea"] * 5 + ["sea foobarx", "sun " * 30, "foobarx"]
     encoder.encode(texts)
-    model.tokenizer.add_tokens(["foobarx"])
+    model.tokenizer.add_tokens([AddedToken("foobarx", normalized=False)])
     rows = model[0].auto_model.embeddings.word_embeddings.num_embeddings
     message = (
         rf"^inputs\[5\] holds the token 'foobarx', whose id {rows} is outside the {rows} rows of "

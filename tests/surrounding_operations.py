@@ -23,6 +23,7 @@ from model_operations import operation
 from walks import Subject, Undo
 
 CHILD_SECONDS = 60
+OTHER_PARAMETERS = "other parameters"
 
 # Contexts around the calls
 
@@ -61,8 +62,8 @@ def other_parameters_for_a_while(s: Subject) -> Undo:
     """As torch.func.functional_call does it."""
     base = s.base
     others = {name: p.detach() * 1.3 for name, p in base.named_parameters() if p.dim() == 2}
-    s.contexts["other parameters"] = lambda: _reparametrize_module(base, others)
-    return lambda s: s.contexts.pop("other parameters", None)
+    s.contexts[OTHER_PARAMETERS] = lambda: _reparametrize_module(base, others)
+    return lambda s: s.contexts.pop(OTHER_PARAMETERS, None)
 
 
 # Threads and processes
@@ -72,9 +73,10 @@ def other_parameters_for_a_while(s: Subject) -> Undo:
 def two_threads(s: Subject) -> None:
     def how(call: Callable[[], Any]) -> list[Any]:
         results: list[Any] = []
-        # What is drawn at random is the same again one after the other only.
+        # Random numbers repeat, and parameters are swapped and put back, only one call after the other.
         drops = any(isinstance(m, nn.Dropout) and m.training for m in s.model.modules())
-        turn = threading.Lock() if drops else contextlib.nullcontext()
+        in_turn = drops or OTHER_PARAMETERS in s.contexts
+        turn = threading.Lock() if in_turn else contextlib.nullcontext()
 
         def run() -> None:
             with turn:

@@ -90,7 +90,8 @@ def build_pipeline(
     architecture = admission.architecture
     after = dict(list(model.named_children())[1:])
     spec = read_pooling(after, architecture.hidden_size)
-    max_length = _max_length(transformer, architecture.max_tokens)
+    has_table = admission.weights.embeddings.position is not None
+    max_length = _max_length(transformer, architecture.max_tokens, has_table)
     if model.device.type != "cpu" and impl == "auto" and engine.implementation == "reference":
         raise UnsupportedModelError(f"no kernels run on {model.device}:\n{ops.explain_ops()}")
     return Pipeline(TextTokenizer(transformer.tokenizer, max_length), engine, PoolingHead(spec))
@@ -157,8 +158,8 @@ def _check_own(part: Any, names: Set[str]) -> None:
         raise UnsupportedModelError(problem)
 
 
-def _max_length(transformer: Any, room: int) -> int:
-    """Tokens kept of a text, given the room of the position table."""
+def _max_length(transformer: Any, room: int, has_table: bool) -> int:
+    """Tokens kept of a text, given the positions there are, in a table or computed."""
     tokenizer = transformer.tokenizer
     value = tokenizer.model_max_length
     if value is None:
@@ -171,6 +172,8 @@ def _max_length(transformer: Any, room: int) -> int:
         return room
     # Tokenizers cut nothing where the special tokens alone are too many.
     least = max(1, tokenizer.num_special_tokens_to_add(pair=False))
+    if value > room and not has_table:
+        raise UnsupportedModelError(f"max_seq_length {value} is beyond the {room} positions")
     if not least <= value <= room or value != int(value):
         raise ValueError(
             f"max_seq_length must be an integer from {least}, the special tokens of a text, to "

@@ -25,7 +25,7 @@ _MAX_HALVINGS = 6
 
 def cpu_tokens(architecture: Architecture, dtype: torch.dtype) -> int:
     """Tokens of a batch on a CPU, by the width of the model."""
-    width = max(architecture.intermediate_size, 3 * architecture.hidden_size)
+    width = max(architecture.up_size, 3 * architecture.hidden_size)
     tokens = _CPU_ACTIVATION_BYTES // (width * dtype.itemsize)
     return int(min(_CPU_TOKENS, max(256, tokens // 64 * 64)))
 
@@ -45,7 +45,7 @@ def gpu_tokens(
     """
     # Alive at once: x, qkv and the attended values, or x, the FFN's inner activation and its GELU.
     hidden, inner = architecture.hidden_size, architecture.intermediate_size
-    per_token = dtype.itemsize * max(5 * hidden, 2 * hidden + 2 * inner)
+    per_token = dtype.itemsize * max(5 * hidden, 2 * hidden + inner + architecture.up_size)
     tiles = int(total_memory * _MEMORY_SHARE) // (per_token * _TILE)
     if tiles >= processors:
         tiles = min(_TILES_PER_PROCESSOR, tiles // processors) * processors

@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sbert_fast import bypass, models, ops
+from sbert_fast import models, ops
+from sbert_fast.admission import Admission
 from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.fingerprint import Fingerprint, derive, settle
 from sbert_fast.forking import Lock
+from sbert_fast.layers import Stack, Unfinished, attention_options, prepare_stack
 from sbert_fast.linears import PreparedLinear, PreparedNorm, Target, aligned, prepare_linear
-from sbert_fast.models.base import Linear, check_finite
+from sbert_fast.models.checks import check_finite
 from sbert_fast.ops.dispatch import FUSING
-from sbert_fast.ops.panels import Activation
 from sbert_fast.packing import PackedBatch
-from sbert_fast.state import Snapshot
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedLayer:
-    qkv: PreparedLinear
-    attention_output: PreparedLinear
-    attention_norm: PreparedNorm
-    up: PreparedLinear
-    down: PreparedLinear
-    output_norm: PreparedNorm
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,88 +38,13 @@ class Prepared:
     dtype: torch.dtype
     device: torch.device
     word: Tensor
-    position: Tensor
+    position: Tensor | None
     token_type: Tensor | None
-    embedding_norm: PreparedNorm
+    embedding_norm: PreparedNorm | None
     projection: PreparedLinear | None
-    layers: tuple[PreparedLayer, ...]
+    stack: Stack
     embed: ops.Kernel
-    attend: ops.Kernel
     pooling: PoolKernels
-
-
-@dataclass(frozen=True, slots=True)
-class Unfinished:
-    """The last hidden states before the last LayerNorm: `norm(y + bias + residual)`.
-
-    Attributes:
-        y, residual: `[T, E]`.
-        bias: fp32 `[E]`, or None.
-    """
-
-    y: Tensor
-    bias: Tensor | None
-    residual: Tensor
-    norm: PreparedNorm
-
-
-class Admission:
-    """Whether a base model may run packed, and what its adapter has read of it.
-
-    It holds as long as no attribute or buffer of the model and no function that it calls has
-    changed.
-
-    Attributes:
-        problem: why the engine does not support the model; None where it does.
-        inside, around: why the modules in the model, or the model itself and its pooler, are to be
-            called all the same: they have hooks or forwards of their own. None where they have not.
-        drops: the model is in training mode and has dropout.
-        weights, identity: of the parameters, see :class:`sbert_fast.models.EncoderWeights`.
-        tensors, buffers: the parameters that a packed pass stands for, and the model's buffers.
-        records: a hook that gradient checkpointing has left records gradients where these are on.
-    """
-
-    architecture: models.Architecture
-    weights: models.EncoderWeights
-
-    def __init__(self, model: nn.Module) -> None:
-        self._snapshot = Snapshot(model)
-        self._originals = models.originals_of(model)
-        self.buffers = list(model.buffers())
-        self._buffers = Fingerprint(self.buffers, ())
-        self.tensors = [t for name, t in model.named_parameters() if not _is_pooler(name)]
-        self._kinds = self._read_kinds()
-        self.problem: str | None = None
-        inner = [m for name, m in model.named_modules() if name and not _is_pooler(name)]
-        pooler = [m for name, m in model.named_modules() if _is_pooler(name)]
-        try:
-            self.architecture, self.weights = models.read(model)
-        except UnsupportedModelError as error:
-            self.problem = str(error)
-            return
-        self.identity = (self.architecture, self.weights.identity())
-        self.inside, self.around = bypass.reason(inner), bypass.reason([model, *pooler])
-        self.drops = bypass.drops([*inner, model])
-        self.records = any(map(bypass.records_gradients, inner))
-
-    def _read_kinds(self) -> list[tuple[torch.dtype, torch.device]]:
-        return [(tensor.dtype, tensor.device) for tensor in self.tensors]
-
-    def is_current(self) -> bool:
-        """Whether all of it still holds."""
-        return (
-            self.holds_without_tensors()
-            and self._buffers.is_current()
-            and self._read_kinds() == self._kinds
-        )
-
-    def holds_without_tensors(self) -> bool:
-        """Whether it holds where no tensor was written to, moved or cast."""
-        return self._snapshot.is_current() and self._originals.is_current()
-
-
-def _is_pooler(name: str) -> bool:
-    return name.partition(".")[0] == "pooler"
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,22 +79,35 @@ class PackedEncoder:
         model: a base model of a supported family (see :data:`sbert_fast.models.FAMILIES`).
         dtype: dtype to compute in; None is the dtype of the model.
         impl: implementation of the ops, see :mod:`sbert_fast.ops`.
+        live: call the model's own linear layers instead of copying their weights: less memory,
+            fewer fused operations.
 
     Raises:
         UnsupportedModelError: the model cannot be run packed; the message says why.
-        ValueError, ImplementationError: `impl` is unknown, or cannot run here.
+        ValueError, ImplementationError: `impl` is unknown, or cannot run this model here.
+        ValueError: `live` with another `dtype` than that of the weights.
     """
 
     def __init__(
-        self, model: nn.Module, *, dtype: torch.dtype | None = None, impl: str = "auto"
+        self,
+        model: nn.Module,
+        *,
+        dtype: torch.dtype | None = None,
+        impl: str = "auto",
+        live: bool = False,
     ) -> None:
         self.model = model
         self.requested_dtype = dtype
         self.impl = impl
+        self.live = live
         self._start()
         self.architecture = self.admission().architecture
-        head_dim = self.architecture.head_dim
-        ops.resolve(self.device, self.compute_dtype, impl, head_dim=head_dim)
+        weights = next(model.parameters()).dtype
+        if live and self.compute_dtype != weights:
+            raise ValueError(f"dtype must be {weights}, that of live weights, got {dtype}")
+        ops.resolve(self.device, self.compute_dtype, impl)
+        for op, how in self.required_ops():
+            ops.bind(op, self.device, self.compute_dtype, impl, **how)
 
     def _start(self) -> None:
         self._admission: Admission | None = None
@@ -210,18 +138,40 @@ class PackedEncoder:
 
     def bind(self, op: str) -> ops.Kernel:
         """The kernel of `op` that a forward pass uses now."""
-        return ops.bind(op, self.device, self.compute_dtype, self.impl, **self.sizes(op))
+        how = dict(self.required_ops())[op]
+        return ops.bind(op, self.device, self.compute_dtype, self.impl, **how)
 
-    def sizes(self, op: str) -> dict[str, int]:
-        """What of the model's sizes decides on the kernel of `op`, as :func:`ops.bind` takes it."""
-        architecture = self.architecture
-        if op == "varlen_attention":
-            return {"head_dim": architecture.head_dim}
-        widths = {
-            "embed_norm": architecture.embedding_size,
-            "bias_gelu": architecture.intermediate_size,
-        }
-        return {"width": widths.get(op, architecture.hidden_size)}
+    def required_ops(self) -> list[tuple[str, dict[str, Any]]]:
+        """The ops that a forward pass runs, and what it asks of them, as :func:`ops.bind` takes it.
+
+        Each op comes once, attention once for every kind of it.
+        """
+        weights, architecture = self.admitted.weights, self.architecture
+        embeddings, width = weights.embeddings, architecture.hidden_size
+        layers = weights.layers
+        last = weights.final_norm or layers[-1].feed_forward_norm
+        tables = {"position_table": embeddings.position, "weight": embeddings.norm}
+        kinds: list[dict[str, Any]] = []
+        for layer in layers:
+            if (how := attention_options(layer.attention)) not in kinds:
+                kinds.append(how)
+        norms = {"width": width, "options": {"rms": last.rms}}
+        activation = "gated_activation" if architecture.gated else "bias_gelu"
+        return [
+            (
+                "embed_norm",
+                {
+                    "width": architecture.embedding_size,
+                    "options": {"rms": embeddings.norm is not None and embeddings.norm.rms},
+                    "needs": tuple(f"without {n}" for n, t in tables.items() if t is None),
+                },
+            ),
+            *(("varlen_attention", kind) for kind in kinds),
+            ("add_norm_sum" if layers[0].norm_first else "add_norm", norms),
+            (activation, {"width": architecture.intermediate_size}),
+            ("norm_pool_out", norms),
+            ("segment_pool_out", {"width": width}),
+        ]
 
     def admission(self) -> Admission:
         """What reading the model has shown.
@@ -286,47 +236,34 @@ class PackedEncoder:
         return prepared
 
     def _lay_out(self, weights: models.EncoderWeights) -> Prepared:
-        architecture, device, dtype = self.architecture, self.device, self.compute_dtype
-        target = Target(dtype, device, self.impl)
-        gelu = Activation.GELU_TANH if architecture.tanh_gelu else Activation.GELU
-
-        def prepare(*parts: Linear, activation: Activation = Activation.NONE) -> PreparedLinear:
-            return prepare_linear(parts, target, activation)
-
-        embeddings = weights.embeddings
-        types = embeddings.token_type
+        device, dtype, embeddings = self.device, self.compute_dtype, weights.embeddings
+        target = Target(dtype, device, self.impl, self.live)
+        norm, projection = embeddings.norm, embeddings.projection
         # On a CPU fp32 tables serve every dtype as they are: no copy, no rounding before the sum.
         in_place = device.type == "cpu" and embeddings.word.dtype == torch.float32
         embed, norm_pool = self.bind("embed_norm"), self.bind("norm_pool_out")
         vectors = device.type == "cuda" or embed.implementation == "cuda"
 
-        def table(values: Tensor) -> Tensor:
+        def table(values: Tensor | None) -> Tensor | None:
+            if values is None:
+                return None
             values = values.detach() if in_place else values.detach().to(dtype)
             values = values.contiguous()
             return aligned(values) if vectors else values
 
+        word = table(embeddings.word)
+        assert word is not None
         return Prepared(
-            architecture=architecture,
+            architecture=self.architecture,
             dtype=dtype,
             device=device,
-            word=table(embeddings.word),
+            word=word,
             position=table(embeddings.position),
-            token_type=None if types is None else table(types),
-            embedding_norm=PreparedNorm.of(embeddings.norm),
-            projection=None if embeddings.projection is None else prepare(embeddings.projection),
-            layers=tuple(
-                PreparedLayer(
-                    qkv=prepare(layer.query, layer.key, layer.value),
-                    attention_output=prepare(layer.attention_output),
-                    attention_norm=PreparedNorm.of(layer.attention_norm),
-                    up=prepare(layer.up, activation=gelu),
-                    down=prepare(layer.down),
-                    output_norm=PreparedNorm.of(layer.output_norm),
-                )
-                for layer in weights.layers
-            ),
+            token_type=table(embeddings.token_type),
+            embedding_norm=None if norm is None else PreparedNorm.of(norm),
+            projection=None if projection is None else prepare_linear((projection,), target),
+            stack=prepare_stack(weights, target, self.architecture.max_tokens),
             embed=embed,
-            attend=self.bind("varlen_attention"),
             pooling=PoolKernels(
                 self.bind("segment_pool_out"),
                 norm_pool if norm_pool.implementation in FUSING else None,
@@ -345,66 +282,32 @@ class PackedEncoder:
             `[T, E]` in :attr:`compute_dtype`, rows in packed order; the dead tail means nothing.
         """
         p = self.prepared() if prepared is None else prepared
-        with torch.no_grad():
-            return _run_layers(p, p.layers, batch)
+        (x,) = deque(self.states(batch, p), maxlen=1)
+        return x
 
     def states(self, batch: PackedBatch, prepared: Prepared) -> Iterator[Tensor]:
         """The states `[T, E]` before and after every layer; arguments as in calling the engine."""
         with torch.no_grad():
-            yield from _states(prepared, prepared.layers, batch)
+            yield from prepared.stack.states(_embed(prepared, batch), batch)
 
     def unfinished(self, batch: PackedBatch, prepared: Prepared) -> Unfinished:
-        """What calling the engine returns, before the last LayerNorm; arguments as there."""
+        """What calling the engine returns, before the last norm; arguments as there."""
         with torch.no_grad():
-            *layers, last = prepared.layers
-            x = _attend(prepared, last, batch, _run_layers(prepared, layers, batch))
-            return Unfinished(*last.down.without_bias(last.up(x)), x, last.output_norm)
+            return prepared.stack.unfinished(_embed(prepared, batch), batch)
 
 
 def _embed(p: Prepared, batch: PackedBatch) -> Tensor:
-    x = p.embed(
+    norm = p.embedding_norm
+    x: Tensor = p.embed(
         batch.input_ids,
-        batch.position_ids,
+        None if p.position is None else batch.position_ids,
         batch.token_type_ids,
         p.word,
         p.position,
         p.token_type,
-        p.embedding_norm.weight,
-        p.embedding_norm.bias,
-        p.embedding_norm.eps,
+        None if norm is None else norm.weight,
+        None if norm is None else norm.bias,
+        0.0 if norm is None else norm.eps,
         p.dtype,
     )
     return x if p.projection is None else p.projection(x)
-
-
-def _run_layers(p: Prepared, layers: Sequence[PreparedLayer], batch: PackedBatch) -> Tensor:
-    """The embeddings, and `layers` over them."""
-    (x,) = deque(_states(p, layers, batch), maxlen=1)
-    return x
-
-
-def _states(p: Prepared, layers: Sequence[PreparedLayer], batch: PackedBatch) -> Iterator[Tensor]:
-    """The embeddings, and what every one of `layers` makes of what came before it."""
-    x = _embed(p, batch)
-    yield x
-    for layer in layers:
-        x = _attend(p, layer, batch, x)
-        x = layer.down.add_norm(layer.up(x), x, layer.output_norm)
-        yield x
-
-
-def _attend(p: Prepared, layer: PreparedLayer, batch: PackedBatch, x: Tensor) -> Tensor:
-    """The first half of a layer."""
-    tokens, heads, dim = x.shape[0], p.architecture.num_heads, p.architecture.head_dim
-    attended = p.attend(
-        layer.qkv(x).view(tokens, 3, heads, dim),
-        batch.cu_seqlens,
-        batch.max_seqlen,
-        dim**-0.5,
-        None,
-        -1,
-        None,
-        None,
-        batch.tiles,
-    )
-    return layer.attention_output.add_norm(attended.view(tokens, -1), x, layer.attention_norm)

@@ -12,7 +12,6 @@ from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import SbertFastError
 from sbert_fast.ops import choices, limits
 from sbert_fast.ops.dispatch import preference
-from sbert_fast.ops.schemas import CPU_ONLY, SCHEMAS
 from sbert_fast.packed_forward import PACKED
 from sbert_fast.patching import candidates, forward_of, refusal
 from sbert_fast.sentence_transformers.encoder import FastEncoder
@@ -119,7 +118,19 @@ def _engine(engine: PackedEncoder) -> str:
             if (reason := ops.rejection(other, engine.device, engine.compute_dtype)) is not None
         ]
         why = "; ".join(["picked by auto", *passed, *_cuda_kernels(engine)])
-    return f"{dtype} on {engine.device}, ops: {name} ({why})"
+    elsewhere = "".join(f"; {line}" for line in _ops_elsewhere(engine, name))
+    return f"{dtype} on {engine.device}, ops: {name} ({why}){elsewhere}"
+
+
+def _ops_elsewhere(engine: PackedEncoder, implementation: str) -> list[str]:
+    """The ops that `implementation` lacks for this model: what runs them, and why."""
+    lines = []
+    for op, how in engine.required_ops():
+        needs = (*how.get("needs", ()), *(n for n, v in how.get("options", {}).items() if v))
+        place = engine.device, engine.compute_dtype, how.get("head_dim")
+        if (reason := ops.rejection(implementation, *place, op, needs)) is not None:
+            lines.append(f"{op}: {engine.bind(op).implementation} ({reason})")
+    return list(dict.fromkeys(lines))
 
 
 def _cuda_kernels(engine: PackedEncoder) -> list[str]:
@@ -130,8 +141,8 @@ def _cuda_kernels(engine: PackedEncoder) -> list[str]:
     if (reason := ops.rejection("cuda", device, dtype)) is not None:
         return [f"cuda: {reason}"]
     lines = []
-    for op in sorted(SCHEMAS.keys() - CPU_ONLY):
-        sizes = engine.sizes(op)
+    for op, how in engine.required_ops():
+        sizes = {name: how[name] for name in ("head_dim", "width") if name in how}
         if choices.prefers_cuda(op, device, dtype, sizes.get("head_dim")):
             reason = limits.refusal_of_size(op, **sizes)
             taken = "cuda, by sbert_fast/ops/choices.py"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sbert_fast.errors import UnsupportedModelError
-from sbert_fast.linears import StackedLinear
+from sbert_fast.linears import LiveLinear, StackedLinear
 from sbert_fast.ops.content import ContentHash
 
 Derived = TypeVar("Derived")
@@ -31,6 +31,9 @@ def tensors_in(node: object) -> Iterator[Tensor]:
             yield from tensors_in(part)
     elif isinstance(node, StackedLinear):
         yield from tensors_in(tuple(vars(node).values()))
+    elif isinstance(node, LiveLinear):
+        for module in node.modules:
+            yield from module.parameters()
     elif is_dataclass(node):
         for entry in fields(node):
             yield from tensors_in(getattr(node, entry.name))

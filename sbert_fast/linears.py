@@ -7,8 +7,7 @@ number of rows is a multiple of 16.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from sbert_fast import ops
 from sbert_fast.models.base import Linear, Norm
 from sbert_fast.ops import panels
 from sbert_fast.ops.dispatch import requested
-from sbert_fast.ops.panels import Activation
+from sbert_fast.ops.reference import Activation
 
 # Rows oneDNN lays prepacked weights out for; any other number of rows works too.
 _PREPACK_ROWS = 512
@@ -32,29 +31,33 @@ class Target:
         dtype: what they compute in, whatever their weights are kept in.
         device: where the weights are.
         impl: implementation of the ops, see :mod:`sbert_fast.ops`.
+        live: the model's own modules are called: nothing of their weights is copied.
     """
 
     dtype: torch.dtype
     device: torch.device
     impl: str = "auto"
+    live: bool = False
 
-    def bind(self, op: str, width: int | None = None) -> ops.Kernel:
-        """The kernel of `op` for rows `[T, width]`."""
-        return ops.bind(op, self.device, self.dtype, self.impl, width=width)
+    def bind(self, op: str, **how: Any) -> ops.Kernel:
+        """The kernel of `op`; sizes and options as :func:`ops.bind` takes them."""
+        return ops.bind(op, self.device, self.dtype, self.impl, **how)
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedNorm:
-    """LayerNorm parameters in fp32."""
+    """The parameters of a norm in fp32; the bias of one that has none is zeros."""
 
     weight: Tensor
     bias: Tensor
     eps: float
+    rms: bool = False
 
     @classmethod
     def of(cls, norm: Norm) -> PreparedNorm:
-        weight, bias = (part.detach().float().contiguous() for part in (norm.weight, norm.bias))
-        return cls(aligned(weight), aligned(bias), norm.eps)
+        bias = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
+        weight, bias = (part.detach().float().contiguous() for part in (norm.weight, bias))
+        return cls(aligned(weight), aligned(bias), norm.eps, norm.rms)
 
 
 class PreparedLinear(Protocol):
@@ -64,14 +67,19 @@ class PreparedLinear(Protocol):
         """`[T, N]` of `x` `[T, K]`."""
 
     def add_norm(self, x: Tensor, residual: Tensor, norm: PreparedNorm) -> Tensor:
-        """LayerNorm of the output plus `residual` `[T, N]`."""
+        """The norm of the output plus `residual` `[T, N]`."""
+
+    def add_norm_sum(
+        self, x: Tensor, residual: Tensor, norm: PreparedNorm
+    ) -> tuple[Tensor, Tensor]:
+        """What `add_norm` gives, and the sum."""
 
     def without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The output, and the bias fp32 `[N]` that is still to be added; None where it has been."""
 
 
-class StackedLinear:
-    """A layer whose weights are copied; several of the same input stand side by side.
+class _Linear:
+    """What all kinds share: layers of the same input, whose outputs stand side by side.
 
     Args:
         parts: the layers.
@@ -83,8 +91,69 @@ class StackedLinear:
         self, parts: tuple[Linear, ...], target: Target, activation: Activation = Activation.NONE
     ) -> None:
         self.target, self.activation = target, activation
+        self.features = sum(part.weight.shape[0] for part in parts)
+        self._kernels: dict[tuple[str, bool], ops.Kernel] = {}
+
+    def kernel(self, op: str, rms: bool = False) -> ops.Kernel:
+        """Bound by its first use: a linear layer alone may run where LayerNorm does not."""
+        if (op, rms) not in self._kernels:
+            options = {"rms": rms}
+            self._kernels[op, rms] = self.target.bind(op, width=self.features, options=options)
+        return self._kernels[op, rms]
+
+    def add_norm(self, x: Tensor, residual: Tensor, norm: PreparedNorm) -> Tensor:
+        rest = residual, norm.weight, norm.bias, norm.eps
+        normed: Tensor = self.kernel("add_norm", norm.rms)(*self.without_bias(x), *rest)
+        return normed
+
+    def add_norm_sum(
+        self, x: Tensor, residual: Tensor, norm: PreparedNorm
+    ) -> tuple[Tensor, Tensor]:
+        rest = residual, norm.weight, norm.bias, norm.eps
+        normed, total = self.kernel("add_norm_sum", norm.rms)(*self.without_bias(x), *rest)
+        return normed, total
+
+    def __call__(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self(x), None
+
+
+class LiveLinear(_Linear):
+    """The model's own modules, called as they are."""
+
+    name = "live"
+
+    def __init__(
+        self, parts: tuple[Linear, ...], target: Target, activation: Activation = Activation.NONE
+    ) -> None:
+        super().__init__(parts, target, activation)
+        self.modules = [part.module for part in parts if part.module is not None]
+
+    @staticmethod
+    def refusal(target: Target, inputs: int) -> str | None:
+        return None if target.live else "weights may be copied"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        outputs = [module(x) for module in self.modules]
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        if self.activation == Activation.NONE:
+            return y
+        activated: Tensor = self.kernel("bias_gelu")(
+            y, None, self.activation == Activation.GELU_TANH
+        )
+        return activated
+
+
+class StackedLinear(_Linear):
+    """A layer whose weights are copied, those of several parts into one matrix."""
+
+    def __init__(
+        self, parts: tuple[Linear, ...], target: Target, activation: Activation = Activation.NONE
+    ) -> None:
+        super().__init__(parts, target, activation)
         weight = torch.cat([part.weight.detach().to(target.dtype) for part in parts])
-        self.features = weight.shape[0]
         self.weight = self.lay_out(weight)
         bias = _side_by_side(parts)
         self.wide_bias = None if bias is None else bias.float()
@@ -92,21 +161,6 @@ class StackedLinear:
 
     def lay_out(self, weight: Tensor) -> Tensor:
         return weight.contiguous()
-
-    # Bound by its first use: a linear layer alone may run where LayerNorm does not.
-    @cached_property
-    def norm_kernel(self) -> ops.Kernel:
-        return self.target.bind("add_norm", self.features)
-
-    def add_norm(self, x: Tensor, residual: Tensor, norm: PreparedNorm) -> Tensor:
-        rest = residual, norm.weight, norm.bias, norm.eps
-        return self.norm_kernel(*self.without_bias(x), *rest)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self(x), None
 
 
 class PanelLinear(StackedLinear):
@@ -130,20 +184,17 @@ class PanelLinear(StackedLinear):
     def lay_out(self, weight: Tensor) -> Tensor:
         return panels.pack(weight)
 
-    @cached_property
-    def kernel(self) -> ops.Kernel:
-        return self.target.bind("linear")
-
-    @cached_property
-    def norm_kernel(self) -> ops.Kernel:
-        return self.target.bind("linear_norm")
-
     def __call__(self, x: Tensor) -> Tensor:
-        return self.kernel(x, self.weight, self.wide_bias, self.features, self.activation)
+        weights = self.weight, self.wide_bias, self.features, self.activation
+        y: Tensor = self.kernel("linear")(x, *weights)
+        return y
 
     def add_norm(self, x: Tensor, residual: Tensor, norm: PreparedNorm) -> Tensor:
+        if norm.rms:
+            return super().add_norm(x, residual, norm)
         rest = residual, norm.weight, norm.bias, norm.eps
-        return self.norm_kernel(x, self.weight, self.wide_bias, *rest)
+        normed: Tensor = self.kernel("linear_norm")(x, self.weight, self.wide_bias, *rest)
+        return normed
 
 
 class OneDnnLinear(StackedLinear):
@@ -185,24 +236,23 @@ class TorchLinear(StackedLinear):
     def refusal(target: Target, inputs: int) -> str | None:
         return None
 
-    @cached_property
-    def gelu_kernel(self) -> ops.Kernel:
-        return self.target.bind("bias_gelu", self.features)
-
     def __call__(self, x: Tensor) -> Tensor:
         if self.activation == Activation.NONE:
             return F.linear(x, self.weight, self.bias)
         is_tanh = self.activation == Activation.GELU_TANH
-        return self.gelu_kernel(*self.without_bias(x), is_tanh)
+        activated: Tensor = self.kernel("bias_gelu")(*self.without_bias(x), is_tanh)
+        return activated
 
     def without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return F.linear(x, self.weight), self.wide_bias
 
 
-KINDS = (PanelLinear, OneDnnLinear, TorchLinear)
+KINDS = (LiveLinear, PanelLinear, OneDnnLinear, TorchLinear)
 
 
-def choose(target: Target, inputs: int = 0) -> type[PanelLinear | OneDnnLinear | TorchLinear]:
+def choose(
+    target: Target, inputs: int = 0
+) -> type[LiveLinear | PanelLinear | OneDnnLinear | TorchLinear]:
     """The kind of layer that is fastest for `target`, of those that take rows of `inputs`."""
     return next(kind for kind in KINDS if kind.refusal(target, inputs) is None)
 

@@ -123,6 +123,8 @@ def read(encoder: PackedEncoder, arguments: dict[str, Any], padding: str) -> Cal
     keep = _kept(arguments.get("attention_mask"), shape)
     if not keep.all():
         _check_padding(encoder.model, keep, embeddings, padding)
+        if encoder.admitted.weights.measures_distances and _has_gaps(keep):
+            raise UseOriginalError("attention_mask has gaps, and the model measures distances")
 
     offset = architecture.position_offset
     # No family knows which of the embeddings it is given are padding.
@@ -211,6 +213,11 @@ def _kept(mask: object, shape: tuple[int, int]) -> NDArray[np.bool_]:
     if type(mask) is not Tensor or tuple(mask.shape) != shape:
         raise UseOriginalError("attention_mask is not a tensor [B, S]")
     return mask.to(torch.bool).cpu().numpy()
+
+
+def _has_gaps(keep: NDArray[np.bool_]) -> bool:
+    """Whether a row keeps tokens on both sides of one that it masks."""
+    return bool((np.diff(keep.astype(np.int8), axis=1, prepend=0) == 1).sum(axis=1).max() > 1)
 
 
 def _check_padding(

@@ -19,7 +19,7 @@ from sbert_fast import models
 from sbert_fast.arguments import parse_dtype
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import UnsupportedModelError
-from sbert_fast.models.base import check_finite
+from sbert_fast.models.checks import check_finite
 from sbert_fast.packed_forward import PackedForward
 
 

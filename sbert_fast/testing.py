@@ -54,7 +54,7 @@ def oracle(op: str, *args: Any) -> Any:
     """The reference of `op` evaluated in fp64 on the schema's arguments."""
     args64 = to_fp64(args)
     if op == "embed_norm":
-        args64[-1] = torch.float64
+        args64[9] = torch.float64
     return getattr(reference, op)(*args64)
 
 
@@ -81,7 +81,7 @@ def peer_varlen_attention(
             continue
         qs, ks, vs = (t[start:end].transpose(0, 1) for t in (q, k, v))
         positions = torch.arange(end - start)
-        terms = reference._position_terms(positions, end - start, bias, window, qkv.dtype)
+        terms = reference._position_terms(positions, end - start, bias, window, False, qkv.dtype)
         scores = (qs @ ks.transpose(-1, -2)) * scale
         if terms is not None:
             scores = scores + terms
@@ -116,14 +116,31 @@ def peer_add_norm(
     ln_bias: Tensor,
     eps: float,
 ) -> Tensor:
+    return peer_add_norm_sum(x, bias, residual, weight, ln_bias, eps)[0]
+
+
+def peer_add_norm_sum(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
     for term in (bias, residual):
         x = x if term is None else x + term.to(x.dtype)
-    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), ln_bias.to(x.dtype), eps)
+    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), ln_bias.to(x.dtype), eps), x
 
 
 def peer_bias_gelu(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     x = x if bias is None else x + bias.to(x.dtype)
     return F.gelu(x, approximate="tanh" if tanh else "none")
+
+
+def peer_gated_activation(x: Tensor, bias: Tensor | None, activation: int, first: bool) -> Tensor:
+    x = x if bias is None else x + bias.to(x.dtype)
+    a, b = x.chunk(2, dim=1) if first else reversed(x.chunk(2, dim=1))
+    return reference._activate(a, activation) * b
 
 
 def peer_linear(
@@ -159,11 +176,13 @@ def peer_norm_pool(x: Tensor, *args: Any) -> Tensor:
     return peer_segment_pool(peer_add_norm(x, *args[:5]), *args[5:])
 
 
-PEERS: dict[str, Callable[..., Tensor]] = {
+PEERS: dict[str, Callable[..., Any]] = {
     "varlen_attention": peer_varlen_attention,
     "embed_norm": peer_embed_norm,
     "add_norm": peer_add_norm,
+    "add_norm_sum": peer_add_norm_sum,
     "bias_gelu": peer_bias_gelu,
+    "gated_activation": peer_gated_activation,
     "linear": peer_linear,
     "linear_norm": peer_linear_norm,
     "segment_pool": peer_segment_pool,
@@ -171,10 +190,13 @@ PEERS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def check_op(op: str, out: Tensor, args: Sequence[Any], eps_dtype: torch.dtype) -> None:
+def check_op(op: str, out: Any, args: Sequence[Any], eps_dtype: torch.dtype) -> None:
     """Compare `out` of `op` on the schema's `args` with the oracle by the 2x rule."""
-    expected = oracle(op, *args)
-    assert_close_to_oracle(out, expected, PEERS[op](*args), eps_dtype)
+    results: list[Any] = [out, oracle(op, *args), PEERS[op](*args)]
+    if isinstance(out, Tensor):
+        results = [(result,) for result in results]
+    for ours, expected, peer in zip(*results, strict=True):
+        assert_close_to_oracle(ours, expected, peer, eps_dtype)
 
 
 def pack_lengths(lengths: Sequence[int]) -> Tensor:

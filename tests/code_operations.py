@@ -47,7 +47,7 @@ CLASSES: dict[str, Callable[[Subject], type]] = {
     "embeddings": lambda s: type(s.base.embeddings),
     "layer": lambda s: type(s.layer()),
     "attention": lambda s: type(s.attention()),
-    "list of layers": lambda s: type(s.stack),
+    "list of layers": lambda s: type(s._stack()[0]),
     "Linear": lambda _: nn.Linear,
     "LayerNorm": lambda _: nn.LayerNorm,
     "Embedding": lambda _: nn.Embedding,
@@ -171,7 +171,7 @@ def class_of_a_layer_swapped(s: Subject) -> Undo:
     layer.__class__ = type("Bent", (old,), {"forward": bent(old.forward)})
 
     def undo(s: Subject) -> None:
-        for module in s.stack.layer:
+        for module in s.layers:
             if type(module).__name__ == "Bent":
                 module.__class__ = old
 

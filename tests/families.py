@@ -56,14 +56,16 @@ class Variant:
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
-FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra")
+FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "modernbert")
 VARIANTS: dict[str, Variant] = {name: Variant(name) for name in FAMILIES} | {
     "bert-gelu-new": Variant("bert", {"hidden_act": "gelu_new"}),
+    "bert-gelu-pytorch-tanh": Variant("bert", {"hidden_act": "gelu_pytorch_tanh"}),
     "bert-head-dim-26": Variant("bert", {"hidden_size": 52, "num_attention_heads": 2}),
     "bert-odd-eps": Variant("bert", {"layer_norm_eps": 3e-3}),
     "roberta-one-type": Variant("roberta", {"type_vocab_size": 1, "layer_norm_eps": 1e-5}),
     "distilbert-gelu-new": Variant("distilbert", {"hidden_act": "gelu_new"}),
     "electra-projection": Variant("electra", {"embedding_size": 40}),
+    "modernbert": Variant("modernbert", {"local_attention": 16}),
 }
 
 

@@ -18,12 +18,12 @@ from walks import NotNow, Subject, Undo
 
 def _layers(change: Callable[[list[Any]], list[Any]]) -> Act:
     def act(s: Subject) -> Undo:
-        kept = list(s.stack.layer)
-        s.stack.layer = nn.ModuleList(change(kept))
+        kept = list(s.layers)
+        s.layers = nn.ModuleList(change(kept))
 
         def undo(s: Subject) -> None:
-            if len(kept) > len(s.stack.layer):
-                s.stack.layer = nn.ModuleList([*s.stack.layer, copy.deepcopy(kept[-1])])
+            if len(kept) > len(s.layers):
+                s.layers = nn.ModuleList([*s.layers, copy.deepcopy(kept[-1])])
 
         return undo
 
@@ -37,16 +37,16 @@ operation(_layers(lambda layers: [layers[0]] * len(layers)), name="layers shared
 
 @operation
 def layer_deleted_from_list(s: Subject) -> Undo:
-    if len(s.stack.layer) < 2:
+    if len(s.layers) < 2:
         raise NotNow
-    layer = s.stack.layer[-1]
-    del s.stack.layer[-1]
-    return lambda s: s.stack.layer.append(layer)
+    layer = s.layers[-1]
+    del s.layers[-1]
+    return lambda s: s.layers.append(layer)
 
 
 @operation
 def weights_tied(s: Subject) -> None:
-    a, b = s.stack.layer[0], s.stack.layer[-1]
+    a, b = s.layers[0], s.layers[-1]
     for name, module in a.named_modules():
         if name.endswith(("dense", "lin1")):
             other = b.get_submodule(name)
@@ -139,9 +139,9 @@ def layer_replaced(s: Subject) -> Undo:
         def forward(self, states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
             return states
 
-    old = s.stack.layer[-1]
-    s.stack.layer[-1] = Passes()
-    return lambda s: s.stack.layer.__setitem__(-1, old)
+    old = s.layers[-1]
+    s.layers[-1] = Passes()
+    return lambda s: s.layers.__setitem__(-1, old)
 
 
 @operation(changes=False)
@@ -160,7 +160,7 @@ def inputs_require_gradients(s: Subject) -> Undo:
 @operation(changes=False)
 def extra_module_added(s: Subject) -> Undo:
     s.layer().add_module("unused", nn.Linear(2, 2))
-    return lambda s: [layer._modules.pop("unused", None) for layer in s.stack.layer]
+    return lambda s: [layer._modules.pop("unused", None) for layer in s.layers]
 
 
 @operation

@@ -45,11 +45,13 @@ def arguments(
         tables = randn(50, width), randn(40, width), randn(2, width)
         ids = integers(50), integers(40), integers(2)
         return (*ids, *tables, weight, bias, 1e-12, dtype)
-    if op == "add_norm":
+    if op in ("add_norm", "add_norm_sum"):
         x, residual = randn(tokens, width), randn(tokens, width)
         return (x, randn(width, to=fp32), residual, weight, bias, 1e-12)
     if op == "bias_gelu":
         return (3 * randn(tokens, width), randn(width, to=fp32), False)
+    if op == "gated_activation":
+        return (3 * randn(tokens, width), randn(width, to=fp32), 1, True)
     if op in ("linear", "linear_norm"):
         x, panels = randn(tokens, 2 * width), pack_panels(randn(width, 2 * width))
         if op == "linear":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -40,14 +42,19 @@ def packed_states(encoder: PackedEncoder, batch: dict[str, Tensor]) -> list[Tens
     ops.reset_launches()
     with torch.inference_mode():
         hidden = encoder(packed)
-    layers = encoder.architecture.num_layers
-    launches = ops.launches()
-    assert {implementation for _, implementation in launches} == {encoder.implementation}
-    assert launches["embed_norm", encoder.implementation] == 1
-    assert launches["varlen_attention", encoder.implementation] == layers
-    # Part of the linear before it where that runs on panels.
-    norms = [launches.get((op, encoder.implementation), 0) for op in ("add_norm", "linear_norm")]
-    assert sorted(norms) == [0, 2 * layers]
+    layers, launches = encoder.architecture.num_layers, Counter[str]()
+    required = dict(encoder.required_ops())
+    for (op, implementation), times in ops.launches().items():
+        kernel = encoder.bind(op).implementation if op in required else encoder.implementation
+        assert implementation == kernel
+        launches[op] += times
+    assert launches["embed_norm"] == 1
+    assert launches["varlen_attention"] == layers
+    # The norm is part of the linear before it where that runs on panels.
+    norms = launches["add_norm"], launches["linear_norm"], launches["add_norm_sum"]
+    pre_norm = encoder.admitted.weights.final_norm is not None
+    assert sum(norms) == 2 * layers
+    assert norms[2] == (2 * layers - 1 if pre_norm else 0)
     return list(hidden[: packed.num_tokens].float().split(lengths.tolist()))
 
 

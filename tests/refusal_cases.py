@@ -20,7 +20,7 @@ UNTOUCHED = -7.0
 def public_arguments(op: str) -> dict[str, Any]:
     """A call of the public `op` with everything in order."""
     ones, zeros = torch.ones(WIDTH), torch.zeros(WIDTH)
-    norm = {"weight": ones, "eps": 1e-12}
+    norm = {"weight": ones, "eps": 1e-12, "rms": False}
     if op == "varlen_attention":
         return {
             "qkv": torch.rand(TOKENS, 3, HEADS, DIM),
@@ -31,6 +31,8 @@ def public_arguments(op: str) -> dict[str, Any]:
             "window": 3,
             "rotary": (torch.ones(TOKENS, DIM // 2), torch.zeros(TOKENS, DIM // 2)),
             "tiles": torch.from_numpy(plan_tiles(np.array(LENGTHS, np.int32), 4)),
+            "causal": False,
+            "kv_heads": None,
         }
     if op == "embed_norm":
         return {
@@ -47,9 +49,11 @@ def public_arguments(op: str) -> dict[str, Any]:
     x = torch.rand(TOKENS, WIDTH)
     if op == "bias_gelu":
         return {"x": x, "bias": zeros, "tanh": False}
+    if op == "gated_activation":
+        return {"x": x, "bias": zeros, "activation": "silu", "first": False}
     summands = {"x": x, "bias": zeros, "residual": torch.rand(TOKENS, WIDTH), "ln_bias": zeros}
     if op == "add_norm":
-        return summands | norm
+        return summands | norm | {"return_sum": False}
     pooled = {
         "cu_seqlens": pack_lengths(LENGTHS),
         "mode": "max",
@@ -109,7 +113,7 @@ ATTENTION: list[Refusal] = [
     ("qkv", lambda x: x[0], ValueError, r"qkv must have shape \[T, 3, H, D\], got \[3, 6, 16\]"),
     ("qkv", lambda x: x[:, :2].clone(), ValueError, r"qkv must have .*, got \[16, 2, 6, 16\]"),
     ("qkv", Tensor.int, TypeError, "qkv must be float32 or bfloat16 or .*, got int32"),
-    ("qkv", lambda x: x[..., :7].clone(), ValueError, "qkv must .* D from 8 to 128, got 7"),
+    ("qkv", lambda x: x[..., :7].clone(), ValueError, "qkv must .* D from 8 to 256, got 7"),
     ("qkv", lambda x: x[:, :, :0], ValueError, "qkv must have at least one head H, got shape"),
     ("qkv", strided, ValueError, r"qkv must be contiguous, got strides \(576, 192, 32, 2\)"),
     ("cu_seqlens", Tensor.long, TypeError, "cu_seqlens must be int32, got int64"),
@@ -161,6 +165,10 @@ ATTENTION: list[Refusal] = [
     ("tiles", lambda x: x[[0, 2]], ValueError, "tiles must .* overlap at token 3"),
     ("tiles", lambda x: x[:2], ValueError, "tiles must .* overlap at token 7"),
     ("tiles", lambda x: x[:0], ValueError, "tiles must .* overlap at token 0"),
+    ("causal", is_(1), TypeError, "causal must be a bool, got int 1"),
+    ("kv_heads", is_(0), ValueError, "kv_heads must be None or at least 1, got 0"),
+    ("kv_heads", is_(2.0), TypeError, r"kv_heads must be None or an int, got float 2\.0"),
+    ("kv_heads", is_(2), ValueError, r"qkv must have shape \[T, H \+ 2 \* kv_heads, D\], got \[16"),
     ("impl", is_("numpy"), ValueError, "impl must be one of auto, .*, got 'numpy'"),
     ("impl", is_(None), ValueError, "impl must be one of auto, .*, got None"),
 ]
@@ -188,7 +196,10 @@ EMBED: list[Refusal] = [
     ("word", Tensor.numpy, TypeError, r"word must be a torch\.Tensor, got ndarray"),
     ("word", strided, ValueError, "word must be contiguous, got strides"),
     ("word", Tensor.int, TypeError, "word must be float32 or .*, got int32"),
-    ("position_table", is_(None), TypeError, "position_table must be a torch.Tensor, got NoneType"),
+    ("position_table", is_(None), ValueError, "positions was given without position_table: pass"),
+    ("positions", is_(None), ValueError, "position_table was given without positions: pass both"),
+    ("weight", is_(None), ValueError, "bias was given without weight: pass both, weight alone, or"),
+    ("rms", is_(1), TypeError, "rms must be a bool, got int 1"),
     ("position_table", Tensor.bfloat16, TypeError, "position_table must be float32, got bfloat16"),
     ("position_table", lambda x: x[:, 1:], ValueError, r"position_table .* \[P, 96\], got \[40, 9"),
     ("position_table", meta, ValueError, "position_table must be on cpu, got meta"),
@@ -226,6 +237,7 @@ NORM: list[Refusal] = [
     ("eps", is_("1e-5"), TypeError, "eps must be a number, got str '1e-5'"),
     ("eps", is_(None), TypeError, "eps must be a number, got None"),
     ("eps", is_(True), TypeError, "eps must be a number, got bool True"),
+    ("rms", is_("rms"), TypeError, "rms must be a bool, got str 'rms'"),
 ]
 
 GELU: list[Refusal] = [
@@ -236,6 +248,16 @@ GELU: list[Refusal] = [
     ("bias", lambda x: x[1:], ValueError, r"bias must have shape \[96\], got \[95\]"),
     ("tanh", is_(1), TypeError, "tanh must be a bool, got int 1"),
     ("tanh", is_("tanh"), TypeError, "tanh must be a bool, got str 'tanh'"),
+]
+
+GATED: list[Refusal] = [
+    ("x", lambda x: x[:, 1:].clone(), ValueError, "x must have an even number of .*, got 95"),
+    ("x", lambda x: x[:, :0], ValueError, r"x must have at least one column, got shape \[16, 0\]"),
+    ("bias", lambda x: x[1:], ValueError, r"bias must have shape \[96\], got \[95\]"),
+    ("activation", is_("relu"), ValueError, "activation must be one of gelu, .*, got 'relu'"),
+    ("activation", is_(3), TypeError, "activation must be one of gelu, gelu_tanh, silu, got int 3"),
+    ("activation", is_("none"), ValueError, "activation must be one of gelu, .*, got 'none'"),
+    ("first", is_(0), TypeError, "first must be a bool, got int 0"),
 ]
 
 POOL: list[Refusal] = [
@@ -289,8 +311,9 @@ SEGMENT_POOL: list[Refusal] = [
 TABLES = {
     "varlen_attention": ATTENTION,
     "embed_norm": EMBED,
-    "add_norm": NORM,
+    "add_norm": [*NORM, ("return_sum", is_(1), TypeError, "return_sum must be a bool, got int 1")],
     "bias_gelu": GELU,
+    "gated_activation": GATED,
     "segment_pool": SEGMENT_POOL + POOL,
     "norm_pool": NORM + POOL,
 }

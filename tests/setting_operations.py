@@ -266,4 +266,4 @@ def token_types_from_the_buffer(s: Subject) -> Undo:
 @operation(changes=False)
 def buffer_added(s: Subject) -> Undo:
     s.layer().register_buffer("unused", torch.ones(2))
-    return lambda s: [layer._buffers.pop("unused", None) for layer in s.stack.layer]
+    return lambda s: [layer._buffers.pop("unused", None) for layer in s.layers]

@@ -73,7 +73,7 @@ def other_parameters_for_a_while(s: Subject) -> Undo:
 def two_threads(s: Subject) -> None:
     def how(call: Callable[[], Any]) -> list[Any]:
         results: list[Any] = []
-        # Random numbers repeat, and parameters are swapped and put back, only one call after the other.
+        # Random numbers repeat, and parameters are put back, only where calls take turns.
         drops = any(isinstance(m, nn.Dropout) and m.training for m in s.model.modules())
         in_turn = drops or OTHER_PARAMETERS in s.contexts
         turn = threading.Lock() if in_turn else contextlib.nullcontext()

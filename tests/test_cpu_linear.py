@@ -13,7 +13,7 @@ from sbert_fast import linears
 from sbert_fast.linears import PanelLinear, PreparedNorm, Target
 from sbert_fast.models.base import Linear
 from sbert_fast.ops import extension, panels
-from sbert_fast.ops.panels import Activation
+from sbert_fast.ops.reference import Activation
 from sbert_fast.testing import check_op
 
 OPS = torch.ops.sbert_fast
@@ -47,7 +47,7 @@ def linear_norm_args(T: int, K: int, N: int, dtype: torch.dtype) -> list[Any]:
 def test_linear(isa: str, K: int, N: int, dtype: torch.dtype) -> None:
     for T in ROWS:
         args = linear_args(T, K, N, dtype)
-        for activation in Activation:
+        for activation in set(Activation) - {Activation.SILU}:
             args[-1] = activation
             check_op("linear", OPS.linear.cpu(*args), args, dtype)
     args[2] = None

@@ -270,10 +270,10 @@ class TestEngine:
         engine = PackedEncoder(model, dtype=DTYPE)
         assert engine.bind("embed_norm").implementation != "cuda"
         assert engine.prepared().embed.implementation != "cuda"
-        assert engine.prepared().attend.implementation == "cuda"
-        layer = engine.prepared().layers[0]
-        assert layer.down.norm_kernel.implementation == "cuda"
-        assert layer.up.gelu_kernel.implementation == "cuda"
+        layer = engine.prepared().stack.layers[0]
+        assert layer.attention.kernel.implementation == "cuda"
+        assert layer.feed_forward.down.kernel("add_norm").implementation == "cuda"
+        assert layer.feed_forward.up.kernel("bias_gelu").implementation == "cuda"
         assert engine.prepared().pooling.norm_pool is not None
 
     def test_a_width_no_kernel_of_rows_takes(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from packed import assert_same, packed_states, reference_states
 from sbert_fast import models
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import UnsupportedModelError
+from sbert_fast.fingerprint import tensors_in
 
 
 def _update_in_place(model: nn.Module) -> None:
@@ -263,3 +265,25 @@ def test_implementations_are_checked_at_once() -> None:
     model = families.make_model("bert")
     with pytest.raises(ValueError, match="impl must be one of .*'tpu'"):
         PackedEncoder(model, impl="tpu")
+
+
+@pytest.mark.parametrize(
+    "name", ["bert", "distilbert-gelu-new", "electra-projection", "modernbert"]
+)
+def test_live_weights_are_never_copied(name: str) -> None:
+    model, batch = families.make_model(name), families.make_batch(name, [3, 17, 40])
+    encoder = PackedEncoder(model, live=True)
+    assert_same(packed_states(encoder, batch), reference_states(model, batch))
+    prepared = replace(encoder.prepared().stack, rotary=())
+    matrices = {tensor.data_ptr() for tensor in tensors_in(prepared) if tensor.dim() == 2}
+    assert matrices and matrices <= {parameter.data_ptr() for parameter in model.parameters()}
+    # Less than a row, through `.data`: what a copy would not have seen.
+    model.get_input_embeddings().weight.data[:, 0] += 1
+    weight = next(m for m in model.modules() if isinstance(m, torch.nn.Linear)).weight
+    weight.data[0, 0] += 1
+    assert_same(packed_states(encoder, batch), reference_states(model, batch))
+
+
+def test_live_weights_have_the_dtype_of_the_model() -> None:
+    with pytest.raises(ValueError, match="dtype must be torch.float32, that of live weights"):
+        PackedEncoder(families.make_model("bert"), dtype=torch.bfloat16, live=True)

@@ -48,7 +48,7 @@ class NotNow(Exception):
     """An operation that means nothing for the model as it is."""
 
 
-FAMILIES = ("bert", "bert", "bert", "roberta", "distilbert", "electra-projection")
+FAMILIES = ("bert", "bert", "bert", "roberta", "distilbert", "electra-projection", "modernbert")
 
 
 @functools.cache
@@ -104,16 +104,27 @@ class Subject:
     def backend(self) -> Any:
         return self.tokenizer.backend_tokenizer
 
+    def _stack(self) -> tuple[Any, str]:
+        """What holds the list of layers, and under which name."""
+        if hasattr(self.base, "layers"):
+            return self.base, "layers"
+        stack = self.base.transformer if hasattr(self.base, "transformer") else self.base.encoder
+        return stack, "layer"
+
     @property
-    def stack(self) -> Any:
-        """What holds the list of layers."""
-        return self.base.transformer if hasattr(self.base, "transformer") else self.base.encoder
+    def layers(self) -> Any:
+        return getattr(*self._stack())
+
+    @layers.setter
+    def layers(self, layers: nn.ModuleList) -> None:
+        setattr(*self._stack(), layers)
 
     def layer(self) -> Any:
-        return self.rng.choice(list(self.stack.layer))
+        return self.rng.choice(list(self.layers))
 
     def attention(self) -> Any:
-        attention = self.layer().attention
+        layer = self.layer()
+        attention = layer.attn if hasattr(layer, "attn") else layer.attention
         return getattr(attention, "self", attention)
 
     def module(self, *types: type[nn.Module]) -> Any:

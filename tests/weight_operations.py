@@ -202,7 +202,7 @@ def tensors_mapped(s: Subject) -> None:
 
 @operation
 def weights_exchanged(s: Subject) -> None:
-    a, b = s.stack.layer[0], s.stack.layer[-1]
+    a, b = s.layers[0], s.layers[-1]
     state = copy.deepcopy(a.state_dict())
     a.load_state_dict(b.state_dict())
     b.load_state_dict(state)

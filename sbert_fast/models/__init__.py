@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from sbert_fast.errors import UnsupportedModelError
-from sbert_fast.models import base, bert, distilbert
+from sbert_fast.models import bert, distilbert, modernbert
 from sbert_fast.models.base import Architecture, EncoderWeights
+from sbert_fast.models.checks import check
 from sbert_fast.models.twin import check_attributes
 from sbert_fast.originals import SYNTAX, Originals, originals
 
@@ -44,6 +45,7 @@ FAMILIES: dict[str, Family] = {
     "XLMRobertaModel": _ROBERTA,
     "CamembertModel": _ROBERTA,
     "DistilBertModel": Family(distilbert.architecture, distilbert.weights),
+    "ModernBertModel": Family(modernbert.architecture, modernbert.weights),
 }
 
 
@@ -89,8 +91,8 @@ def read(model: nn.Module) -> tuple[Architecture, EncoderWeights]:
         raise UnsupportedModelError(
             f"{type(model).__name__} lacks a module this version expects: {error}"
         ) from error
-    base.check(model, architecture, weights)
-    check_attributes(model, cls, found.names)
+    check(model, architecture, weights)
+    check_attributes(model, cls, found.names, weights)
     return architecture, weights
 
 

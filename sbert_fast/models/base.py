@@ -1,90 +1,172 @@
-"""What the packed engine needs to know of a model, and the checks every family shares."""
+"""What the packed engine needs to know of a model: its sizes, and what each layer is."""
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from sbert_fast.errors import InvalidWeightsError, UnsupportedModelError
-from sbert_fast.originals import is_genuine
+from sbert_fast.errors import UnsupportedModelError
+from sbert_fast.ops.reference import Activation
 
-# Those that compute softmax(q k^T / sqrt(D)) v, each in its own way.
-_ATTENTION = (None, "eager", "sdpa", "flex_attention", *(f"flash_attention_{i}" for i in (2, 3, 4)))
-
-# HF activation names; the value says whether the tanh approximation is meant.
+# HF activation names that a feed-forward without a gate may have.
 _GELUS = {
-    "gelu": False,
-    "gelu_python": False,
-    "gelu_new": True,
-    "gelu_pytorch_tanh": True,
-    "gelu_python_tanh": True,
-    "gelu_fast": True,
-    "gelu_accurate": True,
+    "gelu": Activation.GELU,
+    "gelu_python": Activation.GELU,
+    "gelu_new": Activation.GELU_TANH,
+    "gelu_pytorch_tanh": Activation.GELU_TANH,
+    "gelu_python_tanh": Activation.GELU_TANH,
+    "gelu_fast": Activation.GELU_TANH,
+    "gelu_accurate": Activation.GELU_TANH,
 }
+# And those that one with a gate may have too.
+_GATED = {"silu": Activation.SILU, "swish": Activation.SILU}
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """`y = x @ weight.T + bias`, weight `[N, K]`, bias `[N]` or None."""
+    """`y = x @ weight.T + bias`, weight `[N, K]`, bias `[N]` or None, of the model's `module`."""
 
     weight: Tensor
     bias: Tensor | None
+    module: nn.Module | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """LayerNorm over the last dimension."""
+    """LayerNorm over the last dimension, or RMSNorm where `rms` says so."""
 
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
     eps: float
+    rms: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RelativeBias:
+    """What is added to a logit of head h: `table[buckets[clamp(j - i, -R, R) + R], h]`.
+
+    Attributes:
+        table: `[N, H]`.
+        buckets: 2R + 1 rows of the table.
+    """
+
+    table: Tensor
+    buckets: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """Rotary positions: at position p, pair j of the halves turns by `p * frequencies[j]`.
+
+    Attributes:
+        frequencies: `[D / 2]`, in radians a token.
+    """
+
+    frequencies: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Self-attention.
+
+    Attributes:
+        qkv: query, key and value; or one layer that has them side by side, in this order.
+        output: the projection of what the heads have attended to.
+        heads, kv_heads, head_dim: as usual; consecutive query heads share a head of keys.
+        scale: factor of the logits.
+        relative_bias, rotary: None where there is none.
+        window: a token sees the tokens that many to the left and right; None is all of them.
+        causal: a token sees none to the right.
+    """
+
+    qkv: tuple[Linear, ...]
+    output: Linear
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    relative_bias: RelativeBias | None = None
+    rotary: Rotary | None = None
+    window: int | None = None
+    causal: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FeedForward:
+    """`down(f(up(x)))`, or `down(f(a) * b)`, `a` and `b` being the halves of `up(x)`.
+
+    Attributes:
+        up: one layer, or the two halves.
+        down: back to the hidden size.
+        activation: f.
+        gated: whether there are halves.
+        first: whether `a` is the first of them.
+    """
+
+    up: tuple[Linear, ...]
+    down: Linear
+    activation: Activation
+    gated: bool = False
+    first: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One post-norm transformer layer."""
+    """One transformer layer.
 
-    query: Linear
-    key: Linear
-    value: Linear
-    attention_output: Linear
-    attention_norm: Norm
-    up: Linear
-    down: Linear
-    output_norm: Norm
+    Attributes:
+        norm_first: whether each half is `x + half(norm(x))` (pre-norm) or `norm(x + half(x))`.
+        attention_norm: None is the identity, which only the first layer may have, and only
+            where norms come first.
+    """
+
+    attention: Attention
+    attention_norm: Norm | None
+    feed_forward: FeedForward
+    feed_forward_norm: Norm
+    norm_first: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Embeddings:
-    """Embedding tables; `projection` widens them to the hidden size (ELECTRA)."""
+    """Embedding tables `[rows, E]`, their sum normalised; `projection` widens it (ELECTRA)."""
 
     word: Tensor
-    position: Tensor
+    position: Tensor | None
     token_type: Tensor | None
-    norm: Norm
+    norm: Norm | None
     projection: Linear | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class EncoderWeights:
-    """The live parameters of a model, by role. Nothing here is a copy."""
+    """The live parameters of a model, by role. Nothing here is a copy.
+
+    Attributes:
+        final_norm: behind the last layer, where norms come first.
+    """
 
     embeddings: Embeddings
     layers: tuple[Layer, ...]
+    final_norm: Norm | None = None
 
     def tensors(self) -> Iterator[Tensor]:
-        """Every parameter, in a fixed order."""
+        """Every parameter, and the buffers that are read, in a fixed order."""
         return (value for value in _values(self) if isinstance(value, Tensor))
 
     def identity(self) -> tuple[object, ...]:
         """What prepared weights are derived from, but for the contents of the parameters."""
         return tuple(id(v) if isinstance(v, Tensor) else v for v in _values(self))
+
+    @property
+    def measures_distances(self) -> bool:
+        """Whether a result depends on how many tokens apart two tokens are in a padded row."""
+        return any(
+            layer.attention.window is not None or layer.attention.relative_bias is not None
+            for layer in self.layers
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,31 +175,33 @@ class Architecture:
 
     Attributes:
         family: name of the family, as in `config.model_type`.
-        hidden_size, num_heads, num_layers, intermediate_size, vocab_size: as usual.
+        hidden_size, num_heads, head_dim, num_layers, intermediate_size, vocab_size: as usual.
         embedding_size: columns of the embedding tables, which a projection may widen.
-        tanh_gelu: the feed-forward activation is the tanh approximation of GELU.
         position_offset: position of the first token.
         uncounted_id: token id that does not advance positions, or None.
-        max_tokens: tokens the position table has room for.
+        max_tokens: tokens there are positions for.
         type_vocab_size: token types, 0 where the family has none.
+        gated: the feed-forward has a gate, and twice `intermediate_size` columns before it.
     """
 
     family: str
     embedding_size: int
     hidden_size: int
     num_heads: int
+    head_dim: int
     num_layers: int
     intermediate_size: int
     vocab_size: int
-    tanh_gelu: bool
     position_offset: int
     uncounted_id: int | None
     max_tokens: int
     type_vocab_size: int
+    gated: bool = False
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
+    def up_size(self) -> int:
+        """Columns of what the feed-forward activates."""
+        return self.intermediate_size * (2 if self.gated else 1)
 
 
 def _values(node: object) -> Iterator[object]:
@@ -137,123 +221,37 @@ def linear(module: nn.Module) -> Linear:
         raise UnsupportedModelError(
             f"expected torch.nn.Linear, got {type(module).__module__}.{type(module).__qualname__}"
         )
-    return Linear(module.weight, module.bias)
+    return Linear(module.weight, module.bias, module)
 
 
-def norm(module: nn.Module) -> Norm:
-    if type(module) is not nn.LayerNorm or module.weight is None or module.bias is None:
-        raise UnsupportedModelError(
-            f"expected torch.nn.LayerNorm with weight and bias, got {type(module).__qualname__}"
-        )
+def norm(module: nn.Module, *, bias: bool = True) -> Norm:
+    """What an nn.LayerNorm holds, with a bias or, where `bias` is false, perhaps without."""
+    if type(module) is not nn.LayerNorm or module.weight is None or (bias and module.bias is None):
+        expected = "torch.nn.LayerNorm with weight" + (" and bias" if bias else "")
+        raise UnsupportedModelError(f"expected {expected}, got {type(module).__qualname__}")
     return Norm(module.weight, module.bias, module.eps)
 
 
-def is_tanh_gelu(activation: object, modules: Iterable[nn.Module]) -> bool:
-    """Which GELU the config names, where the `modules` of the layers are what it names."""
-    if not isinstance(activation, str) or activation not in _GELUS:
-        raise UnsupportedModelError(
-            f"activation must be one of {', '.join(_GELUS)}, got {activation!r}"
-        )
+def head_dim(hidden_size: int, heads: int) -> int:
+    """The head dim of a model whose heads divide its hidden size."""
+    if hidden_size % heads:
+        raise UnsupportedModelError(f"hidden size {hidden_size} is not a multiple of {heads} heads")
+    return hidden_size // heads
+
+
+def activation(name: object, modules: Iterable[nn.Module], *, gated: bool = False) -> Activation:
+    """The function the config names, where the `modules` of the layers are what it names."""
+    known = _GELUS | _GATED if gated else _GELUS
+    if not isinstance(name, str) or name not in known:
+        raise UnsupportedModelError(f"activation must be one of {', '.join(known)}, got {name!r}")
     # Imported with the model, and not before: sentence-transformers alone may not need it.
     from transformers.activations import ACT2FN
 
-    named = type(ACT2FN[activation])
+    named = type(ACT2FN[name])
     for module in modules:
         if type(module) is not named:
             raise UnsupportedModelError(
-                f"activation must be {named.__name__}, as {activation!r} in the config says, got "
+                f"activation must be {named.__name__}, as {name!r} in the config says, got "
                 f"{type(module).__name__}"
             )
-    return _GELUS[activation]
-
-
-def check(model: nn.Module, architecture: Architecture, weights: EncoderWeights) -> None:
-    """Refuse what the packed engine would compute differently from the model itself.
-
-    Raises:
-        UnsupportedModelError: with the reason.
-    """
-    config: Any = model.config
-    for flag in ("is_decoder", "add_cross_attention", "is_causal"):
-        if getattr(config, flag, False):
-            raise UnsupportedModelError(f"config.{flag} is set: only encoders are supported")
-    _check_attention(getattr(config, "_attn_implementation", None), model)
-    kind = getattr(config, "position_embedding_type", "absolute") or "absolute"
-    if kind != "absolute":
-        raise UnsupportedModelError(
-            f"config.position_embedding_type must be 'absolute', got {kind!r}"
-        )
-    if architecture.hidden_size % architecture.num_heads:
-        raise UnsupportedModelError(
-            f"hidden size {architecture.hidden_size} is not a multiple of "
-            f"{architecture.num_heads} heads"
-        )
-    if not 8 <= architecture.head_dim <= 128:
-        raise UnsupportedModelError(f"head dim must be 8 to 128, got {architecture.head_dim}")
-    for name, module in model.named_modules():
-        home = type(module).__module__
-        if name and not home.startswith(("torch.nn.", "transformers.")):
-            raise UnsupportedModelError(
-                f"module {name!r} is a {home}.{type(module).__qualname__}, not one of transformers"
-            )
-    _check_parameters(model, weights)
-
-
-def _check_attention(name: str | None, model: nn.Module) -> None:
-    """Refuse an attention that is not one of transformers' own."""
-    if name not in _ATTENTION:
-        raise UnsupportedModelError(f"the attention must be one of transformers' own, got {name!r}")
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
-    home = sys.modules[type(model).__module__]
-    for registry in (getattr(home, "ALL_ATTENTION_FUNCTIONS", {}), ALL_MASK_ATTENTION_FUNCTIONS):
-        function = registry.get(name)
-        if function is None:
-            continue
-        kind = str(name).partition("_")[0]
-        if not is_genuine(function) or kind not in function.__name__:
-            raise UnsupportedModelError(f"the function of the attention {name!r} was replaced")
-
-
-def _check_parameters(model: nn.Module, weights: EncoderWeights) -> None:
-    known = {id(tensor) for tensor in weights.tensors()}
-    if not known <= {id(parameter) for parameter in model.parameters()}:
-        raise UnsupportedModelError("a weight is not among the parameters of the model")
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in known:
-            if name.startswith("pooler."):
-                continue
-            raise UnsupportedModelError(f"unknown parameter {name!r} (an adapter?)")
-        if not parameter.is_floating_point():
-            raise UnsupportedModelError(
-                f"{name} must be a floating-point tensor, got {parameter.dtype} (quantised?)"
-            )
-        if type(parameter) is not nn.Parameter:
-            why = "torch.func.functional_call?" if type(parameter) is Tensor else "quantised?"
-            raise UnsupportedModelError(
-                f"{name} must be a torch.nn.Parameter, got {type(parameter).__name__} ({why})"
-            )
-        if parameter.device.type == "meta":
-            raise UnsupportedModelError(f"{name} is on the meta device: load its weights first")
-    if len({tensor.device for tensor in weights.tensors()}) > 1:
-        raise UnsupportedModelError("parameters are spread over several devices")
-    if len({tensor.dtype for tensor in weights.tensors()}) > 1:
-        raise UnsupportedModelError("parameters have several dtypes")
-
-
-def check_finite(model: nn.Module, prefix: str = "") -> None:
-    """Refuse weights that hold NaN or infinity, naming the tensor.
-
-    Args:
-        model: holds the weights.
-        prefix: what stands before their names in the model around it.
-
-    Raises:
-        InvalidWeightsError: a parameter is not finite.
-    """
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point() or not parameter.numel():
-            continue
-        # Both are NaN where a value is. Unlike isfinite(), this makes no copies of a large table.
-        if not all(math.isfinite(value) for value in torch.aminmax(parameter.detach())):
-            raise InvalidWeightsError(f"weights hold NaN or infinity: {prefix}{name}")
+    return known[name]

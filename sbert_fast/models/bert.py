@@ -11,19 +11,29 @@ from torch import Tensor
 
 from sbert_fast.models.base import (
     Architecture,
+    Attention,
     Embeddings,
     EncoderWeights,
+    FeedForward,
     Layer,
-    is_tanh_gelu,
+    activation,
+    head_dim,
     linear,
     norm,
 )
+from sbert_fast.ops.reference import Activation
 
 
 def weights(model: Any) -> EncoderWeights:
     table = model.embeddings
     types: Tensor | None = table.token_type_embeddings.weight
     projection = getattr(model, "embeddings_project", None)
+    config, layers = model.config, model.encoder.layer
+    heads, functions = (
+        config.num_attention_heads,
+        [x.intermediate.intermediate_act_fn for x in layers],
+    )
+    dim, function = head_dim(config.hidden_size, heads), activation(config.hidden_act, functions)
     return EncoderWeights(
         Embeddings(
             table.word_embeddings.weight,
@@ -32,21 +42,22 @@ def weights(model: Any) -> EncoderWeights:
             norm(table.LayerNorm),
             None if projection is None else linear(projection),
         ),
-        tuple(_layer(layer) for layer in model.encoder.layer),
+        tuple(_layer(layer, heads, dim, function) for layer in layers),
     )
 
 
-def _layer(module: Any) -> Layer:
+def _layer(module: Any, heads: int, dim: int, function: Activation) -> Layer:
     attention, output = module.attention, module.output
+    qkv = attention.self.query, attention.self.key, attention.self.value
     return Layer(
-        query=linear(attention.self.query),
-        key=linear(attention.self.key),
-        value=linear(attention.self.value),
-        attention_output=linear(attention.output.dense),
+        attention=Attention(
+            tuple(map(linear, qkv)), linear(attention.output.dense), heads, heads, dim, dim**-0.5
+        ),
         attention_norm=norm(attention.output.LayerNorm),
-        up=linear(module.intermediate.dense),
-        down=linear(output.dense),
-        output_norm=norm(output.LayerNorm),
+        feed_forward=FeedForward(
+            (linear(module.intermediate.dense),), linear(output.dense), function
+        ),
+        feed_forward_norm=norm(output.LayerNorm),
     )
 
 
@@ -58,13 +69,10 @@ def _describe(model: Any, first_position: int, uncounted_id: int | None) -> Arch
         embedding_size=model.embeddings.word_embeddings.embedding_dim,
         hidden_size=config.hidden_size,
         num_heads=config.num_attention_heads,
+        head_dim=head_dim(config.hidden_size, config.num_attention_heads),
         num_layers=config.num_hidden_layers,
         intermediate_size=config.intermediate_size,
         vocab_size=model.embeddings.word_embeddings.num_embeddings,
-        tanh_gelu=is_tanh_gelu(
-            config.hidden_act,
-            (layer.intermediate.intermediate_act_fn for layer in model.encoder.layer),
-        ),
         position_offset=first_position,
         uncounted_id=uncounted_id,
         max_tokens=positions - first_position,

@@ -9,17 +9,23 @@ from typing import Any
 
 from sbert_fast.models.base import (
     Architecture,
+    Attention,
     Embeddings,
     EncoderWeights,
+    FeedForward,
     Layer,
-    is_tanh_gelu,
+    activation,
+    head_dim,
     linear,
     norm,
 )
+from sbert_fast.ops.reference import Activation
 
 
 def weights(model: Any) -> EncoderWeights:
-    table = model.embeddings
+    table, config, layers = model.embeddings, model.config, model.transformer.layer
+    dim = head_dim(config.dim, config.n_heads)
+    function = activation(config.activation, [layer.ffn.activation for layer in layers])
     return EncoderWeights(
         Embeddings(
             table.word_embeddings.weight,
@@ -27,21 +33,20 @@ def weights(model: Any) -> EncoderWeights:
             None,
             norm(table.LayerNorm),
         ),
-        tuple(_layer(layer) for layer in model.transformer.layer),
+        tuple(_layer(layer, config.n_heads, dim, function) for layer in layers),
     )
 
 
-def _layer(module: Any) -> Layer:
+def _layer(module: Any, heads: int, dim: int, function: Activation) -> Layer:
     attention, ffn = module.attention, module.ffn
+    qkv = attention.q_lin, attention.k_lin, attention.v_lin
     return Layer(
-        query=linear(attention.q_lin),
-        key=linear(attention.k_lin),
-        value=linear(attention.v_lin),
-        attention_output=linear(attention.out_lin),
+        attention=Attention(
+            tuple(map(linear, qkv)), linear(attention.out_lin), heads, heads, dim, dim**-0.5
+        ),
         attention_norm=norm(module.sa_layer_norm),
-        up=linear(ffn.lin1),
-        down=linear(ffn.lin2),
-        output_norm=norm(module.output_layer_norm),
+        feed_forward=FeedForward((linear(ffn.lin1),), linear(ffn.lin2), function),
+        feed_forward_norm=norm(module.output_layer_norm),
     )
 
 
@@ -52,12 +57,10 @@ def architecture(model: Any) -> Architecture:
         embedding_size=model.embeddings.word_embeddings.embedding_dim,
         hidden_size=config.dim,
         num_heads=config.n_heads,
+        head_dim=head_dim(config.dim, config.n_heads),
         num_layers=config.n_layers,
         intermediate_size=config.hidden_dim,
         vocab_size=model.embeddings.word_embeddings.num_embeddings,
-        tanh_gelu=is_tanh_gelu(
-            config.activation, (layer.ffn.activation for layer in model.transformer.layer)
-        ),
         position_offset=0,
         uncounted_id=None,
         max_tokens=model.embeddings.position_embeddings.num_embeddings,

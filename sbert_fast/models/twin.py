@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Set
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from sbert_fast.bypass import is_replaced
 from sbert_fast.errors import UnsupportedModelError
+from sbert_fast.models.base import EncoderWeights
 
 # What adapters read themselves, what bypass.py looks at, and what changes nothing without training.
 _FREE = frozenset(
@@ -47,7 +49,9 @@ def _twin(cls: Any, config: Any) -> dict[str, nn.Module]:
         return known[1]
     config = copy.deepcopy(config)
     values = copy.deepcopy(vars(config))
-    config.num_hidden_layers = 1
+    # Layers of several types have a twin each.
+    if getattr(config, "layer_types", None) is None:
+        config.num_hidden_layers = 1
     try:
         with torch.device("meta"), torch.no_grad():
             twin = cls(config)
@@ -60,13 +64,14 @@ def _twin(cls: Any, config: Any) -> dict[str, nn.Module]:
     return modules
 
 
-def check_attributes(model: nn.Module, cls: type, names: Set[str]) -> None:
+def check_attributes(model: nn.Module, cls: type, names: Set[str], weights: EncoderWeights) -> None:
     """Refuse a model whose forward would read another value than in a model fresh from `cls`.
 
     Args:
         model: a base model.
         cls: its class in transformers.
         names: what the code of its modules mentions; other attributes are never read.
+        weights: what its adapter has read.
 
     Raises:
         UnsupportedModelError: naming the module and the attribute.
@@ -76,7 +81,7 @@ def check_attributes(model: nn.Module, cls: type, names: Set[str]) -> None:
     for name, module in model.named_modules():
         if name.partition(".")[0] == "pooler":
             continue
-        twin = twins.get(re.sub(r"\.\d+", ".0", name))
+        twin = twins.get(name) or twins.get(re.sub(r"\.\d+", ".0", name))
         if twin is None or (type(module) is not type(twin) and name):
             raise UnsupportedModelError(
                 f"module {name!r} is a {type(module).__qualname__}, which a fresh "
@@ -94,7 +99,7 @@ def check_attributes(model: nn.Module, cls: type, names: Set[str]) -> None:
         for key in vars(config).keys() & names if other is not config else ():
             if getattr(other, key, _MISSING) != getattr(config, key):
                 raise UnsupportedModelError(f"{name}.config.{key} is not that of the model")
-    _check_buffers(model)
+    _check_buffers(model, weights)
 
 
 def _same(mine: Any, fresh: Any, module: nn.Module, key: str) -> bool:
@@ -105,6 +110,8 @@ def _same(mine: Any, fresh: Any, module: nn.Module, key: str) -> bool:
         return False
     if isinstance(mine, MethodType):
         return mine.__func__ is fresh.__func__ and mine.__self__ is module
+    if isinstance(mine, partial):
+        return (mine.func, mine.args, mine.keywords) == (fresh.func, fresh.args, fresh.keywords)
     if isinstance(mine, dict) and key == "_buffers":
         return mine.keys() == fresh.keys()
     if isinstance(mine, (Tensor, nn.Module)):
@@ -112,10 +119,15 @@ def _same(mine: Any, fresh: Any, module: nn.Module, key: str) -> bool:
     return bool(mine is fresh or mine == fresh)
 
 
-def _check_buffers(model: nn.Module) -> None:
-    """Refuse tables of positions and token types that are not those of a fresh model."""
+def _check_buffers(model: nn.Module, weights: EncoderWeights) -> None:
+    """Refuse tables of positions and token types that are not those of a fresh model, and any
+    other buffer that an adapter has not read."""
+    known = {id(tensor) for tensor in weights.tensors()}
     for name, buffer in model.named_buffers():
         kind = name.rpartition(".")[2]
+        # Of rotary positions that depend on the length of the text, which adapters refuse.
+        if id(buffer) in known or kind.endswith("original_inv_freq"):
+            continue
         expected = torch.zeros_like(buffer)
         if kind == "position_ids":
             expected = torch.arange(buffer.shape[-1], device=buffer.device).expand_as(buffer)

@@ -10,9 +10,10 @@ float64). Indices and offsets are int32.
 `cu_seqlens`, everywhere: contiguous int32 `[B + 1]` on the op's device; it starts at 0, never
 decreases, may repeat (empty sequences) and may end before `T` (a dead tail that reaches no result).
 
-`impl`, everywhere: "auto" picks by device and dtype (:func:`explain_ops` shows the table), a CUDA
-kernel only where it takes the sizes, options and addresses of the call; a name runs that
-implementation or raises :class:`sbert_fast.errors.ImplementationError`.
+`impl`, everywhere: "auto" picks by device and dtype (:func:`explain_ops` shows the table) the best
+implementation that has the options of the call, a CUDA kernel only where it takes its sizes and
+addresses too; a name runs that implementation or raises
+:class:`sbert_fast.errors.ImplementationError`. What implementations lack: ``schemas.LACKED``.
 
 Errors, everywhere: the message names the argument, what was expected and what came, and nothing
 has been computed or written. TypeError: a wrong type or dtype. ValueError: a wrong shape, device,
@@ -22,7 +23,6 @@ on CUDA that would wait for the GPU, and only `SBERT_FAST_DEBUG=1` does it.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sbert_fast.ops import contracts, extension, validation
@@ -39,6 +39,7 @@ from sbert_fast.ops.dispatch import (
 )
 from sbert_fast.ops.pool import norm_pool, segment_pool
 from sbert_fast.ops.reference import POOLING_MODES
+from sbert_fast.ops.rows import add_norm, bias_gelu, embed_norm, gated_activation
 from sbert_fast.ops.schemas import IMPLEMENTATIONS
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "embed_norm",
     "explain_ops",
     "extension",
+    "gated_activation",
     "launches",
     "norm_pool",
     "rejection",
@@ -72,12 +74,15 @@ def varlen_attention(
     window: int | None = None,
     rotary: tuple[Tensor, Tensor] | None = None,
     tiles: Tensor | None = None,
+    causal: bool = False,
+    kv_heads: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Attention of every token over the tokens of its own sequence.
 
     Args:
-        qkv: `[T, 3, H, D]`, activations; H >= 1, 8 <= D <= 128.
+        qkv: `[T, 3, H, D]`, activations; H >= 1, 8 <= D <= 256 (the kernels: up to 128). With
+            `kv_heads`: `[T, H + 2 * kv_heads, D]`, queries, then keys, then values.
         cu_seqlens: int32 `[B + 1]`, in tokens, see the module docstring.
         max_seqlen: int (in a graph, SymInt), at least the longest sequence, in tokens.
         scale: finite factor of the logits; default `D ** -0.5`.
@@ -87,6 +92,9 @@ def varlen_attention(
         rotary: `(cos, sin)`, each fp32 `[T, D/2]`, applied to q and k; D is even.
         tiles: int32 `[n, 4]` of :func:`sbert_fast.packing.plan_tiles`, rows in any order: a
             scheduling hint that changes no result.
+        causal: bool: keep keys j <= i only.
+        kv_heads: int >= 1, heads of keys and values, a divisor of H: query head h reads head
+            `h // (H / kv_heads)`. None is one for every query head.
         impl: see the module docstring.
 
     Returns:
@@ -104,133 +112,15 @@ def varlen_attention(
         Vaswani et al., arXiv:1706.03762; rotary tables: Su et al., arXiv:2104.09864; `bias`: T5,
         arXiv:1910.10683.
     """
-    longest = contracts.attention(qkv, cu_seqlens, max_seqlen, tiles)
-    scale = qkv.shape[3] ** -0.5 if scale is None else validation.number("scale", scale)
+    longest, heads, grouped = contracts.attention(qkv, cu_seqlens, max_seqlen, tiles, kv_heads)
+    dim = qkv.shape[-1]
+    scale = dim**-0.5 if scale is None else validation.number("scale", scale)
     if bias is not None:
-        contracts.relative_bias(bias, qkv)
+        contracts.relative_bias(bias, qkv, heads)
     reach = -1 if window is None else validation.integer("window", window, 0, optional=True)
     cos, sin = (None, None) if rotary is None else contracts.rotary(rotary, qkv)
+    validation.flag("causal", causal)
     args = qkv, cu_seqlens, longest, scale, bias, reach, cos, sin, tiles
-    return run("varlen_attention", qkv.dtype, impl, args, head_dim=qkv.shape[3])
-
-
-def embed_norm(
-    ids: Tensor,
-    positions: Tensor,
-    types: Tensor | None,
-    word: Tensor,
-    position_table: Tensor,
-    type_table: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    *,
-    out_dtype: torch.dtype | None = None,
-    impl: str = "auto",
-) -> Tensor:
-    """`LayerNorm(word[ids] + position_table[positions] + type_table[types])`.
-
-    Args:
-        ids: int32 `[T]`, rows of `word`.
-        positions: int32 `[T]`, rows of `position_table`.
-        types: int32 `[T]`, rows of `type_table`; None with a table means type 0 everywhere.
-        word: `[V, E]`, activations; E >= 1.
-        position_table: `[P, E]`, dtype of `word`.
-        type_table: `[N, E]`, N >= 1, dtype of `word`; or None.
-        weight: fp32 `[E]`, factor of the LayerNorm.
-        bias: fp32 `[E]`, added by the LayerNorm.
-        eps: finite, at least 0, added to the variance.
-        out_dtype: dtype of the result: that of `word` (the default), or with float32 tables also
-            bfloat16 or float16.
-        impl: see the module docstring.
-
-    Returns:
-        `[T, E]` in `out_dtype`.
-
-    Raises:
-        TypeError, ValueError: an argument breaks the contract; the message names it.
-        ImplementationError: the implementation asked for cannot run here.
-
-    Numerics:
-        fp32 sum and statistics, two passes (mean, then centred variance); one rounding.
-
-    Source:
-        The embeddings of BERT, arXiv:1810.04805; LayerNorm: Ba et al., arXiv:1607.06450.
-    """
-    contracts.embedding(ids, positions, types, word, position_table, type_table)
-    validation.parameter("weight", weight, (word.shape[1],), word)
-    validation.parameter("bias", bias, (word.shape[1],), word)
-    eps = validation.number("eps", eps, 0)
-    out_dtype = contracts.embedding_dtype(out_dtype, word)
-    tables = word, position_table, type_table
-    args = ids, positions, types, *tables, weight, bias, eps, out_dtype
-    return run("embed_norm", out_dtype, impl, args, width=word.shape[1])
-
-
-def add_norm(
-    x: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    weight: Tensor,
-    ln_bias: Tensor,
-    eps: float,
-    *,
-    impl: str = "auto",
-) -> Tensor:
-    """`LayerNorm(x + bias + residual)`.
-
-    Args:
-        x: `[T, E]`, activations; E >= 1.
-        bias: fp32 `[E]` of the linear that made `x`, or None.
-        residual: `[T, E]`, dtype of `x`, or None.
-        weight: fp32 `[E]`, factor of the LayerNorm.
-        ln_bias: fp32 `[E]`, added by the LayerNorm.
-        eps: finite, at least 0, added to the variance.
-        impl: see the module docstring.
-
-    Returns:
-        `[T, E]` in the dtype of `x`.
-
-    Raises:
-        TypeError, ValueError: an argument breaks the contract; the message names it.
-        ImplementationError: the implementation asked for cannot run here.
-
-    Numerics:
-        fp32 sum and statistics, two passes; one rounding.
-
-    Source:
-        Ba et al., arXiv:1607.06450.
-    """
-    eps = contracts.norm(x, bias, residual, weight, ln_bias, eps)
-    args = x, bias, residual, weight, ln_bias, eps
-    return run("add_norm", x.dtype, impl, args, width=x.shape[1])
-
-
-def bias_gelu(x: Tensor, bias: Tensor | None, *, tanh: bool = False, impl: str = "auto") -> Tensor:
-    """`gelu(x + bias)`: the exact erf form, or the tanh approximation where a model asks for it.
-
-    Args:
-        x: `[T, F]`, activations; F >= 1.
-        bias: fp32 `[F]` or None.
-        tanh: bool, the tanh approximation (`gelu_new`, `gelu_pytorch_tanh`) instead of erf.
-        impl: see the module docstring.
-
-    Returns:
-        `[T, F]` in the dtype of `x`.
-
-    Raises:
-        TypeError, ValueError: an argument breaks the contract; the message names it.
-        ImplementationError: the implementation asked for cannot run here.
-
-    Numerics:
-        evaluated in fp32; one rounding.
-
-    Source:
-        Hendrycks and Gimpel, arXiv:1606.08415.
-    """
-    validation.activations("x", x, ("T", "F"))
-    width = validation.columns("x", x)
-    if bias is not None:
-        validation.parameter("bias", bias, (width,), x)
-    validation.flag("tanh", tanh)
-    return run("bias_gelu", x.dtype, impl, (x, bias, tanh), width=width)
+    options = {"causal": causal, "kv_heads": grouped}
+    needs = () if rotary is None else ("rotary",)
+    return run("varlen_attention", qkv.dtype, impl, args, options, needs, head_dim=dim)

@@ -8,26 +8,47 @@ import torch
 from torch import Tensor
 
 from sbert_fast.ops import validation, values
-from sbert_fast.ops.reference import POOLING_MODES
+from sbert_fast.ops.reference import POOLING_MODES, Activation
 from sbert_fast.values import shown
 
-MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 128
+MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
+# Of what a gate multiplies.
+ACTIVATIONS = tuple(a.name.lower() for a in Activation if a != Activation.NONE)
 
 
 def pooling_mode(mode: str) -> int:
-    expected = f"mode must be one of {', '.join(POOLING_MODES)}"
-    if not isinstance(mode, str):
-        raise TypeError(f"{expected}, got {validation.describe(mode)}")
-    if mode not in POOLING_MODES:
-        raise ValueError(f"{expected}, got {shown(mode)}")
-    return POOLING_MODES.index(mode)
+    return _one_of("mode", mode, POOLING_MODES)
 
 
-def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, tiles: Tensor | None) -> int:
-    """Check what attention runs over, and return `max_seqlen`."""
-    validation.activations("qkv", qkv, ("T", 3, "H", "D"))
-    tokens, _, heads, dim = qkv.shape
-    if heads == 0:
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> int:
+    """The place of `value` among the names that an argument takes."""
+    expected = f"{name} must be one of {', '.join(known)}"
+    if not isinstance(value, str):
+        raise TypeError(f"{expected}, got {validation.describe(value)}")
+    if value not in known:
+        raise ValueError(f"{expected}, got {shown(value)}")
+    return known.index(value)
+
+
+def attention(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    tiles: Tensor | None,
+    kv_heads: int | None = None,
+) -> tuple[int, int, int]:
+    """Check what attention runs over; `max_seqlen`, heads and `kv_heads` (0 for None) come back."""
+    if kv_heads is None:
+        validation.activations("qkv", qkv, ("T", 3, "H", "D"))
+        heads, kv_heads = qkv.shape[2], 0
+    else:
+        kv_heads = validation.integer("kv_heads", kv_heads, 1, optional=True)
+        validation.activations("qkv", qkv, ("T", "H + 2 * kv_heads", "D"))
+        heads = qkv.shape[1] - 2 * kv_heads
+        if heads > 0 and heads % kv_heads:
+            raise ValueError(f"kv_heads must divide the {heads} heads of qkv, got {kv_heads}")
+    tokens, dim = qkv.shape[0], qkv.shape[-1]
+    if heads <= 0:
         raise ValueError(f"qkv must have at least one head H, got shape {list(qkv.shape)}")
     if not MIN_HEAD_DIM <= dim <= MAX_HEAD_DIM:
         raise ValueError(
@@ -42,7 +63,7 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, tiles: Tensor | 
     ends = values.cu_seqlens(cu_seqlens, tokens, longest)
     if tiles is not None and ends is not None:
         values.tiles(tiles, ends)
-    return longest
+    return longest, heads, kv_heads
 
 
 def sequences(cu_seqlens: Tensor, where: torch.device) -> None:
@@ -51,9 +72,9 @@ def sequences(cu_seqlens: Tensor, where: torch.device) -> None:
         raise ValueError("cu_seqlens must have shape [B + 1] with B >= 0, got an empty tensor")
 
 
-def relative_bias(bias: Tensor, qkv: Tensor) -> None:
+def relative_bias(bias: Tensor, qkv: Tensor, heads: int) -> None:
     """Check the bias `[H, 2R + 1]` of attention."""
-    validation.parameter("bias", bias, (qkv.shape[2], "2R + 1"), qkv)
+    validation.parameter("bias", bias, (heads, "2R + 1"), qkv)
     if bias.shape[1] % 2 == 0:
         raise ValueError(f"bias must have an odd width 2R + 1, got {bias.shape[1]}")
 
@@ -66,7 +87,7 @@ def rotary(tables: Sequence[Tensor], qkv: Tensor) -> tuple[Tensor, Tensor]:
         )
     if len(tables) != 2:
         raise ValueError(f"rotary must be a tuple (cos, sin), got {len(tables)} items")
-    tokens, _, _, dim = qkv.shape
+    tokens, dim = qkv.shape[0], qkv.shape[-1]
     if dim % 2:
         raise ValueError(f"rotary needs an even head dim D, got {dim}")
     for index, table in enumerate(tables):
@@ -76,29 +97,62 @@ def rotary(tables: Sequence[Tensor], qkv: Tensor) -> tuple[Tensor, Tensor]:
 
 def embedding(
     ids: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     types: Tensor | None,
     word: Tensor,
-    position_table: Tensor,
+    position_table: Tensor | None,
     type_table: Tensor | None,
 ) -> None:
     """Check ids and the tables they index."""
     validation.activations("word", word, ("V", "E"))
     width = validation.columns("word", word)
-    validation.like("position_table", position_table, ("P", width), word)
+    if (positions is None) != (position_table is None):
+        given, other = ("positions", "position_table")[:: 1 if position_table is None else -1]
+        raise ValueError(f"{given} was given without {other}: pass both or neither")
+    if position_table is not None:
+        validation.like("position_table", position_table, ("P", width), word)
     if type_table is not None:
         validation.like("type_table", type_table, ("N", width), word)
         if type_table.shape[0] == 0:
             raise ValueError("type_table must have a row for type 0, got 0 rows")
     validation.integers("ids", ids, ("T",), word.device)
-    validation.integers("positions", positions, (ids.shape[0],), word.device)
+    if positions is not None:
+        validation.integers("positions", positions, (ids.shape[0],), word.device)
     if types is not None:
         if type_table is None:
             raise ValueError("types was given without type_table: pass both or neither")
         validation.integers("types", types, (ids.shape[0],), word.device)
         values.indices("types", types, type_table.shape[0], "type_table")
     values.indices("ids", ids, word.shape[0], "word")
-    values.indices("positions", positions, position_table.shape[0], "position_table")
+    if positions is not None and position_table is not None:
+        values.indices("positions", positions, position_table.shape[0], "position_table")
+
+
+def embedding_norm(
+    weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool, word: Tensor
+) -> tuple[Tensor | None, Tensor | None, float]:
+    """Check the norm of embeddings, which there may be none of, and return it."""
+    validation.flag("rms", rms)
+    eps = validation.number("eps", eps, 0)
+    width = word.shape[1]
+    if weight is None:
+        if bias is not None:
+            raise ValueError("bias was given without weight: pass both, weight alone, or neither")
+        return None, None, eps
+    validation.parameter("weight", weight, (width,), word)
+    return weight, norm_bias("bias", bias, weight, word), eps
+
+
+def norm_bias(name: str, bias: Tensor | None, weight: Tensor, x: Tensor) -> Tensor:
+    """Check the bias of a norm; that of a norm without one is zeros."""
+    if bias is None:
+        return torch.zeros_like(weight)
+    validation.parameter(name, bias, tuple(weight.shape), x)
+    return bias
+
+
+def activation(name: str) -> int:
+    return Activation[ACTIVATIONS[_one_of("activation", name, ACTIVATIONS)].upper()].value
 
 
 def embedding_dtype(out_dtype: torch.dtype | None, word: Tensor) -> torch.dtype:
@@ -123,10 +177,11 @@ def norm(
     bias: Tensor | None,
     residual: Tensor | None,
     weight: Tensor,
-    ln_bias: Tensor,
+    ln_bias: Tensor | None,
     eps: float,
-) -> float:
-    """Check the arguments of a LayerNorm over `x + bias + residual`, and return `eps`."""
+    rms: bool,
+) -> tuple[Tensor, float]:
+    """Check a norm over `x + bias + residual`; `ln_bias` and `eps` come back."""
     validation.activations("x", x, ("T", "E"))
     width = validation.columns("x", x)
     if bias is not None:
@@ -134,8 +189,9 @@ def norm(
     if residual is not None:
         validation.like("residual", residual, tuple(x.shape), x)
     validation.parameter("weight", weight, (width,), x)
-    validation.parameter("ln_bias", ln_bias, (width,), x)
-    return validation.number("eps", eps, 0)
+    ln_bias = norm_bias("ln_bias", ln_bias, weight, x)
+    validation.flag("rms", rms)
+    return ln_bias, validation.number("eps", eps, 0)
 
 
 def pooling(

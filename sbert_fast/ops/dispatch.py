@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ _CPU_DTYPES = (torch.float32, torch.bfloat16)
 _CUDA_DTYPES = (torch.float16, torch.bfloat16)
 _PREFERENCES = {"cpu": ("cpu", "reference"), "cuda": ("triton", "torch", "reference")}
 
+_NAMES = {"cpu": "the C++ ops", "triton": "the Triton kernels", "cuda": "the CUDA ops"}
+
 # Implementations that have the last layer's LayerNorm and pooling in one kernel.
 FUSING = ("triton", "cuda")
 
@@ -36,21 +38,52 @@ class Kernel:
     op: str
     implementation: str
     overload: Any
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, *args: Any) -> Any:  # noqa: ANN401
         if not torch.compiler.is_compiling():
             with _launches_lock:
                 _launches[self.op, self.implementation] += 1
-        return self.overload(*args)
+        return self.overload(*args, **self.options)
 
 
 def rejection(
-    implementation: str, device: torch.device, dtype: torch.dtype, head_dim: int | None = None
+    implementation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int | None = None,
+    op: str | None = None,
+    needs: Iterable[str] = (),
 ) -> str | None:
     """Why `implementation` cannot run on `device` in `dtype`; None where it can.
 
-    `head_dim` is D of the attention it is to run, where that is known.
+    `head_dim` is D of the attention that it is to run, `op` the op, `needs` what the op is to have
+    of what :data:`sbert_fast.ops.schemas.LACKED` names; each where it is known.
     """
+    reason = _rejection_of_place(implementation, device, dtype, head_dim)
+    if reason is None and op is not None:
+        reason = _rejection_of_op(implementation, op, needs)
+    if reason is None and head_dim is not None and implementation in _NAMES:
+        if head_dim > limits.MAX_HEAD_DIM:
+            reason = f"{_NAMES[implementation]} take head dims up to {limits.MAX_HEAD_DIM}, "
+            reason += f"not {head_dim}"
+    return reason
+
+
+def _rejection_of_op(implementation: str, op: str, needs: Iterable[str]) -> str | None:
+    name = _NAMES.get(implementation, f"impl={implementation!r}")
+    if implementation not in schemas.implementations(op):
+        return f"{name} have no {op} yet"
+    lacked = schemas.LACKED.get(implementation, {}).get(op, ())
+    for need in needs:
+        if need in lacked:
+            return f"{name} have no {op} {need if ' ' in need else f'with {need}'} yet"
+    return None
+
+
+def _rejection_of_place(
+    implementation: str, device: torch.device, dtype: torch.dtype, head_dim: int | None
+) -> str | None:
     if implementation == "cpu":
         if not extension.CPU.available:
             return extension.CPU.reason
@@ -74,7 +107,8 @@ def _rejection_of_triton(device: torch.device, dtype: torch.dtype) -> str | None
     reason = kernels.unavailable(device)
     if reason is not None:
         return reason
-    missing = [op for op in schemas.SCHEMAS if op not in {*kernels.LAUNCHERS, *schemas.CPU_ONLY}]
+    ours = [op for op in schemas.SCHEMAS if "triton" in schemas.implementations(op)]
+    missing = [op for op in ours if op not in kernels.LAUNCHERS]
     if missing:
         return f"there is no Triton kernel for {', '.join(missing)}"
     if dtype not in kernels.DTYPES:
@@ -120,6 +154,7 @@ def resolve(
     head_dim: int | None = None,
     width: int | None = None,
     args: Sequence[Any] | None = None,
+    needs: Sequence[str] = (),
 ) -> str:
     """The implementation that will run.
 
@@ -132,7 +167,8 @@ def resolve(
         head_dim: D of the attention to run, where that is known.
         width: columns of the rows that any other op is to run on, where they are known.
         args: arguments of the op's schema, checked. None is a caller whose tensors all begin at
-            multiples of 16 bytes, rows of x included, and who has no rotary tables.
+            multiples of 16 bytes, rows of x included.
+        needs: what it must have of what :data:`sbert_fast.ops.schemas.LACKED` names.
 
     Raises:
         ValueError: `impl` names no implementation.
@@ -145,13 +181,13 @@ def resolve(
         if op is not None and _picks_cuda(op, device, dtype, head_dim, width, args):
             names = ("cuda", *names)
         for name in names:
-            if rejection(name, device, dtype, head_dim) is None:
+            if rejection(name, device, dtype, head_dim, op, needs) is None:
                 return name
         raise ImplementationError(f"no implementation runs on {device} in {dtype}")
     if impl not in schemas.IMPLEMENTATIONS:
         expected = ", ".join(("auto", *schemas.IMPLEMENTATIONS))
         raise ValueError(f"{asked} must be one of {expected}, got {impl!r}")
-    reason = rejection(impl, device, dtype, head_dim)
+    reason = rejection(impl, device, dtype, head_dim, op, needs)
     if reason is not None:
         raise ImplementationError(f"{asked}={impl!r} was asked for, but {reason}")
     return impl
@@ -184,13 +220,24 @@ def bind(
     *,
     head_dim: int | None = None,
     width: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    needs: Sequence[str] = (),
 ) -> Kernel:
     """The kernel of `op` that runs on `device` in `dtype`: resolved once, called many times.
 
     The tensors of those calls begin at multiples of 16 bytes. `head_dim` is D of the attention,
     `width` the columns of the rows of any other op; under `auto` a CUDA kernel needs to know.
+    `options` go into every call, `needs` are as for :func:`resolve`.
     """
-    return _kernel(op, resolve(device, dtype, impl, op=op, head_dim=head_dim, width=width))
+    given = _given(options)
+    sizes: Any = {"head_dim": head_dim, "width": width}
+    name = resolve(device, dtype, impl, op=op, needs=(*needs, *given), **sizes)
+    return _kernel(op, name, given)
+
+
+def _given(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options that are not at their defaults, which all are false."""
+    return {name: value for name, value in (options or {}).items() if value}
 
 
 def run(
@@ -198,22 +245,25 @@ def run(
     dtype: torch.dtype,
     impl: str,
     args: Sequence[Any],
+    options: Mapping[str, Any] | None = None,
+    needs: Sequence[str] = (),
     *,
     head_dim: int | None = None,
     width: int | None = None,
 ) -> Any:
     """Run `op` on arguments of its schema that are checked, wherever they lie in memory.
 
-    `dtype` is that of the activations, sizes are as for :func:`bind`.
+    `dtype` is that of the activations; options, needs and sizes are as for :func:`bind`.
     """
-    device = args[0].device
-    name = resolve(device, dtype, impl, op=op, head_dim=head_dim, width=width, args=args)
-    return _kernel(op, name)(*args)
+    device, given = args[0].device, _given(options)
+    sizes: Any = {"head_dim": head_dim, "width": width}
+    name = resolve(device, dtype, impl, op=op, args=args, needs=(*needs, *given), **sizes)
+    return _kernel(op, name, given)(*args)
 
 
-def _kernel(op: str, implementation: str) -> Kernel:
+def _kernel(op: str, implementation: str, options: dict[str, Any]) -> Kernel:
     packet = getattr(torch.ops.sbert_fast, op)
-    return Kernel(op, implementation, getattr(packet, implementation))
+    return Kernel(op, implementation, getattr(packet, implementation), options)
 
 
 def explain_ops() -> str:

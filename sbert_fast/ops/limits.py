@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from sbert_fast.ops import validation
-from sbert_fast.ops.contracts import MAX_HEAD_DIM
 
 # Bytes of one access, and the 16-bit numbers in them.
 ALIGNMENT, STEP = 16, 8
 _MAX_ROWS = 2**31 - 1
 _MAX_WIDTH = 4096
+# Of attention in C++, Triton and CUDA.
+MAX_HEAD_DIM = 128
 
 # Arguments that are read sixteen bytes at a time, by their names in the schema.
 _NORM = ("x", "bias", "residual", "weight", "ln_bias")
@@ -33,8 +34,6 @@ _VECTORS = {
     "norm_pool": _NORM,
     "norm_pool_out": _NORM,
 }
-# Options that no CUDA kernel has.
-_ABSENT = {"varlen_attention": ("rotary_cos", "rotary_sin")}
 
 
 def refusal_of_size(op: str, head_dim: int | None = None, width: int | None = None) -> str | None:
@@ -58,7 +57,7 @@ def refusal_of_size(op: str, head_dim: int | None = None, width: int | None = No
 
 
 def takes(op: str, args: Sequence[Any]) -> bool:
-    """Whether the CUDA kernel of `op` takes the tensors and options of a call.
+    """Whether the CUDA kernel of `op` takes the tensors of a call.
 
     Args:
         op: name of an op.
@@ -70,8 +69,6 @@ def takes(op: str, args: Sequence[Any]) -> bool:
     if _is_capturing():
         return False
     given = dict(zip(_names(op), args, strict=True))
-    if any(given[name] is not None for name in _ABSENT.get(op, ())):
-        return False
     vectors = (given[name] for name in _VECTORS[op])
     return args[0].shape[0] <= _MAX_ROWS and all(t is None or _in_vectors(t) for t in vectors)
 

@@ -7,20 +7,10 @@ every instruction set; the last panel is filled up with zeros.
 
 from __future__ import annotations
 
-from enum import IntEnum
-
 import torch.nn.functional as F
 from torch import Tensor
 
 COLUMNS = 48
-
-
-class Activation(IntEnum):
-    """What a linear layer applies to its sums; the values are those of the schema."""
-
-    NONE = 0
-    GELU = 1
-    GELU_TANH = 2
 
 
 def pack(weight: Tensor) -> Tensor:

@@ -71,10 +71,11 @@ def norm_pool(
     bias: Tensor | None,
     residual: Tensor | None,
     weight: Tensor,
-    ln_bias: Tensor,
+    ln_bias: Tensor | None,
     eps: float,
     cu_seqlens: Tensor,
     *,
+    rms: bool = False,
     mode: str = "mean",
     normalize: bool = True,
     skip: int = 0,
@@ -90,9 +91,10 @@ def norm_pool(
         bias: fp32 `[E]` of the linear that made `x`, or None.
         residual: `[T, E]`, dtype of `x`, or None.
         weight: fp32 `[E]`, factor of the LayerNorm.
-        ln_bias: fp32 `[E]`, added by the LayerNorm.
+        ln_bias: fp32 `[E]`, added by the LayerNorm, or None.
         eps: finite, at least 0, added to the variance.
         cu_seqlens: int32 `[B + 1]`, in tokens, see :mod:`sbert_fast.ops`.
+        rms: bool, RMSNorm instead of LayerNorm.
         mode, normalize, skip, spans, out, out_rows: as in :func:`segment_pool`.
         impl: see :mod:`sbert_fast.ops`.
 
@@ -111,12 +113,12 @@ def norm_pool(
     Source:
         As :func:`segment_pool` and :func:`sbert_fast.ops.add_norm`.
     """
-    eps = contracts.norm(x, bias, residual, weight, ln_bias, eps)
+    ln_bias, eps = contracts.norm(x, bias, residual, weight, ln_bias, eps, rms)
     how = contracts.pooling(x, cu_seqlens, mode, normalize, skip, spans)
     contracts.pooled_rows("norm_pool", x, cu_seqlens, spans, out, out_rows, residual)
     args, width = (x, bias, residual, weight, ln_bias, eps, cu_seqlens, *how), x.shape[1]
     if out is None:
-        return run("norm_pool", x.dtype, impl, args, width=width)
+        return run("norm_pool", x.dtype, impl, args, {"rms": rms}, width=width)
     contracts.no_grad("norm_pool", residual, bias, weight, ln_bias)
-    run("norm_pool_out", x.dtype, impl, (*args, out, out_rows), width=width)
+    run("norm_pool_out", x.dtype, impl, (*args, out, out_rows), {"rms": rms}, width=width)
     return out

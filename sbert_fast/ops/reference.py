@@ -7,6 +7,7 @@ device. Accumulation is fp32, or fp64 for fp64 inputs; results are rounded once,
 from __future__ import annotations
 
 from collections.abc import Iterator
+from enum import IntEnum
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,16 @@ from sbert_fast.ops.panels import unpack as unpack_panels
 
 POOLING_MODES = ("mean", "cls", "max", "mean_sqrt_len", "weighted_mean", "last_token")
 NORMALIZE_EPS = 1e-12
+
+
+class Activation(IntEnum):
+    """Activation functions; the values are those of the schemas."""
+
+    NONE = 0
+    GELU = 1
+    GELU_TANH = 2
+    SILU = 3
+
 
 # Scores held at once by attention, in elements: bounds memory, changes no result.
 _SCORE_BUDGET = 1 << 24
@@ -42,11 +53,25 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
+def _heads(qkv: Tensor, kv_heads: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values `[T, H, D]`; consecutive query heads share one of `kv_heads`."""
+    if not kv_heads:
+        return qkv.unbind(1)
+    heads = qkv.shape[1] - 2 * kv_heads
+    q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
+    return q, *(t.repeat_interleave(heads // kv_heads, dim=1) for t in (k, v))
+
+
 def _position_terms(
-    queries: Tensor, length: int, bias: Tensor | None, window: int, dtype: torch.dtype
+    queries: Tensor,
+    length: int,
+    bias: Tensor | None,
+    window: int,
+    causal: bool,
+    dtype: torch.dtype,
 ) -> Tensor | None:
     """The additive terms `[H or 1, len(queries), length]` that depend on positions only."""
-    if bias is None and window < 0:
+    if bias is None and window < 0 and not causal:
         return None
     distance = torch.arange(length, device=queries.device)[None] - queries[:, None]
     terms = torch.zeros(1, *distance.shape, dtype=dtype, device=queries.device)
@@ -55,7 +80,7 @@ def _position_terms(
         terms = bias.to(dtype)[:, distance.clamp(-reach, reach) + reach]
     if window >= 0:
         terms = terms.masked_fill(distance.abs() > window, float("-inf"))
-    return terms
+    return terms.masked_fill(distance > 0, float("-inf")) if causal else terms
 
 
 def varlen_attention(
@@ -68,12 +93,14 @@ def varlen_attention(
     rotary_cos: Tensor | None,
     rotary_sin: Tensor | None,
     tiles: Tensor | None,
+    causal: bool = False,
+    kv_heads: int = 0,
 ) -> Tensor:
-    q, k, v = qkv.to(_accumulator(qkv.dtype)).unbind(1)
+    q, k, v = _heads(qkv.to(_accumulator(qkv.dtype)), kv_heads)
     if rotary_cos is not None and rotary_sin is not None:
         q, k = _rotate(q, rotary_cos, rotary_sin), _rotate(k, rotary_cos, rotary_sin)
-    out = qkv.new_zeros(qkv.shape[0], *qkv.shape[2:])
-    heads = qkv.shape[2]
+    out = qkv.new_zeros(q.shape)
+    heads = q.shape[1]
     for rows in _rows_by_length(cu_seqlens):
         length = rows.shape[1]
         block = max(1, min(length, _SCORE_BUDGET // (heads * length)))
@@ -83,7 +110,7 @@ def varlen_attention(
             for queries in torch.arange(length, device=rows.device).split(block):
                 target = some[:, queries]
                 scores = (q[target].transpose(1, 2) @ keys) * scale  # [n, H, block, L]
-                terms = _position_terms(queries, length, bias, window, scores.dtype)
+                terms = _position_terms(queries, length, bias, window, causal, scores.dtype)
                 if terms is not None:
                     scores = scores + terms
                 result = (torch.softmax(scores, dim=-1) @ values).transpose(1, 2)
@@ -91,28 +118,36 @@ def varlen_attention(
     return out
 
 
-def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, rms: bool) -> Tensor:
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    if rms:
+        return F.rms_norm(x, x.shape[-1:], weight, eps) + bias
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def embed_norm(
     ids: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     types: Tensor | None,
     word: Tensor,
-    position_table: Tensor,
+    position_table: Tensor | None,
     type_table: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float,
     out_dtype: torch.dtype,
+    rms: bool = False,
 ) -> Tensor:
     dtype = _accumulator(word.dtype)
-    x = F.embedding(ids, word).to(dtype) + F.embedding(positions, position_table).to(dtype)
+    x = F.embedding(ids, word).to(dtype)
+    if positions is not None and position_table is not None:
+        x = x + F.embedding(positions, position_table).to(dtype)
     if type_table is not None:
         row = type_table[0] if types is None else F.embedding(types, type_table)
         x = x + row.to(dtype)
-    return _layer_norm(x, weight, bias, eps).to(out_dtype)
+    if weight is not None and bias is not None:
+        x = _norm(x, weight, bias, eps, rms)
+    return x.to(out_dtype)
 
 
 def add_norm(
@@ -122,39 +157,55 @@ def add_norm(
     weight: Tensor,
     ln_bias: Tensor,
     eps: float,
+    rms: bool = False,
 ) -> Tensor:
-    return _add_norm(x, bias, residual, weight, ln_bias, eps).to(x.dtype)
+    return _norm(_sum(x, bias, residual), weight, ln_bias, eps, rms).to(x.dtype)
 
 
-def _add_norm(
+def add_norm_sum(
     x: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
     weight: Tensor,
     ln_bias: Tensor,
     eps: float,
-) -> Tensor:
+    rms: bool = False,
+) -> tuple[Tensor, Tensor]:
+    total = _sum(x, bias, residual)
+    # A result of an op never shares memory with an argument.
+    return _norm(total, weight, ln_bias, eps, rms).to(x.dtype), total.to(x.dtype, copy=True)
+
+
+def _sum(x: Tensor, *terms: Tensor | None) -> Tensor:
     total = x.to(_accumulator(x.dtype))
-    for term in (bias, residual):
+    for term in terms:
         if term is not None:
             total = total + term.to(total.dtype)
-    return _layer_norm(total, weight, ln_bias, eps)
+    return total
+
+
+def _activate(x: Tensor, activation: int) -> Tensor:
+    if activation == Activation.NONE:
+        return x
+    if activation == Activation.SILU:
+        return F.silu(x)
+    return F.gelu(x, approximate="tanh" if activation == Activation.GELU_TANH else "none")
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
-    total = x.to(_accumulator(x.dtype))
-    if bias is not None:
-        total = total + bias.to(total.dtype)
-    return F.gelu(total, approximate="tanh" if tanh else "none").to(x.dtype)
+    return _activate(_sum(x, bias), Activation.GELU_TANH if tanh else Activation.GELU).to(x.dtype)
+
+
+def gated_activation(x: Tensor, bias: Tensor | None, activation: int, first: bool) -> Tensor:
+    halves = _sum(x, bias).chunk(2, dim=1)
+    activated, gate = halves if first else halves[::-1]
+    return (_activate(activated, activation) * gate).to(x.dtype)
 
 
 def linear(
     x: Tensor, panels: Tensor, bias: Tensor | None, features: int, activation: int
 ) -> Tensor:
-    y = _linear(x, panels, bias, features)
-    if activation:
-        y = F.gelu(y, approximate=("none", "tanh")[activation - 1])
-    return y.to(x.dtype)
+    return _activate(_linear(x, panels, bias, features), activation).to(x.dtype)
 
 
 def linear_norm(
@@ -167,7 +218,7 @@ def linear_norm(
     eps: float,
 ) -> Tensor:
     y = _linear(x, panels, bias, residual.shape[1]) + residual
-    return _layer_norm(y, weight, ln_bias, eps).to(x.dtype)
+    return _norm(y, weight, ln_bias, eps, rms=False).to(x.dtype)
 
 
 def _linear(x: Tensor, panels: Tensor, bias: Tensor | None, features: int) -> Tensor:
@@ -233,8 +284,9 @@ def norm_pool(
     normalize: bool,
     skip: int,
     spans: Tensor | None,
+    rms: bool = False,
 ) -> Tensor:
-    normalized = _add_norm(x, bias, residual, weight, ln_bias, eps)
+    normalized = _norm(_sum(x, bias, residual), weight, ln_bias, eps, rms)
     return segment_pool(normalized, cu_seqlens, pooling, normalize, skip, spans)
 
 
@@ -252,9 +304,11 @@ def norm_pool_out(
     spans: Tensor | None,
     out: Tensor,
     out_rows: Tensor | None,
+    rms: bool = False,
 ) -> None:
     norm = bias, residual, weight, ln_bias, eps
-    _scatter(norm_pool(x, *norm, cu_seqlens, pooling, normalize, skip, spans), out, out_rows)
+    pooled = norm_pool(x, *norm, cu_seqlens, pooling, normalize, skip, spans, rms)
+    _scatter(pooled, out, out_rows)
 
 
 def _scatter(pooled: Tensor, out: Tensor, out_rows: Tensor | None) -> None:

@@ -1,11 +1,13 @@
 """Schemas, fakes, reference kernels and the autograd refusal of every op.
 
-Each op has one overload per implementation, all with the same arguments. They are defined here, in
-Python, before any compiled library is loaded, so that graph capture sees them on every machine.
+Each op has one overload per implementation, with the same arguments except for those that an
+implementation lacks. They are defined here, in Python, before any compiled library is loaded, so
+that graph capture sees them on every machine.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -20,13 +22,17 @@ IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda", "torch")
 
 SCHEMAS = {
     "varlen_attention": "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale,"
-    " Tensor? bias, int window, Tensor? rotary_cos, Tensor? rotary_sin, Tensor? tiles) -> Tensor",
-    "embed_norm": "(Tensor ids, Tensor positions, Tensor? types, Tensor word,"
-    " Tensor position_table, Tensor? type_table, Tensor weight, Tensor bias, float eps,"
-    " ScalarType out_dtype) -> Tensor",
+    " Tensor? bias, int window, Tensor? rotary_cos, Tensor? rotary_sin, Tensor? tiles,"
+    " bool causal=False, int kv_heads=0) -> Tensor",
+    "embed_norm": "(Tensor ids, Tensor? positions, Tensor? types, Tensor word,"
+    " Tensor? position_table, Tensor? type_table, Tensor? weight, Tensor? bias, float eps,"
+    " ScalarType out_dtype, bool rms=False) -> Tensor",
     "add_norm": "(Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor ln_bias,"
-    " float eps) -> Tensor",
+    " float eps, bool rms=False) -> Tensor",
+    "add_norm_sum": "(Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor ln_bias,"
+    " float eps, bool rms=False) -> (Tensor, Tensor)",
     "bias_gelu": "(Tensor x, Tensor? bias, bool tanh) -> Tensor",
+    "gated_activation": "(Tensor x, Tensor? bias, int activation, bool first) -> Tensor",
     "linear": "(Tensor x, Tensor panels, Tensor? bias, int features, int activation) -> Tensor",
     "linear_norm": "(Tensor x, Tensor panels, Tensor? bias, Tensor residual, Tensor weight,"
     " Tensor ln_bias, float eps) -> Tensor",
@@ -35,31 +41,58 @@ SCHEMAS = {
     "segment_pool_out": "(Tensor x, Tensor cu_seqlens, int pooling, bool normalize, int skip,"
     " Tensor? spans, Tensor(a!) out, Tensor? out_rows) -> ()",
     "norm_pool": "(Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor ln_bias,"
-    " float eps, Tensor cu_seqlens, int pooling, bool normalize, int skip, Tensor? spans)"
-    " -> Tensor",
+    " float eps, Tensor cu_seqlens, int pooling, bool normalize, int skip, Tensor? spans,"
+    " bool rms=False) -> Tensor",
     "norm_pool_out": "(Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor ln_bias,"
     " float eps, Tensor cu_seqlens, int pooling, bool normalize, int skip, Tensor? spans,"
-    " Tensor(a!) out, Tensor? out_rows) -> ()",
+    " Tensor(a!) out, Tensor? out_rows, bool rms=False) -> ()",
 }
 
 # Other devices have GEMMs of their own.
 CPU_ONLY = frozenset({"linear", "linear_norm"})
+# Ops that no kernel of ours computes yet.
+TORCH_ONLY = frozenset({"add_norm_sum", "gated_activation"})
+
+# What implementations lack of an op: options, and tensors that they cannot do without.
+_LACKED_BY_ALL = {
+    "varlen_attention": ("causal", "kv_heads"),
+    "embed_norm": ("rms", "without position_table", "without weight"),
+    **dict.fromkeys(("add_norm", "norm_pool", "norm_pool_out"), ("rms",)),
+}
+LACKED = {
+    "cpu": _LACKED_BY_ALL,
+    "triton": _LACKED_BY_ALL,
+    "cuda": _LACKED_BY_ALL | {"varlen_attention": ("causal", "kv_heads", "rotary")},
+}
+_COMPANIONS = {"position_table": "positions", "weight": "bias"}
+
+_ATTENTION_ARGUMENTS = 9
 
 # Kept alive for the life of the process: dropping it would unregister the ops.
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
-def _fake_varlen_attention(qkv: Tensor, *_: Any) -> Tensor:
-    return qkv.new_empty(qkv.shape[0], qkv.shape[2], qkv.shape[3])
+def _fake_varlen_attention(qkv: Tensor, *args: Any) -> Tensor:
+    kv_heads = args[9] if len(args) > 9 else 0
+    heads = qkv.shape[1] - 2 * kv_heads if kv_heads else qkv.shape[2]
+    return qkv.new_empty(qkv.shape[0], heads, qkv.shape[-1])
 
 
 def _fake_embed_norm(ids: Tensor, *args: Any) -> Tensor:
-    word, out_dtype = args[2], args[-1]
+    word, out_dtype = args[2], args[8]
     return word.new_empty(ids.shape[0], word.shape[1], dtype=out_dtype)
 
 
 def _fake_elementwise(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
+
+
+def _fake_add_norm_sum(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _fake_gated_activation(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1] // 2)
 
 
 def _fake_linear(
@@ -81,7 +114,7 @@ def _fake_segment_pool(
 
 
 def _fake_norm_pool(x: Tensor, *args: Any) -> Tensor:
-    return _fake_segment_pool(x, *args[5:])
+    return _fake_segment_pool(x, *args[5:10])
 
 
 def _fake_nothing(*_: Any) -> None:
@@ -92,7 +125,9 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "varlen_attention": _fake_varlen_attention,
     "embed_norm": _fake_embed_norm,
     "add_norm": _fake_elementwise,
+    "add_norm_sum": _fake_add_norm_sum,
     "bias_gelu": _fake_elementwise,
+    "gated_activation": _fake_gated_activation,
     "linear": _fake_linear,
     "linear_norm": _fake_linear_norm,
     "segment_pool": _fake_segment_pool,
@@ -113,8 +148,9 @@ def _refuse_backward(name: str) -> Callable[..., NoReturn]:
 
 
 def _torch_varlen_attention(*args: Any) -> Tensor:
-    side = torch_attention if torch_attention.takes(*args) else reference
-    return side.varlen_attention(*args)
+    # Options are there only where one is not the default.
+    plain = len(args) == _ATTENTION_ARGUMENTS and torch_attention.takes(*args)
+    return (torch_attention if plain else reference).varlen_attention(*args)
 
 
 def _cpu_norm_pool(x: Tensor, *args: Any) -> Tensor:
@@ -140,13 +176,27 @@ _TORCH: dict[str, Callable[..., Any]] = {"varlen_attention": _torch_varlen_atten
 
 def implementations(op: str) -> tuple[str, ...]:
     """The implementations that `op` has."""
-    return ("reference", "cpu") if op in CPU_ONLY else IMPLEMENTATIONS
+    if op in CPU_ONLY:
+        return ("reference", "cpu")
+    return ("reference", "torch") if op in TORCH_ONLY else IMPLEMENTATIONS
+
+
+def schema_of(op: str, implementation: str) -> str:
+    """The schema of an overload: that of the op, less what the implementation lacks."""
+    schema = SCHEMAS[op]
+    for lacked in LACKED.get(implementation, {}).get(op, ()):
+        schema = re.sub(rf", \w+ {lacked}=\w+", "", schema)
+        if (tensor := lacked.removeprefix("without ")) in _COMPANIONS:
+            for name in (tensor, _COMPANIONS[tensor]):
+                schema = schema.replace(f"Tensor? {name},", f"Tensor {name},")
+    return schema
 
 
 def _register() -> None:
-    for op, schema in SCHEMAS.items():
+    for op in SCHEMAS:
         for implementation in implementations(op):
             name = f"{op}.{implementation}"
+            schema = schema_of(op, implementation)
             _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(f"{NAMESPACE}::{name}", _FAKES[op], lib=_library)
             if not op.endswith("_out"):
@@ -155,7 +205,8 @@ def _register() -> None:
                 )
         for key in ("CPU", "CUDA"):
             _library.impl(f"{op}.reference", getattr(reference, op), key)
-        _library.impl(f"{op}.torch", _TORCH.get(op, getattr(reference, op)), "CUDA")
+        if "torch" in implementations(op):
+            _library.impl(f"{op}.torch", _TORCH.get(op, getattr(reference, op)), "CUDA")
         if op in _CPU:
             _library.impl(f"{op}.cpu", _CPU[op], "CPU")
         if op in kernels.LAUNCHERS:

@@ -1,0 +1,70 @@
+"""Admission: whether a model may run packed, and whether what was read of it still holds."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from sbert_fast import bypass, models
+from sbert_fast.errors import UnsupportedModelError
+from sbert_fast.fingerprint import Fingerprint
+from sbert_fast.state import Snapshot
+
+
+class Admission:
+    """Whether a base model may run packed, and what its adapter has read of it.
+
+    It holds as long as no attribute or buffer of the model and no function that it calls has
+    changed.
+
+    Attributes:
+        problem: why the engine does not support the model; None where it does.
+        inside, around: why the modules in the model, or the model itself and its pooler, are to be
+            called all the same: they have hooks or forwards of their own. None where they have not.
+        drops: the model is in training mode and has dropout.
+        weights, identity: of the parameters, see :class:`sbert_fast.models.EncoderWeights`.
+        tensors, buffers: the parameters that a packed pass stands for, and the model's buffers.
+        records: a hook that gradient checkpointing has left records gradients where these are on.
+    """
+
+    architecture: models.Architecture
+    weights: models.EncoderWeights
+
+    def __init__(self, model: nn.Module) -> None:
+        self._snapshot = Snapshot(model)
+        self._originals = models.originals_of(model)
+        self.buffers = list(model.buffers())
+        self._buffers = Fingerprint(self.buffers, ())
+        self.tensors = [t for name, t in model.named_parameters() if not _is_pooler(name)]
+        self._kinds = self._read_kinds()
+        self.problem: str | None = None
+        inner = [m for name, m in model.named_modules() if name and not _is_pooler(name)]
+        pooler = [m for name, m in model.named_modules() if _is_pooler(name)]
+        try:
+            self.architecture, self.weights = models.read(model)
+        except UnsupportedModelError as error:
+            self.problem = str(error)
+            return
+        self.identity = (self.architecture, self.weights.identity())
+        self.inside, self.around = bypass.reason(inner), bypass.reason([model, *pooler])
+        self.drops = bypass.drops([*inner, model])
+        self.records = any(map(bypass.records_gradients, inner))
+
+    def _read_kinds(self) -> list[tuple[torch.dtype, torch.device]]:
+        return [(tensor.dtype, tensor.device) for tensor in self.tensors]
+
+    def is_current(self) -> bool:
+        """Whether all of it still holds."""
+        return (
+            self.holds_without_tensors()
+            and self._buffers.is_current()
+            and self._read_kinds() == self._kinds
+        )
+
+    def holds_without_tensors(self) -> bool:
+        """Whether it holds where no tensor was written to, moved or cast."""
+        return self._snapshot.is_current() and self._originals.is_current()
+
+
+def _is_pooler(name: str) -> bool:
+    return name.partition(".")[0] == "pooler"

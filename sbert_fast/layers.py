@@ -1,0 +1,275 @@
+"""The layers of the packed engine: prepared from what an adapter has read, and run.
+
+A layer is attention and a feed-forward. Each is added to the residual, and a norm follows. With
+post-norm that norm is the layer's own, and its result is the new residual; with pre-norm it belongs
+to what comes next, and the new residual is the sum itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sbert_fast import ops
+from sbert_fast.linears import PreparedLinear, PreparedNorm, Target, prepare_linear
+from sbert_fast.models import base
+from sbert_fast.ops.reference import Activation
+from sbert_fast.packing import PackedBatch
+
+# Cosines and sines fp32 `[T, D / 2]` of every kind of rotary positions of a model.
+Turns = tuple[tuple[Tensor, Tensor], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """The last hidden states before the last norm: `norm(y + bias + residual)`.
+
+    Attributes:
+        y, residual: `[T, E]`.
+        bias: fp32 `[E]`, or None.
+    """
+
+    y: Tensor
+    bias: Tensor | None
+    residual: Tensor
+    norm: PreparedNorm
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedAttention:
+    """Attention, its projections, and the kernel for it.
+
+    Attributes:
+        shape: of a token in `qkv`.
+        bias: fp32 `[H, 2R + 1]`, or None.
+        window: in tokens; -1 is none.
+        rotary: which of the rotary positions of the model, or None.
+    """
+
+    qkv: PreparedLinear
+    output: PreparedLinear
+    kernel: ops.Kernel
+    shape: tuple[int, ...]
+    scale: float
+    bias: Tensor | None
+    window: int
+    rotary: int | None
+
+    def __call__(self, x: Tensor, batch: PackedBatch, turns: Turns) -> Tensor:
+        """What the heads attend to, `[T, H * D]`."""
+        cos, sin = (None, None) if self.rotary is None else turns[self.rotary]
+        attended: Tensor = self.kernel(
+            self.qkv(x).view(x.shape[0], *self.shape),
+            batch.cu_seqlens,
+            batch.max_seqlen,
+            self.scale,
+            self.bias,
+            self.window,
+            cos,
+            sin,
+            batch.tiles,
+        )
+        return attended.view(x.shape[0], -1)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedFeedForward:
+    """`gate` is None where `up` activates its output itself."""
+
+    up: PreparedLinear
+    down: PreparedLinear
+    gate: ops.Kernel | None
+    activation: Activation
+    first: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What `down` is to project, `[T, F]`."""
+        if self.gate is None:
+            return self.up(x)
+        activated: Tensor = self.gate(*self.up.without_bias(x), self.activation.value, self.first)
+        return activated
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedLayer:
+    """A layer, and the norms behind its halves: `between` them, and `after` both."""
+
+    attention: PreparedAttention
+    between: PreparedNorm
+    feed_forward: PreparedFeedForward
+    after: PreparedNorm
+    norm_first: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """All layers of a model.
+
+    Attributes:
+        first_norm: before the first layer, or None.
+        norm: the kernel for it.
+        rotary: cosines and sines fp32 `[positions, D / 2]` of every kind of rotary positions.
+    """
+
+    layers: tuple[PreparedLayer, ...]
+    first_norm: PreparedNorm | None
+    norm: ops.Kernel
+    rotary: Turns
+
+    def states(self, x: Tensor, batch: PackedBatch) -> Iterator[Tensor]:
+        """The embeddings `x` `[T, E]`, and what every layer makes of them, the last one normed."""
+        yield x
+        residual, turns = x, self._turns(batch)
+        x = self._enter(x)
+        for layer in self.layers:
+            residual, x = _attend(layer, residual, x, batch, turns)
+            keeps_sum = layer.norm_first and layer is not self.layers[-1]
+            down, inner = layer.feed_forward.down, layer.feed_forward(x)
+            residual, x = _join(down, inner, residual, layer.after, keeps_sum)
+            yield residual
+
+    def unfinished(self, x: Tensor, batch: PackedBatch) -> Unfinished:
+        """The last of the states, before its norm."""
+        residual, turns, last = x, self._turns(batch), self.layers[-1]
+        x = self._enter(x)
+        for layer in self.layers:
+            residual, x = _attend(layer, residual, x, batch, turns)
+            feed_forward, inner = layer.feed_forward, layer.feed_forward(x)
+            if layer is not last:
+                how = layer.after, layer.norm_first
+                residual, x = _join(feed_forward.down, inner, residual, *how)
+        return Unfinished(*feed_forward.down.without_bias(inner), residual, last.after)
+
+    def _enter(self, x: Tensor) -> Tensor:
+        """What the first layer reads of the embeddings."""
+        norm = self.first_norm
+        if norm is None:
+            return x
+        normed: Tensor = self.norm(x, None, None, norm.weight, norm.bias, norm.eps)
+        return normed
+
+    def _turns(self, batch: PackedBatch) -> Turns:
+        rows = batch.position_ids
+        return tuple((cos[rows], sin[rows]) for cos, sin in self.rotary)
+
+
+def _attend(
+    layer: PreparedLayer, residual: Tensor, x: Tensor, batch: PackedBatch, turns: Turns
+) -> tuple[Tensor, Tensor]:
+    """The first half of a layer: the residual, and what the second half reads."""
+    attended = layer.attention(x, batch, turns)
+    return _join(layer.attention.output, attended, residual, layer.between, layer.norm_first)
+
+
+def _join(
+    linear: PreparedLinear, x: Tensor, residual: Tensor, norm: PreparedNorm, keeps_sum: bool
+) -> tuple[Tensor, Tensor]:
+    """The new residual, and the norm of the output of `linear` plus the old one."""
+    if keeps_sum:
+        normed, total = linear.add_norm_sum(x, residual, norm)
+        return total, normed
+    normed = linear.add_norm(x, residual, norm)
+    return normed, normed
+
+
+def attention_options(attention: base.Attention) -> dict[str, Any]:
+    """What attention asks of its kernel, as :func:`ops.bind` takes it."""
+    grouped = attention.kv_heads if attention.kv_heads != attention.heads else 0
+    return {
+        "head_dim": attention.head_dim,
+        "options": {"causal": attention.causal, "kv_heads": grouped},
+        "needs": () if attention.rotary is None else ("rotary",),
+    }
+
+
+def prepare_stack(weights: base.EncoderWeights, target: Target, positions: int) -> Stack:
+    """Prepare the layers of a model.
+
+    Args:
+        weights: of the model.
+        target: what to prepare them for.
+        positions: how many there are.
+    """
+    kinds = {id(r.frequencies): r.frequencies for r in _rotary(weights)}
+    following = [layer.attention_norm for layer in weights.layers[1:]] + [weights.final_norm]
+    first = weights.layers[0]
+    first_norm = first.attention_norm if first.norm_first else None
+    options = {"rms": first_norm is not None and first_norm.rms}
+    return Stack(
+        layers=tuple(
+            _prepare_layer(layer, after, list(kinds), target)
+            for layer, after in zip(weights.layers, following, strict=True)
+        ),
+        first_norm=None if first_norm is None else PreparedNorm.of(first_norm),
+        norm=target.bind("add_norm", width=first.attention.output.weight.shape[0], options=options),
+        rotary=tuple(_tables(frequencies, positions) for frequencies in kinds.values()),
+    )
+
+
+def _rotary(weights: base.EncoderWeights) -> list[base.Rotary]:
+    return [r for layer in weights.layers if (r := layer.attention.rotary) is not None]
+
+
+def _tables(frequencies: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of all positions.
+
+    Made once, and not of the positions of a batch: there their last bits would depend on where in
+    the batch a position is.
+    """
+    rows = torch.arange(positions, dtype=torch.float32, device=frequencies.device)
+    angles = rows[:, None] * frequencies.float()
+    return angles.cos(), angles.sin()
+
+
+def _prepare_layer(
+    layer: base.Layer, following: base.Norm | None, kinds: list[int], target: Target
+) -> PreparedLayer:
+    own = layer.attention_norm, layer.feed_forward_norm
+    norms = (layer.feed_forward_norm, following) if layer.norm_first else own
+    between, after = (PreparedNorm.of(norm) for norm in norms if norm is not None)
+    return PreparedLayer(
+        attention=_prepare_attention(layer.attention, kinds, target),
+        between=between,
+        feed_forward=_prepare_feed_forward(layer.feed_forward, target),
+        after=after,
+        norm_first=layer.norm_first,
+    )
+
+
+def _prepare_attention(
+    attention: base.Attention, kinds: list[int], target: Target
+) -> PreparedAttention:
+    heads, grouped, dim = attention.heads, attention.kv_heads, attention.head_dim
+    relative, rotary = attention.relative_bias, attention.rotary
+    bias = None
+    if relative is not None:
+        rows = torch.tensor(relative.buckets, device=relative.table.device)
+        bias = relative.table.detach().float()[rows].T.contiguous()
+    return PreparedAttention(
+        qkv=prepare_linear(attention.qkv, target),
+        output=prepare_linear((attention.output,), target),
+        kernel=target.bind("varlen_attention", **attention_options(attention)),
+        shape=(3, heads, dim) if grouped == heads else (heads + 2 * grouped, dim),
+        scale=attention.scale,
+        bias=bias,
+        window=-1 if attention.window is None else attention.window,
+        rotary=None if rotary is None else kinds.index(id(rotary.frequencies)),
+    )
+
+
+def _prepare_feed_forward(feed_forward: base.FeedForward, target: Target) -> PreparedFeedForward:
+    gated, gate = feed_forward.gated, None
+    if gated:
+        gate = target.bind("gated_activation", width=feed_forward.down.weight.shape[1])
+    fused = Activation.NONE if gated else feed_forward.activation
+    return PreparedFeedForward(
+        up=prepare_linear(feed_forward.up, target, fused),
+        down=prepare_linear((feed_forward.down,), target),
+        gate=gate,
+        activation=feed_forward.activation,
+        first=feed_forward.first,
+    )

@@ -1,0 +1,89 @@
+"""ModernBERT: norms first and without bias, a gate, rotary positions, windows in most layers.
+
+Source: `transformers.models.modernbert`; Warner et al., arXiv:2412.13663.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from sbert_fast.errors import UnsupportedModelError
+from sbert_fast.models.base import (
+    Architecture,
+    Attention,
+    Embeddings,
+    EncoderWeights,
+    FeedForward,
+    Layer,
+    Rotary,
+    activation,
+    head_dim,
+    linear,
+    norm,
+)
+from sbert_fast.ops.reference import Activation
+
+_WINDOWED = "sliding_attention"
+
+
+def weights(model: Any) -> EncoderWeights:
+    table, config = model.embeddings, model.config
+    function = activation(config.hidden_activation, [x.mlp.act for x in model.layers], gated=True)
+    rotary = {kind: _rotary(model.rotary_emb, kind) for kind in set(config.layer_types)}
+    return EncoderWeights(
+        Embeddings(table.tok_embeddings.weight, None, None, norm(table.norm, bias=False)),
+        tuple(_layer(layer, config, rotary, function) for layer in model.layers),
+        norm(model.final_norm, bias=False),
+    )
+
+
+def _rotary(module: Any, kind: str) -> Rotary:
+    name = module.rope_type[kind]
+    if name != "default" or getattr(module, f"{kind}_attention_scaling") != 1.0:
+        raise UnsupportedModelError(f"rotary positions must be of type 'default', got {name!r}")
+    return Rotary(getattr(module, f"{kind}_inv_freq"))
+
+
+def _layer(module: Any, config: Any, rotary: dict[str, Rotary], function: Activation) -> Layer:
+    heads, kind = config.num_attention_heads, module.attention_type
+    dim = head_dim(config.hidden_size, heads)
+    identity = type(module.attn_norm) is nn.Identity
+    return Layer(
+        attention=Attention(
+            qkv=(linear(module.attn.Wqkv),),
+            output=linear(module.attn.Wo),
+            heads=heads,
+            kv_heads=heads,
+            head_dim=dim,
+            scale=dim**-0.5,
+            rotary=rotary[kind],
+            window=config.sliding_window if kind == _WINDOWED else None,
+        ),
+        attention_norm=None if identity else norm(module.attn_norm, bias=False),
+        feed_forward=FeedForward(
+            (linear(module.mlp.Wi),), linear(module.mlp.Wo), function, gated=True
+        ),
+        feed_forward_norm=norm(module.mlp_norm, bias=False),
+        norm_first=True,
+    )
+
+
+def architecture(model: Any) -> Architecture:
+    config = model.config
+    return Architecture(
+        family=config.model_type,
+        embedding_size=model.embeddings.tok_embeddings.embedding_dim,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        head_dim=head_dim(config.hidden_size, config.num_attention_heads),
+        num_layers=config.num_hidden_layers,
+        intermediate_size=config.intermediate_size,
+        vocab_size=model.embeddings.tok_embeddings.num_embeddings,
+        position_offset=0,
+        uncounted_id=None,
+        max_tokens=config.max_position_embeddings,
+        type_vocab_size=0,
+        gated=True,
+    )

@@ -1,0 +1,134 @@
+"""What is special to ModernBERT: windows, live rotary frequencies, norms that come first."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import families
+from checks import assert_same_vectors
+from packed import assert_same, packed_states, reference_states
+from patched import assert_identical, assert_same_states, pair, run
+from sbert_fast import FastEncoder, accelerate, explain, ops
+from sbert_fast.engine import PackedEncoder
+from sbert_fast.errors import ImplementationError, UnsupportedModelError
+from sbert_fast.patching import counts
+
+LENGTHS = [3, 20, 41, 64]
+
+
+def model(**overrides: Any) -> Any:
+    return families.make_model("modernbert", **overrides)
+
+
+def assert_packed_as_stock(made: Any) -> None:
+    batch = families.make_batch("modernbert", LENGTHS)
+    assert_same(packed_states(PackedEncoder(made), batch), reference_states(made, batch))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"norm_bias": True, "attention_bias": True, "mlp_bias": True},
+        {"hidden_activation": "silu"},
+        {"hidden_activation": "gelu_pytorch_tanh"},
+        {"local_attention": 2},
+        {"layer_types": ["sliding_attention"] * 3},
+        {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+        {"num_hidden_layers": 1},
+    ],
+    ids=str,
+)
+def test_configs(overrides: dict[str, Any]) -> None:
+    assert_packed_as_stock(model(**overrides))
+
+
+def test_each_kind_of_layer_has_its_own_rotary_base() -> None:
+    found = [layer.attention.rotary for layer in PackedEncoder(model()).admitted.weights.layers]
+    full, sliding = found[0].frequencies, found[1].frequencies
+    assert not torch.equal(full, sliding)
+    assert found[1].frequencies is found[2].frequencies
+
+
+def test_frequencies_are_read_live() -> None:
+    made = model()
+    engine, batch = PackedEncoder(made), families.make_batch("modernbert", LENGTHS)
+    before = torch.cat(packed_states(engine, batch))
+    made.rotary_emb.full_attention_inv_freq.data.mul_(0.5)
+    after = packed_states(engine, batch)
+    assert not torch.equal(before, torch.cat(after))
+    assert_same(after, reference_states(made, batch))
+
+
+def test_another_kind_of_rotary_positions_is_refused() -> None:
+    made = model()
+    made.rotary_emb.rope_type["full_attention"] = "dynamic"
+    with pytest.raises(UnsupportedModelError, match="type 'default', got 'dynamic'"):
+        PackedEncoder(made)
+    made = model()
+    made.rotary_emb.full_attention_attention_scaling = 0.5
+    with pytest.raises(UnsupportedModelError, match="rotary positions"):
+        PackedEncoder(made)
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+def test_a_mask_with_gaps_runs_in_the_original(gaps: bool) -> None:
+    """There the window is counted in columns of the padded row."""
+    original, ours = pair("modernbert")
+    batch = families.make_batch("modernbert", LENGTHS)
+    if gaps:
+        batch["attention_mask"][3, 20:32] = 0
+    same = assert_identical if gaps else partial(assert_same_states, keep=batch["attention_mask"])
+    same(run(ours, batch), run(original, batch))
+    assert ("packed" in counts(ours)) != gaps
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side(side: str) -> None:
+    original, ours = pair("modernbert")
+    batch = families.make_batch("modernbert", LENGTHS)
+    if side == "left":
+        batch = {name: tensor.flip(1) for name, tensor in batch.items()}
+    assert_same_states(run(ours, batch), run(original, batch), batch["attention_mask"])
+
+
+def test_what_runs_elsewhere_is_told_and_refused_by_name() -> None:
+    st = families.make_sentence_transformer("modernbert")
+    told = explain(FastEncoder(st))
+    if ops.extension.CPU.available:
+        assert "gated_activation: reference (the C++ ops have no gated_activation yet)" in told
+        assert "varlen_attention: reference" not in told
+        with pytest.raises(ImplementationError, match="the C.. ops have no"):
+            FastEncoder(st, impl="cpu")
+
+
+def test_a_sentence_transformer() -> None:
+    st = families.make_sentence_transformer("modernbert")
+    texts = families.make_texts(30, max_words=60)
+    expected = st.encode(texts)
+    encoder = FastEncoder(st)
+    assert_same_vectors(encoder.encode(texts), expected)
+    assert not encoder.stats.fallbacks
+    assert_same_vectors(accelerate(st).encode(texts), expected)
+
+
+def test_texts_longer_than_there_are_positions_run_in_sentence_transformers() -> None:
+    st = families.make_sentence_transformer("modernbert")
+    st.max_seq_length = families.MAX_TOKENS + 40
+    texts = [" ".join(families.make_texts(8)), "short"]
+    encoder = FastEncoder(st)
+    assert np.array_equal(encoder.encode(texts), st.encode(texts))
+    assert "is beyond the 64 positions" in str(encoder.unsupported_reason)
+
+
+def test_vectors_do_not_depend_on_the_batch() -> None:
+    encoder = FastEncoder(families.make_sentence_transformer("modernbert"))
+    texts = families.make_texts(40)
+    together = encoder.encode(texts)
+    assert all(
+        (encoder.encode(text) == row).all() for text, row in zip(texts, together, strict=True)
+    )

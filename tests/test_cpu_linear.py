@@ -115,19 +115,28 @@ def test_panels_hold_the_weight(K: int, N: int, dtype: torch.dtype) -> None:
     assert packed.numel() == -(-N // panels.COLUMNS) * panels.COLUMNS * K
 
 
+def as_part(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Linear:
+    """A layer as an adapter reads it."""
+    module = torch.nn.Linear(*reversed(weight.shape), bias=bias is not None, dtype=dtype)
+    module.weight.data.copy_(weight)
+    if bias is not None:
+        module.bias.data.copy_(bias)
+    return Linear(weight, bias, module)
+
+
 @every_dtype
 @pytest.mark.parametrize("inputs", [64, 37])
 @pytest.mark.parametrize("kind", linears.KINDS, ids=lambda kind: kind.name)
 def test_prepared_linears_agree(kind: Any, inputs: int, dtype: torch.dtype) -> None:
     """Whatever they run on; layers without a bias beside one that has it."""
-    target = Target(dtype, CPU)
+    target = Target(dtype, CPU, live=kind is linears.LiveLinear)
     if kind is not PanelLinear and (reason := kind.refusal(target, inputs)) is not None:
         pytest.skip(reason)
     if kind is PanelLinear and dtype == torch.bfloat16 and inputs % 2:
         pytest.skip("bfloat16 panels hold pairs of inputs")
     x, residual = torch.randn(32, inputs).to(dtype), torch.randn(32, 90).to(dtype)
     weights, bias = torch.randn(3, 30, inputs), torch.randn(30)
-    parts = tuple(Linear(w, b) for w, b in zip(weights, (None, bias, None), strict=True))
+    parts = tuple(as_part(w, b, dtype) for w, b in zip(weights, (None, bias, None), strict=True))
     whole_bias = torch.cat((torch.zeros(30), bias, torch.zeros(30)))
     args: list[Any] = [x, panels.pack(weights.view(90, -1)), whole_bias, 90, Activation.GELU]
     if dtype == torch.bfloat16:

@@ -1,4 +1,4 @@
-"""Where the time of sbert-fast goes on a CPU, beside what its vector units can do at most.
+"""Where the time of sbert-fast goes on a CPU, beside what its arithmetic units can do at most.
 
     python -m benchmarks.encode.breakdown --corpus mixed --dtype float32,bfloat16 --json result.json
 
@@ -127,7 +127,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     lengths = model.tokenize(texts).lengths
     peak = FmaPeak(folder, args.threads)
     if peak.reason is not None:
-        say(f"the peak of the vector units is not measured: {peak.reason}")
+        say(f"the multiply-add peak is not measured: {peak.reason}")
     encoders = {p: FastEncoder(str(args.model), device="cpu", dtype=p) for p in args.dtype}
     passes: dict[str, list[dict[str, float]]] = {p: [] for p in args.dtype}
     peaks: dict[str, list[float]] = {p: [] for p in args.dtype}

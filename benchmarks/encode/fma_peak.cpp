@@ -1,7 +1,11 @@
-// Prints what the vector units of this CPU multiply and add at most, in GFLOP/s, on so many
-// threads: fma_peak float32|bfloat16 THREADS. Exits with 3 where there are no instructions for the
-// precision.
+// Prints what this CPU multiplies and adds at most, in GFLOP/s, on so many threads:
+// fma_peak float32|bfloat16 THREADS. The tile unit (AMX) counts in bfloat16 where there is one, the
+// vector units elsewhere. Exits with 3 where there are no instructions for the precision.
 #include <immintrin.h>
+#if defined(__AMX_BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <chrono>
 #include <cstdio>
@@ -55,6 +59,48 @@ float RunFloat32() {
   return RunChains([&](Vector sum) { return Fma(a, b, sum); });
 }
 
+#if defined(__AMX_BF16__)
+constexpr long kTileSteps = kSteps / 8;
+// Six tiles of sums; a product adds 16 x 16 sums of 32 products each.
+constexpr int kTiles = 6;
+constexpr double kFlopsOfTile = 2.0 * 16 * 16 * 32;
+
+// Linux lends the tile registers to who asks.
+bool HasTiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+float RunTiles() {
+  alignas(64) unsigned char config[64] = {1};
+  for (int tile = 0; tile < 8; ++tile) {
+    config[16 + 2 * tile] = 64;  // bytes of a row
+    config[48 + tile] = 16;      // rows
+  }
+  _tile_loadconfig(config);
+  alignas(64) float zeros[256] = {};
+  _tile_loadd(6, zeros, 64);
+  _tile_loadd(7, zeros, 64);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_zero(4);
+  _tile_zero(5);
+  for (long i = 0; i < kTileSteps; ++i) {
+    _tile_dpbf16ps(0, 6, 7);
+    _tile_dpbf16ps(1, 6, 7);
+    _tile_dpbf16ps(2, 6, 7);
+    _tile_dpbf16ps(3, 6, 7);
+    _tile_dpbf16ps(4, 6, 7);
+    _tile_dpbf16ps(5, 6, 7);
+  }
+  _tile_stored(0, zeros, 64);
+  _tile_release();
+  return zeros[0];
+}
+#endif
+
 #if defined(__AVX512BF16__)
 float RunBfloat16() {
   Vector a = Fill(0.5F), b = Fill(0.25F);
@@ -70,16 +116,21 @@ float RunBfloat16() {
 int main(int argc, char** argv) {
   if (argc != 3) return 2;
   const bool is_bfloat16 = std::strcmp(argv[1], "bfloat16") == 0;
-  float (*run)() = RunFloat32;
-  double flops_per_lane = 2;
-  if (is_bfloat16) {
+  float (*run)() = is_bfloat16 ? nullptr : RunFloat32;
+  double flops = 2.0 * kLanes * kChains * kSteps;
 #if defined(__AVX512BF16__)
+  if (is_bfloat16) {
     run = RunBfloat16;
-    flops_per_lane = 4;
-#else
-    return 3;
-#endif
+    flops *= 2;
   }
+#endif
+#if defined(__AMX_BF16__)
+  if (is_bfloat16 && HasTiles()) {
+    run = RunTiles;
+    flops = kFlopsOfTile * kTiles * kTileSteps;
+  }
+#endif
+  if (run == nullptr) return 3;
   const int threads = std::atoi(argv[2]);
   std::vector<float> results(static_cast<size_t>(threads));
   const auto start = std::chrono::steady_clock::now();
@@ -87,7 +138,6 @@ int main(int argc, char** argv) {
   for (float& result : results) workers.emplace_back([&result, run] { result = run(); });
   for (std::thread& worker : workers) worker.join();
   const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
-  const double flops = flops_per_lane * kLanes * kChains * static_cast<double>(kSteps) * threads;
-  std::printf("%.1f\n", flops / taken.count() / 1e9);
+  std::printf("%.1f\n", flops * threads / taken.count() / 1e9);
   return 0;
 }

@@ -104,7 +104,7 @@ def render_breakdown(document: Document) -> str:
         if row["fma_peak_gflops"] is not None:
             line += (
                 f", {row['linear_gflops'] / row['fma_peak_gflops']:.0%} of the "
-                f"{row['fma_peak_gflops']:,.0f} that the vector units reach in registers: "
+                f"{row['fma_peak_gflops']:,.0f} that it reaches in registers: "
                 f"{row['fma_peak_tokens_per_s']:,.0f} tokens/s if nothing else were to do"
             )
         lines.append(line)
@@ -135,7 +135,7 @@ def _breakdown_line(document: Document) -> str:
         peak = row["fma_peak_gflops"]
         if peak is not None:
             shares += (
-                f"; linear layers at {row['linear_gflops'] / peak:.0%} of the vector units' peak, "
+                f"; linear layers at {row['linear_gflops'] / peak:.0%} of the multiply-add peak, "
                 f"which is {row['fma_peak_tokens_per_s']:,.0f} tokens/s"
             )
         told.append(f"{row['precision']}: {shares}")

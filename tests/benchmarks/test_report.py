@@ -150,7 +150,7 @@ def test_figures_of_results(tmp_path: Path) -> None:
     assert "; commit 012345678, fedcba987 (" in first
     assert last == (
         "Where the time goes, passages: float32: linear layers 90%, attention 7%; linear layers at "
-        "90% of the vector units' peak, which is 9,000 tokens/s. bfloat16: linear layers 90%, "
+        "90% of the multiply-add peak, which is 9,000 tokens/s. bfloat16: linear layers 90%, "
         "attention 7%."
     )
 

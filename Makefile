@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= -r requirements/torch.txt
 PYTEST_ARGS ?=
+JOBS ?= auto
 BENCH_ARGS ?=
 OP_BENCH_ARGS ?=
 OUT ?= results-tmp/gpu
@@ -36,8 +37,10 @@ demo: $(BUILD) ## Embed sentences, compare with sentence-transformers, time both
 	$(STEP) "Demo"
 	@$(BIN)/python examples/demo.py
 
+# A process a core, each on one thread.
+test: export OMP_NUM_THREADS ?= 1
 test: $(REQUIREMENTS) $(BUILD) ## Run all tests.
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 bench: $(REQUIREMENTS) $(BUILD) ## Time encoding (BENCH_ARGS) and every op (OP_BENCH_ARGS) beside their peers.
 	$(BIN)/python -m benchmarks.encode $(BENCH_ARGS)

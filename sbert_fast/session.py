@@ -13,7 +13,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from tqdm.autonotebook import tqdm
 
-from sbert_fast import bypass, forking, inference, ops
+from sbert_fast import bypass, forking, ops, results
 from sbert_fast.arguments import DEFAULT_BATCH_SIZE, Chunk, DefaultBatchSize
 from sbert_fast.assembly import Assembly, Unsupported, Where
 from sbert_fast.call import Call
@@ -107,7 +107,7 @@ class Session:
         """Run checked texts.
 
         Returns:
-            By `call.output_value` what the functions of :mod:`sbert_fast.inference` return.
+            By `call.output_value` what the functions of :mod:`sbert_fast.results` return.
 
         Raises:
             DeviceLostError: the device failed, now or earlier.
@@ -134,10 +134,8 @@ class Session:
         with self._on_device(model), bar:
             arguments = (texts, pipeline, request, self.counters, bar.update)
             if call.is_of_sentences:
-                return inference.sentence_embeddings(*arguments, on_host=call.on_host)
-            compute = (
-                inference.features if call.output_value is None else inference.token_embeddings
-            )
+                return results.sentence_embeddings(*arguments, on_host=call.on_host)
+            compute = results.features if call.output_value is None else results.token_embeddings
             return compute(*arguments)
 
     def announce(self, model: SentenceTransformer) -> None:

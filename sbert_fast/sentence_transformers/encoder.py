@@ -27,7 +27,8 @@ from sbert_fast.assembly import Unsupported
 from sbert_fast.call import Call
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import SbertFastError
-from sbert_fast.inference import Pipeline, check_embeddings
+from sbert_fast.finite import check_embeddings
+from sbert_fast.inference import Pipeline
 from sbert_fast.sentence_transformers.stock import (
     checked,
     read_inputs,

@@ -63,7 +63,7 @@ def _installation() -> list[str]:
 
 
 def _cuda_ops() -> str:
-    library, reason = ops.extension.CUDA, ops.extension.cuda_unavailable(torch.device("cuda"))
+    library, reason = ops.extension.CUDA, ops.extension.cuda_refusal(torch.device("cuda"))
     if not library.available:
         return str(reason)
     targets = f" (CUDA {library.cuda}, for {', '.join(library.targets)})" if library.targets else ""
@@ -96,7 +96,7 @@ def _base_model(module: nn.Module) -> list[str]:
     if forward is None:
         return lines or ["supported, not accelerated: sbert_fast.accelerate(model) does that"]
     counts = forward.counts
-    lines.append(f"accelerated ({forward.encoder.architecture.family}): {_engine(forward.encoder)}")
+    lines.append(f"accelerated ({forward.engine.architecture.family}): {_engine(forward.engine)}")
     lines.append(f"packed calls: {counts.pop(PACKED, 0)}")
     return lines + _tally("calls of the original forward", counts)
 
@@ -115,7 +115,7 @@ def _engine(engine: PackedEncoder) -> str:
         passed = [
             f"{other}: {reason}"
             for other in preference(engine.device)
-            if (reason := ops.rejection(other, engine.device, engine.compute_dtype)) is not None
+            if (reason := ops.refusal(other, engine.device, engine.compute_dtype)) is not None
         ]
         why = "; ".join(["picked by auto", *passed, *_cuda_kernels(engine)])
     elsewhere = "".join(f"; {line}" for line in _ops_elsewhere(engine, name))
@@ -128,7 +128,7 @@ def _ops_elsewhere(engine: PackedEncoder, implementation: str) -> list[str]:
     for op, how in engine.required_ops():
         needs = (*how.get("needs", ()), *(n for n, v in how.get("options", {}).items() if v))
         place = engine.device, engine.compute_dtype, how.get("head_dim")
-        if (reason := ops.rejection(implementation, *place, op, needs)) is not None:
+        if (reason := ops.refusal(implementation, *place, op, needs)) is not None:
             lines.append(f"{op}: {engine.bind(op).implementation} ({reason})")
     return list(dict.fromkeys(lines))
 
@@ -138,7 +138,7 @@ def _cuda_kernels(engine: PackedEncoder) -> list[str]:
     device, dtype = engine.device, engine.compute_dtype
     if device.type != "cuda":
         return []
-    if (reason := ops.rejection("cuda", device, dtype)) is not None:
+    if (reason := ops.refusal("cuda", device, dtype)) is not None:
         return [f"cuda: {reason}"]
     lines = []
     for op, how in engine.required_ops():

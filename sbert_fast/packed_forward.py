@@ -42,7 +42,7 @@ class PackedForward:
     own weights and counts from zero.
 
     Args:
-        encoder: the packed forward pass of the base model.
+        engine: the packed forward pass of the base model.
         padding: see :func:`sbert_fast.accelerate`.
 
     Raises:
@@ -52,14 +52,14 @@ class PackedForward:
     # See `bypass.is_replaced`.
     stands_for_original = True
 
-    def __init__(self, encoder: PackedEncoder, padding: str) -> None:
-        self.shadowed = "forward" in encoder.model.__dict__
-        self.use(encoder, padding)
+    def __init__(self, engine: PackedEncoder, padding: str) -> None:
+        self.shadowed = "forward" in engine.model.__dict__
+        self.use(engine, padding)
         self._start()
 
-    def use(self, encoder: PackedEncoder, padding: str) -> None:
-        """Run `encoder`, of the same model, from now on."""
-        self.encoder, self.padding = encoder, padding
+    def use(self, engine: PackedEncoder, padding: str) -> None:
+        """Run `engine`, of the same model, from now on."""
+        self.engine, self.padding = engine, padding
 
     def _start(self) -> None:
         self._lock = forking.Lock()
@@ -67,20 +67,20 @@ class PackedForward:
         functools.update_wrapper(self, self.original, updated=())
         self.__signature__ = inspect.signature(self.original)
         # torch.export names the source of what it traces by this.
-        self.__code__ = type(self.encoder.model).forward.__code__
+        self.__code__ = type(self.engine.model).forward.__code__
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("encoder", "padding", "shadowed")}
+        return {name: getattr(self, name) for name in ("engine", "padding", "shadowed")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.shadowed = state["shadowed"]
-        self.use(state["encoder"], state["padding"])
+        self.use(state["engine"], state["padding"])
         self._start()
 
     @property
     def original(self) -> Callable[..., Any]:
         """The forward of the model's class, bound to the model."""
-        model = self.encoder.model
+        model = self.engine.model
         return types.MethodType(type(model).forward, model)
 
     @property
@@ -96,7 +96,7 @@ class PackedForward:
         try:
             self._check_modes()
             arguments = self._arguments(args, kwargs)
-            prepared = self.encoder.prepared()
+            prepared = self.engine.prepared()
             call = self._read(arguments)
         except _UseOriginalError as error:
             self._count(str(error))
@@ -104,7 +104,7 @@ class PackedForward:
             raise
         except UnsupportedModelError as error:
             # The parameters of torch.func.functional_call are there for this one call.
-            if not bypass.holds_plain_tensors(self.encoder.model):
+            if not bypass.holds_plain_tensors(self.engine.model):
                 self._count(f"the model is no longer supported: {error}", logging.WARNING)
         else:
             self._count(PACKED, logging.DEBUG)
@@ -112,7 +112,7 @@ class PackedForward:
         return self._run_original(*args, **kwargs)
 
     def _run_original(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        model = self.encoder.model
+        model = self.engine.model
         return type(model).forward(model, *args, **kwargs)
 
     def _count(self, outcome: str, level: int = logging.INFO) -> None:
@@ -120,17 +120,17 @@ class PackedForward:
             self._counts[outcome] += 1
             first = self._counts[outcome] == 1
         if first:
-            logger.log(level, "%s, forward: %s", type(self.encoder.model).__name__, outcome)
+            logger.log(level, "%s, forward: %s", type(self.engine.model).__name__, outcome)
 
     def _check_modes(self) -> None:
-        device = self.encoder.device.type
-        if device != "cpu" and self.encoder.implementation == "reference":
+        device = self.engine.device.type
+        if device != "cpu" and self.engine.implementation == "reference":
             raise _UseOriginalError(f"the model is on {device}: no kernels run there")
         if torch.is_autocast_enabled(device):
             raise _UseOriginalError("torch.autocast is on")
         if (reason := bypass.global_reason()) is not None:
             raise _UseOriginalError(reason)
-        admission = self.encoder.admission()
+        admission = self.engine.admission()
         if admission.inside is not None:
             raise _UseOriginalError(admission.inside)
         if admission.drops:
@@ -142,7 +142,7 @@ class PackedForward:
                 raise _UseOriginalError("gradients are recorded")
 
     def _warn_about_gradients(self) -> None:
-        _warn_about_gradients(type(self.encoder.model).__name__)
+        _warn_about_gradients(type(self.engine.model).__name__)
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments by name, those checked that the packed path must not ignore."""
@@ -155,10 +155,10 @@ class PackedForward:
         return arguments
 
     def _read(self, arguments: dict[str, Any]) -> padded_call.Call:
-        return padded_call.read(self.encoder, arguments, self.padding)
+        return padded_call.read(self.engine, arguments, self.padding)
 
     def _run(self, call: padded_call.Call, prepared: Prepared) -> Any:  # noqa: ANN401
-        model: Any = self.encoder.model
+        model: Any = self.engine.model
         if call.embeddings is not None:
             table = aligned(call.embeddings.to(prepared.word.dtype).contiguous())
             prepared = replace(prepared, word=table)
@@ -168,7 +168,7 @@ class PackedForward:
                 batch, _ = transfers.stage(call.batch, np.zeros(0, dtype=np.int64))
                 source = torch.from_numpy(call.source).to(prepared.device)
                 states: list[Tensor | None] = []
-                for number, x in enumerate(self.encoder.states(batch, prepared)):
+                for number, x in enumerate(self.engine.states(batch, prepared)):
                     asked = call.states is not None and number in call.states
                     states.append(self._padded(x, call, source) if asked else None)
                 hidden = self._padded(x, call, source) if states[-1] is None else states[-1]
@@ -186,7 +186,7 @@ class PackedForward:
 
     def _padded(self, x: Tensor, call: padded_call.Call, source: Tensor) -> Tensor:
         """Packed states `[T, E]` where they belong in `[B, S, E]`, zeros everywhere else."""
-        model: Any = self.encoder.model
+        model: Any = self.engine.model
         # A tensor made in inference mode could not be saved for the backward pass of a head.
         with torch.inference_mode(False):
             hidden = torch.zeros(*call.shape, x.shape[1], dtype=model.dtype, device=x.device)

@@ -103,27 +103,27 @@ def check_arguments(arguments: dict[str, Any]) -> None:
             raise UseOriginalError(f"{name} was given")
 
 
-def read(encoder: PackedEncoder, arguments: dict[str, Any], padding: str) -> Call:
-    """Read a call of the base model of `encoder`.
+def read(engine: PackedEncoder, arguments: dict[str, Any], padding: str) -> Call:
+    """Read a call of the base model of `engine`.
 
     Args:
-        encoder: the packed forward pass of the base model.
+        engine: the packed forward pass of the base model.
         arguments: those of the call by name, checked.
         padding: see :func:`sbert_fast.accelerate`.
 
     Raises:
         UseOriginalError: the packed path would not give what the base model gives.
     """
-    architecture, config = encoder.architecture, getattr(encoder.model, "config", None)
+    architecture, config = engine.architecture, getattr(engine.model, "config", None)
     if arguments.get("output_attentions", getattr(config, "output_attentions", False)):
         raise UseOriginalError("output_attentions was asked for")
     states = arguments.get("output_hidden_states", getattr(config, "output_hidden_states", False))
-    ids, embeddings = _tokens(encoder, arguments)
+    ids, embeddings = _tokens(engine, arguments)
     shape = (ids.shape[0], ids.shape[1])
     keep = _kept(arguments.get("attention_mask"), shape)
     if not keep.all():
-        _check_padding(encoder.model, keep, embeddings, padding)
-        if encoder.admitted.weights.measures_distances and _has_gaps(keep):
+        _check_padding(engine.model, keep, embeddings, padding)
+        if engine.admitted.weights.measures_distances and _has_gaps(keep):
             raise UseOriginalError("attention_mask has gaps, and the model measures distances")
 
     offset = architecture.position_offset
@@ -144,7 +144,7 @@ def read(encoder: PackedEncoder, arguments: dict[str, Any], padding: str) -> Cal
         types = _integers("token_type_ids", types, shape, architecture.type_vocab_size)
     return_dict = arguments.get("return_dict", getattr(config, "return_dict", True)) is not False
     batch, source = pack_padded(ids, keep, positions, types)
-    return Call(batch, source, shape, embeddings, _states(encoder.model, states), return_dict)
+    return Call(batch, source, shape, embeddings, _states(engine.model, states), return_dict)
 
 
 def _states(model: nn.Module, asked: Any) -> Container[int] | None:  # noqa: ANN401
@@ -161,7 +161,7 @@ def _states(model: nn.Module, asked: Any) -> Container[int] | None:  # noqa: ANN
 
 
 def _tokens(
-    encoder: PackedEncoder, arguments: dict[str, Any]
+    engine: PackedEncoder, arguments: dict[str, Any]
 ) -> tuple[NDArray[np.int64], Tensor | None]:
     """Ids `[B, S]`, and the embeddings `[B * S, E]` that they count where these are given."""
     input_ids, embeddings = arguments.get("input_ids"), arguments.get("inputs_embeds")
@@ -169,16 +169,16 @@ def _tokens(
         if type(input_ids) is not Tensor or input_ids.dim() != 2 or not input_ids.numel():
             raise UseOriginalError("input_ids is not a tensor [B, S] with tokens")
         shape = (input_ids.shape[0], input_ids.shape[1])
-        return _integers("input_ids", input_ids, shape, encoder.architecture.vocab_size), None
+        return _integers("input_ids", input_ids, shape, engine.architecture.vocab_size), None
     if input_ids is not None:
         raise UseOriginalError("both input_ids and inputs_embeds were given")
-    model: Any = encoder.model
+    model: Any = engine.model
     if (
         type(embeddings) is not Tensor
         or embeddings.dim() != 3
-        or embeddings.shape[2] != encoder.architecture.embedding_size
+        or embeddings.shape[2] != engine.architecture.embedding_size
         or not embeddings.numel()
-        or (embeddings.dtype, embeddings.device) != (model.dtype, encoder.device)
+        or (embeddings.dtype, embeddings.device) != (model.dtype, engine.device)
     ):
         raise UseOriginalError(
             "inputs_embeds is not a tensor [B, S, E] of the dtype and on the device of the model"

@@ -112,19 +112,19 @@ def accelerate(
             or "it holds no model of transformers"
         )
         raise UnsupportedModelError(f"{type(model).__name__} cannot be accelerated: {why}")
-    encoders = [
+    engines = [
         PackedEncoder(module, dtype=requested_dtype, impl=impl)
         for name, module in found.items()
         if reasons[name] is None
     ]
-    for encoder in encoders:
-        check_finite(encoder.model)
-    for encoder in encoders:
-        current = forward_of(encoder.model)
+    for engine in engines:
+        check_finite(engine.model)
+    for engine in engines:
+        current = forward_of(engine.model)
         if current is None:
-            encoder.model.__dict__["forward"] = PackedForward(encoder, padding)
+            engine.model.__dict__["forward"] = PackedForward(engine, padding)
         else:
-            current.use(encoder, padding)
+            current.use(engine, padding)
     return model
 
 

@@ -108,6 +108,6 @@ def poisoned() -> Iterator[None]:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def triton_device(request: pytest.FixtureRequest) -> str:
     """Where Triton kernels run: on a CPU in the interpreter, and on a GPU."""
-    if (reason := kernels.unavailable(torch.device(request.param))) is not None:
+    if (reason := kernels.refusal(torch.device(request.param))) is not None:
         pytest.skip(reason)
     return str(request.param)

@@ -28,7 +28,7 @@ def enter(request: pytest.FixtureRequest) -> Iterator[str]:
     It yields the device of the tensors; outputs hold NaN before a kernel runs.
     """
     if request.param == "cuda":
-        if (reason := extension.cuda_unavailable(torch.device("cuda"))) is not None:
+        if (reason := extension.cuda_refusal(torch.device("cuda"))) is not None:
             pytest.skip(reason)
         request.getfixturevalue("poisoned")
         assert torch.empty_strided((8,), (1,), device="cuda").isnan().all()

@@ -26,7 +26,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["versions"]["torch"] != "not installed"
     assert report["libraries"]["_C"]["reason"] == extension.CPU.reason
     cuda = report["libraries"]["_C_cuda"]
-    assert cuda["reason"] == extension.cuda_unavailable(torch.device("cuda"))
+    assert cuda["reason"] == extension.cuda_refusal(torch.device("cuda"))
     assert report["build"]["cuda"] == cuda.get("CUDA", "")
     assert report["build"]["cuda_targets"] == cuda.get("compiled for", [])
     rows = {(row["device"], row["dtype"]): row for row in report["ops"]}

@@ -189,7 +189,7 @@ def test_impl_is_used_or_refused(
 ) -> None:
     FastEncoder(st, impl="reference").encode(TEXTS)
     assert {implementation for _, implementation in launches()} == {"reference"}
-    monkeypatch.setattr(ops.dispatch, "rejection", lambda *_: "it is not there")
+    monkeypatch.setattr(ops.dispatch, "refusal", lambda *_: "it is not there")
     with pytest.raises(ImplementationError, match="impl='cpu' was asked for, but it is not there"):
         FastEncoder(st, impl="cpu")
 

@@ -57,7 +57,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     monkeypatch.setattr(extension, "CPU", missing)
     if request.param == "triton":
         where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if (reason := kernels.unavailable(where)) is not None:
+        if (reason := kernels.refusal(where)) is not None:
             pytest.skip(reason)
         monkeypatch.setattr(content, "_reader", content.triton_reader)
         return where.type

@@ -55,7 +55,7 @@ def place(
 ) -> Iterator[str]:
     """The device of the tensors; outputs hold NaN before a kernel runs."""
     if request.param.startswith("cuda"):
-        if (reason := extension.cuda_unavailable(torch.device("cuda"))) is not None:
+        if (reason := extension.cuda_refusal(torch.device("cuda"))) is not None:
             pytest.skip(reason)
         if request.param != "cuda":
             if torch.cuda.get_device_capability() != (9, 0):

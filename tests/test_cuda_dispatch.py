@@ -41,7 +41,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_op_of_a_gpu_has_the_overload() -> None:
     for op in schemas.SCHEMAS:
         has = hasattr(getattr(torch.ops.sbert_fast, op), "cuda")
-        assert has == (op not in schemas.CPU_ONLY) == ("cuda" in schemas.implementations(op))
+        others = schemas.CPU_ONLY | schemas.TORCH_ONLY
+        assert has == (op not in others) == ("cuda" in schemas.implementations(op))
 
 
 class TestLoading:
@@ -129,21 +130,21 @@ class TestRejection:
 
     def test_runs(self, gpu: pytest.MonkeyPatch) -> None:
         for dtype in (torch.float16, torch.bfloat16):
-            assert ops.rejection("cuda", GPU, dtype) is None
-            assert ops.rejection("cuda", torch.device("cuda"), dtype) is None
+            assert ops.refusal("cuda", GPU, dtype) is None
+            assert ops.refusal("cuda", torch.device("cuda"), dtype) is None
             assert ops.resolve(GPU, dtype, "cuda") == "cuda"
 
     def test_dtype(self, gpu: pytest.MonkeyPatch) -> None:
         expected = "take float16 and bfloat16, not torch.float32"
-        assert expected in str(ops.rejection("cuda", GPU, torch.float32))
+        assert expected in str(ops.refusal("cuda", GPU, torch.float32))
 
     def test_device_without_a_gpu_is_said_first(self) -> None:
         expected = "the CUDA ops run on cuda, not on cpu"
-        assert ops.rejection("cuda", CPU, torch.float32) == expected
+        assert ops.refusal("cuda", CPU, torch.float32) == expected
 
     def test_driver(self, gpu: pytest.MonkeyPatch) -> None:
         gpu.setattr(torch.cuda, "is_available", lambda: False)
-        assert "driver is missing" in str(ops.rejection("cuda", GPU, torch.float16))
+        assert "driver is missing" in str(ops.refusal("cuda", GPU, torch.float16))
 
     @pytest.mark.parametrize(
         ("capability", "message"),
@@ -161,7 +162,7 @@ class TestRejection:
         self, gpu: pytest.MonkeyPatch, capability: tuple[int, int], message: str | None
     ) -> None:
         gpu.setattr(extension, "capability_of", lambda index: capability)
-        reason = ops.rejection("cuda", GPU, torch.float16)
+        reason = ops.refusal("cuda", GPU, torch.float16)
         assert reason is None if message is None else message in str(reason)
 
     @pytest.mark.parametrize(
@@ -188,12 +189,12 @@ class TestChoice:
 
     @pytest.fixture
     def triton(self, gpu: pytest.MonkeyPatch) -> None:
-        gpu.setattr(dispatch, "_rejection_of_triton", lambda device, dtype: None)
+        gpu.setattr(dispatch, "_refusal_of_triton", lambda device, dtype: None)
 
     @pytest.mark.usefixtures("triton")
     def test_auto_is_triton_where_nothing_was_measured(self, gpu: pytest.MonkeyPatch) -> None:
         gpu.setattr(choices, "CHOICES", ())
-        for op in schemas.SCHEMAS.keys() - schemas.CPU_ONLY:
+        for op in schemas.SCHEMAS.keys() - schemas.CPU_ONLY - schemas.TORCH_ONLY:
             assert ops.bind(op, GPU, torch.float16).implementation == "triton"
 
     @pytest.mark.usefixtures("triton")
@@ -234,10 +235,10 @@ class TestEmulated:
     """The ops compiled for a CPU, in the place of the real ones."""
 
     def test_take_cpu_tensors(self) -> None:
-        assert ops.rejection("cuda", CPU, torch.float16) is None
-        assert ops.rejection("cuda", CPU, torch.bfloat16) is None
-        assert ops.rejection("cuda", CPU, torch.float32) is not None
-        assert "run on cpu, not on cuda" in str(ops.rejection("cuda", GPU, torch.float16))
+        assert ops.refusal("cuda", CPU, torch.float16) is None
+        assert ops.refusal("cuda", CPU, torch.bfloat16) is None
+        assert ops.refusal("cuda", CPU, torch.float32) is not None
+        assert "run on cpu, not on cuda" in str(ops.refusal("cuda", GPU, torch.float16))
 
     def test_auto_leaves_them_alone(self) -> None:
         assert ops.resolve(CPU, torch.bfloat16) != "cuda"
@@ -247,12 +248,13 @@ class TestEmulated:
         engine = PackedEncoder(model, dtype=torch.bfloat16, impl="cuda")
         assert engine.implementation == "cuda" and engine.prepared().pooling.norm_pool is not None
         prepared = engine.prepared()
-        assert {prepared.embed.implementation, prepared.attend.implementation} == {"cuda"}
+        layer = prepared.stack.layers[0]
+        up, down = layer.feed_forward.up, layer.feed_forward.down
         # As on a GPU: torch's products, their biases left to the kernels behind them.
-        layer = prepared.layers[0]
-        assert isinstance(layer.down, TorchLinear)
-        assert layer.up.gelu_kernel.implementation == "cuda"
-        assert layer.down.norm_kernel.implementation == "cuda"
+        assert isinstance(up, TorchLinear) and isinstance(down, TorchLinear)
+        kernels = prepared.embed, layer.attention.kernel, up.kernel("bias_gelu")
+        found = {kernel.implementation for kernel in (*kernels, down.kernel("add_norm"))}
+        assert found == {"cuda"}
         assert PackedEncoder(model, impl="reference").prepared().pooling.norm_pool is None
 
     def test_head_dim_is_refused_at_construction(self) -> None:

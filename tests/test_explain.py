@@ -64,7 +64,7 @@ class TestCudaLibrary:
 
     def test_torch_without_cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.version, "cuda", None)
-        reason = extension._unfit(LOADED.path, LOADED.cuda, LOADED.targets)
+        reason = extension._misfit(LOADED.path, LOADED.cuda, LOADED.targets)
         monkeypatch.setattr(extension, "CUDA", replace(LOADED, reason=reason))
         assert self.told() == f"torch {torch.__version__} is built without CUDA"
 
@@ -80,7 +80,7 @@ class TestModelOnAGpu:
     @pytest.fixture
     def gpu(self, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         plant(monkeypatch)
-        monkeypatch.setattr(dispatch, "_rejection_of_triton", lambda device, dtype: None)
+        monkeypatch.setattr(dispatch, "_refusal_of_triton", lambda device, dtype: None)
         monkeypatch.setattr(choices, "CHOICES", ())
         return monkeypatch
 

@@ -14,7 +14,7 @@ from sbert_fast import ops
 from sbert_fast.engine import PackedEncoder
 
 CPU = torch.device("cpu")
-RUNNABLE = [i for i in ops.IMPLEMENTATIONS if ops.rejection(i, CPU, torch.float32) is None]
+RUNNABLE = [i for i in ops.IMPLEMENTATIONS if ops.refusal(i, CPU, torch.float32) is None]
 MAX_HALF_DISTANCE = 5e-4
 LENGTHS = [1, 2, 3, 5, 8, 13, 16, 17, 31, 33, 47, 63, families.MAX_TOKENS]
 OFFSET_FAMILIES = [n for n, v in families.VARIANTS.items() if v.family in families.ROBERTA_LIKE]
@@ -85,7 +85,7 @@ def assert_no_worse_than_the_original(name: str, impl: str, dtype: torch.dtype) 
 
 @every_case
 def test_bfloat16_loses_no_more_than_twice_what_the_original_loses(name: str, impl: str) -> None:
-    reason = None if impl == "auto" else ops.rejection(impl, CPU, torch.bfloat16)
+    reason = None if impl == "auto" else ops.refusal(impl, CPU, torch.bfloat16)
     if reason is not None:
         pytest.skip(reason)
     assert_no_worse_than_the_original(name, impl, torch.bfloat16)

@@ -216,7 +216,7 @@ class TestLostDevice:
 
 
 triton = pytest.mark.skipif(
-    (reason := ops.rejection("triton", torch.device("cpu"), torch.float32)) is not None,
+    (reason := ops.refusal("triton", torch.device("cpu"), torch.float32)) is not None,
     reason=str(reason),
 )
 
@@ -284,7 +284,7 @@ def exact(st_minilm: SentenceTransformer) -> np.ndarray:
 @pytest.fixture(params=["triton", "cuda"])
 def impl(request: pytest.FixtureRequest) -> Iterator[str]:
     """An implementation to ask for; every op has run on it in the end."""
-    if (reason := ops.rejection(request.param, torch.device("cuda"), torch.float16)) is not None:
+    if (reason := ops.refusal(request.param, torch.device("cuda"), torch.float16)) is not None:
         pytest.skip(reason)
     ops.reset_launches()
     yield request.param

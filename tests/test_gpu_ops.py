@@ -30,7 +30,7 @@ pytestmark = [
 @pytest.mark.parametrize("impl", ["triton", "cuda", "torch", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_every_implementation_on_a_gpu(op: str, impl: str, dtype: torch.dtype) -> None:
-    if (reason := ops.rejection(impl, torch.device("cuda"), dtype)) is not None:
+    if (reason := ops.refusal(impl, torch.device("cuda"), dtype)) is not None:
         pytest.skip(reason)
     # Rows of the CUDA kernels begin at multiples of 16 bytes.
     args = arguments(op, dtype, dim=24 if impl == "cuda" else 26)
@@ -42,7 +42,7 @@ def test_every_implementation_on_a_gpu(op: str, impl: str, dtype: torch.dtype) -
 
 def check_cuda(op: str, args: Sequence[Any]) -> None:
     """The CUDA kernel of `op` on float16, by the 2x rule."""
-    if (reason := ops.rejection("cuda", torch.device("cuda"), HALF)) is not None:
+    if (reason := ops.refusal("cuda", torch.device("cuda"), HALF)) is not None:
         pytest.skip(reason)
     there = [a.cuda() if isinstance(a, Tensor) else a for a in args]
     out = getattr(OPS, op).cuda(*there)

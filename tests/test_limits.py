@@ -291,8 +291,8 @@ class TestEngine:
         )
         encoder = FastEncoder(st, dtype=DTYPE)
         monkeypatch.setattr(PackedEncoder, "device", torch.device("cuda", 0))
-        monkeypatch.setattr("sbert_fast.ops.dispatch.rejection", lambda *_: None)
-        monkeypatch.setattr(ops, "rejection", lambda *_: None)
+        monkeypatch.setattr("sbert_fast.ops.dispatch.refusal", lambda *_: None)
+        monkeypatch.setattr(ops, "refusal", lambda *_: None)
         told = explain(encoder)
         assert "add_norm: cuda, by sbert_fast/ops/choices.py" in told
         assert "embed_norm: not cuda: its width E must be a multiple of 8, at most 4096" in told

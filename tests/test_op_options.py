@@ -16,7 +16,7 @@ from sbert_fast.ops import schemas
 from sbert_fast.testing import pack_lengths
 
 CPU = torch.device("cpu")
-RUNNABLE = [i for i in ops.IMPLEMENTATIONS if ops.rejection(i, CPU, torch.float32) is None]
+RUNNABLE = [i for i in ops.IMPLEMENTATIONS if ops.refusal(i, CPU, torch.float32) is None]
 TOKENS, WIDTH = 9, 24
 
 
@@ -185,7 +185,7 @@ def public_call(op: str, changes: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize(("implementation", "op", "need"), LACKED)
 def test_what_is_lacked_is_refused_by_name(implementation: str, op: str, need: str) -> None:
-    reason = ops.rejection(implementation, CPU, torch.float32)
+    reason = ops.refusal(implementation, CPU, torch.float32)
     why = reason or f"have no {op} .*{need.split()[-1]} yet"
     ops.reset_launches()
     with pytest.raises(ImplementationError, match=f"^impl='{implementation}' was asked for, but"):
@@ -215,8 +215,8 @@ def test_an_op_without_a_kernel(op: str) -> None:
 
 @pytest.mark.parametrize("implementation", ["cpu", "triton", "cuda"])
 def test_head_dims_beyond_the_kernels(implementation: str) -> None:
-    if (reason := ops.rejection(implementation, CPU, torch.float32)) is None:
-        reason = ops.rejection(implementation, CPU, torch.float32, head_dim=136)
+    if (reason := ops.refusal(implementation, CPU, torch.float32)) is None:
+        reason = ops.refusal(implementation, CPU, torch.float32, head_dim=136)
         assert reason is not None and "take head dims up to 128, not 136" in reason
     assert ops.bind("varlen_attention", CPU, torch.float32, head_dim=136).implementation == (
         "reference"

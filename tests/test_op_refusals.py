@@ -21,7 +21,7 @@ IMPLS = [
     pytest.param(
         name,
         marks=pytest.mark.skipif(
-            (reason := ops.rejection(name, CPU, torch.float32)) is not None, reason=str(reason)
+            (reason := ops.refusal(name, CPU, torch.float32)) is not None, reason=str(reason)
         ),
     )
     for name in schemas.IMPLEMENTATIONS

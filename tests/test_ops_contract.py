@@ -21,7 +21,7 @@ IMPLS = [
     pytest.param(
         name,
         marks=pytest.mark.skipif(
-            (reason := ops.rejection(name, CPU, torch.float32)) is not None, reason=str(reason)
+            (reason := ops.refusal(name, CPU, torch.float32)) is not None, reason=str(reason)
         ),
     )
     for name in schemas.IMPLEMENTATIONS
@@ -55,7 +55,7 @@ def test_opcheck(op: str, impl: str, lengths: tuple[int, ...]) -> None:
 @every_op
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_oracle(op: str, impl: str, dtype: torch.dtype) -> None:
-    if (reason := ops.rejection(impl, CPU, dtype)) is not None:
+    if (reason := ops.refusal(impl, CPU, dtype)) is not None:
         pytest.skip(reason)
     args = arguments(op, dtype)
     if op.endswith("_out"):

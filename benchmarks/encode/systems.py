@@ -174,4 +174,4 @@ def cuda_ops(device: torch.device, dtype: torch.dtype) -> str | None:
 
     if dtype == torch.float32 or not (device.type == "cuda" or ops.extension.CUDA.emulated):
         return ""
-    return ops.rejection("cuda", device, dtype)
+    return ops.refusal("cuda", device, dtype)

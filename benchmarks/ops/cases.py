@@ -170,7 +170,7 @@ def _expect_cuda(case: Case, device: torch.device, dtype: torch.dtype, dim: int 
     """Note whether the CUDA op is to run on a case, or why it cannot."""
     if device.type != "cuda" and not ops.extension.CUDA.emulated:
         return
-    reason = ops.rejection("cuda", device, dtype, dim)
+    reason = ops.refusal("cuda", device, dtype, dim)
     if reason is None:
         case.ours = (OURS, OURS_CUDA)
     else:

@@ -71,7 +71,7 @@ def launcher(op: str) -> Callable[..., Any]:
 
 # Asks the machine what a graph cannot hold, and the answer is the same every time.
 @torch.compiler.assume_constant_result
-def unavailable(device: torch.device) -> str | None:
+def refusal(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on `device`; None where they can."""
     if device.type == "cpu" and interpreted():
         return _missing()

@@ -161,7 +161,7 @@ def _libraries() -> dict[str, Any]:
             path = str(found.path) if found.path else None
             reason = found.reason
             if found is extension.CUDA:
-                reason = extension.cuda_unavailable(torch.device("cuda"))
+                reason = extension.cuda_refusal(torch.device("cuda"))
             libraries[found.name] = {"path": path, "reason": reason}
             if found.targets:
                 targets = list(found.targets)
@@ -218,7 +218,7 @@ def _ops() -> list[dict[str, Any]]:
                 row["implementation"] = ops.resolve(device, dtype)
             except (ImplementationError, ValueError) as error:
                 row |= {"implementation": None, "reason": str(error)}
-            reasons = {name: ops.rejection(name, device, dtype) for name in ops.IMPLEMENTATIONS}
+            reasons = {name: ops.refusal(name, device, dtype) for name in ops.IMPLEMENTATIONS}
             row["rejected"] = {name: why for name, why in reasons.items() if why is not None}
             table.append(row)
     return table

@@ -49,7 +49,7 @@ def find(
     return None
 
 
-# As extension.cuda_unavailable.
+# As extension.cuda_refusal.
 @torch.compiler.assume_constant_result
 def prefers_cuda(op: str, device: torch.device, dtype: torch.dtype, head_dim: int | None) -> bool:
     """Whether `auto` picks the CUDA kernel of `op` on `device`, where that can run."""

@@ -103,7 +103,7 @@ def _distinct(tensor: Tensor) -> Tensor:
 
 
 def _reader(device: torch.device, tensors: list[Tensor]) -> Callable[[], int]:
-    if device.type == "cuda" and kernels.unavailable(device) is None:
+    if device.type == "cuda" and kernels.refusal(device) is None:
         return triton_reader(device, tensors)
     return lambda: torch_hash(tensors)
 

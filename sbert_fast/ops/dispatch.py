@@ -47,7 +47,7 @@ class Kernel:
         return self.overload(*args, **self.options)
 
 
-def rejection(
+def refusal(
     implementation: str,
     device: torch.device,
     dtype: torch.dtype,
@@ -60,9 +60,9 @@ def rejection(
     `head_dim` is D of the attention that it is to run, `op` the op, `needs` what the op is to have
     of what :data:`sbert_fast.ops.schemas.LACKED` names; each where it is known.
     """
-    reason = _rejection_of_place(implementation, device, dtype, head_dim)
+    reason = _refusal_of_place(implementation, device, dtype, head_dim)
     if reason is None and op is not None:
-        reason = _rejection_of_op(implementation, op, needs)
+        reason = _refusal_of_op(implementation, op, needs)
     if reason is None and head_dim is not None and implementation in _NAMES:
         if head_dim > limits.MAX_HEAD_DIM:
             reason = f"{_NAMES[implementation]} take head dims up to {limits.MAX_HEAD_DIM}, "
@@ -70,7 +70,7 @@ def rejection(
     return reason
 
 
-def _rejection_of_op(implementation: str, op: str, needs: Iterable[str]) -> str | None:
+def _refusal_of_op(implementation: str, op: str, needs: Iterable[str]) -> str | None:
     name = _NAMES.get(implementation, f"impl={implementation!r}")
     if implementation not in schemas.implementations(op):
         return f"{name} have no {op} yet"
@@ -81,7 +81,7 @@ def _rejection_of_op(implementation: str, op: str, needs: Iterable[str]) -> str 
     return None
 
 
-def _rejection_of_place(
+def _refusal_of_place(
     implementation: str, device: torch.device, dtype: torch.dtype, head_dim: int | None
 ) -> str | None:
     if implementation == "cpu":
@@ -93,9 +93,9 @@ def _rejection_of_place(
             return f"the C++ ops take float32 and bfloat16, not {dtype}"
         return None
     if implementation == "triton":
-        return _rejection_of_triton(device, dtype)
+        return _refusal_of_triton(device, dtype)
     if implementation == "cuda":
-        return _rejection_of_cuda(device, dtype, head_dim)
+        return _refusal_of_cuda(device, dtype, head_dim)
     if implementation == "torch" and device.type != "cuda":
         return f"torch's packed attention runs on cuda, not on {device.type}"
     if dtype not in _REFERENCE_DTYPES:
@@ -103,8 +103,8 @@ def _rejection_of_place(
     return None
 
 
-def _rejection_of_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    reason = kernels.unavailable(device)
+def _refusal_of_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    reason = kernels.refusal(device)
     if reason is not None:
         return reason
     ours = [op for op in schemas.SCHEMAS if "triton" in schemas.implementations(op)]
@@ -118,10 +118,8 @@ def _rejection_of_triton(device: torch.device, dtype: torch.dtype) -> str | None
     return None
 
 
-def _rejection_of_cuda(
-    device: torch.device, dtype: torch.dtype, head_dim: int | None
-) -> str | None:
-    reason = extension.cuda_unavailable(device)
+def _refusal_of_cuda(device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str | None:
+    reason = extension.cuda_refusal(device)
     if reason is not None:
         return reason
     if dtype not in _CUDA_DTYPES:
@@ -181,13 +179,13 @@ def resolve(
         if op is not None and _picks_cuda(op, device, dtype, head_dim, width, args):
             names = ("cuda", *names)
         for name in names:
-            if rejection(name, device, dtype, head_dim, op, needs) is None:
+            if refusal(name, device, dtype, head_dim, op, needs) is None:
                 return name
         raise ImplementationError(f"no implementation runs on {device} in {dtype}")
     if impl not in schemas.IMPLEMENTATIONS:
         expected = ", ".join(("auto", *schemas.IMPLEMENTATIONS))
         raise ValueError(f"{asked} must be one of {expected}, got {impl!r}")
-    reason = rejection(impl, device, dtype, head_dim, op, needs)
+    reason = refusal(impl, device, dtype, head_dim, op, needs)
     if reason is not None:
         raise ImplementationError(f"{asked}={impl!r} was asked for, but {reason}")
     return impl
@@ -280,7 +278,7 @@ def explain_ops() -> str:
             passed = [
                 f"{name}: {why}"
                 for name in preference(device)
-                if (why := rejection(name, device, dtype)) is not None
+                if (why := refusal(name, device, dtype)) is not None
             ]
             note = f"  ({'; '.join(passed)})" if passed else ""
             lines.append(f"{device.type:5} {str(dtype)[6:]:9} {chosen}{note}")

@@ -1,7 +1,7 @@
 """Loads the compiled ops, once, and remembers why where that is impossible.
 
 Loading the CUDA ops starts no CUDA: what is known of the devices is asked for by
-:func:`cuda_unavailable`, when an op is bound.
+:func:`cuda_refusal`, when an op is bound.
 """
 
 from __future__ import annotations
@@ -97,10 +97,10 @@ def _load_cuda() -> Extension:
     path, (version, targets) = _find("_C_cuda"), _build_record()
     if path is None:
         return Extension("_C_cuda", None, _not_built("_C_cuda"))
-    return Extension("_C_cuda", path, _unfit(path, version, targets), version, targets)
+    return Extension("_C_cuda", path, _misfit(path, version, targets), version, targets)
 
 
-def _unfit(path: Path, version: str, targets: tuple[str, ...]) -> str | None:
+def _misfit(path: Path, version: str, targets: tuple[str, ...]) -> str | None:
     """Why the CUDA library does not serve this torch; it is loaded where it may."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
@@ -133,7 +133,7 @@ def load_emulated_cuda(path: Path) -> Extension:
 
 # Asks the machine what a graph cannot hold, and the answer is the same every time.
 @torch.compiler.assume_constant_result
-def cuda_unavailable(device: torch.device) -> str | None:
+def cuda_refusal(device: torch.device) -> str | None:
     """Why the CUDA ops cannot run on `device`; None where they can."""
     if CUDA.emulated and CUDA.available:
         if device.type == "cpu":

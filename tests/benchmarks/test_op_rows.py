@@ -138,7 +138,7 @@ def test_an_unwritten_result_is_wrong_even_in_reused_memory() -> None:
 def test_what_a_gpu_cannot_run_is_told(reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     case = add_norm()
     assert case.ours == (OURS,) and not case.absent, "nobody expects it on a CPU"
-    monkeypatch.setattr(cases.ops, "rejection", lambda *_: reason)
+    monkeypatch.setattr(cases.ops, "refusal", lambda *_: reason)
     cases._expect_cuda(case, GPU, torch.float16, None)
     row = measure(case, CPU, 1e10, samples=1)
     if reason is None:

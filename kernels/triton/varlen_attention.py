@@ -1,15 +1,25 @@
 """Attention over packed sequences: `softmax(scale * q k^T + bias) v`, a sequence at a time.
 
-qkv `[T, 3, H, D]` -> out `[T, H, D]`, both contiguous. Two kernels:
+Long because: its two kernels share how rows are loaded and stored, the softmax, and the launch.
 
-* the short one computes the sequences of at most 16 tokens, then those of at most 32, of a few
-  neighbours at once: one matrix of scores a sequence, on a warp of its own;
-* the long one takes a tile, or a query block of a sequence, skips what is short, and lets the keys
-  of a sequence pass in blocks of BLOCK, with the streaming softmax.
+qkv `[T, 3, H, D]` -> out `[T, H, D]`, both contiguous. Which kernel computes a sequence, and in
+which steps, depends on its own length, the head dim, the dtype and the options, never on its batch,
+so a sequence keeps its bits wherever it lies:
 
-No matrix holds two sequences: nothing of one meets another, not even as a product with zero. The
-sums of a row have the same terms in the same order whatever lies beside its sequence; slots beyond
-the end only add zeros after the last term.
+* the short kernel takes sequences of at most 32 tokens (16 with D > 64, or with rotary tables and
+  D > 32 in half precision): of a few neighbours at once, those of at most 16 tokens, then the
+  others. Each has one matrix of scores, on a warp of its own. It reads no table of tiles;
+* the long kernel takes a tile, or a query block of a sequence, skips what is short, and lets the
+  keys of a sequence pass in blocks of 64 (32 in fp32), counted from the start of the sequence, with
+  the streaming softmax.
+
+No matrix holds two sequences: a block-diagonal tile would let a NaN of one reach the others as
+`0 * NaN`, and would spend most of its softmax on zeros. The sums of a row have the same terms in
+the same order whatever lies beside its sequence; slots beyond the end only add zeros after the last
+term.
+
+Launch parameters are the static table of `tuning.py`. tests/test_triton_attention.py compiles every
+row of it for sm_80, 90, 100 and 120, and fails if one spills.
 
 Numerics: products of the inputs' dtype, everything else fp32; softmax weights are rounded to the
 inputs' dtype before they meet v. fp32 inputs are multiplied as fp32, or as tf32 where torch's

@@ -404,15 +404,7 @@ def plan(
         _short_kernel,
         groups * (heads // together),
         (qkv, out, cu_seqlens, *tables, tokens, sequences, *numbers),
-        options
-        | {
-            "HEADS": together,
-            "GROUP": config.group,
-            "SHORTEST": SHORTEST,
-            "SHORT": SHORTEST if max_seqlen <= SHORTEST else config.short,
-            "STAGES": config.head_stages,
-            "num_warps": config.group_warps,
-        },
+        options | _short_options(config, together, max_seqlen),
     )
     q_blocks = triton.cdiv(max_seqlen, config.block_q)
     num_tiles = sequences * q_blocks if tiles is None else tiles.shape[0]
@@ -421,18 +413,31 @@ def plan(
             _long_kernel,
             num_tiles * heads,
             (qkv, out, cu_seqlens, tiles, *tables, q_blocks, *numbers),
-            options
-            | {
-                "SHORT": config.short,
-                "BLOCK_Q": config.block_q,
-                "BLOCK": config.block,
-                "STAGES": config.stages,
-                "TILES": tiles is not None,
-                "num_warps": config.warps,
-                # Wide rows of no power of two are addressed column by column, which takes more.
-                "maxnreg": config.registers if dim == width or width < 64 else None,
-            },
+            options | {"TILES": tiles is not None} | _long_options(config, dim, width),
         )
+
+
+def _short_options(config: tuning.Attention, together: int, max_seqlen: int) -> dict[str, Any]:
+    return {
+        "HEADS": together,
+        "GROUP": config.group,
+        "SHORTEST": SHORTEST,
+        "SHORT": SHORTEST if max_seqlen <= SHORTEST else config.short,
+        "STAGES": config.head_stages,
+        "num_warps": config.group_warps,
+    }
+
+
+def _long_options(config: tuning.Attention, dim: int, width: int) -> dict[str, Any]:
+    return {
+        "SHORT": config.short,
+        "BLOCK_Q": config.block_q,
+        "BLOCK": config.block,
+        "STAGES": config.stages,
+        "num_warps": config.warps,
+        # Wide rows of no power of two are addressed column by column, which takes more registers.
+        "maxnreg": config.registers if dim == width or width < 64 else None,
+    }
 
 
 def _precision(dtype: torch.dtype) -> str:

@@ -1,8 +1,10 @@
-"""The arrows of DESIGN.md §2, read from the source: who imports whom, and what nobody may call."""
+"""The rooms and arrows of DESIGN.md §2, read from the source: what there is, who imports whom, what
+nobody may call, and how long files and functions may be."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -224,3 +226,81 @@ def test_tests_and_benchmarks_are_apart() -> None:
 @pytest.mark.parametrize("source", ["torch.load(path)", "import sys\nsys.exit(1)", "exit()"])
 def test_every_forbidden_call_is_seen(source: str) -> None:
     assert len(list(forbidden_calls(ast.parse(source)))) == 1
+
+
+# Folders that the rooms must name, beside the packages of sbert_fast/.
+FOLDERS = ("csrc/common", "csrc/cpu", "csrc/cuda", "csrc/host", "kernels/triton", "benchmarks")
+FOLDERS += ("tools/gpu",)
+_A_FILE = re.compile(r"[\w.]+\.(?:py|h|cpp|cu|cuh)\b")
+
+
+def rooms_of_design() -> str:
+    """The block of DESIGN.md that lists files and folders."""
+    design = ROOT.joinpath("DESIGN.md").read_text(encoding="utf-8")
+    return design.partition("## 2. The rooms")[2].split("```")[1]
+
+
+def test_the_rooms_name_everything() -> None:
+    package = ROOT / "sbert_fast"
+    expected = set(FOLDERS)
+    for path in package.iterdir():
+        if path.suffix == ".py" and path.name != "__init__.py" and path.name[0] != "_":
+            expected.add(path.name)
+        elif path.joinpath("__init__.py").is_file() and not path.is_symlink():
+            expected.add(f"{path.name}/")
+    text = rooms_of_design()
+    missing = {name for name in expected if not re.search(rf"(?<![\w./]){re.escape(name)}", text)}
+    assert missing == set()
+
+
+def test_the_rooms_name_nothing_else() -> None:
+    text = rooms_of_design()
+    there = {path.name for folder in SIZED for path in sized_files(folder)} | {"setup.py"}
+    named = set(_A_FILE.findall(text))
+    folders = re.findall(r"^ *([\w./]+?)/?(?=  )", text, re.MULTILINE)
+    folders = [name for name in folders if "." not in name]
+    gone = [f for f in folders if not ((ROOT / f).is_dir() or (ROOT / "sbert_fast" / f).is_dir())]
+    assert (sorted(named - there), gone) == ([], [])
+
+
+# Where the length of files is limited, and what limits it.
+SIZED = ("sbert_fast", "kernels", "csrc", "benchmarks", "tools", "tests")
+MAX_FUNCTION_LINES, MAX_FILE_LINES = 60, 350
+REASON, REASON_LINES = "Long because", 12
+
+
+def sized_files(folder: str) -> list[Path]:
+    found = (ROOT / folder).rglob("*")
+    return sorted(p for p in found if p.suffix in (".py", ".h", ".cpp", ".cu", ".cuh"))
+
+
+def function_lines(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Every function and its lines, its docstring not counted."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            first = node.body[0]
+            if ast.get_docstring(node) is not None:
+                lines -= (first.end_lineno or first.lineno) - first.lineno + 1
+            yield node.name, lines
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_functions_are_short(module: str) -> None:
+    tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
+    assert [f for f in function_lines(tree) if f[1] > MAX_FUNCTION_LINES] == []
+
+
+@pytest.mark.parametrize("folder", SIZED)
+def test_files_are_short_or_say_why_not(folder: str) -> None:
+    long = {}
+    for path in sized_files(folder):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        if len(lines) > MAX_FILE_LINES and REASON not in "\n".join(lines[:REASON_LINES]):
+            long[path.relative_to(ROOT).as_posix()] = len(lines)
+    assert long == {}, "split it, or say in its first lines why it is long"
+
+
+def test_docstrings_are_not_counted() -> None:
+    source = 'def f(x):\n    """One.\n\n    Two.\n    """\n    return x\n'
+    assert list(function_lines(ast.parse(source))) == [("f", 2)]

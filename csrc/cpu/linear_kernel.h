@@ -1,7 +1,9 @@
 // linear: activation(x @ weight.T + bias) on weights that lie in panels (kernels.h).
 //
 // A tile of the result keeps its sums in registers and takes one step along K after another, so a
-// row depends on no other row and not on how many there are.
+// row depends on no other row and not on how many there are. The activation is applied while the
+// sums of a block of rows are in the cache; linear_norm (ops_linear.cpp) adds the residual and
+// normalises the rows of an item there, where there are items enough for all threads.
 #pragma once
 
 #include "attention_tile.h"

@@ -1,4 +1,15 @@
-// Launches the two kernels of attention. Each head dim and dtype is compiled in a file of its own.
+// Launches two of the three kernels of attention. Each head dim and dtype is compiled in a file of
+// its own.
+//
+// Which kernel computes a sequence depends on its length, D, the options and the architecture,
+// never on its batch:
+//
+//   at most 64 tokens   attention_short.cuh
+//   longer              attention_long.cuh: every architecture, bias and window
+//                       attention_sm90.cuh: compute capability 9.0a, D 32, 64 or 128, neither bias
+//                       nor window (launched by attention_sm90.cu)
+//
+// D is a multiple of 8; the op refuses any other.
 #pragma once
 
 #include "attention_long.cuh"

@@ -1,6 +1,6 @@
 // Attention over long sequences: a block of threads has up to 128 queries of one head, and the keys
-// and values of their sequence pass through shared memory, 64 at a time, in two buffers, with the
-// streaming softmax.
+// and values of their sequence pass through shared memory, 64 at a time, in two buffers (cp.async,
+// mma.sync), with the streaming softmax.
 //
 // qkv [T, 3, H, D] -> out [T, H, D]. Numerics: fp32 scores, sums and results; weights are rounded
 // to T before they meet v. Key blocks are counted from the start of the sequence, so that a row has

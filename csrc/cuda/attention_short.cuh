@@ -3,8 +3,10 @@
 //
 // qkv [T, 3, H, D] -> out [T, H, D]. A warp computes sixteen queries of one head of one sequence
 // and has the scores of all its keys in registers: one pass, no rescaling, no shared memory. Keys
-// and values come from memory in the layout of the tensor cores; the query blocks of a sequence run
-// side by side in a block of threads, so that they find them in the L1 cache.
+// and values come from memory in the layout of the tensor cores (attention_fragments.cuh), and
+// values are transposed between registers (movmatrix). A block of threads takes one tile of the
+// planner's; the query blocks of a sequence run side by side in it, so that they find keys and
+// values in the L1 cache.
 //
 // Numerics: fp32 scores and sums; weights are rounded to T before they meet v. Nothing of a
 // sequence meets another: what lies behind its end is not loaded.

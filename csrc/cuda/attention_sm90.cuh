@@ -3,8 +3,8 @@
 // qkv [T, 3, H, D] -> out [T, H, D], D 32, 64 or 128. One warp of a block starts copies of queries
 // and, 64 at a time, of keys and values, as far ahead as there is shared memory. Two groups of four
 // warps have 64 queries each; while the tensor cores multiply weights and values of one block of
-// keys, the group turns the scores of the next into weights. A block of threads takes one tile and
-// head after the other.
+// keys (wgmma), the group turns the scores of the next into weights. There are as many blocks of
+// threads as multiprocessors; each takes one tile and head after the other.
 //
 // Numerics: as attention_long.cuh, whose rows have their sums in another order. A copy does not
 // stop where a sequence ends: keys behind the end get no weight, values are overwritten with zeros,

@@ -1,4 +1,4 @@
-// Rows of E columns, E a multiple of 8, held in registers, and LayerNorm over them.
+// Rows of E columns, E a multiple of 8 up to 4,096, held in registers, and LayerNorm over them.
 //
 // A group of threads holds a row in pieces of eight columns, 16 bytes: thread l of it the pieces l,
 // l + kLanes, l + 2 kLanes, ... Up to 384 columns a group is half a warp, so that 384 is three full

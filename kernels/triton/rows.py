@@ -3,7 +3,8 @@
 A tile has a power of two of columns, and few widths are one: 384 is three chunks of 128, where one
 padded tile would idle a quarter of its lanes. A chunk is no wider than what a warp (for wide rows,
 the program) loads at once in 16-byte pieces, so all tiles of a row share one layout, sums over the
-chunks stay inside a thread and one reduction finishes the row.
+chunks stay inside a thread and one reduction finishes the row. A row of up to 1,024 columns stays
+within one warp, so its statistics need no shared memory. Rows have at most 4,096 columns.
 """
 
 from __future__ import annotations

@@ -1,15 +1,25 @@
 """Attention over packed sequences: `softmax(scale * q k^T + bias) v`, a sequence at a time.
 
-qkv `[T, 3, H, D]` -> out `[T, H, D]`, both contiguous. Two kernels:
+Long because: its two kernels share how rows are loaded and stored, the softmax, and the launch.
 
-* the short one computes the sequences of at most 16 tokens, then those of at most 32, of a few
-  neighbours at once: one matrix of scores a sequence, on a warp of its own;
-* the long one takes a tile, or a query block of a sequence, skips what is short, and lets the keys
-  of a sequence pass in blocks of BLOCK, with the streaming softmax.
+qkv `[T, 3, H, D]` -> out `[T, H, D]`, both contiguous. Which kernel computes a sequence, and in
+which steps, depends on its own length, the head dim, the dtype and the options, never on its batch,
+so a sequence keeps its bits wherever it lies:
 
-No matrix holds two sequences: nothing of one meets another, not even as a product with zero. The
-sums of a row have the same terms in the same order whatever lies beside its sequence; slots beyond
-the end only add zeros after the last term.
+* the short kernel takes sequences of at most 32 tokens (16 with D > 64, or with rotary tables and
+  D > 32 in half precision): of a few neighbours at once, those of at most 16 tokens, then the
+  others. Each has one matrix of scores, on a warp of its own. It reads no table of tiles;
+* the long kernel takes a tile, or a query block of a sequence, skips what is short, and lets the
+  keys of a sequence pass in blocks of 64 (32 in fp32), counted from the start of the sequence, with
+  the streaming softmax.
+
+No matrix holds two sequences: a block-diagonal tile would let a NaN of one reach the others as
+`0 * NaN`, and would spend most of its softmax on zeros. The sums of a row have the same terms in
+the same order whatever lies beside its sequence; slots beyond the end only add zeros after the last
+term.
+
+Launch parameters are the static table of `tuning.py`. tests/test_triton_attention.py compiles every
+row of it for sm_80, 90, 100 and 120, and fails if one spills.
 
 Numerics: products of the inputs' dtype, everything else fp32; softmax weights are rounded to the
 inputs' dtype before they meet v. fp32 inputs are multiplied as fp32, or as tf32 where torch's
@@ -394,15 +404,7 @@ def plan(
         _short_kernel,
         groups * (heads // together),
         (qkv, out, cu_seqlens, *tables, tokens, sequences, *numbers),
-        options
-        | {
-            "HEADS": together,
-            "GROUP": config.group,
-            "SHORTEST": SHORTEST,
-            "SHORT": SHORTEST if max_seqlen <= SHORTEST else config.short,
-            "STAGES": config.head_stages,
-            "num_warps": config.group_warps,
-        },
+        options | _short_options(config, together, max_seqlen),
     )
     q_blocks = triton.cdiv(max_seqlen, config.block_q)
     num_tiles = sequences * q_blocks if tiles is None else tiles.shape[0]
@@ -411,18 +413,31 @@ def plan(
             _long_kernel,
             num_tiles * heads,
             (qkv, out, cu_seqlens, tiles, *tables, q_blocks, *numbers),
-            options
-            | {
-                "SHORT": config.short,
-                "BLOCK_Q": config.block_q,
-                "BLOCK": config.block,
-                "STAGES": config.stages,
-                "TILES": tiles is not None,
-                "num_warps": config.warps,
-                # Wide rows of no power of two are addressed column by column, which takes more.
-                "maxnreg": config.registers if dim == width or width < 64 else None,
-            },
+            options | {"TILES": tiles is not None} | _long_options(config, dim, width),
         )
+
+
+def _short_options(config: tuning.Attention, together: int, max_seqlen: int) -> dict[str, Any]:
+    return {
+        "HEADS": together,
+        "GROUP": config.group,
+        "SHORTEST": SHORTEST,
+        "SHORT": SHORTEST if max_seqlen <= SHORTEST else config.short,
+        "STAGES": config.head_stages,
+        "num_warps": config.group_warps,
+    }
+
+
+def _long_options(config: tuning.Attention, dim: int, width: int) -> dict[str, Any]:
+    return {
+        "SHORT": config.short,
+        "BLOCK_Q": config.block_q,
+        "BLOCK": config.block,
+        "STAGES": config.stages,
+        "num_warps": config.warps,
+        # Wide rows of no power of two are addressed column by column, which takes more registers.
+        "maxnreg": config.registers if dim == width or width < 64 else None,
+    }
 
 
 def _precision(dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""The arguments of `encode`, checked and told apart."""
+"""The arguments of `encode`: checks, and what kind of input each is."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DTYPES = {name: getattr(torch, name, None) for name in DTYPES}
 
 
 class DefaultBatchSize(int):
-    """The default of `batch_size`: it reads 32 and limits nothing, unlike a 32 asked for."""
+    """The default of `batch_size`: it reads 32 but limits nothing, unlike an explicit 32."""
 
 
 DEFAULT_BATCH_SIZE = DefaultBatchSize(32)
@@ -39,10 +39,10 @@ def with_default_batch_size(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    """The dtype that an argument names; None where that is left to the model.
+    """The dtype that an argument names; None if it leaves the dtype to the model.
 
     Raises:
-        ValueError: it names none that the engine computes in.
+        ValueError: it names no dtype that the engine computes in.
     """
     if isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():
         return dtype
@@ -61,14 +61,14 @@ def check_positive(name: str, value: object, alternative: str | None = None) -> 
 
 
 def check_device(name: str, device: str | torch.device | int) -> None:
-    """Refuse what is no device, or none of this machine.
+    """Refuse anything that is not a device of this machine.
 
     Raises:
-        NoSuchDeviceError: naming the argument `name`, and the devices there are.
+        NoSuchDeviceError: names the argument `name` and the devices there are.
     """
     try:
         wanted = torch.device(device)
-        # Counting GPUs starts none.
+        # Counting GPUs starts no GPU.
         if wanted.type != "cuda" or not torch.cuda.is_available():
             torch.empty(0, device=wanted)
         elif (wanted.index or 0) >= torch.cuda.device_count():
@@ -98,9 +98,9 @@ class Chunk(list[Any]):
 
     Attributes:
         first: position of the first of them in the caller's input.
-        checks: whether the worker refuses embeddings that are not finite. Where the caller's
-            process does, it can name the texts, and no error has to reach it: those of the workers
-            of sentence-transformers 6.0 and 6.1 never do.
+        checks: whether the worker refuses embeddings that are not finite. If the caller's process
+            does so instead, it can name the texts, and no error has to reach it from a worker:
+            errors in the workers of sentence-transformers 6.0 and 6.1 never do.
     """
 
     def __init__(self, inputs: Iterable[Any], first: int = 0, *, checks: bool = True) -> None:
@@ -115,19 +115,19 @@ class Chunk(list[Any]):
         return Chunk(part, self.first + key.indices(len(self))[0], checks=self.checks)
 
 
-# Iterable, but each is one input, or has no order.
+# Iterable, but each is a single input, or has no order.
 _NOT_TEXTS = (bytes, bytearray, Mapping, Tensor, set, frozenset)
 
 
 def either(inputs: Any, sentences: Any) -> Any:
-    """The inputs of a call, which may have come under their former name."""
+    """The inputs of a call, which may be given under their former name."""
     if inputs is not None and sentences is not None:
         raise TypeError("encode takes inputs or sentences, its former name, but got both")
     return sentences if inputs is None else inputs
 
 
 def as_list(inputs: object) -> list[Any]:
-    """The elements of anything iterable that is not itself one input."""
+    """The elements of anything iterable that is not itself a single input."""
     if isinstance(inputs, list):
         return inputs
     if isinstance(inputs, np.ndarray):
@@ -140,7 +140,7 @@ def as_list(inputs: object) -> list[Any]:
             "take one column of a table"
         )
     elif hasattr(inputs, "to_pylist"):
-        # Elements of pyarrow's arrays are no str.
+        # Elements of pyarrow's arrays are not str.
         return list(inputs.to_pylist())
     elif isinstance(inputs, Iterable) and not isinstance(inputs, _NOT_TEXTS):
         return list(inputs)

@@ -22,12 +22,12 @@ from sbert_fast.state import Snapshot
 from sbert_fast.tokenization import TextTokenizer
 
 DEVICES = ("cpu", "cuda")
-# transformers' stand-in for "no limit" is far above this.
+# transformers' value for "no limit" is far above this.
 _NO_LIMIT = 1_000_000_000
-# What encoding calls.
+# The methods that encoding calls.
 _ROOTS = (*SYNTAX, "encode", "forward")
 # Attributes of a Transformer module that are checked below, change nothing after loading, or only
-# remember what was computed. Others change what it does where they are set.
+# remember what was computed. Any other that is set changes what the module does.
 _KNOWN = {
     *vars(nn.Module()),
     "_chat_template_suffix_cache",
@@ -45,7 +45,7 @@ _KNOWN = {
     "processor",
     "transformer_task",
 }
-# What sentence-transformers takes of the base model, and what it calls that.
+# What sentence-transformers takes from the base model, and what it calls that.
 _READ = {
     "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
     "module_output_name": "token_embeddings",
@@ -60,14 +60,14 @@ def build_pipeline(
 
     Args:
         model: what to run; its parameters are read, never copied into it.
-        dtype: dtype to compute in; None is the dtype of the model.
+        dtype: dtype to compute in; None for the dtype of the model.
         impl: implementation of the ops.
-        known: the engine so far, which is kept where it still serves.
+        known: the engine so far, which is kept if it still serves.
 
     Raises:
         UnsupportedModelError: with the reason.
-        ValueError: `max_seq_length` is no length, beyond the position table, or leaves no room for
-            the special tokens of a text.
+        ValueError: `max_seq_length` is not a length, is beyond the position table, or leaves no
+            room for the special tokens of a text.
     """
     children = list(model.children())
     if not children or not is_module(children[0], "Transformer"):
@@ -98,7 +98,7 @@ def build_pipeline(
 
 
 def _check_placement(model: SentenceTransformer) -> None:
-    """Refuse models whose parts are on several devices, or come to theirs only when they run."""
+    """Refuse models whose parts are on several devices, or reach their device only to run."""
     hook = getattr(model, "_accelerate_placement_hook", None)
     devices = {str(parameter.device) for parameter in model.parameters()}
     if hook is not None or (
@@ -110,7 +110,7 @@ def _check_placement(model: SentenceTransformer) -> None:
 
 
 def _check_transformer(transformer: Any) -> None:
-    """Refuse options of the Transformer module that the packed engine would pass by."""
+    """Refuse options of the Transformer module that the packed engine would ignore."""
     for name, expected in _READ.items():
         found = getattr(transformer, name, expected)
         if found != expected:
@@ -142,7 +142,7 @@ def _check_own(part: Any, names: Set[str]) -> None:
     """Refuse a module or tokenizer that does more than its class, or something else.
 
     Args:
-        part: a module, tokenizer, or what belongs to one.
+        part: a module, a tokenizer, or something that belongs to one.
         names: what the code of all of them mentions.
     """
     problem = bypass.reason([part]) if isinstance(part, nn.Module) else None
@@ -159,7 +159,7 @@ def _check_own(part: Any, names: Set[str]) -> None:
 
 
 def _max_length(transformer: Any, room: int, has_table: bool) -> int:
-    """Tokens kept of a text, given the positions there are, in a table or computed."""
+    """Tokens kept of a text, given how many positions there are, in a table or computed."""
     tokenizer = transformer.tokenizer
     value = tokenizer.model_max_length
     if value is None:
@@ -170,7 +170,7 @@ def _max_length(transformer: Any, room: int, has_table: bool) -> int:
     table = transformer.auto_model.config.max_position_embeddings
     if value >= _NO_LIMIT or room < value == table:
         return room
-    # Tokenizers cut nothing where the special tokens alone are too many.
+    # Tokenizers cut nothing if the special tokens alone are too many.
     least = max(1, tokenizer.num_special_tokens_to_add(pair=False))
     if value > room and not has_table:
         raise UnsupportedModelError(f"max_seq_length {value} is beyond the {room} positions")
@@ -188,25 +188,25 @@ class Unsupported:
 
     Attributes:
         reason: for the user to read.
-        counts: whether such calls are counted and told of.
+        counts: whether such calls are counted and reported.
     """
 
     reason: str
     counts: bool = True
 
 
-# The dtype to compute in, or None for that of the model; and its device.
+# The dtype to compute in, or None for the dtype of the model; and the model's device.
 Where = tuple[torch.dtype | None, torch.device]
 
 
 class Assembly:
-    """What runs `encode` for the modules of a model as they were.
+    """What runs `encode` for the modules of a model, as they were when this was made.
 
     Args:
         model: what to run.
-        where: what to run it in and on.
+        where: the dtype to run it in, and the device.
         impl: implementation of the ops.
-        old: the assembly so far, of which the engine is kept where it still serves.
+        old: the assembly so far, whose engine is kept if it still serves.
     """
 
     def __init__(
@@ -215,7 +215,7 @@ class Assembly:
         first = next(model.children(), None)
         base = getattr(first, "auto_model", None)
         self._where = where
-        # The engine looks after the base model, where there is one.
+        # The engine watches the base model, if there is one.
         self._snapshot = Snapshot(model, without=[base])
         self._originals = originals({*map(type, self._snapshot.objects), BatchEncoding}, _ROOTS)
         self._found = self._build(model, impl, old)
@@ -240,11 +240,11 @@ class Assembly:
         return pipeline if problem is None else Unsupported(problem)
 
     def prepare(self, where: Callable[[], Where]) -> Pipeline | Unsupported | None:
-        """What runs the model; None where the assembly is outdated.
+        """What runs the model; None if the assembly is outdated.
 
         Args:
-            where: what to run in and on now. It is asked for where weights have changed: those that
-                have not are where they were.
+            where: gives the dtype to run in now, and the device. It is called only if weights have
+                changed: unchanged weights are where they were.
         """
         if not (self._snapshot.is_current() and self._originals.is_current()):
             return None
@@ -258,7 +258,7 @@ class Assembly:
             if prepared is None:
                 admission = found.engine.admission()
                 if admission.inside is not None or admission.around is not None:
-                    return found  # the model itself will run: nothing of it need be valid
+                    return found  # the model itself will run: no part of it need be valid
                 prepared = found.engine.prepared()
             return found.prepare(prepared)
         except InvalidWeightsError:

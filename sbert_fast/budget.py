@@ -1,4 +1,4 @@
-"""How many tokens a batch holds: what fits a device, and what running out of memory teaches."""
+"""How many tokens a batch holds: what fits a device, and what is learned from running out."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from sbert_fast.models import Architecture
 
 logger = logging.getLogger("sbert_fast")
 
-# Bytes of the widest activation of a batch, and most tokens of one: fewer cost speed, more gain
-# nothing and take memory.
+# Bytes of the widest activation of a batch, and the most tokens of a batch: fewer cost speed, more
+# gain nothing and take memory.
 _CPU_ACTIVATION_BYTES = 12 << 20
 _CPU_TOKENS = 2048
 # Tiles of 128 tokens that each processor of a GPU gets, and the share of its memory that the
@@ -24,7 +24,7 @@ _MAX_HALVINGS = 6
 
 
 def cpu_tokens(architecture: Architecture, dtype: torch.dtype) -> int:
-    """Tokens of a batch on a CPU, by the width of the model."""
+    """Tokens of a batch on a CPU, given the width of the model."""
     width = max(architecture.up_size, 3 * architecture.hidden_size)
     tokens = _CPU_ACTIVATION_BYTES // (width * dtype.itemsize)
     return int(min(_CPU_TOKENS, max(256, tokens // 64 * 64)))
@@ -33,14 +33,14 @@ def cpu_tokens(architecture: Architecture, dtype: torch.dtype) -> int:
 def gpu_tokens(
     architecture: Architecture, dtype: torch.dtype, total_memory: int, processors: int
 ) -> int:
-    """Tokens of a batch on a GPU: as many tiles for every processor.
+    """Tokens of a batch on a GPU: the same number of tiles for every processor.
 
-    A function of the model, the dtype and the device alone, so that results repeat.
+    They depend on the model, the dtype and the device alone, so that results repeat.
 
     Args:
         architecture: of the model.
         dtype: of the activations.
-        total_memory: of the device, in bytes; what of it is free plays no part.
+        total_memory: of the device, in bytes; how much of it is free plays no part.
         processors: multiprocessors of the device.
     """
     # Alive at once: x, qkv and the attended values, or x, the FFN's inner activation and its GELU.
@@ -63,9 +63,9 @@ def default_tokens(architecture: Architecture, dtype: torch.dtype, device: torch
 
 
 class MemoryLimit:
-    """The largest batch that fits the memory of a device, once it is known not to hold more.
+    """The largest batch that fits the memory of a device, once a larger one has failed.
 
-    It remembers: what failed once is not tried again. Thread-safe.
+    It remembers, so that what failed once is not tried again. Thread-safe.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class MemoryLimit:
         self._halvings = 0
 
     def apply(self, tokens: int) -> int:
-        """`tokens`, or fewer where those are known not to fit."""
+        """`tokens`, or fewer if that many are known not to fit."""
         limit = self._tokens
         return tokens if limit is None else min(tokens, limit)
 
@@ -82,7 +82,7 @@ class MemoryLimit:
         """Note that a batch of `tokens` did not fit.
 
         Returns:
-            The tokens to go on with; None after too many halvings.
+            The tokens to continue with; None after too many halvings.
         """
         with self._lock:
             if self._tokens is not None and self._tokens <= tokens // 2:
@@ -92,7 +92,7 @@ class MemoryLimit:
             self._halvings += 1
             self._tokens = tokens // 2
         logger.warning(
-            "out of memory with %d tokens a batch: going on with half, as batch_tokens=%d would",
+            "out of memory with %d tokens a batch: continuing with half, as batch_tokens=%d would",
             tokens,
             tokens // 2,
         )

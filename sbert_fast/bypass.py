@@ -13,14 +13,14 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-# transformers leaves these hooks behind; where no gradients are recorded, they do nothing.
+# transformers leaves these hooks behind; they do nothing unless gradients are recorded.
 _IDLE_HOOKS = "transformers.utils.output_capturing"
 _GRADIENT_HOOK = "make_inputs_require_grads"
 
 
 def is_transformed() -> bool:
     """Whether the caller wants to see the model's own operations: tracing, compiling, a functorch
-    transform, forward-mode differentiation, or a mode of torch such as that of fake tensors."""
+    transform, forward-mode differentiation, or a mode of torch such as fake tensors."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # type: ignore[attr-defined]
@@ -35,7 +35,7 @@ def is_transformed() -> bool:
 
 
 def global_reason() -> str | None:
-    """Why no model runs packed now, whichever it is."""
+    """Why no model at all runs packed now; None if one may."""
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return "forward hooks are registered on all modules"
     return None
@@ -57,7 +57,7 @@ def _is_idle(hook: Callable[..., Any]) -> bool:
 
 
 def reason(modules: Iterable[nn.Module]) -> str | None:
-    """Why a packed pass, which calls none of `modules`, does not stand for them."""
+    """Why a packed pass, which calls none of `modules`, cannot replace them; None if it can."""
     for module in modules:
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
         if not all(map(_is_idle, hooks)):
@@ -70,15 +70,15 @@ def reason(modules: Iterable[nn.Module]) -> str | None:
 
 
 def drops(modules: Sequence[nn.Module]) -> bool:
-    """Whether `modules` are in training mode, at least in part, and some of them drop values."""
-    # A list of layers is made anew by slicing, in training mode, and reads nothing of it.
+    """Whether any of `modules` is in training mode and any of them drops values."""
+    # Slicing a ModuleList makes a new one in training mode; it does nothing with that flag.
     return any(m.training for m in modules if type(m) is not nn.ModuleList) and any(
         isinstance(module, nn.Dropout) and module.p > 0 for module in modules
     )
 
 
 def is_replaced(instance: object, name: str) -> bool:
-    """Whether the method `name` of an instance is another than that of its class."""
+    """Whether an instance has a method `name` other than the one of its class."""
     method = vars(instance).get(name)
     if method is None or getattr(type(method), "stands_for_original", False):
         return False
@@ -90,7 +90,7 @@ def is_replaced(instance: object, name: str) -> bool:
 
 
 def holds_plain_tensors(model: nn.Module) -> bool:
-    """Whether other tensors stand in for parameters, as torch.func.functional_call has it."""
+    """Whether other tensors stand in for parameters, as under torch.func.functional_call."""
     return any(
         type(tensor) is Tensor
         for module in model.modules()

@@ -1,4 +1,4 @@
-"""A call of `encode`: what was asked for, and its results as they were asked for."""
+"""A call of `encode`: what it asks for, and its results in the form it asks for."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from sbert_fast.values import Precision, shown
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What `encode` was asked for: its arguments, by their names.
+    """What `encode` was asked for: its arguments, by name.
 
     Attributes:
-        keywords: further arguments, which sentence-transformers alone reads.
+        keywords: further arguments, which only sentence-transformers reads.
         in_workers: whether other processes compute it.
     """
 
@@ -40,12 +40,12 @@ class Call:
 
     @classmethod
     def of_inference(cls, *, save_to_cpu: bool = True, **arguments: Any) -> Call:
-        """The call, or the part of one, that sentence-transformers hands to `_inference`."""
+        """The call, or part of one, that sentence-transformers hands to `_inference`."""
         known = {name: arguments.pop(name) for name in _NAMES & arguments.keys()}
         return cls(**known, convert_to_numpy=save_to_cpu, keywords=arguments)
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments that ask for it."""
+        """The arguments that ask for this call."""
         return {name: getattr(self, name) for name in _NAMES} | self.keywords
 
     def check(self) -> None:
@@ -72,7 +72,7 @@ class Call:
 
     @property
     def moves_to(self) -> str | torch.device | None:
-        """The device on which this process computes it; None where the model is."""
+        """The device on which this process is to compute; None for where the model is."""
         return None if self.in_workers or isinstance(self.device, list) else self.device
 
     @property
@@ -89,12 +89,12 @@ class Call:
         return self.is_quantized or (self.convert_to_numpy and not self.convert_to_tensor)
 
     def unquantized(self) -> Call:
-        """The same call in float32: an array where it asks for one, else a tensor."""
+        """The same call in float32: an array if it asks for one, otherwise a tensor."""
         as_tensor = self.convert_to_tensor or not self.convert_to_numpy
         return replace(self, precision="float32", convert_to_tensor=as_tensor)
 
     def convert(self, embeddings: Tensor) -> Any:
-        """The type that was asked for, of fp32 `[N, dimension]`."""
+        """Convert fp32 `[N, dimension]` to the type that was asked for."""
         if not len(embeddings):
             empty = torch.tensor([], device=embeddings.device)
             if self.convert_to_tensor:
@@ -102,7 +102,7 @@ class Call:
             return np.array([]) if self.convert_to_numpy else []
         result: Any = embeddings
         if self.is_quantized:
-            # Here, so that models of transformers alone are accelerated without it.
+            # Imported here, so that accelerating a plain transformers model does not need it.
             from sentence_transformers.util import quantize_embeddings
 
             result = quantize_embeddings(embeddings, precision=self.precision)
@@ -120,5 +120,5 @@ class Call:
         return result[0] if single else result
 
 
-# What `encode` of sentence-transformers calls by the same name.
+# Arguments that `encode` of sentence-transformers has under the same names.
 _NAMES = {each.name for each in fields(Call)} - {"keywords", "in_workers"}

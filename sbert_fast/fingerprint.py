@@ -1,4 +1,4 @@
-"""The fingerprint of tensors, which tells when what was derived from them is stale."""
+"""The fingerprint of tensors, which tells when something derived from them is stale."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Derived = TypeVar("Derived")
 
 
 def settle(device: torch.device) -> None:
-    """Wait for what was prepared on the current stream: other threads read it on theirs."""
+    """Wait for what was prepared on the current stream: other threads read it on their streams."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
 
@@ -56,9 +56,9 @@ class Fingerprint:
     Args:
         tensors: parameters and buffers. Each is asked for its count of writes, address, dtype,
             shape and strides.
-        shared: what was derived of them. Those of `tensors` that are among it are read live; what
-            the others hold is hashed, because many writers are not counted: those through
-            `.data`, fused optimizers, views of numpy.
+        shared: what was derived from them. Tensors that are part of it are read live; the contents
+            of the others are hashed, because many writes are not counted: through `.data`, by fused
+            optimizers, through views of numpy.
 
     Raises:
         UnsupportedModelError: a tensor neither counts writes nor is an inference tensor.
@@ -66,14 +66,14 @@ class Fingerprint:
 
     def __init__(self, tensors: Iterable[Tensor], shared: Iterable[Tensor]) -> None:
         self._tensors = list(tensors)
-        # They keep the storages alive, so that an address cannot be used again unseen.
+        # They keep the storages alive, so that no address can be reused unnoticed.
         self._held = [tensor.detach() for tensor in self._tensors]
-        # Those in the layout of oneDNN have none, and are copies.
+        # Tensors in the layout of oneDNN have no address, and are copies.
         addresses = {t.data_ptr() for t in shared if t.layout == torch.strided}
         live = [t for t in self._tensors if t.data_ptr() in addresses]
         self._hash = ContentHash([t for t in self._tensors if t.data_ptr() not in addresses], live)
         self._counted = [t for t in self._tensors if not t.is_inference()]
-        # Inference tensors count no writes: a hash of all their bits tells of them.
+        # Inference tensors count no writes: a hash of all their bits detects them.
         self._uncounted = [t for t in self._tensors if t.is_inference()]
         if not all(map(_counts_writes, self._counted)):
             raise UnsupportedModelError("a tensor made in inference mode was given other data")
@@ -87,7 +87,7 @@ class Fingerprint:
         )
 
     def is_current(self) -> bool:
-        """Whether none has changed."""
+        """Whether no tensor has changed."""
         try:
             return self._read() == self._values
         except RuntimeError:
@@ -96,14 +96,14 @@ class Fingerprint:
             return False
 
     def outdate(self) -> None:
-        """Have :meth:`is_current` say no from now on."""
+        """Make :meth:`is_current` return False from now on."""
         self._values = ()
 
 
 def derive(tensors: Iterable[Tensor], make: Callable[[], Derived]) -> tuple[Derived, Fingerprint]:
     """What `make` derives from `tensors`, and their fingerprint.
 
-    Where another thread writes to them in the meantime, the fingerprint is outdated at once.
+    If another thread writes to them in the meantime, the fingerprint is outdated at once.
     """
     tensors = list(tensors)
     before = Fingerprint(tensors, ())

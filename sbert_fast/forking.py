@@ -1,4 +1,4 @@
-"""Processes that are forked from one that has a model: no thread is missed, no lock stays taken."""
+"""Forks of a process that has a model: the child waits for no lost thread and no held lock."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PAUSE_HARD = 2
 
 
 class Lock:
-    """A lock of this process: a child that is forked while another thread holds it has it free."""
+    """A lock that is free in a forked child, even if another thread held it during the fork."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -39,7 +39,7 @@ _locks: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 
 def _openmp() -> Any:
-    """torch's library of OpenMP, where that is GNU's: those of LLVM and Intel know of forks."""
+    """torch's OpenMP library if it is GNU's: LLVM's and Intel's know of forks."""
     for path in sorted(Path(torch.__file__).parent.glob("lib/libgomp*")):
         library = ctypes.CDLL(str(path))
         if hasattr(library, "omp_pause_resource_all"):
@@ -48,7 +48,7 @@ def _openmp() -> Any:
 
 
 class _Forks:
-    """Hooks of `os.fork`: the parent's threads of OpenMP end before it and start anew after it."""
+    """Hooks of `os.fork`: the parent's OpenMP threads end before it and start again after it."""
 
     def __init__(self) -> None:
         self._library = _openmp()
@@ -63,7 +63,7 @@ class _Forks:
     def in_child(self) -> None:
         for lock in list(_locks):
             lock.reset()
-        # tokenizers waits for threads that are missing, where it is told to use some.
+        # tokenizers waits for the lost threads if it is told to use threads.
         if os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in ("true", "on", "1"):
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
         if self._is_paused:
@@ -79,7 +79,7 @@ class _Forks:
         if torch.get_num_threads() > 1:
             logger.warning(
                 "this process was forked from one that had threads running: torch computes on one "
-                "thread here; start processes by spawning them to have more"
+                "thread here; spawn processes instead of forking them to have more"
             )
             torch.set_num_threads(1)
 

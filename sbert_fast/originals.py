@@ -1,4 +1,4 @@
-"""Whether the functions of other packages that a packed pass stands in for are still theirs."""
+"""Whether the functions of other packages that a packed pass replaces are still their own."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _LIBRARIES = frozenset(
 )
 # Methods that are called without being named.
 SYNTAX = ("__call__", "__getattr__", "__getattribute__", "__getitem__", "__iter__", "__len__")
-# The defaults of each function when it was seen first.
+# The defaults of each function when it was first seen.
 _defaults: dict[FunctionType, tuple[Any, ...]] = {}
-# Decorators of its making are wrappers like any other.
+# Decorators made by contextlib are wrappers like any other.
 _CONTEXTLIB = str(contextlib.__file__)
 
 
@@ -44,7 +44,7 @@ def is_theirs_by_name(home: object) -> bool:
 
 @cache
 def names_in(code: CodeType) -> frozenset[str]:
-    """What a function mentions: variables, attributes, and strings that may name one."""
+    """What a function mentions: variables, attributes, and strings that may name an attribute."""
     names = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -55,8 +55,8 @@ def names_in(code: CodeType) -> frozenset[str]:
 
 
 def functions_of(value: object) -> Iterator[FunctionType]:
-    """The Python functions behind a value, the innermost last: of a property its getter, of a
-    wrapper what it wraps, and what its closure holds."""
+    """The Python functions behind a value, the innermost last: the getter of a property, what a
+    wrapper wraps, and what its closure holds."""
     if isinstance(value, property):
         value = value.fget
     elif isinstance(value, cached_property):
@@ -72,15 +72,15 @@ def functions_of(value: object) -> Iterator[FunctionType]:
 
 
 class Originals:
-    """The functions that some classes reach by name, where they are found now.
+    """The functions that some classes reach by name, as they are now.
 
     Args:
         classes: classes of transformers, sentence-transformers and torch.
         roots: names of the methods that are called.
 
     Attributes:
-        names: every name that the functions mention; an attribute of any other name is not read.
-        problem: which function is not its package's own; None where all are.
+        names: every name that the functions mention; they read no attribute of any other name.
+        problem: which function is not its package's own; None if all are.
     """
 
     def __init__(self, classes: Iterable[type], roots: Iterable[str]) -> None:
@@ -105,11 +105,11 @@ class Originals:
         )
 
     def is_current(self) -> bool:
-        """Whether each function is in its place still, with the code it had."""
+        """Whether each function is still in its place, with the code it had."""
         return self._contents.is_current()
 
     def _add(self, space: Any, name: str, cls: type | None) -> set[str]:
-        """Take up the function `name` of a class or module; the names that it mentions."""
+        """Add the function `name` of a class or module; returns the names that it mentions."""
         value = space[name]
         bodies = list(functions_of(value))
         if (id(space if cls is None else cls), name) in self._known:
@@ -126,7 +126,7 @@ class Originals:
         return self._follow(bodies, name)
 
     def _follow(self, bodies: list[FunctionType], name: str) -> set[str]:
-        """Take up what functions call; the names that they mention."""
+        """Add what functions call; returns the names that they mention."""
         self._containers += bodies
         mentioned: set[str] = set()
         for body in bodies:
@@ -151,7 +151,7 @@ class Originals:
         value = space.get(name)
         if isinstance(value, FunctionType) and not _is_from_elsewhere(value):
             return self._add(space, name, None)
-        # A registry of functions, such as that of attention.
+        # A registry of functions, such as the one for attention.
         if isinstance(value, Mapping) and is_theirs_by_name(type(value).__module__):
             if (id(space), name) not in self._known:
                 self._known.add((id(space), name))
@@ -165,18 +165,18 @@ class Originals:
 
 
 def _is_from_elsewhere(function: FunctionType) -> bool:
-    """Whether a module of theirs has the function from a library, whose functions are not ours to
-    watch: what it computes with is in transformers, sentence-transformers and torch."""
+    """Whether the function comes from a library that needs no watching: what a model computes with
+    is in transformers, sentence-transformers and torch."""
     package = str(function.__module__).partition(".")[0]
     return package in sys.stdlib_module_names or package in _LIBRARIES
 
 
 def is_genuine(value: Any, cls: type | None = None) -> bool:
-    """Whether a function is what its package defined, by where its code lies.
+    """Whether a function is the one its package defined, judged by where its code lies.
 
     Args:
         value: an attribute of a class, or a function of a module.
-        cls: the class; None is a function of a module.
+        cls: the class; None for a function of a module.
     """
     bodies = list(functions_of(value))
     home = cls.__module__ if cls is not None else getattr(bodies[-1], "__module__", None)

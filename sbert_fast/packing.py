@@ -29,7 +29,7 @@ _NO_LIMIT = 2**62
 
 
 def _checked(lengths: NDArray[np.int32], name: str, limit: int) -> tuple[NDArray[np.int32], int]:
-    """The arguments of either planner, contiguous and within 64 bits."""
+    """The checked arguments of either planner, contiguous and within 64 bits."""
     if not isinstance(lengths, np.ndarray):
         raise TypeError(f"lengths must be a numpy array int32 [N], got {type(lengths).__name__}")
     if lengths.ndim != 1 or lengths.dtype != np.int32:
@@ -98,7 +98,7 @@ def plan_batches(
 
     Raises:
         TypeError: `lengths` is not a numpy array, or `budget` is not an int.
-        ValueError: `lengths` is not int32 `[N]` or negative somewhere, or `budget` is below 1.
+        ValueError: `lengths` is not int32 `[N]` or holds a negative length, or `budget` is below 1.
     """
     planner = plan_batches_numpy if _host is None else _host.plan_batches
     return planner(*_checked(lengths, "budget", budget))
@@ -113,8 +113,8 @@ def plan_tiles(lengths: NDArray[np.int32], tile: int = TILE_TOKENS) -> NDArray[n
 
     Returns:
         int32 `[n, 4]`, rows `(q_start, q_end, first_sequence, sequences)` in packed token offsets.
-        Whole sequences share a tile while they fit, empty ones join for free and alone make no
-        tile; a sequence longer than `tile` is cut into tiles of its own.
+        Whole sequences share a tile while they fit; empty ones join for free, and make no tile on
+        their own; a sequence longer than `tile` is cut into tiles of its own.
 
     Raises:
         TypeError, ValueError: as :func:`plan_batches`; or `lengths` sum to 2^31 or more.
@@ -129,7 +129,7 @@ class PackedBatch:
 
     Attributes:
         input_ids, position_ids: int32 `[T]`; `T` is a multiple of 16, the rest is a dead tail.
-        token_type_ids: int32 `[T]`, or None where all are 0.
+        token_type_ids: int32 `[T]`, or None if all are 0.
         cu_seqlens: int32 `[B + 1]`; `cu_seqlens[B]` is `num_tokens`.
         tiles: int32 `[n, 4]`, see :func:`plan_tiles`.
         lengths: int32 `[B]`, on the host.
@@ -191,7 +191,7 @@ def pack(
         ids: int32, the tokens of all texts, one text after the other.
         offsets: int64 `[N + 1]`, where each text starts in `ids`.
         rows: int64 `[B]`, the texts to pack, in packed order.
-        token_types: int32, parallel to `ids`; None where all are 0.
+        token_types: int32, parallel to `ids`; None if all are 0.
         position_offset: position of the first token of a text.
         uncounted_id: token id that does not advance positions (padding id of RoBERTa-like
             families), or None.
@@ -243,10 +243,10 @@ def pack_padded(
     """Pack the kept tokens of a padded batch, row by row, on the host.
 
     Args:
-        ids: int64 `[B, S]`, each fits in int32.
+        ids: int64 `[B, S]`, each of which fits in int32.
         keep: bool `[B, S]`, the tokens to pack, anywhere in their row.
         positions: integers `[B, S]`, see :func:`padded_positions`.
-        token_types: int64 `[B, S]`; None where all are 0.
+        token_types: int64 `[B, S]`; None if all are 0.
 
     Returns:
         The packed batch, and int64 `[num_tokens]`: the index of each packed token in `[B * S]`.
@@ -263,7 +263,7 @@ def pack_padded(
 def _allocate(
     lengths: NDArray[np.int32], columns: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Zeros `[columns, T]` for ids, positions and perhaps types, and `cu_seqlens` `[B + 1]`."""
+    """Zeros `[columns, T]` for ids, positions and maybe types, and `cu_seqlens` `[B + 1]`."""
     cu_seqlens = np.zeros(lengths.shape[0] + 1, dtype=np.int32)
     np.cumsum(lengths, out=cu_seqlens[1:])
     aligned = max(ROW_ALIGNMENT, -(-int(cu_seqlens[-1]) // ROW_ALIGNMENT) * ROW_ALIGNMENT)

@@ -1,4 +1,4 @@
-"""From the modules of a SentenceTransformer to pooling, and what follows it."""
+"""From the modules of a SentenceTransformer to pooling and what follows it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _MODES = {
 }
 
 
-# What a `Dense` may end in: a row of the result depends on no other, nor on training.
+# What a `Dense` may end in: a row of the result depends on no other row, nor on training mode.
 _ACTIVATIONS = frozenset(
     getattr(nn, name)
     for name in (
@@ -48,7 +48,7 @@ class PoolingSpec:
 
     Attributes:
         modes: names of :data:`sbert_fast.ops.POOLING_MODES`, concatenated in this order.
-        include_prompt: False leaves the prompt's tokens out.
+        include_prompt: False leaves out the tokens of the prompt.
         tail: the `Dense` and `Normalize` modules that follow, in order, by name.
         width: hidden size of the tokens.
     """
@@ -108,7 +108,7 @@ def read_pooling(modules: dict[str, nn.Module], width: int) -> PoolingSpec:
 
 
 def _check_tail(module: Any, width: int) -> int:
-    """Check a module that takes embeddings of `width` components; those of its own come back."""
+    """Check a module that takes embeddings of `width` components; return how many it gives."""
     name = type(module).__name__
     if not (is_module(module, "Dense") or is_module(module, "Normalize")):
         raise UnsupportedModelError(f"modules after Pooling must be Dense or Normalize, got {name}")
@@ -138,15 +138,15 @@ def _check_tail(module: Any, width: int) -> int:
     return int(found[0])
 
 
-# Of one `Dense`: its layer, and the projection of its residual if there is one.
+# A `Dense`: its layer, and the projection of its residual if it has one.
 _PreparedDense = tuple[PreparedLinear, PreparedLinear | None]
 
 
 class PoolingHead:
     """Pools packed hidden states into rows of an output array.
 
-    The weights of `Dense` modules are prepared like those of the encoder: derived state, rebuilt
-    when they change, never copied or pickled. All of it computes in fp32.
+    The weights of `Dense` modules are prepared like the encoder's: derived state, rebuilt when they
+    change, never copied or pickled. Everything computes in fp32.
     """
 
     def __init__(self, spec: PoolingSpec) -> None:
@@ -170,14 +170,14 @@ class PoolingHead:
         normalize: bool,
         skip: int,
     ) -> None:
-        """Write one embedding a sequence.
+        """Write one embedding for each sequence.
 
         Args:
-            x: hidden states `[T, E]` of `batch`; or, where `kernels` and :meth:`fuses` allow it,
-                what has yet to be normalised.
+            x: hidden states `[T, E]` of `batch`; or, if `kernels` and :meth:`fuses` allow it, the
+                states before their last norm.
             batch: the packed batch.
-            kernels: those of the engine that made `x`.
-            out: fp32 `[N, dimension]`, or fewer columns where embeddings are truncated.
+            kernels: the kernels of the engine that made `x`.
+            out: fp32 `[N, dimension]`, or fewer columns if embeddings are truncated.
             rows: int32 `[B]`: sequence i goes to `out[rows[i]]`.
             normalize: L2-normalise at the end, after truncation.
             skip: tokens of the prompt to leave out.
@@ -218,10 +218,10 @@ class PoolingHead:
         return len(spec.modes) == 1 and not spec.has_dense and dimension == spec.dimension
 
     def prepare(self, dtype: torch.dtype, device: torch.device, impl: str) -> None:
-        """Lay out the weights of every `Dense`, as they are now: needed before the head is called.
+        """Lay out the weights of every `Dense` as they are now: call this before calling the head.
 
         Args:
-            dtype: that of the encoder's weights: those of another fail in sentence-transformers.
+            dtype: of the encoder's weights: a `Dense` in another fails in sentence-transformers.
             device: where the weights are.
             impl: implementation of the ops.
 

@@ -1,4 +1,4 @@
-"""A session: what serves the calls of one model, and what is known of it."""
+"""A session: what serves the calls of one model, and what is known about it."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from sbert_fast.transfer import device_error
 
 logger = logging.getLogger("sbert_fast")
 
-# How often a model is read that another thread keeps changing.
+# How often a model is read if another thread keeps changing it.
 _TRIES = 8
 
 
 class Session:
-    """What serves the calls of one model, which every method is handed.
+    """What serves the calls of one model, which is passed to every method.
 
-    Copies and pickles keep the settings, count from zero and leave behind what was derived.
+    Copies and pickles keep the settings, count from zero and leave derived state behind.
 
     Args:
         dtype: dtype to compute in; None leaves it to the model.
-        keeps_dtype: whether that of the model is computed in on a GPU, too, where it is float32.
+        keeps_dtype: whether a float32 model computes in float32 on a GPU too.
         impl: implementation of the ops.
         batch_tokens: most tokens of a batch; "auto" picks by model and device.
 
     Attributes:
         counters: what has been done.
-        assembly: what was derived from the model; None where there is nothing yet.
-        lost: what made the device useless to this process; None where it works.
+        assembly: what was derived from the model; None if nothing has been yet.
+        lost: what made the device useless to this process; None if it works.
     """
 
     def __init__(
@@ -76,11 +76,11 @@ class Session:
     def ready(
         self, model: SentenceTransformer, device: str | torch.device | None
     ) -> Pipeline | Unsupported:
-        """What runs a call, checked once for it.
+        """What runs a call; the check is made once for the call.
 
         Args:
-            model: is moved, and its training ends.
-            device: where it is to run; None where it is.
+            model: the model, which is moved and put into eval mode.
+            device: where to run it; None for where it is.
 
         Raises:
             DeviceLostError: the device failed, now or earlier.
@@ -107,7 +107,7 @@ class Session:
         """Run checked texts.
 
         Returns:
-            By `call.output_value` what the functions of :mod:`sbert_fast.results` return.
+            What the function of :mod:`sbert_fast.results` for `call.output_value` returns.
 
         Raises:
             DeviceLostError: the device failed, now or earlier.
@@ -139,7 +139,7 @@ class Session:
             return compute(*arguments)
 
     def announce(self, model: SentenceTransformer) -> None:
-        """Tell the caller of a constructor how the model is going to run."""
+        """Tell the caller of a constructor how the model will run."""
         found = self.pipeline(model)
         if isinstance(found, Unsupported):
             self.counters.expect_fallback(found.reason)
@@ -152,7 +152,7 @@ class Session:
         engine = found.engine
         if engine.implementation == "reference" and ops.requested(self._impl) == "auto":
             logger.warning(
-                "no kernels run on %s, only plain torch: `sbert-fast doctor` tells why",
+                "no kernels run on %s, only plain torch: `sbert-fast doctor` says why",
                 engine.device,
             )
         logger.info(
@@ -165,7 +165,7 @@ class Session:
         )
 
     def count(self, unsupported: Unsupported) -> None:
-        """Count a call that sentence-transformers runs, and tell of a reason that is new."""
+        """Count a call that sentence-transformers runs, and log the reason if it is new."""
         reason = unsupported.reason
         if unsupported.counts and self.counters.add_fallback(reason):
             logger.warning("encode runs in sentence-transformers, unaccelerated: %s", reason)
@@ -187,7 +187,7 @@ class Session:
 
     @contextmanager
     def _on_device(self, model: SentenceTransformer) -> Iterator[None]:
-        """Tell an error of CUDA that nothing comes after from others, now and ever after."""
+        """Raise DeviceLostError for a CUDA error that no later call survives, now and later."""
         cause = None
         if self.lost is None:
             try:
@@ -212,9 +212,9 @@ def _move(model: SentenceTransformer, device: str | torch.device) -> None:
 
 
 def _prompt_tokens(model: SentenceTransformer, pipeline: Pipeline, prompt: str) -> int:
-    """Tokens of the prompt, without a trailing special token, kept by the first module.
+    """Tokens of the prompt without a trailing special token; the first module remembers them.
 
-    Counted by our copy of its tokenizer, which threads may share.
+    They are counted by our copy of its tokenizer, which threads may share.
     """
     kept = model[0]._prompt_length_mapping
     if (prompt,) not in kept:

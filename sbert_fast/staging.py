@@ -1,4 +1,4 @@
-"""Texts that are token ids already, staged on the device of an engine: what a pass costs alone."""
+"""Texts that are already token ids, staged on an engine's device: what a pass alone costs."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Staged:
     """Batches on a device.
 
     Attributes:
-        run: computes them all: embeddings `[N, E]` on the device, in batch order.
-        order: int64 `[N]`, the text of each row.
+        run: computes all batches: embeddings `[N, E]` on the device, in batch order.
+        order: int64 `[N]`, which text each row belongs to.
         batch_tokens: tokens computed in each batch, padding included.
     """
 
@@ -33,7 +33,7 @@ class Staged:
 def stage(
     pipeline: Pipeline, ids: NDArray[np.int64], lengths: NDArray[np.int64], *, normalize: bool
 ) -> Staged:
-    """Plan, pack and copy batches, so that running them is the packed forward and the pooling.
+    """Plan, pack and copy batches, so that a run is only the packed forward and the pooling.
 
     Args:
         pipeline: see :attr:`FastEncoder.packed_pipeline`.

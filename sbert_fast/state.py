@@ -15,10 +15,10 @@ try:
 except ImportError:
     _host = None
 
-# None where it was not built, or by an older source.
+# None if it was not built, or was built from an older source.
 _Compiled = getattr(_host, "Contents", None)
 
-# Objects of these packages are looked into, others are compared by identity.
+# Objects of these packages are looked into; others are compared by identity.
 PACKAGES = ("transformers.", "sentence_transformers.", "torch.nn.modules.")
 # Entries whose own contents no forward pass reads.
 _UNREAD = frozenset(
@@ -37,14 +37,14 @@ _UNREAD = frozenset(
         "model_card_data",
     }
 )
-# A container of more entries, such as a vocabulary, is compared by identity and length.
+# A container with more entries, such as a vocabulary, is compared by identity and length.
 _MOST_ENTRIES = 1000
 _MISSING = object()
 EMPTY = CellType()
 
 
 def is_theirs(cls: type) -> bool:
-    """Whether the attributes of such an object decide about what a model computes."""
+    """Whether the attributes of such an object affect what a model computes."""
     return issubclass(cls, nn.Module) or f"{cls.__module__}.".startswith(PACKAGES)
 
 
@@ -53,9 +53,9 @@ class Contents:
 
     Args:
         containers: dicts and classes, with keys and values in their order; lists, tuples and sets;
-            functions, with their code, defaults and closure; of any other object, its class and
+            functions, with their code, defaults and closure; any other object, with its class and
             dict.
-        places: dicts of modules, and of each the names that are looked up in it.
+        places: dicts of modules, each with the names that are looked up in it.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Contents:
     ) -> None:
         self._containers, self._places = containers, list(places)
         self._listed = self._list()
-        # It is all kept alive here, where the garbage collector sees it.
+        # Everything is kept alive here, where the garbage collector sees it.
         self._compiled = None if _Compiled is None else _Compiled(containers, self._places)
 
     def is_current(self) -> bool:
@@ -84,12 +84,12 @@ class Snapshot:
     """Everything that can be reached from some objects, as it was.
 
     It holds every attribute of modules, configs and tokenizers, and the entries of dicts, lists and
-    sets among them, by identity: what is assigned, added, removed or reordered is seen, whatever
-    its name. It does not look into tensors.
+    sets among them, by identity: it detects whatever is assigned, added, removed or reordered,
+    under any name. It does not look into tensors.
 
     Args:
         roots: where to begin.
-        without: objects that are left out, with what can only be reached through them.
+        without: objects to leave out, along with what can only be reached through them.
 
     Attributes:
         objects: the modules, configs, tokenizers and the like that were reached.

@@ -13,10 +13,10 @@ class EncoderStats:
 
     Attributes:
         texts: texts encoded by the packed engine.
-        tokens: tokens computed, special tokens included; padding never exists.
+        tokens: tokens computed, including special tokens; there is no padding.
         batches: packed batches run.
         truncated: texts cut at `max_seq_length`.
-        memory_shortages: batches that did not fit the memory of the device and were cut anew.
+        memory_shortages: batches that did not fit the memory of the device and were cut again.
         fallbacks: calls handed to sentence-transformers, by reason.
     """
 
@@ -29,7 +29,7 @@ class EncoderStats:
 
     @property
     def bit_repeatable(self) -> bool:
-        """Whether another run gives the same bits on a GPU: not where memory ran out."""
+        """Whether another run gives the same bits on a GPU: not if memory ran out."""
         return self.memory_shortages == 0
 
 
@@ -65,12 +65,12 @@ class Counters:
             self._stats.memory_shortages += memory_shortages
 
     def expect_fallback(self, reason: str) -> None:
-        """Note that the user knows of a reason."""
+        """Note that the user knows a reason."""
         with self._lock:
             self._told.add(reason)
 
     def add_fallback(self, reason: str) -> bool:
-        """Count a fallback; True where the user does not know of the reason yet."""
+        """Count a fallback; True if the user does not know the reason yet."""
         with self._lock:
             self._stats.fallbacks[reason] = self._stats.fallbacks.get(reason, 0) + 1
             is_new = reason not in self._told

@@ -20,14 +20,14 @@ from sbert_fast.values import lone_surrogate, shown
 _CHARACTERS_PER_TOKEN = 64
 # A cut text stands for the whole one only if its last kept token ends this far before the cut.
 _CUT_MARGIN = 1024
-# Normalizers that look no further than a character and those that combine with it, pre-tokenizers
-# that divide at white space, and what normalizers of XLM-R's kind replace.
+# Normalizers that look no further than a character and the ones that combine with it,
+# pre-tokenizers that split at white space, and the pattern that normalizers like XLM-R's replace.
 _LOCAL = frozenset(
     "BertNormalizer BertPreTokenizer ByteLevel Digits Lowercase Metaspace NFC NFD NFKC NFKD Nmt "
     "Precompiled Punctuation Strip StripAccents Whitespace WhitespaceSplit".split()
 )
 _LOCAL_PATTERNS: tuple[dict[str, str], ...] = ({"Regex": " {2,}"},)
-# Until 0.22 added tokens are normalised as they are added, whatever normalizer comes later.
+# Up to 0.22, added tokens are normalised when they are added, whatever normalizer comes later.
 _HIDES_HISTORY = tuple(map(int, tokenizers.__version__.split(".")[:2])) < (0, 23)
 # Added tokens beyond which a backend is kept for the next call: adding them takes milliseconds.
 _MANY_ADDED = 64
@@ -43,7 +43,7 @@ class TokenizedTexts:
         ids: int32 `[sum of lengths]`.
         lengths: int32 `[N]`, tokens of each text, special tokens included.
         offsets: int64 `[N + 1]`, where each text starts in `ids`.
-        types: int32, parallel to `ids`, or None where all are 0.
+        types: int32, parallel to `ids`, or None if all are 0.
         truncated: how many of the texts were cut.
     """
 
@@ -57,12 +57,12 @@ class TokenizedTexts:
 def check_texts(
     texts: Sequence[Any], name: str = "inputs", *, besides: tuple[type, ...] = ()
 ) -> None:
-    """Refuse anything that is not a text, before anything is computed.
+    """Refuse anything that is not a string, before anything is computed.
 
     Args:
-        texts: to be checked.
+        texts: what to check.
         name: what the caller calls them.
-        besides: types of elements that are passed by.
+        besides: other types of elements to let through.
 
     Raises:
         InputError: names the index, what was expected and what came.
@@ -82,7 +82,7 @@ def check_texts(
 
 
 def _about(element: object) -> str:
-    """What a message adds about an element that is not a text."""
+    """What a message adds about an element that is not a string."""
     if element is None or isinstance(element, (int, float)):
         return f" ({shown(element)})"
     if isinstance(element, dict):
@@ -95,9 +95,8 @@ def _about(element: object) -> str:
 class TextTokenizer:
     """A Hugging Face tokenizer with fixed truncation and no padding, for one encoder.
 
-    Its backend is made anew by :meth:`refresh`, of the very parts that the tokenizer has then:
-    nothing that is done to them is missed, and concurrent calls cannot truncate to each other's
-    lengths.
+    :meth:`refresh` makes its backend again from the very parts that the tokenizer has at that time:
+    no change to them is missed, and concurrent calls cannot truncate to each other's lengths.
 
     Args:
         tokenizer: a `transformers` tokenizer.
@@ -107,7 +106,7 @@ class TextTokenizer:
         UnsupportedModelError: tokens were added to the backend in a way that cannot be repeated.
 
     Attributes:
-        returns_types: the tokenizer's own output holds `token_type_ids`.
+        returns_types: whether the tokenizer's own output holds `token_type_ids`.
     """
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:  # noqa: ANN401
@@ -121,7 +120,7 @@ class TextTokenizer:
         self.refresh()
 
     def refresh(self) -> None:
-        """Take over what the tokenizer is now.
+        """Take over the tokenizer as it is now.
 
         Raises:
             UnsupportedModelError: tokens were added to it in a way that cannot be repeated.
@@ -154,7 +153,7 @@ class TextTokenizer:
         """Tokenise checked texts.
 
         Args:
-            texts: as :func:`check_texts` accepts them.
+            texts: texts that :func:`check_texts` accepts.
         """
         parts = [self._chunk(texts[i : i + _CHUNK]) for i in range(0, len(texts), _CHUNK)]
         lengths = np.concatenate([part[1] for part in parts] or [np.zeros(0, dtype=np.int32)])
@@ -182,7 +181,7 @@ class TextTokenizer:
         total = int(lengths.sum())
         ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int32, total)
         types = None
-        # A few tokenizers number the segments of a single text other than 0.
+        # A few tokenizers number the segments of a single text with something other than 0.
         if self.returns_types and any(encodings[int(lengths.argmax())].type_ids):
             types = np.fromiter(chain.from_iterable(e.type_ids for e in encodings), np.int32, total)
         full = np.flatnonzero(lengths == self.max_length)
@@ -197,8 +196,8 @@ class TextTokenizer:
         encodings = _tokenize(self._backend.encode_batch, [text[:limit] for text in texts])
         for index, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
             last = max((end for _, end in encoding.offsets), default=0)
-            # No word that was kept may go on behind the cut. With WordPiece none does: more than a
-            # hundred characters are one token.
+            # No word that was kept may go on behind the cut. With WordPiece none does: it makes one
+            # token of more than a hundred characters.
             is_whole = last <= limit - _CUT_MARGIN and (
                 type(self._backend.model).__name__ in ("WordPiece", "WordLevel")
                 or any(map(str.isspace, text[last:limit]))
@@ -221,7 +220,7 @@ class TextTokenizer:
 
 
 def _reads_nearby(backend: Any) -> bool:  # noqa: ANN401
-    """Whether the tokens of a text depend on nothing but the characters around them."""
+    """Whether each token of a text depends only on the characters around it."""
     parts = [part for part in (backend.normalizer, backend.pre_tokenizer) if part is not None]
     try:
         states = [json.loads(part.__getstate__()) for part in parts]
@@ -243,7 +242,7 @@ def _tokenize(encode: Any, texts: Sequence[str]) -> list[Any]:  # noqa: ANN401
     try:
         return encode(texts)
     except BaseException as error:
-        # A panic of the Rust side is a BaseException that no `except Exception` of a caller stops.
+        # A panic in Rust is a BaseException, which a caller's `except Exception` does not catch.
         if type(error).__name__ == "PanicException":
             raise InputError(
                 f"the tokenizer failed on one of {len(texts)} texts: {error}"

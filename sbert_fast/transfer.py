@@ -1,4 +1,4 @@
-"""Between host and GPU: what a batch needs in one copy, what a window gives in another."""
+"""Copies between host and GPU: one for what a batch needs, one for what a window gives."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sbert_fast.packing import PackedBatch
 
-# int32 elements: every part of a buffer starts at 16 bytes.
+# In int32 elements: every part of a buffer starts at a multiple of 16 bytes.
 _ALIGNMENT = 4
 
 
@@ -22,7 +22,7 @@ _of_thread = threading.local()
 
 
 def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-    """Two streams of this thread: torch keeps memory apart for every stream that was ever used."""
+    """This thread's two streams: torch sets memory aside for every stream that was ever used."""
     held = _of_thread.__dict__.setdefault("streams", {})
     index = torch.cuda.current_device() if device.index is None else device.index
     if index not in held:
@@ -32,8 +32,8 @@ def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream
 
 
 def device_error(device: torch.device) -> str | None:
-    """The error after which every call on a CUDA device fails, until the process ends; None where
-    it works, and on a CPU. Waits for what runs on it."""
+    """The error after which every call on a CUDA device fails, until the process ends; None if the
+    device works, and on a CPU. Waits for what runs on the device."""
     if device.type != "cuda":
         return None
     try:
@@ -70,8 +70,8 @@ class Transfers:
     def stage(self, batch: PackedBatch, rows: NDArray[np.int64]) -> tuple[PackedBatch, Tensor]:
         """A batch on the device, and the rows of its sequences, int32 `[B]`.
 
-        All of it travels through one pinned buffer in one copy, ordered before what is launched on
-        the current stream from now on.
+        Everything travels through one pinned buffer in one copy, ordered before whatever is
+        launched on the current stream from now on.
         """
         where = torch.from_numpy(rows.astype(np.int32))
         if not self._is_cuda:
@@ -103,9 +103,9 @@ class Transfers:
         return replace(batch, **moved), where
 
     def collect(self, embeddings: Tensor, to: torch.device) -> Arrival:
-        """Start copying fp32 `[n, dimension]` rows, with a check that they are finite.
+        """Start copying fp32 `[n, dimension]` rows and checking that they are finite.
 
-        Both begin once all that is launched on the current stream by now is done.
+        Both begin once everything already launched on the current stream is done.
 
         Args:
             embeddings: on the device.
@@ -128,7 +128,7 @@ class Transfers:
 
 
 def _finite_rows(x: Tensor) -> Tensor:
-    """Bool `[n]` of `[n, dimension]`: the largest magnitude is NaN where a value is."""
+    """Bool `[n]` for `[n, dimension]`: the largest magnitude is NaN if any value is."""
     return torch.isfinite(torch.linalg.vector_norm(x, ord=float("inf"), dim=1))
 
 
@@ -139,7 +139,7 @@ class Arrival:
         self._rows, self._finite, self._done = rows, finite, done
 
     def wait(self) -> tuple[Tensor, Tensor]:
-        """The rows, and bool `[n]`: which of them are finite. Blocks until they are there."""
+        """The rows, and bool `[n]`, which of them are finite. Blocks until they have arrived."""
         if self._done is not None:
             self._done.synchronize()
         return self._rows, self._finite

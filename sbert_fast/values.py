@@ -1,4 +1,4 @@
-"""What arguments and texts may hold, and how messages show what they do hold; imports no torch."""
+"""What arguments and texts may hold, and how messages quote them; imports no torch."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _SHOWN = 80
 
 
 def shown(value: object) -> str:
-    """`repr` of a value for a message, cut where it is long."""
+    """`repr` of a value for a message, shortened if it is long."""
     try:
         text = repr(value)
     except ValueError:
-        # Python writes out no integer of more than 4,300 digits.
+        # Python does not write out integers of more than 4,300 digits.
         return f"a huge {type(value).__name__}"
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 def lone_surrogate(text: str) -> int | None:
-    """Where `text` holds half of a surrogate pair, which is no character; None where nowhere."""
+    """Where `text` holds half of a surrogate pair, which is not a character; None if nowhere."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -37,11 +37,11 @@ def lone_surrogate(text: str) -> int | None:
 
 
 def check_model(argument: str, model: str) -> None:
-    """Refuse what can be neither a folder with a model nor a name on the Hugging Face Hub.
+    """Refuse anything that can be neither a folder with a model nor a name on the Hugging Face Hub.
 
     Raises:
-        ValueError: naming `argument`, the name of the argument; where nothing is there, or a file,
-            it is the `OSError` of sentence-transformers too.
+        ValueError: names `argument`, the argument; if there is nothing at that path, or a file, it
+            is also the `OSError` that sentence-transformers raises.
     """
     if any((Path(model) / name).is_file() for name in MODEL_FILES):
         return

@@ -22,12 +22,12 @@ from sbert_fast.errors import SbertFastError
 __all__ = ["main"]
 
 PROGRAM = "sbert-fast"
-# Their messages are written for the reader; any other exception is shown with its type.
+# The messages of these are written for the user; other exceptions are shown with their type.
 _SPEAKING = (SbertFastError, ValueError, OSError, ImportError, RuntimeError)
 
 
 class _Terminated(BaseException):
-    """SIGTERM has come; no `except Exception` on the way may stop it."""
+    """SIGTERM has arrived; no `except Exception` on the way may catch this."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,7 +88,7 @@ def _run(argv: Sequence[str] | None) -> int:
         streams.note("terminated")
         return 143
     except BrokenPipeError:
-        # The reader of our output has gone, as `head` does.
+        # The reader of our output has gone away, as `head` does.
         return 1
     except Exception as error:
         if os.environ.get("SBERT_FAST_DEBUG") == "1":

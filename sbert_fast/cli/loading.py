@@ -47,8 +47,8 @@ def _check_device(device: str | None) -> None:
     """Refuse an invalid device, or one that this machine does not have.
 
     Raises:
-        argparse.ArgumentError: it is neither.
-        ValueError: it is not there.
+        argparse.ArgumentError: it is not a device.
+        ValueError: this machine does not have it.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Rows of text out of files of several formats, one at a time and in order."""
+"""Rows of text from files of several formats, one at a time and in order."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from sbert_fast.cli.streams import STDIN, naming, standard_input
 from sbert_fast.errors import SbertFastError
 from sbert_fast.values import lone_surrogate
 
-# A chunk is closed by whichever comes first. Half a million tokens are plenty to sort and batch,
-# and little enough to show progress often and to keep memory flat.
+# Whichever comes first closes a chunk. Half a million tokens are plenty to sort and batch, and few
+# enough to show progress often and to keep memory flat.
 CHUNK_TEXTS = 8192
 CHUNK_BYTES = 2 << 20
 
 _BLOCK_BYTES = 1 << 16
 _BOM = b"\xef\xbb\xbf"
-# A quote that is never closed would otherwise gather the rest of the file into one field.
+# Otherwise a quote that is never closed would collect the rest of the file in one field.
 _CSV_FIELD_CHARACTERS = 1 << 26
 _PARQUET_ROWS = 512
 _PARQUET_BUFFER_BYTES = 1 << 20
@@ -75,7 +75,7 @@ class Reader(ABC):
     def __iter__(self) -> Iterator[Row]: ...
 
     def fraction(self) -> float | None:
-        """How much of the input has been read, from 0 to 1; None where nobody can know."""
+        """How much of the input has been read, from 0 to 1; None if nobody can know."""
         try:
             status = os.fstat(self.stream.fileno())
         except OSError:
@@ -110,7 +110,7 @@ class Reader(ABC):
             held += block
             if b"\n" in block or b"\r" in block:
                 lines = bytes(held).splitlines(keepends=True)
-                # The last line goes on, or its end may: a `\n` can follow.
+                # The last line may go on, or a `\n` may follow its `\r`.
                 held = bytearray() if block.endswith(b"\n") else bytearray(lines.pop())
                 yield from lines
         yield from bytes(held).splitlines(keepends=True)
@@ -134,7 +134,7 @@ class Reader(ABC):
 
 
 class TxtReader(Reader):
-    """A text a line. An empty line is an empty text and keeps its row."""
+    """One text per line. An empty line is an empty text and keeps its row."""
 
     def __iter__(self) -> Iterator[Row]:
         for number, line in self._lines():
@@ -142,7 +142,7 @@ class TxtReader(Reader):
 
 
 class JsonlReader(Reader):
-    """A JSON object a line; blank lines are skipped."""
+    """One JSON object per line; blank lines are skipped."""
 
     def __iter__(self) -> Iterator[Row]:
         for number, line in self._lines():
@@ -243,7 +243,7 @@ FORMATS: dict[str, type[Reader]] = {
 
 @contextmanager
 def open_reader(source: str, file_format: str, field: str) -> Iterator[Reader]:
-    """A reader of a file, or of standard input where `source` is "-".
+    """A reader of a file, or of standard input if `source` is "-".
 
     Args:
         source: path, or "-".
@@ -252,8 +252,8 @@ def open_reader(source: str, file_format: str, field: str) -> Iterator[Reader]:
 
     Raises:
         OSError: the file cannot be opened, or standard input is closed.
-        RowError: it is not of that format, or has no such column.
-        ModuleNotFoundError: Parquet, without pyarrow.
+        RowError: the file is not of that format, or has no such column.
+        ModuleNotFoundError: the format is Parquet and pyarrow is not installed.
     """
     if source == "-":
         yield FORMATS[file_format](standard_input(), STDIN, field)

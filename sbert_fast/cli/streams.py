@@ -14,20 +14,20 @@ STDOUT = "standard output"
 
 
 def note(message: str) -> None:
-    """Tell the user something on stderr; where nobody can read it, that is no failure."""
+    """Tell the user something on stderr; if nobody can read it, that is not a failure."""
     with suppress(OSError):
         print(f"sbert-fast: {message}", file=sys.stderr)
 
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Run a command whatever the standard streams are.
+    """Run a command, whatever state the standard streams are in.
 
-    What is said on a closed stderr goes nowhere, rather than to stdout as `print` has it.
+    Messages to a closed stderr go nowhere, instead of to stdout, where `print` would send them.
     """
     with ExitStack() as stack:
-        # The next file to be opened would get the number of a closed stream, and with it what
-        # libraries write there. A folder can be neither written nor taken for an empty input.
+        # The next file to be opened would get the number of a closed stream, and with it whatever
+        # libraries write there. A folder can neither be written nor be mistaken for an empty input.
         with suppress(OSError):
             while (spare := os.open(os.sep, os.O_RDONLY)) <= 2:
                 pass
@@ -43,7 +43,7 @@ def guarded() -> Iterator[None]:
 
 
 def standard_input() -> io.BufferedIOBase:
-    """Standard input for bytes.
+    """Standard input, as bytes.
 
     Raises:
         OSError: it is closed.
@@ -53,7 +53,7 @@ def standard_input() -> io.BufferedIOBase:
 
 @contextmanager
 def standard_output() -> Iterator[BinaryIO]:
-    """Standard output for bytes, flushed at the end.
+    """Standard output, as bytes, flushed at the end.
 
     Raises:
         OSError: it is closed or cannot be written.
@@ -62,7 +62,7 @@ def standard_output() -> Iterator[BinaryIO]:
     with naming(STDOUT):
         stream.flush()
         if isinstance(stream.buffer, io.RawIOBase):
-            # PYTHONUNBUFFERED: nobody would notice that half of the bytes were written.
+            # PYTHONUNBUFFERED: nobody would notice if only half of the bytes were written.
             with open(stream.fileno(), "wb", closefd=False) as buffered:
                 yield buffered
         else:
@@ -71,7 +71,7 @@ def standard_output() -> Iterator[BinaryIO]:
 
 
 def flush_output() -> None:
-    """Write what `print` has left behind.
+    """Write what `print` has left in the buffer.
 
     Raises:
         OSError: standard output cannot be written.
@@ -83,7 +83,7 @@ def flush_output() -> None:
 
 @contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Say in an error of the system which file it is about, where it does not say so itself."""
+    """Name the file in an error of the system that does not name one itself."""
     try:
         yield
     except OSError as error:
@@ -96,7 +96,7 @@ def _check_open(stream: TextIO | None, name: str) -> TextIO:
     if stream is None or stream.closed:
         raise OSError(f"{name} is closed")
     with suppress(OSError):
-        # Reading takes "nothing yet" for the end of the input.
+        # A non-blocking read would take "nothing yet" for the end of the input.
         os.set_blocking(stream.fileno(), True)
     return stream
 

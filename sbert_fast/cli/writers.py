@@ -1,4 +1,4 @@
-"""Embeddings into files of several formats, chunk by chunk; a file appears once it is whole."""
+"""Embeddings into files of several formats, by chunks; a file appears once it is complete."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from sbert_fast.cli.streams import standard_output
 from sbert_fast.errors import TextsError
 from sbert_fast.values import Precision
 
-# Of the whole header: the next multiple of 64 that holds any number of rows.
+# Size of the header: the smallest multiple of 64 with room for any number of rows.
 _NPY_HEADER_BYTES = 128
 SCALED_PRECISIONS = ("int8", "uint8")
-# What a write to a full disk or quota fails with, without saying where.
+# How a write to a full disk or quota fails, without saying where.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -48,7 +48,7 @@ class Writer(ABC):
         """Append a chunk.
 
         Args:
-            rows: n rows; the first call may have none, it tells the width.
+            rows: n rows; the first call may have none, and then only gives the width.
             embeddings: `[n, dim]`, float32, int8 or uint8, the same dtype and dim in every call.
         """
 
@@ -86,14 +86,14 @@ class NpyWriter(Writer):
 
 
 class JsonlWriter(Writer):
-    """A JSON object a line: the input's own, or `{"text": ...}`, with "embedding" last.
+    """One JSON object per line: the input's own, or `{"text": ...}`, with "embedding" last.
 
     Raises:
-        RecordError: while writing, at an object that JSON has no words for.
+        RecordError: while writing, at an object that JSON cannot express.
     """
 
     def write(self, rows: Sequence[Row], embeddings: NDArray[Any]) -> None:
-        # Nine significant digits give every float32 back exactly.
+        # Nine significant digits reproduce every float32 exactly.
         number = "%.9g" if embeddings.dtype.kind == "f" else "%d"
         vector = ", ".join([number] * embeddings.shape[1])
         for index, (row, embedding) in enumerate(zip(rows, embeddings, strict=True)):
@@ -123,7 +123,7 @@ def _dump(record: dict[str, Any]) -> bytes:
 
 
 class ParquetWriter(Writer):
-    """Columns "text" (string) and "embedding" (fixed-size list), a row group a chunk."""
+    """Columns "text" (string) and "embedding" (fixed-size list), one row group per chunk."""
 
     _writer: Any = None
 
@@ -137,7 +137,7 @@ class ParquetWriter(Writer):
         }
         table = pyarrow.table(columns)
         if self._writer is None:
-            # Embeddings have nothing to look up or to compress.
+            # Embeddings gain nothing from dictionaries or compression.
             self._writer = pyarrow.parquet.ParquetWriter(
                 self.stream,
                 table.schema,
@@ -164,7 +164,7 @@ def _load_ranges(path: str) -> NDArray[np.float32]:
             ranges = np.lib.format.read_array(stream, allow_pickle=False)
             got = f"{ranges.dtype} {ranges.shape}"
         except ValueError:
-            # numpy's own words are about bytes and pickles.
+            # numpy's own message is about bytes and pickles.
             ranges, got = np.zeros(0), "another kind of file, or half of one"
     if ranges.dtype != np.float32 or ranges.ndim != 2 or len(ranges) != 2:
         raise ValueError(
@@ -178,7 +178,7 @@ class Quantizer:
     """Float embeddings to the precision of the output.
 
     int8 and uint8 split the range of each dimension into 256 steps. The range must be the same in
-    every chunk, so it is taken from the first one unless it is given.
+    every chunk, so it is taken from the first chunk unless it is given.
 
     Args:
         precision: "float32", "int8", "uint8", "binary" or "ubinary", as in sentence-transformers.
@@ -186,10 +186,10 @@ class Quantizer:
 
     Attributes:
         calibrates: whether the ranges come from the first chunk.
-        ranges: float32 `[2, dim]`; None before they are taken, and where there are none.
+        ranges: float32 `[2, dim]`; None before they are taken, and if there are none.
 
     Raises:
-        OSError, ValueError: the file cannot be read, or holds something else; names the option.
+        OSError, ValueError: the file cannot be read or holds something else; names the option.
     """
 
     def __init__(self, precision: Precision, ranges_path: str | None = None) -> None:
@@ -200,7 +200,7 @@ class Quantizer:
             self.ranges = _load_ranges(ranges_path)
 
     def check_sample(self, texts: int) -> None:
-        """Raise ValueError if a first chunk of so many texts is too little to take ranges from."""
+        """Raise ValueError if a first chunk of `texts` texts is too few to take ranges from."""
         if self.calibrates and texts == 1:
             raise ValueError(
                 f"{self.precision} needs at least 2 texts to take the ranges from, got 1: "
@@ -234,7 +234,7 @@ def check_target(path: Path, overwrite: bool) -> None:
 
     Raises:
         FileExistsError: there is a file, and `overwrite` is not set.
-        OSError: there is something else, or no folder.
+        OSError: there is something other than a file, or the folder does not exist.
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist")
@@ -248,14 +248,14 @@ def check_target(path: Path, overwrite: bool) -> None:
 
 @contextmanager
 def atomic_file(path: Path, overwrite: bool) -> Iterator[BinaryIO]:
-    """A file that appears at `path` when the block ends well, and leaves nothing when it does not.
+    """A file that appears at `path` if the block succeeds; otherwise nothing is left behind.
 
     It is written under a temporary name in the same folder.
 
     Raises:
-        FileExistsError, OSError: see :func:`check_target`; or the system refuses.
+        FileExistsError, OSError: as for :func:`check_target`, or the system refuses.
     """
-    # Before links are followed: what /dev/stdout leads to may have no name.
+    # Checked before links are followed: what /dev/stdout leads to may have no name.
     check_target(path, overwrite)
     path = Path(os.path.realpath(path))
     check_target(path, overwrite)
@@ -282,7 +282,7 @@ def open_output(target: str, overwrite: bool, quantizer: Quantizer) -> Iterator[
     Args:
         target: path, or "-" for standard output.
         overwrite: replace what is there.
-        quantizer: ranges that it has taken by the end go to `<target>.ranges.npy`.
+        quantizer: if it has taken ranges by the end, they go to `<target>.ranges.npy`.
 
     Raises:
         FileExistsError, OSError: see :func:`atomic_file`, :func:`standard_output`.

@@ -1,5 +1,5 @@
-"""What takes the place of a class of sentence-transformers.
+"""Classes that take the place of classes of sentence-transformers.
 
-The room has the library's name because BERTopic, KeyBERT and others look for it in the name of a
-model's type: a model that they do not recognise they replace by another, without a word.
+This package has the library's name because BERTopic, KeyBERT and others look for it in the name of
+a model's type: they silently replace a model that they do not recognise by another.
 """

@@ -48,7 +48,7 @@ def _arguments_of(model: SentenceTransformer) -> dict[str, Any]:
         "similarity_fn_name": model._similarity_fn_name,
         "truncate_dim": model.truncate_dim,
         "trust_remote_code": model.trust_remote_code,
-        # The constructor enters itself into it.
+        # The constructor registers the new model in it.
         "model_card_data": copy.copy(model.model_card_data),
         "backend": model.backend,
     }
@@ -69,27 +69,27 @@ def _check_source(model: object, modules: object) -> None:
 class FastEncoder(SentenceTransformer):
     """A `SentenceTransformer` that embeds text faster, with the same results.
 
-    It takes the same arguments, gives the same vectors and passes wherever a `SentenceTransformer`
-    is asked for. Text runs packed: tokenised once, cut into batches by tokens, never padded. What
+    It takes the same arguments, gives the same vectors and works wherever a `SentenceTransformer`
+    is expected. Text runs packed: tokenised once, cut into batches by tokens, never padded. What
     the packed engine does not support runs in sentence-transformers, with one warning.
 
     Args:
         model_name_or_path: name or path of a model, or a loaded `SentenceTransformer`, whose
-            modules are then shared, not copied.
+            modules are shared, not copied.
         modules: modules to build the model from, as in `SentenceTransformer`.
         device: where to run; default as in `SentenceTransformer`.
         dtype: dtype to compute in: "auto", "float32", "bfloat16", "float16", or the torch dtype.
-            "auto" is the dtype of a model that was handed in, or was asked for in `model_kwargs`;
-            else float32 on a CPU (where float16 models compute in it too) and float16 on a GPU. It
-            governs the engine's prepared weights, not the parameters of the modules; embeddings
-            are float32.
+            "auto" is the dtype of a model that is passed in, or that `model_kwargs` ask for;
+            otherwise float32 on a CPU (float16 models compute in it there too) and float16 on a
+            GPU. It applies to the engine's prepared weights, not to the parameters of the modules;
+            embeddings are float32.
         impl: implementation of the ops, see :mod:`sbert_fast.ops`.
         batch_tokens: most tokens of a batch; "auto" picks by model and device.
         **kwargs: further arguments of `SentenceTransformer`.
 
     Raises:
         ValueError: `device`, `dtype`, `impl` or `batch_tokens` is invalid, or `max_seq_length` is
-            beyond the position table, or fewer than the special tokens.
+            beyond the position table or below the number of special tokens.
         InvalidWeightsError: weights hold NaN or infinity; the message names the tensor.
 
     Example:
@@ -157,15 +157,15 @@ class FastEncoder(SentenceTransformer):
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
-        """The dtype the packed engine computes in; None where the model runs unaccelerated."""
+        """The dtype the packed engine computes in; None if the model runs unaccelerated."""
         engine = self.packed_engine
         return None if engine is None else engine.compute_dtype
 
     @property
     def unsupported_reason(self) -> str | None:
-        """Why the packed engine does not run this model; None where it does.
+        """Why the packed engine does not run this model; None if it does.
 
-        Where `encode` raises an error because of the model, the message of that error.
+        If `encode` raises an error because of the model, this is the message of that error.
         """
         try:
             found = self._pipeline()
@@ -175,16 +175,17 @@ class FastEncoder(SentenceTransformer):
 
     @property
     def packed_pipeline(self) -> Pipeline | None:
-        """Tokenizer, engine and pooling behind `encode`; None where the model runs unaccelerated.
+        """Tokenizer, engine and pooling behind `encode`; None if the model runs unaccelerated.
 
-        Of the model as it is now: to ask is to compare it with what was derived from it.
+        They belong to the model as it is now: reading this compares it with what was derived from
+        it.
         """
         found = self._pipeline()
         return found if isinstance(found, Pipeline) else None
 
     @property
     def packed_engine(self) -> PackedEncoder | None:
-        """The engine behind `encode`; None where the model runs unaccelerated."""
+        """The engine behind `encode`; None if the model runs unaccelerated."""
         pipeline = self.packed_pipeline
         return None if pipeline is None else pipeline.engine
 
@@ -199,7 +200,7 @@ class FastEncoder(SentenceTransformer):
         return self._session.pipeline(self)
 
     def _ready(self, call: Call, reason: str | None) -> Pipeline | Unsupported:
-        """What runs a call, checked once for it; `reason` is why its inputs do not run packed."""
+        """What runs a call; `reason` says why its inputs do not run packed, if they do not."""
         found = self._session.ready(self, call.moves_to)
         if isinstance(found, Pipeline):
             reason = reason_of_call(self, call) or reason
@@ -226,7 +227,7 @@ class FastEncoder(SentenceTransformer):
         chunk_size: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Embed texts; arguments and results as in `SentenceTransformer.encode`.
+        """Embed texts; arguments and results are those of `SentenceTransformer.encode`.
 
         Args:
             inputs: a text, or a list, tuple, generator, numpy or pyarrow array or pandas column of
@@ -236,15 +237,15 @@ class FastEncoder(SentenceTransformer):
             prompt: text to prepend.
             batch_size: limits memory, not rows: a batch holds at most `batch_size * max_seq_length`
                 tokens, and never more than `batch_tokens`. The default limits nothing.
-            show_progress_bar: default: shown where the logger of sentence-transformers says INFO.
+            show_progress_bar: default: shown if the logger of sentence-transformers is at INFO.
             output_value: "sentence_embedding", "token_embeddings" (for each text `[L, E]`), or
-                None for a dict a text. Both are unpadded: `L` counts the tokens of the text itself,
-                special tokens included. In sentence-transformers the dicts hold tensors that are
-                padded to the longest text of their batch.
+                None for one dict per text. Both are unpadded: `L` counts the tokens of the text
+                itself, including special tokens. In sentence-transformers the dicts hold tensors
+                that are padded to the longest text of their batch.
             precision: "float32", "int8", "uint8", "binary" or "ubinary".
             convert_to_numpy: a numpy array instead of a list of tensors.
             convert_to_tensor: one tensor; overrides `convert_to_numpy`.
-            device: where to run; a list runs one worker process a device.
+            device: where to run; a list runs one worker process on each device.
             normalize_embeddings: L2-normalise.
             truncate_dim: components to keep.
             pool: worker processes of :meth:`start_multi_process_pool`.
@@ -253,17 +254,17 @@ class FastEncoder(SentenceTransformer):
 
         Returns:
             float32 `[N, dimension]` in the order of `inputs` by default, `[dimension]` for a single
-            text, an empty array for no text. Tensors are on the device of the model, but for those
-            of worker processes, and those of a `precision` other than "float32".
+            text, an empty array for no text. Tensors are on the device of the model, except those
+            of worker processes and those of a `precision` other than "float32".
 
         Raises:
-            InputError: the model does not embed such an input; names its index.
+            InputError: the model does not embed an input of this kind; names its index.
             ValueError: an argument is invalid or unknown; names it.
-            TokenIdError: the tokenizer gives an id that the model has no embedding of.
+            TokenIdError: the tokenizer gives an id for which the model has no embedding.
             NonFiniteEmbeddingError: an embedding holds NaN or infinity; names the texts.
             torch.OutOfMemoryError: a text, or the smallest batch, does not fit; names it.
-            DeviceLostError: the GPU failed, now or in an earlier call, and serves this process no
-                more.
+            DeviceLostError: the GPU failed, now or in an earlier call, and no longer serves this
+                process.
         """
         inputs = either(inputs, kwargs.pop("sentences", None))
         call = Call(
@@ -299,10 +300,10 @@ class FastEncoder(SentenceTransformer):
     encode_multi_process = with_default_batch_size(SentenceTransformer.encode_multi_process)
 
     def _encode_elsewhere(self, inputs: Any, call: Call, dtype: torch.dtype | None) -> Any:
-        """`encode` of sentence-transformers, which runs models that the engine does not, and worker
-        processes. Results are checked before they are quantised, and under the caller's indices.
+        """`encode` of sentence-transformers, which runs worker processes and the models that the
+        engine does not. Results are checked before they are quantised, with the caller's indices.
 
-        `dtype` is what it computes in, None where workers run packed.
+        `dtype` is what it computes in, None if workers run packed.
         """
         in_worker = isinstance(inputs, Chunk)
         is_boxed = (
@@ -310,13 +311,13 @@ class FastEncoder(SentenceTransformer):
         )
         inputs = [inputs] if is_boxed else inputs
         if call.in_workers and isinstance(inputs, list) and not self.is_singular_input(inputs):
-            # Token embeddings come back quantised: too late to see what they were.
+            # Token embeddings come back quantised: too late to check what they were.
             inputs = Chunk(inputs, checks=call.is_quantized and not call.is_of_sentences)
         quantizes = call.is_of_sentences and call.is_quantized
         asked = call.unquantized() if quantizes else call
         result = super().encode(inputs, **asked.arguments())
         if not in_worker:
-            # A tensor of token embeddings, or a dict, is what a single input gives.
+            # A single input gives a tensor of token embeddings, or a dict.
             alone = not call.is_of_sentences and not isinstance(result, list)
             check_embeddings([result] if alone else result, dtype)
         if quantizes:
@@ -325,7 +326,7 @@ class FastEncoder(SentenceTransformer):
 
     @torch.inference_mode()
     def _inference(self, inputs: list[str], **arguments: Any) -> Any:
-        """Run checked texts in this process; sentence-transformers' workers enter here."""
+        """Run checked texts in this process; workers of sentence-transformers start here."""
         call = Call.of_inference(**arguments)
         others = any(not isinstance(text, str) for text in inputs)
         found = self._ready(call, "inputs that are not texts" if others else None)

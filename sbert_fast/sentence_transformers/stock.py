@@ -1,4 +1,4 @@
-"""sentence-transformers asked about a model: what it embeds, what it refuses, what it writes."""
+"""Asking sentence-transformers about a model: what it embeds, what it refuses, what it writes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sbert_fast.errors import InputError
 from sbert_fast.tokenization import check_texts
 from sbert_fast.values import PRECISIONS, shown
 
-# What the configs of transformers may ask a forward to return besides.
+# What the configs of transformers may also ask a forward to return.
 _OUTPUTS = ("hidden_states", "attentions")
 
 
@@ -24,8 +24,8 @@ def as_stock(model: SentenceTransformer, **methods: Any) -> SentenceTransformer:
     """The same model, not a copy of it, as an instance of `SentenceTransformer` itself.
 
     Args:
-        model: any.
-        **methods: what stands in for methods of it.
+        model: any model.
+        **methods: replacements for its methods.
     """
     stock = object.__new__(SentenceTransformer)
     object.__setattr__(stock, "__dict__", vars(model) | methods if methods else vars(model))
@@ -34,16 +34,16 @@ def as_stock(model: SentenceTransformer, **methods: Any) -> SentenceTransformer:
 
 @contextmanager
 def written_as_stock(model: SentenceTransformer) -> Iterator[SentenceTransformer]:
-    """What writes a card or a commit of `model`, and names a class that those who read it have.
+    """The model to write a card or commit of `model` with: it names a class that every reader has.
 
-    A class of the caller's keeps its name, as in sentence-transformers.
+    A class of the caller's own keeps its name, as in sentence-transformers.
     """
     card = model.model_card_data
     if card.model is not model or not type(model).__module__.startswith("sbert_fast."):
         yield model
         return
     card.model = as_stock(model)
-    # The texts about losses are older; they name the class of a guide or teacher.
+    # The texts about losses were written earlier; they name the class of a guide or teacher.
     for loss in (told.get("loss", {}) for told in (*card.train_datasets, *card.eval_datasets)):
         if "config_code" in loss:
             name = type(model).__name__
@@ -55,7 +55,7 @@ def written_as_stock(model: SentenceTransformer) -> Iterator[SentenceTransformer
 
 
 def refusal(call: Callable[[], object]) -> str | None:
-    """What sentence-transformers says to a call, "" where it breaks; None where it serves it."""
+    """How sentence-transformers refuses a call, "" if it breaks; None if it serves the call."""
     try:
         call()
     except (ValueError, OSError) as error:
@@ -67,10 +67,10 @@ def refusal(call: Callable[[], object]) -> str | None:
 
 @contextmanager
 def stock_words(call: Callable[[], object]) -> Iterator[None]:
-    """Put in front of an error the sentence that programs look for.
+    """Put the sentence that programs look for in front of an error.
 
     Args:
-        call: makes sentence-transformers say it; called where there was an error.
+        call: makes sentence-transformers say it; called only after an error.
     """
     try:
         yield
@@ -81,7 +81,7 @@ def stock_words(call: Callable[[], object]) -> Iterator[None]:
 
 
 def checked(model: SentenceTransformer, call: Call, prompt_name: str | None) -> Call:
-    """A call with what it leaves to the model filled in, once none of its arguments is refused.
+    """A call whose arguments are checked, with what it leaves to the model filled in.
 
     Raises:
         ValueError: an argument is invalid or unknown; names it.
@@ -110,7 +110,7 @@ def checked(model: SentenceTransformer, call: Call, prompt_name: str | None) -> 
 
 
 def reason_of_call(model: SentenceTransformer, call: Call) -> str | None:
-    """Why sentence-transformers runs a call of a supported model; None where it does not."""
+    """Why sentence-transformers runs a call of a supported model; None if it does not."""
     for name in ("forward", "preprocess", "tokenize"):
         if getattr(type(model), name) is not getattr(SentenceTransformer, name):
             return f"{type(model).__name__} has a {name} of its own"
@@ -131,9 +131,10 @@ def read_inputs(model: SentenceTransformer, inputs: Any) -> tuple[Any, bool, str
     them, or None.
 
     Raises:
-        InputError: an input is none that a model of texts embeds. Other models take what they take.
+        InputError: an input is not one that a text model embeds. Inputs of other models are not
+            checked.
     """
-    # Modules of other packages may say nothing.
+    # Modules of other packages may not say.
     modalities = getattr(model[0], "modalities", ())
     if "text" not in modalities or any(m not in ("text", "message") for m in modalities):
         return inputs, False, f"inputs of {modalities}"
@@ -143,13 +144,13 @@ def read_inputs(model: SentenceTransformer, inputs: Any) -> tuple[Any, bool, str
 
 
 def listed(model: SentenceTransformer, inputs: Any) -> tuple[list[Any], bool]:
-    """The inputs of a call to a model of texts, and whether they are a single one.
+    """The inputs of a call to a text model, and whether they are a single one.
 
     Raises:
         InputError: `inputs` is neither an input nor a list of them.
     """
     is_list = isinstance(inputs, list)
-    # Texts are told by a look at the first: sentence-transformers takes longer.
+    # The first element tells whether these are texts: sentence-transformers takes longer to ask.
     others = is_list and bool(inputs) and not isinstance(inputs[0], str)
     if isinstance(inputs, (str, dict)) or (others and model.is_singular_input(inputs)):
         return [inputs], True
@@ -165,7 +166,7 @@ def check_inputs(model: SentenceTransformer, inputs: list[Any]) -> type | None:
     """Refuse what the model does not embed, before anything is computed.
 
     Returns:
-        The type of the first input that is no text; None where all are texts.
+        The type of the first input that is not a string; None if all are strings.
 
     Raises:
         InputError: names the index, what was expected and what came.

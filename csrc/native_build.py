@@ -31,11 +31,14 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # GCC warns of uninitialised values inside its own AVX-512 headers.
 AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 # One source per instruction set, narrowest first.
-ISA_FLAGS = {
-    "generic": [],
+GENERIC_ISAS = ("generic", "generic_tiles")
+ISA_FLAGS: dict[str, list[str]] = {
+    **dict.fromkeys(GENERIC_ISAS, []),
     "avx2": AVX2,
     "avx512": AVX512,
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    # The instructions of AMX are written in assembly, which needs no flag.
+    "amx_bf16": [*AVX512, "-mavx512bf16"],
 }
 COMPILE_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
@@ -180,7 +183,7 @@ def sources(library: Library) -> list[Path]:
     Baseline code comes first and the widest instruction set last: of an inline function that
     several objects carry, the linker keeps the first copy, which must run on every CPU.
     """
-    isas = ISA_FLAGS if platform.machine() == "x86_64" else ["generic"]
+    isas = ISA_FLAGS if platform.machine() == "x86_64" else GENERIC_ISAS
     folder = ROOT / library.folder
     kernels = [folder / f"kernels_{isa}.cpp" for isa in isas]
     plain = [path for path in sorted(folder.glob("*.cpp")) if not path.stem.startswith("kernels_")]

@@ -177,7 +177,9 @@ class PanelLinear(StackedLinear):
         isa = torch.ops.sbert_fast.cpu_isa()
         if target.dtype == torch.float32:
             return "without AVX2 oneDNN is faster" if isa == "generic" else None
-        if isa != "avx512_bf16" or torch.cpu._is_amx_tile_supported():
+        # Without its tiles, of which oneDNN asks the kernel as well, AMX is of no use to either.
+        slower = isa == "avx512_bf16" and torch.cpu._is_amx_tile_supported()
+        if isa not in ("amx_bf16", "avx512_bf16") or (slower and torch.cpu._init_amx()):
             return "oneDNN is faster where there are no dot products of pairs, or AMX"
         return f"{inputs} inputs are an odd number" if inputs % 2 else None
 

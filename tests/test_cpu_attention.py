@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +20,7 @@ from attention_cases import (
     assert_same_bits,
     sequence_rows,
 )
+from guarded import before_a_guard
 from sbert_fast.ops import extension
 from sbert_fast.testing import pack_lengths
 
@@ -29,7 +28,6 @@ OPS = torch.ops.sbert_fast
 ISAS = OPS.cpu_isas().split(",") if extension.CPU.available else []
 DTYPES = [torch.float32, torch.bfloat16]
 DIMS = (8, 26, 32, 37, 64, 80, 96, 128)
-PROT_NONE = 0
 
 pytestmark = [
     pytest.mark.skipif(not extension.CPU.available, reason=str(extension.CPU.reason)),
@@ -191,17 +189,6 @@ def test_threads_change_no_bit(isa: str, dtype: torch.dtype) -> None:
 def test_adversarial_inputs(isa: str, kind: str, dtype: torch.dtype) -> None:
     for lengths in ((60, 300), (600,)):
         check(Case(lengths, 32, dtype, kind=kind, scale=0.25))
-
-
-def before_a_guard(x: Tensor) -> Tensor:
-    """A copy of `x` that ends where a page begins that may not be read."""
-    size = -(-x.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
-    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.mprotect(ctypes.c_void_p(base + size), mmap.PAGESIZE, PROT_NONE) == 0
-    flat = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=size - x.nbytes)
-    return flat.view(x.shape).copy_(x)
 
 
 @every_isa

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from guarded import before_a_guard
 from sbert_fast import linears
 from sbert_fast.linears import PanelLinear, PreparedNorm, Target
 from sbert_fast.models.base import Linear
@@ -18,16 +19,19 @@ from sbert_fast.testing import check_op
 
 OPS = torch.ops.sbert_fast
 CPU = torch.device("cpu")
+# The code for tiles runs everywhere, on what stands in for them.
+ISAS = [*OPS.cpu_isas().split(","), "generic_tiles"] if extension.CPU.available else []
 DTYPES = [torch.float32, torch.bfloat16]
-# Rows below, at and above a tile and an item; columns below, at and above a vector and a panel;
-# inputs below and above a run of steps.
-ROWS = [1, 2, 7, 8, 9, 130]
-SIZES = [(2, 1), (6, 7), (38, 48), (64, 50), (384, 100), (96, 384), (26, 52)]
+# Rows below, at and above a tile, a block of tiles and an item; columns below, at and above a
+# vector and a panel; inputs below and above a run of steps. Those that 32 divides fill tiles.
+ROWS = [1, 2, 7, 8, 9, 130, 15, 16, 17, 31, 32, 33, 100]
+SIZES = [(2, 1), (6, 7), (38, 48), (32, 96), (64, 50), (384, 100), (96, 384), (26, 52)]
 
 pytestmark = [
     pytest.mark.skipif(not extension.CPU.available, reason=str(extension.CPU.reason)),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
+every_isa = pytest.mark.parametrize("isa", ISAS, indirect=True)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -42,6 +46,7 @@ def linear_norm_args(T: int, K: int, N: int, dtype: torch.dtype) -> list[Any]:
     return [x, packed, bias, torch.randn(T, N).to(dtype), *norm, 1e-12]
 
 
+@every_isa
 @every_dtype
 @pytest.mark.parametrize(("K", "N"), SIZES)
 def test_linear(isa: str, K: int, N: int, dtype: torch.dtype) -> None:
@@ -54,6 +59,7 @@ def test_linear(isa: str, K: int, N: int, dtype: torch.dtype) -> None:
     check_op("linear", OPS.linear.cpu(*args), args, dtype)
 
 
+@every_isa
 @every_dtype
 @pytest.mark.parametrize(("K", "N"), [(38, 8), (64, 50), (384, 100), (96, 384)])
 def test_linear_norm(isa: str, K: int, N: int, dtype: torch.dtype) -> None:
@@ -64,17 +70,22 @@ def test_linear_norm(isa: str, K: int, N: int, dtype: torch.dtype) -> None:
     check_op("linear_norm", OPS.linear_norm.cpu(*args), args, dtype)
 
 
+@every_isa
 def test_linear_of_an_odd_number_of_inputs(isa: str) -> None:
     args = linear_args(9, 37, 50, torch.float32)
     check_op("linear", OPS.linear.cpu(*args), args, torch.float32)
 
 
+@every_isa
 @every_dtype
+@pytest.mark.parametrize("inputs", [294, 320])
 @pytest.mark.parametrize("op", ["linear", "linear_norm"])
-def test_a_row_is_the_same_wherever_it_is(isa: str, op: str, dtype: torch.dtype) -> None:
+def test_a_row_is_the_same_wherever_it_is(
+    isa: str, op: str, inputs: int, dtype: torch.dtype
+) -> None:
     """Alone, at any place among any number of rows, and beside rows of NaN: the same bits."""
     make = linear_args if op == "linear" else linear_norm_args
-    args = make(300, 294, 100, dtype)
+    args = make(300, inputs, 100, dtype)
     kernel = getattr(OPS, op).cpu
     expected = kernel(*args)
     for start, end in [(0, 1), (5, 6), (3, 20), (7, 300), (290, 299)]:
@@ -84,6 +95,7 @@ def test_a_row_is_the_same_wherever_it_is(isa: str, op: str, dtype: torch.dtype)
     assert torch.equal(kernel(*args)[123], expected[123])
 
 
+@every_isa
 @every_dtype
 @pytest.mark.parametrize("op", ["linear", "linear_norm"])
 @pytest.mark.parametrize("T", [16, 200, 3000])
@@ -100,10 +112,78 @@ def test_threads_change_no_bit(isa: str, op: str, T: int, dtype: torch.dtype) ->
         torch.set_num_threads(threads)
 
 
+@every_isa
+@every_dtype
+@pytest.mark.parametrize("op", ["linear", "linear_norm"])
+def test_the_number_of_rows_changes_no_bit(isa: str, op: str, dtype: torch.dtype) -> None:
+    args = (linear_args if op == "linear" else linear_norm_args)(300, 64, 50, dtype)
+    kernel = getattr(OPS, op).cpu
+    expected = kernel(*args)
+    for T in range(1, 301):
+        part = [a[:T] if isinstance(a, Tensor) and len(a) == 300 else a for a in args]
+        assert torch.equal(kernel(*part), expected[:T]), f"{T} rows"
+
+
+@every_isa
+@every_dtype
+@pytest.mark.parametrize(("T", "K", "N"), [(1, 64, 48), (17, 32, 50), (33, 96, 100), (40, 38, 7)])
+def test_reads_end_with_the_last_element(
+    isa: str, T: int, K: int, N: int, dtype: torch.dtype
+) -> None:
+    for op, make in (("linear", linear_args), ("linear_norm", linear_norm_args)):
+        args = make(T, K, N, dtype)
+        expected = getattr(OPS, op).cpu(*args)
+        args = [before_a_guard(a) if isinstance(a, Tensor) else a for a in args]
+        assert torch.equal(getattr(OPS, op).cpu(*args), expected)
+
+
+@every_isa
 @every_dtype
 def test_inputs_without_rows(isa: str, dtype: torch.dtype) -> None:
     assert OPS.linear.cpu(*linear_args(0, 16, 50, dtype)).shape == (0, 50)
     assert OPS.linear_norm.cpu(*linear_norm_args(0, 16, 50, dtype)).shape == (0, 50)
+
+
+def sums_of(isa: str, x: Tensor, weight: Tensor) -> Tensor:
+    """The bits of the fp32 sums of one row: what a bf16 result leaves of them, rounded in turn."""
+    OPS.set_cpu_isa(isa)
+    parts, bias = [], torch.zeros(weight.shape[0])
+    for _ in range(3):
+        out = OPS.linear.cpu(x, panels.pack(weight), bias, weight.shape[0], Activation.NONE)
+        parts.append(out)
+        bias = bias - out[0].float().nan_to_num(posinf=0, neginf=0)
+    return torch.stack(parts)
+
+
+@pytest.mark.skipif("amx_bf16" not in ISAS, reason="this CPU has no tiles, or may not use them")
+@pytest.mark.parametrize("isa", ["amx_bf16"], indirect=True)
+@pytest.mark.parametrize("kind", ["normal", "subnormal inputs", "special"])
+def test_what_stands_in_for_tiles_gives_their_bits(isa: str, kind: str) -> None:
+    for K, N in [(32, 48), (384, 100), (1536, 96)]:
+        x, weight = torch.randn(1, K), torch.randn(N, K)
+        if kind == "subnormal inputs":
+            x[:, ::3] *= 1e-39
+            weight[:, 1::3] *= 1e-39
+        if kind == "special":
+            weight[3, 5], weight[4, 9], weight[7, 0] = float("nan"), float("inf"), -float("inf")
+        x, weight = x.bfloat16(), weight.bfloat16()
+        tiles, portable = (sums_of(name, x, weight) for name in ("amx_bf16", "generic_tiles"))
+        assert torch.equal(tiles.isnan(), portable.isnan())
+        assert torch.equal(tiles.nan_to_num(), portable.nan_to_num())
+
+
+@every_isa
+def test_bfloat16_runs_on_panels_where_tiles_or_dot_products_are(isa: str) -> None:
+    target = Target(torch.bfloat16, CPU)
+    odd = PanelLinear.refusal(target, 37)
+    if isa == "amx_bf16":
+        assert PanelLinear.refusal(target, 384) is None
+        assert PanelLinear.refusal(target, 38) is None
+        assert odd == "37 inputs are an odd number"
+    elif isa == "avx512_bf16" and "amx_bf16" not in ISAS:
+        assert odd == "37 inputs are an odd number"
+    else:
+        assert odd == "oneDNN is faster where there are no dot products of pairs, or AMX"
 
 
 @every_dtype

@@ -259,6 +259,7 @@ class TestPlan:
             "kernels_avx2",
             "kernels_avx512",
             "kernels_avx512_bf16",
+            "kernels_amx_bf16",
         }
         assert "avx512bf16" in wide["kernels_avx512_bf16"]
         assert "avx512bf16" not in wide["kernels_avx512"]

@@ -2,9 +2,14 @@
 
 #include <atomic>
 
+#include "amx_permission.h"
+
 namespace sbert_fast::cpu {
 
 namespace generic {
+const KernelTable& kernel_table();
+}
+namespace generic_tiles {
 const KernelTable& kernel_table();
 }
 
@@ -16,6 +21,9 @@ namespace avx512 {
 const KernelTable& kernel_table();
 }
 namespace avx512_bf16 {
+const KernelTable& kernel_table();
+}
+namespace amx_bf16 {
 const KernelTable& kernel_table();
 }
 #endif
@@ -33,9 +41,9 @@ std::vector<const KernelTable*> detect() {
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && __builtin_cpu_supports("avx512bf16")) {
-    tables.push_back(&avx512_bf16::kernel_table());
-  }
+  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+  if (has_bf16 && request_amx_bf16()) tables.push_back(&amx_bf16::kernel_table());
+  if (has_bf16) tables.push_back(&avx512_bf16::kernel_table());
   if (has_avx512) tables.push_back(&avx512::kernel_table());
   if (has_avx2) tables.push_back(&avx2::kernel_table());
 #endif
@@ -64,7 +72,9 @@ std::vector<std::string> available_isas() {
 }
 
 bool select_isa(const std::string& isa) {
-  for (const KernelTable* table : available()) {
+  std::vector<const KernelTable*> tables = available();
+  tables.push_back(&generic_tiles::kernel_table());
+  for (const KernelTable* table : tables) {
     if (isa != table->isa) continue;
     active().store(table, std::memory_order_relaxed);
     return true;

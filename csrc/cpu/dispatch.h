@@ -15,7 +15,8 @@ const KernelTable& kernels();
 /// Names of the instruction sets that this CPU runs, best first; "generic" is always the last.
 std::vector<std::string> available_isas();
 
-/// Makes `isa` the active one for the whole process; false where this CPU does not run it.
+/// Makes `isa` the active one for the whole process; false where this CPU does not run it. Every
+/// CPU also runs "generic_tiles", which is slow: "generic" with the code for tiles, for tests.
 bool select_isa(const std::string& isa);
 
 }  // namespace sbert_fast::cpu

@@ -5,13 +5,32 @@
 #include "attention_kernel.h"
 #include "gelu_kernel.h"
 #include "linear_kernel.h"
+#include "linear_norm_kernel.h"
 #include "norm_kernels.h"
 #include "pool_kernel.h"
+#if defined(SBF_TILES)
+#include "tile_linear_norm.h"
+#endif
 
 #define SBF_STRINGIZE(name) #name
 #define SBF_NAME(isa) SBF_STRINGIZE(isa)
 
 namespace sbert_fast::cpu::SBF_ISA {
+
+// The linear layers in bf16, which tiles compute where there are some.
+struct LinearBf16 {
+#if defined(SBF_TILES)
+  static constexpr RangeKernel<LinearParams> kToFloat = tile_linear<float>;
+  static constexpr RangeKernel<LinearParams> kToBf16 = tile_linear<bf16>;
+  static constexpr RangeKernel<LinearNormParams> kNorm = tile_linear_norm;
+  static constexpr int64_t kBlock = kBlockRows;
+#else
+  static constexpr RangeKernel<LinearParams> kToFloat = linear<bf16, float>;
+  static constexpr RangeKernel<LinearParams> kToBf16 = linear<bf16, bf16>;
+  static constexpr RangeKernel<LinearNormParams> kNorm = linear_norm<bf16>;
+  static constexpr int64_t kBlock = kLinearRows;
+#endif
+};
 
 // Constant-initialised: loading the library must run no instruction of a foreign set.
 constexpr KernelTable kTable{
@@ -21,8 +40,10 @@ constexpr KernelTable kTable{
                    {nullptr, embed_norm<bf16, bf16>}},
     .add_norm = {{add_norm<float, float>, add_norm<float, bf16>}, {nullptr, add_norm<bf16, bf16>}},
     .bias_gelu = {bias_gelu<float>, bias_gelu<bf16>},
-    .linear = {{linear<float, float>, nullptr}, {linear<bf16, float>, linear<bf16, bf16>}},
+    .linear = {{linear<float, float>, nullptr}, {LinearBf16::kToFloat, LinearBf16::kToBf16}},
+    .linear_norm = {linear_norm<float>, LinearBf16::kNorm},
     .segment_pool = {segment_pool<float>, segment_pool<bf16>},
+    .linear_block = {kLinearRows, LinearBf16::kBlock},
 };
 
 const KernelTable& kernel_table() { return kTable; }

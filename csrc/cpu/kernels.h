@@ -78,6 +78,13 @@ struct LinearParams {
   Activation activation;
 };
 
+// Work items are linear.item_rows rows of the result, all panels of them.
+struct LinearNormParams {
+  LinearParams linear;  // out is null
+  AddNormParams norm;   // x and bias are null
+  float* scratch;       // [item_rows, panels * kPanelColumns], of this thread
+};
+
 enum class PoolMode : int64_t { kMean, kCls, kMax, kMeanSqrtLen, kWeightedMean, kLastToken };
 inline constexpr int64_t kNumPoolModes = 6;
 
@@ -109,7 +116,9 @@ struct KernelTable {
   RangeKernel<AddNormParams> add_norm[kNumDtypes][kNumDtypes];      // rows; [x][residual and out]
   RangeKernel<BiasGeluParams> bias_gelu[kNumDtypes];                // rows
   RangeKernel<LinearParams> linear[kNumDtypes][kNumDtypes];         // items; [x and weights][out]
+  RangeKernel<LinearNormParams> linear_norm[kNumDtypes];            // items
   RangeKernel<SegmentPoolParams> segment_pool[kNumDtypes];          // segments
+  int64_t linear_block[kNumDtypes];  // rows that the linear layers compute at a time
 };
 
 }  // namespace sbert_fast::cpu

@@ -132,24 +132,28 @@ SBF_INLINE void multiply_block(const float* x, int64_t rows, const float* panel,
 }
 
 template <class Out, class Activate>
+SBF_INLINE void finish_row(const float* sums, int64_t columns, const float* bias, Activate activate,
+                           Out* out) {
+  constexpr int64_t N = VecF::N;
+  int64_t c = 0;
+  for (; c + N <= columns; c += N) {
+    VecF v = VecF::load(sums + c);
+    if (bias != nullptr) v = v + VecF::load(bias + c);
+    store_rounded<Out>(out + c, activate(v));
+  }
+  if (c < columns) {
+    const int n = static_cast<int>(columns - c);
+    VecF v = VecF::load(sums + c);
+    if (bias != nullptr) v = v + VecF::load_partial(bias + c, n);
+    store_as_partial<Out>(out + c, activate(v), n);
+  }
+}
+
+template <class Out, class Activate>
 SBF_INLINE void finish_tile(const float* sums, int64_t rows, int64_t columns, const float* bias,
                             Activate activate, Out* out, int64_t out_stride) {
-  constexpr int64_t N = VecF::N;
   for (int64_t r = 0; r < rows; ++r) {
-    const float* from = sums + r * kPanelColumns;
-    Out* to = out + r * out_stride;
-    int64_t c = 0;
-    for (; c + N <= columns; c += N) {
-      VecF v = VecF::load(from + c);
-      if (bias != nullptr) v = v + VecF::load(bias + c);
-      store_rounded<Out>(to + c, activate(v));
-    }
-    if (c < columns) {
-      const int n = static_cast<int>(columns - c);
-      VecF v = VecF::load(from + c);
-      if (bias != nullptr) v = v + VecF::load_partial(bias + c, n);
-      store_as_partial<Out>(to + c, activate(v), n);
-    }
+    finish_row(sums + r * kPanelColumns, columns, bias, activate, out + r * out_stride);
   }
 }
 

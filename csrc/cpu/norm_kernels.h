@@ -90,21 +90,24 @@ SBF_INLINE float sum_row(const Row& row, int64_t E, Term term, Keep keep) {
   return reduce_add((total[0] + total[1]) + (total[2] + total[3]));
 }
 
-/// The second half of LayerNorm, once the mean is known.
-template <class Out, class Row>
-SBF_INLINE void normalize_row(const Row& row, float mean_value, const float* weight,
-                              const float* bias, int64_t E, float eps, Out* out) {
-  constexpr int64_t N = VecF::N;
+/// 1 / sqrt(variance + eps) of a row, once its mean is known.
+template <class Row>
+SBF_INLINE float inverse_deviation(const Row& row, float mean_value, int64_t E, float eps) {
   const VecF mean = VecF::set1(mean_value);
   const float squares =
       sum_row(row, E, [mean](VecF v) { return (v - mean) * (v - mean); }, [](int64_t, VecF) {});
-  const float variance = squares / static_cast<float>(E);
-  const VecF rstd = VecF::set1(1.0f / __builtin_sqrtf(variance + eps));
+  return 1.0f / __builtin_sqrtf(squares / static_cast<float>(E) + eps);
+}
 
+template <class Out, class Row>
+SBF_INLINE void store_normalized(const Row& row, float mean_value, float rstd_value,
+                                 const float* weight, const float* bias, int64_t E, Out* out) {
+  constexpr int64_t N = VecF::N;
+  const VecF mean = VecF::set1(mean_value), rstd = VecF::set1(rstd_value);
   int64_t e = 0;
   for (; e + N <= E; e += N) {
     const VecF v = (row.load(e) - mean) * rstd;
-    store_as<Out>(out + e, fma(v, VecF::load(weight + e), VecF::load(bias + e)));
+    store_rounded<Out>(out + e, fma(v, VecF::load(weight + e), VecF::load(bias + e)));
   }
   if (e < E) {
     const int n = static_cast<int>(E - e);
@@ -112,6 +115,14 @@ SBF_INLINE void normalize_row(const Row& row, float mean_value, const float* wei
     const VecF scale = VecF::load_partial(weight + e, n);
     store_as_partial<Out>(out + e, fma(v, scale, VecF::load_partial(bias + e, n)), n);
   }
+}
+
+/// The second half of LayerNorm, once the mean is known.
+template <class Out, class Row>
+SBF_INLINE void normalize_row(const Row& row, float mean, const float* weight, const float* bias,
+                              int64_t E, float eps, Out* out) {
+  const float rstd = inverse_deviation(row, mean, E, eps);
+  store_normalized(row, mean, rstd, weight, bias, E, out);
 }
 
 template <class Out, class Row>

@@ -9,7 +9,7 @@ namespace sbert_fast::cpu {
 namespace {
 
 constexpr int64_t kItemRows = 128;  // with their results, they fit an L2 cache beside the weights
-constexpr int64_t kRowStep = 8;
+constexpr int64_t kMinRowStep = 8;
 constexpr int64_t kItemsPerThread = 4;
 // Multiplications below which waking another thread costs more than it saves.
 constexpr int64_t kGrainProducts = 1 << 20;
@@ -20,15 +20,19 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 struct LinearShape {
   Dtype dtype;
   int64_t T, K, N;
+  int64_t row_step;  // items begin at multiples of it
 
   int64_t panels() const { return ceil_div(N, kPanelColumns); }
   int64_t products() const { return T * K * N; }
 };
 
-LinearShape check_linear(const char* op, const Tensor& x, const Tensor& panels,
-                         const std::optional<Tensor>& bias, int64_t features) {
+LinearShape check_linear(const KernelTable& table, const char* op, const Tensor& x,
+                         const Tensor& panels, const std::optional<Tensor>& bias,
+                         int64_t features) {
   const Dtype dtype = check_activation(op, "x", x, "[T, K]", {kAnySize, kAnySize});
-  const LinearShape shape{.dtype = dtype, .T = x.size(0), .K = x.size(1), .N = features};
+  const int64_t row_step = std::max(kMinRowStep, table.linear_block[dtype]);
+  const LinearShape shape{
+      .dtype = dtype, .T = x.size(0), .K = x.size(1), .N = features, .row_step = row_step};
   SBF_CHECK(features >= 1, op, "features must be at least 1, got ", features);
   if (dtype == kFloat32) {
     check_tensor(op, "panels", panels, ScalarType::Float, "[panels, K, 48]",
@@ -52,7 +56,8 @@ LinearParams linear_params(const LinearShape& shape, const Tensor& x, const Tens
       .T = shape.T,
       .K = shape.K,
       .N = shape.N,
-      .item_rows = std::min(kItemRows, ceil_div(shape.T, kRowStep) * kRowStep),
+      .item_rows =
+          std::clamp(ceil_div(shape.T, shape.row_step) * shape.row_step, shape.row_step, kItemRows),
       .item_panels = shape.panels(),
       .activation = activation,
   };
@@ -63,7 +68,7 @@ bool fills_threads(int64_t items) {
   return items >= kItemsPerThread * torch::stable::get_num_threads();
 }
 
-void run_linear(RangeKernel<LinearParams> kernel, LinearParams params) {
+void run_linear(RangeKernel<LinearParams> kernel, LinearParams params, int64_t row_step) {
   if (params.T == 0) return;
   const int64_t panels = params.item_panels;
   const int64_t threads = torch::stable::get_num_threads();
@@ -76,7 +81,7 @@ void run_linear(RangeKernel<LinearParams> kernel, LinearParams params) {
     params.item_panels = std::max<int64_t>(1, panels * down / wanted);
     if (panels * down < wanted) {
       const int64_t rows = params.T * panels / wanted;
-      params.item_rows = std::max(kRowStep, rows / kRowStep * kRowStep);
+      params.item_rows = std::max(row_step, rows / row_step * row_step);
     }
   }
   const int64_t items = ceil_div(params.T, params.item_rows) * ceil_div(panels, params.item_panels);
@@ -88,13 +93,15 @@ void run_linear(RangeKernel<LinearParams> kernel, LinearParams params) {
 Tensor linear(const Tensor& x, const Tensor& panels, const std::optional<Tensor>& bias,
               int64_t features, int64_t activation) {
   constexpr const char* op = "linear";
-  const LinearShape shape = check_linear(op, x, panels, bias, features);
+  const KernelTable& table = kernels();
+  const LinearShape shape = check_linear(table, op, x, panels, bias, features);
   SBF_CHECK(0 <= activation && activation < kNumActivations, op, "activation must be in [0, ",
             kNumActivations, "), got ", activation);
   Tensor out = new_output({shape.T, shape.N}, shape.dtype);
-  run_linear(kernels().linear[shape.dtype][shape.dtype],
+  run_linear(table.linear[shape.dtype][shape.dtype],
              linear_params(shape, x, panels, bias, out.mutable_data_ptr(),
-                           static_cast<Activation>(activation)));
+                           static_cast<Activation>(activation)),
+             shape.row_step);
   return out;
 }
 
@@ -102,9 +109,10 @@ Tensor linear_norm(const Tensor& x, const Tensor& panels, const std::optional<Te
                    const Tensor& residual, const Tensor& weight, const Tensor& ln_bias,
                    double eps) {
   constexpr const char* op = "linear_norm";
+  const KernelTable& table = kernels();
   check_tensor(op, "residual", residual, x.scalar_type(), "[T, N]", {kAnySize, kAnySize});
   const int64_t N = residual.size(1);
-  const LinearShape shape = check_linear(op, x, panels, bias, N);
+  const LinearShape shape = check_linear(table, op, x, panels, bias, N);
   check_tensor(op, "residual", residual, x.scalar_type(), "[T, N]", {shape.T, N});
   check_tensor(op, "weight", weight, ScalarType::Float, "[N]", {N});
   check_tensor(op, "ln_bias", ln_bias, ScalarType::Float, "[N]", {N});
@@ -120,44 +128,30 @@ Tensor linear_norm(const Tensor& x, const Tensor& panels, const std::optional<Te
       .E = N,
       .eps = static_cast<float>(eps),
   };
-  const auto multiply = kernels().linear[shape.dtype][kFloat32];
-  const auto normalize = kernels().add_norm[kFloat32][shape.dtype];
   const LinearParams params = linear_params(shape, x, panels, bias, nullptr, Activation::kNone);
-  const int64_t items = shape.T == 0 ? 0 : ceil_div(shape.T, params.item_rows);
+  const int64_t items = ceil_div(shape.T, params.item_rows);
   const int64_t threads = torch::stable::get_num_threads();
 
   if (threads > 1 && !fills_threads(items)) {
     const Tensor sums = new_output({shape.T, N}, kFloat32);
     LinearParams whole = params;
     whole.out = sums.mutable_data_ptr();
-    run_linear(multiply, whole);
+    run_linear(table.linear[shape.dtype][kFloat32], whole, shape.row_step);
     AddNormParams rows = norm;
     rows.x = sums.const_data_ptr();
-    parallel_rows(normalize, rows, shape.T, N);
+    parallel_rows(table.add_norm[kFloat32][shape.dtype], rows, shape.T, N);
     return out;
   }
 
   // Every item has its rows normalised while they are in the cache.
-  const size_t row_in = static_cast<size_t>(shape.K) * x.element_size();
-  const size_t row_out = static_cast<size_t>(N) * x.element_size();
-  const Tensor scratch = new_output({std::min(threads, items), params.item_rows, N}, kFloat32);
+  const auto kernel = table.linear_norm[shape.dtype];
+  const int64_t size = params.item_rows * shape.panels() * kPanelColumns;
+  const Tensor scratch = new_output({std::min(threads, items), size}, kFloat32);
   std::atomic<int64_t> next_scratch{0};
   parallel_workers(items, [&](auto next_item) {
-    auto* sums = static_cast<float*>(scratch.mutable_data_ptr()) +
-                 next_scratch.fetch_add(1) * params.item_rows * N;
-    for (int64_t item; (item = next_item()) < items;) {
-      const int64_t row = item * params.item_rows;
-      LinearParams part = params;
-      part.x = static_cast<const char*>(params.x) + row * row_in;
-      part.out = sums;
-      part.T = std::min(params.item_rows, shape.T - row);
-      multiply(part, 0, 1);
-      AddNormParams rows = norm;
-      rows.x = sums;
-      rows.residual = static_cast<const char*>(norm.residual) + row * row_out;
-      rows.out = static_cast<char*>(norm.out) + row * row_out;
-      normalize(rows, 0, part.T);
-    }
+    auto* sums = static_cast<float*>(scratch.mutable_data_ptr()) + next_scratch.fetch_add(1) * size;
+    const LinearNormParams rows{.linear = params, .norm = norm, .scratch = sums};
+    for (int64_t item; (item = next_item()) < items;) kernel(rows, item, item + 1);
   });
   return out;
 }

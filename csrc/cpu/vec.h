@@ -25,7 +25,7 @@
 #include <stdint.h>
 
 #ifndef SBF_ISA
-#error "define SBF_ISA (generic, avx2, avx512 or avx512_bf16) before the kernel headers"
+#error "define SBF_ISA (generic, avx2, avx512, ...) before the kernel headers"
 #endif
 
 #define SBF_INLINE inline __attribute__((always_inline))
@@ -146,6 +146,15 @@ SBF_INLINE void store_rounded(T* p, VecF a) {
   if constexpr (sizeof(T) == sizeof(bf16)) return store_bf16_flushed(p, a);
 #endif
   store_as<T>(p, a);
+}
+
+template <class T>
+SBF_INLINE void store_rounded(T* p, VecF first, VecF second) {
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(T) == sizeof(bf16)) return store_bf16_flushed(p, first, second);
+#endif
+  store_rounded<T>(p, first);
+  store_rounded<T>(p + VecF::N, second);
 }
 
 template <class T>

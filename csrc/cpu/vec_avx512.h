@@ -131,6 +131,9 @@ SBF_INLINE VecF dot_pairs(VecF a, VecF b, VecF c) {
 SBF_INLINE void store_bf16_flushed(bf16* p, VecF a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a.v));
 }
+SBF_INLINE void store_bf16_flushed(bf16* p, VecF first, VecF second) {
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(second.v, first.v));
+}
 // The first n of 2 N consecutive elements as pairs, then zeros.
 SBF_INLINE VecF load_pairs(const bf16* p, int n) {
   const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << n) - 1u);

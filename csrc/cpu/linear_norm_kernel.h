@@ -1,0 +1,27 @@
+// linear_norm: the linear layer of some rows, then LayerNorm with the residual while they are in
+// the cache.
+#pragma once
+
+#include "linear_kernel.h"
+#include "norm_kernels.h"
+
+namespace sbert_fast::cpu::SBF_ISA {
+
+template <class T>
+void linear_norm(const LinearNormParams& p, int64_t begin, int64_t end) {
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t row = item * p.linear.item_rows, left = p.linear.T - row;
+    LinearParams part = p.linear;
+    part.x = static_cast<const T*>(p.linear.x) + row * p.linear.K;
+    part.out = p.scratch;
+    part.T = left < part.item_rows ? left : part.item_rows;
+    linear<T, float>(part, 0, 1);
+    AddNormParams rows = p.norm;
+    rows.x = p.scratch;
+    rows.residual = static_cast<const T*>(p.norm.residual) + row * p.norm.E;
+    rows.out = static_cast<T*>(p.norm.out) + row * p.norm.E;
+    add_norm<float, T>(rows, 0, part.T);
+  }
+}
+
+}  // namespace sbert_fast::cpu::SBF_ISA

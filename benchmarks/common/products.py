@@ -41,12 +41,7 @@ def flops_per_token(config: dict[str, Any]) -> int:
 
 
 class LinearLayers:
-    """The linear layers of one forward pass, by oneDNN through torch with weights prepacked.
-
-    Args:
-        config: config.json of a BERT-family model.
-        precision: "float32" or "bfloat16".
-    """
+    """The linear layers of one forward pass, by oneDNN through torch with weights prepacked."""
 
     def __init__(self, config: dict[str, Any], precision: str) -> None:
         dtype = getattr(torch, precision)
@@ -123,14 +118,7 @@ def product(
 def gemm_seconds(
     batch_tokens: list[int], config: dict[str, Any], dtype: torch.dtype, device: torch.device
 ) -> float:
-    """Seconds that the linear layers of a model take on batches of so many tokens.
-
-    Args:
-        batch_tokens: of every batch.
-        config: the model's: `hidden_size`, `intermediate_size`, `num_hidden_layers`.
-        dtype: of the activations.
-        device: where.
-    """
+    """Seconds that the linear layers of a model take on batches of so many tokens."""
     shapes, grid = _shapes_of(config), _GRID[device.type]
     known: dict[int, float] = {}
 

@@ -73,13 +73,7 @@ def cold_sets(device: torch.device, bytes_of_a_call: int) -> int:
 
 
 class Runner:
-    """One system being timed.
-
-    Args:
-        call: runs the system on a set of inputs.
-        sets: their number.
-        device: where it runs.
-    """
+    """One system being timed on a number of input sets."""
 
     def __init__(self, call: Call, sets: int, device: torch.device) -> None:
         self.call, self.sets, self.device = call, sets, device
@@ -90,11 +84,10 @@ class Runner:
 
     def warm_up(self) -> None:
         """Run until compiled, then learn how many calls make a sample and how long they launch."""
-        for i in range(_WARM_CALLS):
-            self._kept[i % self.sets] = self.call(i % self.sets)
+        self._launch(_WARM_CALLS)
         synchronize(self.device)
         start = time.perf_counter()
-        self._launch()
+        self._launch(self._calls)
         launched = time.perf_counter() - start
         synchronize(self.device)
         seconds = (time.perf_counter() - start) / self._calls
@@ -103,16 +96,16 @@ class Runner:
         self._delay = min(_LONGEST_DELAY, 1.5 * launched * rounds + 5e-5)
         self._calls = rounds * self.sets
 
-    def _launch(self) -> None:
+    def _launch(self, calls: int) -> None:
         # Results are kept until their inputs' next turn: outputs are as cold as inputs.
-        for i in range(self._calls):
+        for i in range(calls):
             self._kept[i % self.sets] = self.call(i % self.sets)
 
     def sample(self) -> None:
         """Take one sample."""
         if self.device.type != "cuda":
             start = time.perf_counter()
-            self._launch()
+            self._launch(self._calls)
             self.timing.seconds.append((time.perf_counter() - start) / self._calls)
             return
         for _ in range(4):
@@ -131,7 +124,7 @@ class Runner:
         if hasattr(torch.cuda, "_sleep"):
             torch.cuda._sleep(int(self._delay * _CLOCK_HZ))
         start.record()
-        self._launch()
+        self._launch(self._calls)
         end.record()
         waited = not start.query()
         end.synchronize()
@@ -146,14 +139,7 @@ class Runner:
 def take_turns(
     systems: dict[str, Call], sets: int, device: torch.device, samples: int = SAMPLES
 ) -> dict[str, Timing]:
-    """Time systems sample by sample in turn; one that fails is left out and says why.
-
-    Args:
-        systems: by name, see :data:`Call`.
-        sets: number of input sets.
-        device: where they run.
-        samples: samples of each.
-    """
+    """Time systems sample by sample in turn; one that fails is left out and says why."""
     runners = {name: Runner(call, sets, device) for name, call in systems.items()}
     running = dict(runners)
 
@@ -178,16 +164,24 @@ def paired_ratio(theirs: Timing, ours: Timing) -> float:
     return float(np.median(np.divide(theirs.seconds, ours.seconds)))
 
 
-def copy_bandwidth(device: torch.device, size: int = 1 << 30) -> float:
-    """Bytes a second of a copy within the memory of `device`, read and written ones counted.
+def median_seconds(call: Call, sets: int, device: torch.device) -> float:
+    """Seconds of one system, timed alone.
 
-    Args:
-        device: whose memory.
-        size: bytes that are copied.
+    Raises:
+        RuntimeError: it fails.
     """
-    pairs = [torch.zeros(2, size, dtype=torch.uint8, device=device) for _ in range(2)]
+    timing = take_turns({"": call}, sets, device)[""]
+    if timing.error:
+        raise RuntimeError(timing.error)
+    return timing.median
 
-    def copy(i: int) -> None:
-        pairs[i][1].copy_(pairs[i][0])
 
-    return 2 * size / take_turns({"copy": copy}, 2, device)["copy"].median
+def copies(size: int, sets: int, device: torch.device) -> Call:
+    """Copies `size` bytes within the memory of `device`."""
+    pairs = [torch.zeros(2, size, dtype=torch.uint8, device=device) for _ in range(sets)]
+    return lambda i: pairs[i][1].copy_(pairs[i][0])
+
+
+def copy_bandwidth(device: torch.device, size: int) -> float:
+    """Bytes a second of a copy of `size` bytes, read and written ones counted."""
+    return 2 * size / median_seconds(copies(size, 2, device), 2, device)

@@ -25,11 +25,7 @@ SCOPES = ("s3", "s1")
 # By device: peers that run there, those that run by default, and the precisions.
 CHOICES = {
     "cpu": (PEERS, PEERS, ("float32",)),
-    "cuda": (
-        (REFERENCE, UNPADDED, COMPILED),
-        (REFERENCE, UNPADDED),
-        ("bfloat16", "float16"),
-    ),
+    "cuda": ((REFERENCE, UNPADDED, COMPILED), (REFERENCE, UNPADDED), ("bfloat16", "float16")),
 }
 
 

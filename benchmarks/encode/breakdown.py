@@ -40,11 +40,7 @@ _NO_INSTRUCTIONS = 3
 
 
 class FmaPeak:
-    """Multiply-adds of all threads at once, in registers alone.
-
-    Args:
-        folder: where the program is put that measures them.
-        threads: CPU threads.
+    """Multiply-adds of all threads at once, in registers alone, by a program put into `folder`.
 
     Attributes:
         reason: why there is no program; None where there is one.

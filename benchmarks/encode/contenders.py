@@ -132,14 +132,8 @@ def take_turns(
     device: torch.device,
     before: Callable[[], Any] = lambda: None,
 ) -> Iterator[int]:
-    """Time all systems in turn, round after round; yields the rounds that are complete.
-
-    Args:
-        running: systems and what each runs.
-        rounds: how many.
-        device: where.
-        before: called before every round.
-    """
+    """Time all systems in turn, round after round, `before` ahead of each; yields the rounds that
+    are complete."""
     for done in range(1, rounds + 1):
         say(f"round {done} of {rounds}")
         before()

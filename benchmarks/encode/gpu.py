@@ -41,14 +41,7 @@ _SAMPLE_SECONDS = 0.05
 
 
 class Benchmark:
-    """One model and corpus on one device.
-
-    Args:
-        args: see `python -m benchmarks.encode --help`.
-        folder: the model.
-        device: where.
-        store: takes a row as soon as it is known: kind and content.
-    """
+    """One model and corpus on one device; `store` takes every row at once: kind and content."""
 
     def __init__(
         self,
@@ -69,7 +62,10 @@ class Benchmark:
     def run(self, scope: str) -> None:
         """Measure every system in a scope."""
         checked = self.corpus.first(CHECKED_TEXTS)
-        truth = self._truth(scope, checked)
+        reference = Contender(REFERENCE, FULL, setting=Setting(128))
+        reference.system = SYSTEMS[REFERENCE](self.folder, self.device, torch.float32)
+        truth = embed(reference, scope, checked)
+        del reference
         running: list[Contender] = []
         for precision in self.args.dtype:
             for name in self._names(scope, precision):
@@ -102,10 +98,8 @@ class Benchmark:
             return
         for each in running:
             del each.seconds[rounds:]
-        gates = check(
-            {(REFERENCE, FULL): truth}
-            | {(each.name, each.precision): each.embeddings for each in running}
-        )
+        embeddings = {(each.name, each.precision): each.embeddings for each in running}
+        gates = check({(REFERENCE, FULL): truth} | embeddings)
         for each in running:
             self.store("row", self._figures(each, scope, running, truth, gates))
 
@@ -121,11 +115,6 @@ class Benchmark:
             row = self._row(Contender(OURS_CUDA, precision), scope)
             self.store("row", row | {"status": f"not measured: {reason}"})
         return list(names)
-
-    def _truth(self, scope: str, checked: Corpus) -> NDArray[np.float32]:
-        reference = Contender(REFERENCE, FULL, setting=Setting(128))
-        reference.system = SYSTEMS[REFERENCE](self.folder, self.device, torch.float32)
-        return embed(reference, scope, checked)
 
     def _prepare(
         self, each: Contender, scope: str, checked: Corpus, known: list[Contender]
@@ -197,16 +186,6 @@ class Benchmark:
         return {"gemm_seconds": seconds, "gemm_fraction": seconds / median, "batches": sizes}
 
 
-def model_folder(args: argparse.Namespace, scratch: Path) -> Path:
-    """The folder of the model; one with random weights is made."""
-    name = str(args.model)
-    if name not in models.RANDOM:
-        return args.model
-    say(f"making {name}")
-    models.make_random(name, args.tokenizer, scratch / name, models.RANDOM[name])
-    return scratch / name
-
-
 def main(args: argparse.Namespace) -> int:
     """Run what the arguments ask for; 1 where a gate is red or ours failed."""
     device = torch.device(args.device)
@@ -228,8 +207,12 @@ def main(args: argparse.Namespace) -> int:
     run = provenance(threads, device.type) | {"benchmark": "encode"}
     append(args.rows, "run", run)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = ModelFolder(model_folder(args, Path(scratch)), threads)
-        benchmark = Benchmark(args, folder, device, store)
+        path, sizes = args.model, models.RANDOM.get(str(args.model))
+        if sizes is not None:
+            say(f"making {args.model}")
+            path = Path(scratch)
+            models.make_random(str(args.model), args.tokenizer, path, sizes)
+        benchmark = Benchmark(args, ModelFolder(path, threads), device, store)
         for scope in args.scope:
             benchmark.run(scope)
     if args.json:

@@ -214,13 +214,7 @@ TORCH: dict[str, Callable[..., MakeForward]] = {
 
 
 def build(name: str, precision: str, folder: ModelFolder, onnx: Path) -> System:
-    """Make a system that runs on a CPU.
-
-    Args:
-        name: `OURS` or one of `PEERS`.
-        precision: one of `PRECISIONS`.
-        folder: the model.
-        onnx: its ONNX export; made there by the first system that needs it.
+    """Make a system that runs on a CPU; the first one that needs the export `onnx` makes it.
 
     Raises:
         NotAvailable: it cannot be measured here.

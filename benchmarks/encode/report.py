@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.common.names import OURS, OURS_CUDA, RATIOS, SHORT
@@ -26,8 +27,17 @@ def render(document: Document) -> str:
     lengths, rounds = document["corpus"]["lengths"], document["settings"]["rounds"]
     told = f" (p5 {lengths['p5']:.0f}, p95 {lengths['p95']:.0f}); {document['scope']}; "
     lines = _head(document, f"{told}median of {rounds} interleaved rounds")
-    lines += [*_throughput(document["rows"]), ""]
-    lines += [_gate_line(precision, gate) for precision, gate in document["gates"].items()]
+    header = (
+        *("system", "precision", "batch", "sentences/s", "tokens/s", "IQR", "real tokens"),
+        *("worst cosine", "peak RSS MB", "ours is faster by"),
+    )
+    table = [(*_names(row), *_throughput_cells(row)) for row in document["rows"]]
+    lines += [*markdown(header, table), ""]
+    for precision, gate in document["gates"].items():
+        lines.append(
+            f"correctness {precision}: {'green' if gate['green'] else 'RED, so no ratios'}: "
+            f"worst 1 - cosine {gate['loss']:.2e}, limit {gate['limit']:.2e} ({gate['rule']})"
+        )
     if reached := _limit(document):
         lines.append(f"The linear layers alone, {reached}.")
     if latency := document.get("latency"):
@@ -41,14 +51,6 @@ def render(document: Document) -> str:
 
 def _names(row: Row) -> tuple[str, str]:
     return row["system"], row["precision"]
-
-
-def _throughput(rows: list[Row]) -> list[str]:
-    header = (
-        *("system", "precision", "batch", "sentences/s", "tokens/s", "IQR", "real tokens"),
-        *("worst cosine", "peak RSS MB", "ours is faster by"),
-    )
-    return markdown(header, [(*_names(row), *_throughput_cells(row)) for row in rows])
 
 
 def _throughput_cells(row: Row) -> tuple[str, ...]:
@@ -65,14 +67,6 @@ def _throughput_cells(row: Row) -> tuple[str, ...]:
         f"{row['worst_cosine']:.8f}",
         f"{row['peak_rss_mb']:,.0f}" if row["peak_rss_mb"] else "",
         ", ".join(f"{ratio:.2f}x ({p})" for p, ratio in row["ratios"].items()),
-    )
-
-
-def _gate_line(precision: str, gate: Row) -> str:
-    state = "green" if gate["green"] else "RED, so no ratios"
-    return (
-        f"correctness {precision}: {state}: worst 1 - cosine {gate['loss']:.2e}, "
-        f"limit {gate['limit']:.2e} ({gate['rule']})"
     )
 
 
@@ -113,14 +107,12 @@ def render_breakdown(document: Document) -> str:
 
 def render_comparison(document: Document) -> str:
     """What it costs to compare a model with what was derived from it."""
-    lines = []
-    for name in ("one_text", "corpus"):
-        row = document[name]
-        lines.append(
-            f"{name}: {row['checked'] * 1e3:.3f} ms, of which the comparison takes "
-            f"{row['difference'] * 1e6:.0f} us ({row['difference'] / row['unchecked']:.2%})"
-        )
-    return "\n".join(lines)
+    rows = {name: document[name] for name in ("one_text", "corpus")}
+    return "\n".join(
+        f"{name}: {row['checked'] * 1e3:.3f} ms, of which the comparison takes "
+        f"{row['difference'] * 1e6:.0f} us ({row['difference'] / row['unchecked']:.2%})"
+        for name, row in rows.items()
+    )
 
 
 def _breakdown_line(document: Document) -> str:
@@ -142,52 +134,48 @@ def _breakdown_line(document: Document) -> str:
     return f"Where the time goes, {document['corpus']['name']}: {'. '.join(told)}."
 
 
-def readme_section(folder: str, documents: list[Document], breakdowns: list[Document]) -> str:
-    """The results of one CPU as README quotes them: a row a system, a column for each corpus and
-    precision.
-
-    Args:
-        folder: name of the device's folder in benchmarks/results.
-        documents: one a corpus.
-        breakdowns: what says where the time goes.
-    """
-    columns = [
-        (document, precision)
-        for document in documents
-        for precision in dict.fromkeys(row["precision"] for row in document["rows"])
-    ]
-    header = (
-        "sentences/s",
-        *(
-            f"{d['corpus']['name']} ({d['corpus']['lengths']['mean']:.0f} tokens), {p}"
-            for d, p in columns
-        ),
-    )
-    systems = dict.fromkeys(row["system"] for document in documents for row in document["rows"])
-    rows = [(system, *(_cell(d, system, p) for d, p in columns)) for system in systems]
+def origin(documents: Sequence[Document], of: str = "") -> str:
+    """The device, what the figures are `of`, and torch, date and commits of some results."""
     first = documents[0]
-    torch, date = first["versions"]["torch"], first["date"][:10]
-    commits = ", ".join(dict.fromkeys(str(d["commit"])[:9] for d in (*documents, *breakdowns)))
-    lines = [
-        f"{first['device']['name']}; {first['model']['name']}; torch {torch}; {date}; "
-        f"commit {commits} (benchmarks/results/{folder})",
-        "",
-        *markdown(header, rows),
-    ]
+    told = (first["device"]["name"], of, f"torch {first['versions']['torch']}", first["date"][:10])
+    commits = ", ".join(dict.fromkeys(str(d["commit"])[:9] for d in documents))
+    return "; ".join((*filter(None, told), f"commit {commits}"))
+
+
+def systems_table(
+    documents: Sequence[Document], label: Callable[[Document, str], str], brief: bool = False
+) -> list[str]:
+    """Sentences a second on CPUs. A row is a system; a column, titled by `label`, is a document and
+    a precision. `brief` leaves out why a system was not measured."""
+
+    def cell(document: Document, system: str, precision: str) -> str:
+        for row in document["rows"]:
+            if _names(row) == (system, precision):
+                if row["status"] != "measured":
+                    return "not measured" if brief else row["status"]
+                ratio = row["ratios"].get(precision)
+                rate = f"{row['sentences_per_s']:,.0f}"
+                return rate if ratio is None else f"{rate} ({ratio:.2f}x)"
+        return "not measured"
+
+    every = [(document, *_names(row)) for document in documents for row in document["rows"]]
+    columns = {(id(d), precision): (d, precision) for d, _, precision in every}.values()
+    header = ("sentences/s", *(label(*column) for column in columns))
+    systems = dict.fromkeys(system for _, system, _ in every)
+    return markdown(header, [(s, *(cell(d, s, p) for d, p in columns)) for s in systems])
+
+
+def readme_section(folder: str, documents: list[Document], breakdowns: list[Document]) -> str:
+    """The results of one CPU, stored in `folder` of benchmarks/results, as README quotes them."""
+
+    def label(document: Document, precision: str) -> str:
+        corpus = document["corpus"]
+        return f"{corpus['name']} ({corpus['lengths']['mean']:.0f} tokens), {precision}"
+
+    told = origin([*documents, *breakdowns], documents[0]["model"]["name"])
+    lines = [f"{told} (benchmarks/results/{folder})", "", *systems_table(documents, label)]
     asides = [*_asides(documents), *map(_breakdown_line, breakdowns)]
     return "\n".join([*lines, *([""] if asides else []), *asides])
-
-
-def _cell(document: Document, system: str, precision: str) -> str:
-    """Sentences a second, and by how much ours is faster in the same precision."""
-    for row in document["rows"]:
-        if _names(row) == (system, precision):
-            if row["status"] != "measured":
-                return row["status"]
-            ratio = row["ratios"].get(precision)
-            rate = f"{row['sentences_per_s']:,.0f}"
-            return rate if ratio is None else f"{rate} ({ratio:.2f}x)"
-    return "not measured"
 
 
 def _limit(document: Document) -> str | None:

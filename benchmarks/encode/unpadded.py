@@ -7,8 +7,6 @@ transformers under a name of its own, and the module is told that it may pack.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 from unittest import mock
@@ -48,27 +46,8 @@ def _attend(
     return out[None], None
 
 
-@contextmanager
-def _flash_attention_found() -> Iterator[None]:
-    """What sentence-transformers looks for before it packs."""
-    functions = (None, _attend, None, None, None), None
-    where = "transformers.modeling_flash_attention_utils.lazy_import_flash_attention"
-    with mock.patch(where, lambda *_, **__: functions):
-        yield
-
-
-def has_flash_attention() -> bool:
-    """Whether the true one is installed."""
-    return find_spec("flash_attn") is not None
-
-
 def load(path: str, device: torch.device, dtype: torch.dtype) -> Any:
     """A SentenceTransformer that packs its batches.
-
-    Args:
-        path: folder of the model.
-        device: where to run.
-        dtype: of the parameters.
 
     Raises:
         RuntimeError: sentence-transformers does not pack this model.
@@ -77,19 +56,18 @@ def load(path: str, device: torch.device, dtype: torch.dtype) -> Any:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
-    name = "flash_attention_2" if has_flash_attention() else NAME
+    name = "flash_attention_2" if find_spec("flash_attn") else NAME
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, flash_attention_mask)
-    model = SentenceTransformer(
-        path,
-        device=str(device),
-        model_kwargs={"dtype": dtype, "attn_implementation": name},
-    )
+    kwargs = {"dtype": dtype, "attn_implementation": name}
+    model = SentenceTransformer(path, device=str(device), model_kwargs=kwargs)
     if name == NAME:
-        module = model[0]
-        module._is_flash_attention_requested = lambda: True
-        with _flash_attention_found():
-            module.unpad_inputs = True
+        model[0]._is_flash_attention_requested = lambda: True
+        # What sentence-transformers looks for before it packs.
+        functions = (None, _attend, None, None, None), None
+        where = "transformers.modeling_flash_attention_utils.lazy_import_flash_attention"
+        with mock.patch(where, lambda *_, **__: functions):
+            model[0].unpad_inputs = True
     if not model[0].can_flatten_inputs:
         raise RuntimeError("sentence-transformers does not pack this model")
     return model

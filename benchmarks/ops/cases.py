@@ -19,10 +19,10 @@ from torch import Tensor
 
 from benchmarks.common.corpora import CORPORA, target_lengths
 from benchmarks.common.names import COPY, OURS, OURS_CUDA
-from benchmarks.common.stopwatch import Call
+from benchmarks.common.stopwatch import Call, copies
 from benchmarks.common.text import message
 from benchmarks.ops import peers as op_peers
-from benchmarks.ops.peers import Maker
+from benchmarks.ops.peers import Maker, within
 from sbert_fast import ops
 from sbert_fast.packing import plan_tiles
 from sbert_fast.testing import PEERS, assert_close_to_oracle, oracle, pack_lengths
@@ -119,45 +119,20 @@ def _some_sequences(lengths: list[int], tokens: int = _CHECKED_TOKENS) -> tuple[
     tokens; their numbers, and their tokens."""
     order = list(range(1, len(lengths) - 1))
     random.Random(1).shuffle(order)
-    wanted, chosen, used = [len(lengths) - 1, 0, *order], [], 0
-    for i in wanted:
+    chosen, used = [], 0
+    for i in dict.fromkeys((len(lengths) - 1, 0, *order)):
         if used + lengths[i] <= tokens or not chosen:
             chosen.append(i)
             used += lengths[i]
-    chosen = sorted(set(chosen))
+    chosen.sort()
     starts = np.concatenate(([0], np.cumsum(lengths)))
     return chosen, torch.cat([torch.arange(starts[i], starts[i + 1]) for i in chosen])
 
 
-def _some_rows(tokens: int) -> Tensor:
-    return torch.linspace(0, tokens - 1, min(tokens, _CHECKED_ROWS)).long().unique()
-
-
-def _randn(device: torch.device, dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
+def randn(device: torch.device, dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
+    """Normally distributed values, by `seed`."""
     generator = torch.Generator(device).manual_seed(seed)
     return torch.randn(*shape, generator=generator, device=device).to(dtype)
-
-
-class _OverSets:
-    """A system: its calls on the sets of inputs, and the context that they must run inside."""
-
-    def __init__(self, calls: list[Callable[[], Any]]) -> None:
-        self.calls = calls
-        self.context = getattr(calls[0], "context", nullcontext)
-
-    def __call__(self, i: int) -> Any:
-        return self.calls[i]()
-
-
-def _add(case: Case, names: tuple[str, ...], make: Callable[[str], Maker]) -> None:
-    """Add the systems `names` to a case; a maker takes the arguments of a set and returns a call
-    without any."""
-    for name in names:
-        try:
-            maker = make(name)
-            case.systems[name] = _OverSets([maker(*arguments) for arguments in case.sets])
-        except Exception as error:
-            case.missing[name] = message(error)
 
 
 def _ours(op: str, device: torch.device, dtype: torch.dtype, name: str) -> Maker:
@@ -177,12 +152,6 @@ def _expect_cuda(case: Case, device: torch.device, dtype: torch.dtype, dim: int 
         case.absent[OURS_CUDA] = reason
 
 
-def _copies(moved_bytes: int, sets: int, device: torch.device) -> Call:
-    half = max(1, moved_bytes // 2)
-    pairs = [torch.zeros(2, half, dtype=torch.uint8, device=device) for _ in range(sets)]
-    return lambda i: pairs[i][1].copy_(pairs[i][0])
-
-
 def _finish(
     case: Case,
     device: torch.device,
@@ -191,14 +160,19 @@ def _finish(
     lengths: list[int],
     dim: int | None = None,
 ) -> Case:
+    """Add what runs a case: ours, `peers`, and a copy of as many bytes."""
     _expect_cuda(case, device, dtype, dim)
     makers = op_peers.makers(case.op, lengths)
-
-    def make(name: str) -> Maker:
-        return _ours(case.op, device, dtype, name) if name in case.ours else makers[name]
-
-    _add(case, (*case.ours, *peers), make)
-    case.systems[COPY] = _copies(case.moved_bytes, len(case.sets), device)
+    for name in (*case.ours, *peers):
+        try:
+            ours = name in case.ours
+            make = _ours(case.op, device, dtype, name) if ours else makers[name]
+            calls = [make(*arguments) for arguments in case.sets]
+            context = getattr(calls[0], "context", nullcontext)
+            case.systems[name] = within(context, lambda i, calls=calls: calls[i]())
+        except Exception as error:
+            case.missing[name] = message(error)
+    case.systems[COPY] = copies(max(1, case.moved_bytes // 2), len(case.sets), device)
     return case
 
 
@@ -216,7 +190,7 @@ def attention_case(
     tiles = torch.from_numpy(plan_tiles(np.array(lengths, np.int32))).to(device)
     rest = (cu_seqlens, max(lengths), dim**-0.5, None, -1, None, None, tiles)
     shape = (tokens, 3, HEADS, dim)
-    made = [(_randn(device, dtype, *shape, seed=i), *rest) for i in range(sets)]
+    made = [(randn(device, dtype, *shape, seed=i), *rest) for i in range(sets)]
     long = max(lengths) > _ALL_HEADS_UP_TO
     heads = [0, HEADS - 1] if long else None
     chosen, rows = _some_sequences(lengths, 4 * _ALL_HEADS_UP_TO if long else _CHECKED_TOKENS)
@@ -245,10 +219,10 @@ def _row_arguments(
     tokens = sum(lengths)
 
     def vector(seed: int) -> Tensor:
-        return _randn(device, torch.float32, width, seed=seed)
+        return randn(device, torch.float32, width, seed=seed)
 
     def matrix(seed: int, rows: int = tokens) -> Tensor:
-        return _randn(device, dtype, rows, width, seed=seed)
+        return randn(device, dtype, rows, width, seed=seed)
 
     def ids(seed: int, most: int) -> Tensor:
         generator = torch.Generator(device).manual_seed(seed)
@@ -286,7 +260,8 @@ def row_case(
     moved = matrices[op] * tokens * wide * size
     # Ids and positions, or the fp32 result.
     moved += {"embed_norm": 8 * tokens}.get(op, 4 * len(lengths) * width if "pool" in op else 0)
-    rows = of_tokens = _some_rows(tokens)
+    rows = torch.linspace(0, tokens - 1, min(tokens, _CHECKED_ROWS)).long().unique()
+    of_tokens = rows
     few = list(made[0])
     if "pool" in op:
         chosen, of_tokens = _some_sequences(lengths)

@@ -36,13 +36,7 @@ Figure = tuple[str, str, float, str]
 
 
 class Ground:
-    """Measures on one device.
-
-    Args:
-        device: where.
-        model: folder of a model for sentence-transformers, or None.
-        small: sizes for a check.
-    """
+    """Measures on one device; sizes for a check where `small`."""
 
     def __init__(self, device: torch.device, model: Path | None, small: bool) -> None:
         self.device, self.model, self.small = device, model, small
@@ -84,17 +78,9 @@ class Ground:
         sets = stopwatch.cold_sets(self.device, tokens * 48 * dim * dtype.itemsize)
         drawn = lengths_of(length, tokens)
         case = attention_case(self.device, dtype, drawn, dim, sets, (VARLEN,))
-        median = self._median(case.systems[VARLEN], sets)
-        which = (
-            f"L={length} D={dim} {str(dtype)[6:]} ({case.moved_bytes / rate / median:.0%} of floor)"
-        )
-        return "varlen_attn", which, median * 1e6, "us"
-
-    def _median(self, call: stopwatch.Call, sets: int) -> float:
-        timing = stopwatch.take_turns({"": call}, sets, self.device)[""]
-        if timing.error:
-            raise RuntimeError(timing.error)
-        return timing.median
+        median = stopwatch.median_seconds(case.systems[VARLEN], sets, self.device)
+        share = f"{case.moved_bytes / rate / median:.0%} of floor"
+        return "varlen_attn", f"L={length} D={dim} {str(dtype)[6:]} ({share})", median * 1e6, "us"
 
     def launches(self) -> Iterator[Callable[[], Figure]]:
         """Host microseconds of a launch, device microseconds of a node of a graph."""
@@ -134,7 +120,7 @@ class Ground:
         with torch.cuda.graph(graph):
             for _ in range(nodes):
                 x.add_(1)
-        median = self._median(lambda _: graph.replay(), 1)
+        median = stopwatch.median_seconds(lambda _: graph.replay(), 1, self.device)
         return "graph", f"{nodes} nodes", median / nodes * 1e6, "us a node"
 
     def sentence_transformers(self) -> Iterator[Callable[[], Figure]]:
@@ -176,39 +162,34 @@ def measure(
         kept.append(row)
         store(kind, row)
 
-    for part in parts:
-        say(f"measuring {part}")
+    def attempt(part: str, run: Callable[[], Any]) -> Any:
         try:
-            for run in getattr(ground, part)():
-                try:
-                    what, which, value, unit = run()
-                except Exception as error:
-                    keep("error", {"what": part, "error": message(error)})
-                else:
-                    keep("row", {"what": what, "which": which, "value": value, "unit": unit})
+            return run()
         except Exception as error:
             keep("error", {"what": part, "error": message(error)})
+
+    for part in parts:
+        say(f"measuring {part}")
+        for run in attempt(part, lambda part=part: [*getattr(ground, part)()]) or ():
+            if (found := attempt(part, run)) is not None:
+                keep("row", dict(zip(("what", "which", "value", "unit"), found, strict=True)))
     return kept
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = plain_parser(__doc__)
     parser.add_argument("--rows", type=Path, metavar="FILE", help="append each row at once")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the results there")
     parser.add_argument("--model", type=Path, help="model folder for sentence-transformers")
     parser.add_argument("--only", type=some_of(*PARTS), default=PARTS, help=",".join(PARTS))
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = provenance(torch.get_num_threads(), device.type) | {"benchmark": "ground"}
-    results.append(args.rows, "run", run)
 
     def store(kind: str, row: dict[str, Any]) -> None:
         results.append(args.rows, kind, {"benchmark": "ground"} | row)
 
+    store("run", provenance(torch.get_num_threads(), device.type))
     ground = Ground(device, args.model, small=device.type == "cpu")
     kept = measure(ground, args.only, store)
-    if args.json:
-        results.write_json(run | {"rows": kept}, args.json)
     print("\n".join(report.ground(kept)))
     return int(any("error" in row for row in kept))
 

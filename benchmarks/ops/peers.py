@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -48,15 +47,10 @@ def as_packed(result: Any) -> Tensor:
     return result.read(result.value) if isinstance(result, Laid) else result
 
 
-@dataclass(frozen=True)
-class Within:
-    """A call that must run inside a context, see :func:`stopwatch.context_of`."""
-
-    call: Callable[[], Any]
-    context: Callable[[], AbstractContextManager[Any]]
-
-    def __call__(self) -> Any:
-        return self.call()
+def within(context: Any, call: Any) -> Any:
+    """The function `call`, which must run inside a context, see :func:`stopwatch.context_of`."""
+    call.context = context
+    return call
 
 
 def makers(op: str, lengths: list[int]) -> dict[str, Maker]:
@@ -96,18 +90,18 @@ def _flash_attention(name: str) -> Iterator[None]:
         attention.restore_flash_attention_impl()
 
 
-def _varlen_by(name: str, *arguments: Any) -> Within:
+def _varlen_by(name: str, *arguments: Any) -> Callable[[], Tensor]:
     with _flash_attention(name):  # says so where it is not installed
-        return Within(_varlen(*arguments), partial(_flash_attention, name))
+        return within(partial(_flash_attention, name), _varlen(*arguments))
 
 
-def _cudnn(lengths: list[int], qkv: Tensor, *_: Any) -> Within:
+def _cudnn(lengths: list[int], qkv: Tensor, *_: Any) -> Callable[[], Laid]:
     """The rectangles of padded SDPA, by cuDNN."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     if qkv.device.type != "cuda":
         raise RuntimeError("cuDNN has no attention for a CPU")
-    return Within(_padded_sdpa(lengths, qkv), partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION))
+    return within(partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION), _padded_sdpa(lengths, qkv))
 
 
 @contextmanager
@@ -120,11 +114,11 @@ def _sm90_left_out() -> Iterator[None]:
         del os.environ["SBERT_FAST_CUDA_SM90"]
 
 
-def _without_sm90(qkv: Tensor, cu_seqlens: Tensor, longest: int, *rest: Any) -> Within:
+def _without_sm90(qkv: Tensor, *rest: Any) -> Callable[[], Tensor]:
     if torch.cuda.get_device_capability(qkv.device) != (9, 0):
         raise RuntimeError("the kernel of compute capability 9.0 does not run here")
     kernel = ops.bind("varlen_attention", qkv.device, qkv.dtype, "cuda", head_dim=qkv.shape[-1])
-    return Within(lambda: kernel(qkv, cu_seqlens, longest, *rest), _sm90_left_out)
+    return within(_sm90_left_out, lambda: kernel(qkv, *rest))
 
 
 def _padded_sdpa(lengths: list[int], qkv: Tensor, *_: Any) -> Callable[[], Laid]:

@@ -76,12 +76,8 @@ def _op(row: Row) -> str:
 
 def table(rows: list[Row], short: bool = False) -> list[str]:
     """A row an op and input: microseconds, the fraction of the floor, and ratios to the peers, of
-    ours and, where it was measured, of ours in CUDA C++; attention has a table of its own.
-
-    Args:
-        rows: measured, or with an `error`.
-        short: float16 on cold inputs only.
-    """
+    ours and, where it was measured, of ours in CUDA C++; attention has a table of its own. Where
+    `short`, float16 on cold inputs only."""
     if short:
         rows = [r for r in rows if r["state"] == "cold" and r["dtype"] == "float16"]
     attention = [row for row in rows if _op(row) == "varlen_attention"]

@@ -50,14 +50,10 @@ def check(case: Case) -> dict[str, str | None]:
     return found
 
 
-def measure(case: Case, device: torch.device, copy_rate: float, samples: int) -> dict[str, Any]:
-    """Check and time a case.
-
-    Args:
-        case: what to run.
-        device: where it is.
-        copy_rate: bytes a second of a large copy on `device` in this run.
-        samples: samples of each system.
+def measure(
+    case: Case, device: torch.device, copy_rate: float, samples: int = stopwatch.SAMPLES
+) -> dict[str, Any]:
+    """Check and time a case; `copy_rate` is that of a large copy, in bytes a second.
 
     Returns:
         `ok`: whether every result of ours is right; `systems`: for each its figures, its `error`,

@@ -11,17 +11,19 @@ in `extra_info`. The rows that tell most come first: a run may be cut short.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.common.names import OURS, OURS_CUDA
-from benchmarks.common.stopwatch import cache_bytes, cold_sets, synchronize
+from benchmarks.common.stopwatch import cache_bytes, cold_sets
 from benchmarks.common.text import message
 from benchmarks.ops.cases import Case, attention_case, lengths_of, row_case
 from benchmarks.ops.peers import CUDNN, EAGER, FA3, FA4, FLEX, MMA, ROW_PEERS, SDPA, VARLEN
 from benchmarks.ops.rows import measure
+from sbert_fast.transfer import device_error
 
 COLD_TOKENS = {"cuda": 65_536, "cpu": 4096}
 FIXED = ("16", "32", "64", "128", "256", "512")
@@ -31,26 +33,12 @@ DISTRIBUTIONS = ("short", "passages", "wiki", "mixed", "uniform")
 FLEX_LENGTHS = ("64", "512", "short")
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 ROW_OPS = ("embed_norm", "add_norm", "bias_gelu", "segment_pool", "norm_pool")
-
-
-class _Replay:
-    """A clock that passes as much time in each round as the sample took."""
-
-    def __init__(self) -> None:
-        self.now, self.left = 0.0, []
-
-    def __call__(self) -> float:
-        return self.now
-
-    def step(self) -> None:
-        self.now += self.left.pop(0)
-
-
-_replay = _Replay()
+_clock = SimpleNamespace(now=0.0)
 
 
 def replay() -> float:
-    return _replay.now
+    """A clock that passes as much time in each round as the sample took."""
+    return _clock.now
 
 
 pytestmark = pytest.mark.benchmark(timer=replay)
@@ -68,7 +56,7 @@ class Bench:
         if self.device.type == "cpu" and dtype == torch.float16:
             pytest.skip("float16 is for GPUs")
         try:
-            figures = measure(make(), self.device, self.options.copy_rate, self.options.samples)
+            figures = measure(make(), self.device, self.options.copy_rate)
         except Exception as error:
             self.options.record("error", what | {"error": message(error)})
             self._stop_if_lost()
@@ -76,9 +64,14 @@ class Bench:
         self.options.record("row", what | figures)
         systems = figures["systems"]
         if "error" not in systems[OURS]:
-            _replay.left = [us / 1e6 for us in systems[OURS]["samples_us"]]
+            samples = systems[OURS]["samples_us"]
+            left = iter(samples)
             self.benchmark.extra_info |= what | figures
-            self.benchmark.pedantic(_replay.step, rounds=len(_replay.left))
+
+            def step() -> None:
+                _clock.now += next(left) / 1e6
+
+            self.benchmark.pedantic(step, rounds=len(samples))
         self._stop_if_lost()
         ours = {name: systems[name] for name in (OURS, OURS_CUDA) if name in systems}
         faults = {name: each.get("error") or each.get("wrong") for name, each in ours.items()}
@@ -86,14 +79,12 @@ class Bench:
 
     def _stop_if_lost(self) -> None:
         """After some errors nothing runs on a GPU until its process ends."""
-        try:
-            synchronize(self.device)
-        except RuntimeError as error:
-            pytest.exit(f"the device is lost: {message(error)}", returncode=3)
+        if (why := device_error(self.device)) is not None:
+            pytest.exit(f"the device is lost: {why}", returncode=3)
 
     def size(self, state: str, bytes_of_a_token: int) -> tuple[int, int]:
         """Tokens of a set, and the number of sets."""
-        tokens = self.options.tokens or COLD_TOKENS[self.device.type]
+        tokens = COLD_TOKENS[self.device.type]
         if state == "cold":
             return tokens, cold_sets(self.device, tokens * bytes_of_a_token)
         fitting = cache_bytes(self.device) // 3 // bytes_of_a_token // 1024 * 1024

@@ -15,12 +15,12 @@ OUT gets tune.json, what was tried, and tuning.py, the table as it then is.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,6 @@ MARGIN, LOSS = 0.02, 0.01
 SCREENING_SAMPLES, FINAL_SAMPLES, FINALISTS = 9, 31, 3
 SECONDS = 480.0
 
-Clock = Callable[[], float]
 # Timings of each row on each input, in the order of the rows.
 Times = dict[str, "list[Timing]"]
 
@@ -191,7 +190,7 @@ def tune(
     make: Callable[[Key, Attention], Lab],
     keep: Callable[[Found], None],
     seconds: float,
-    clock: Clock = time.monotonic,
+    clock: Callable[[], float] = time.monotonic,
 ) -> list[Found]:
     """Tune rows as long as there is time; `table` holds the best rows, step by step.
 
@@ -221,22 +220,18 @@ def tune(
 
 def row_key(text: str) -> Key:
     """A key as it is written on the command line."""
-    bits, width = (int(part) for part in text.split(","))
+    bits, width = map(int, text.split(","))
     return bits, width
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = plain_parser(__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the results")
     add("--dry-run", action="store_true", help="only print what would change")
     add("--row", type=row_key, action="append", metavar="BITS,WIDTH", help="only this one")
     add("--seconds", type=float, default=SECONDS, help="for everything (%(default)s)")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     import torch
 
     from benchmarks.tune import lab
@@ -261,14 +256,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         document = origin | {"benchmark": "tune", "seconds": args.seconds, "steps": steps}
         results.write_json(document, args.out / "tune.json")
 
-    found = tune(
-        table,
-        args.row or rows.BY_VALUE,
-        rows.STEPS,
-        lambda key, row: lab.Lab(key, row, device),
-        keep,
-        args.seconds,
-    )
+    keys = args.row or rows.BY_VALUE
+    make = partial(lab.Lab, device=device)
+    found = tune(table, keys, rows.STEPS, make, keep, args.seconds)
     print("\n" + "\n".join(markdown(HEADER, [each.line() for each in found])))
     return 0
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.common.stopwatch import Call, Timing, cold_sets, take_turns
 from benchmarks.common.text import message
-from benchmarks.ops.cases import HEADS, lengths_of
+from benchmarks.ops.cases import HEADS, lengths_of, randn
 from benchmarks.tune.table import Key, Step
 from sbert_fast.kernels import aot, tuning, varlen_attention
 from sbert_fast.kernels.tuning import Attention
@@ -94,13 +94,11 @@ class Lab:
         self._expected: dict[tuple[Any, ...], tuple[Tensor, int]] = {}
 
     def _set(self, variant: Variant, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator(self.device).manual_seed(seed)
-        shape = (tokens, 3, self.heads, variant.dim)
-        qkv = torch.randn(*shape, generator=generator, device=self.device).to(variant.dtype)
+        qkv = randn(self.device, variant.dtype, tokens, 3, self.heads, variant.dim, seed=seed)
         return qkv, torch.empty_like(qkv[:, 0])
 
     def timed(self, name: str) -> Given:
-        """The batch of a name of `op_systems.lengths_of`."""
+        """The batch of a name of `benchmarks.ops.cases.lengths_of`."""
         lengths = lengths_of(name, self.tokens)
         sets = [(qkv[: sum(lengths)], out[: sum(lengths)]) for qkv, out in self._sets]
         return self._given(sets, tuple(lengths), self.plain)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import ast
 import itertools
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from benchmarks import ROOT
+from benchmarks.common.results import write_text
 from sbert_fast.kernels.tuning import Attention
 
 TABLE = ROOT / "kernels" / "triton" / "tuning.py"
@@ -160,7 +160,5 @@ def write(path: Path, rows: Mapping[Key, Attention]) -> bool:
     changed = rewrite(text, rows)
     if changed == text:
         return False
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(changed, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(changed, path)
     return True

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 for package in ("tools", "benchmarks"):
     importlib.import_module(package)
 
-from benchmarks.common import models  # noqa: E402
+from benchmarks.common import models, tree  # noqa: E402
 from benchmarks.common.folders import ModelFolder  # noqa: E402
 
 SIZES = {
@@ -37,6 +37,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
     families.make_tokenizer("bert").save_pretrained(scratch / "tokenizer")
     models.make_random("random-tiny", scratch / "tokenizer", scratch / "model", SIZES)
     return ModelFolder(scratch / "model", threads=1)
+
+
+@pytest.fixture(autouse=True)
+def path_hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where tests write what tells Python of the source tree."""
+    monkeypatch.setattr(tree, "PATH_HOOK", tmp_path / "path")
+    return tree.PATH_HOOK
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -232,30 +231,27 @@ def test_a_model_is_narrowed_and_widened(tiny: ModelFolder, tmp_path: Path) -> N
 # Arguments.
 
 
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """What `encode` says of arguments that it refuses."""
-
-    def run(*arguments: str) -> str:
-        with pytest.raises(SystemExit):
-            parse_args(arguments)
-        return capsys.readouterr().err
-
-    return run
-
-
-def test_arguments_by_device(refused: Callable[..., str]) -> None:
-    on_gpu = parse_args(["--device", "cuda"])
+def test_arguments_by_device() -> None:
+    on_gpu, on_cpu = parse_args(["--device", "cuda"]), parse_args([])
     assert on_gpu.dtype == ["bfloat16", "float16"] and on_gpu.peers == [REFERENCE, UNPADDED]
-    on_cpu = parse_args([])
     assert on_cpu.dtype == ["float32"] and on_cpu.peers == list(PEERS)
     assert {REFERENCE, *peers.ONNX, *peers.TORCH} == set(PEERS)
-    assert parse_args(["--peers", "openvino,zentorch"]).peers == ["openvino", "zentorch"]
-    assert "expected some of sentence-transformers" in refused("--peers", "fastest")
-    assert "float16 is for GPUs" in refused("--dtype", "float16")
-    assert "st-unpadded does not run on cpu" in refused("--peers", UNPADDED)
-    assert "openvino does not run on cuda" in refused("--device", "cuda", "--peers", "openvino")
-    assert "--rounds must be at least 1" in refused("--rounds", "0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("--peers fastest", "expected some of sentence-transformers"),
+        ("--dtype float16", "float16 is for GPUs"),
+        (f"--peers {UNPADDED}", "st-unpadded does not run on cpu"),
+        ("--device cuda --peers openvino,zentorch", "openvino, zentorch does not run on cuda"),
+        ("--rounds 0", "--rounds must be at least 1"),
+    ],
+)
+def test_refused_arguments(arguments: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(arguments.split())
+    assert told in capsys.readouterr().err
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,10 +14,8 @@ from benchmarks import ROOT
 
 def environment(capability: tuple[int, int] | None) -> dict[str, str]:
     """What setup.py runs with, for a GPU of this compute capability."""
-    asked = {"SBERT_FAST_BUILD": "auto"}
-    if capability is not None:
-        asked["TORCH_CUDA_ARCH_LIST"] = ".".join(map(str, capability))
-    return asked | os.environ
+    target = {} if capability is None else {"TORCH_CUDA_ARCH_LIST": ".".join(map(str, capability))}
+    return target | os.environ
 
 
 def main() -> int:

@@ -15,18 +15,16 @@ encode.jsonl, ground.jsonl (what was measured), and summary.txt, written after e
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks import ROOT
@@ -35,41 +33,14 @@ from benchmarks.common.arguments import plain_parser
 from benchmarks.common.folders import minilm
 from benchmarks.common.text import markdown
 from benchmarks.report import TABLES
-from tools.gpu.sanitize import TOOLS
+from tools.gpu import stages
+from tools.gpu.stages import PREPARE, Stages, Step
 
-WIDE_MODEL = tree.SCRATCH / "all-MiniLM-L6-v2"
 # Seconds between asking a command to end and ending it.
 GRACE = 8
 MOST_SECONDS = 530
 # A command that takes longer than so many times its share hangs.
 MOST_SHARES = 4
-# What every other stage needs on a fresh machine.
-PREPARE = "prepare"
-
-
-@dataclass
-class Step:
-    """A command: its name, its words, its seconds, whether its failure counts, and what is set in
-    its environment."""
-
-    name: str
-    command: list[str]
-    cap: float
-    must: bool = True
-    sets: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class Stage:
-    """Commands that belong together."""
-
-    steps: list[Step]
-    default: bool = True
-
-    @property
-    def cap(self) -> float:
-        """The seconds of all of them."""
-        return sum(step.cap for step in self.steps)
 
 
 @dataclass
@@ -92,159 +63,24 @@ class Outcome:
         return "passed" if self.returncode == 0 else f"FAILED ({self.returncode})"
 
 
-def _python(module: str, *arguments: str | Path | int) -> list[str]:
-    return [sys.executable, "-m", module, *map(str, arguments)]
-
-
-def _pytest(files: Sequence[str], *arguments: str) -> list[str]:
-    plugin = ("-p", "no:cacheprovider", "-p", "tools.gpu.fail_at_once")
-    # -P: the folder kernels of the source tree is not to be found by its name.
-    command = [sys.executable, "-P", "-m", "pytest", *plugin, "-q", "--tb=short", "-rfE"]
-    return [*command, *arguments, *files]
-
-
-def _gpu_tests() -> tuple[list[str], list[str]]:
-    """Files with tests for a GPU: those of the ops, and those of models.
-
-    Found by their text: importing the others may need packages that are not there.
-    """
-    marked = re.compile(r"mark\.gpu\b|\btriton_device\b")
-    found = sorted(p for p in (ROOT / "tests").rglob("test_*.py") if marked.search(p.read_text()))
-    models = [str(p) for p in found if "PackedEncoder" in p.read_text()]
-    return [str(p) for p in found if str(p) not in models], models
-
-
-# The kinds of op tests and their seconds: a process of their own for kernels that may lose it the
-# device, the others first. The last takes the files that are of no kind.
-_OP_KINDS = (
-    ("Triton", r"test_triton_.*", 48),
-    ("CUDA, rows and pooling", r"test_cuda_(?!attention).*", 20),
-    ("CUDA, attention", r"test_cuda_attention.*", 22),
-    ("all", r".*", 15),
-)
-
-
-def _op_steps(files: Sequence[str]) -> list[Step]:
-    """A step for each kind of which there are files; pytest without files would run everything."""
-    parallel = []
-    if find_spec("xdist"):
-        # Most of the time goes into compiling kernels, a process each.
-        workers = max(1, min(12, (os.cpu_count() or 1) - 2))
-        parallel = ["-n", str(workers), "--dist", "worksteal"]
-    if find_spec("pytest_timeout"):
-        # A kernel that hangs cannot be interrupted: its process is ended.
-        parallel += ["--timeout=40", "--timeout-method=thread"]
-    # Tests poison memory in torch's deterministic mode, which refuses matrix products without the
-    # second.
-    sets = {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    steps, left = [], list(files)
-    for name, kind, cap in _OP_KINDS:
-        chosen = [file for file in left if re.fullmatch(kind, Path(file).stem)]
-        left = [file for file in left if file not in chosen]
-        if chosen:
-            steps.append(Step(name, _pytest(chosen, "-m", "gpu", *parallel), cap, sets=sets))
-    return steps
-
-
-def stages(out: Path, model: str | None) -> dict[str, Stage]:
-    """What there is to do, in order of value.
-
-    Args:
-        out: folder of the results.
-        model: folder of MiniLM, weights in any precision; None where there is none.
-    """
-    op_tests, model_tests = _gpu_tests()
-    has_model = ["--model", str(WIDE_MODEL)] if model else []
-    found = "import torch; assert torch.cuda.is_available(), 'torch finds no GPU';"
-    found += "import sbert_fast.kernels, sbert_fast.ops; print(sbert_fast.ops.explain_ops())"
-    build = [
-        Step("machine", ["nvidia-smi"], 10, must=False),
-        Step("import", [sys.executable, "-P", "-c", found], 30),
-        # Triton needs none of these: the planner is faster with them, and the CUDA ops are there.
-        # Where they can be built, a failure counts: tests of what is not there are skipped.
-        Step("native libraries", _python("tools.gpu.build"), 50, must=bool(shutil.which("nvcc"))),
-    ]
-    widen = _python("benchmarks.common.models", "widen", str(model), WIDE_MODEL)
-    ground = _python("benchmarks.ops.ground", "--rows", out / "ground.jsonl", *has_model)
-    # FlexAttention is compiled for each shape, which takes longer than all the rest.
-    flex = Step("flex", _op_rows(out, "flex and short-64"), 23, must=False)
-    steps: dict[str, list[Step]] = {
-        PREPARE: [Step("model in float32", widen, 15)] if model else [],
-        "build": build,
-        "ops": _op_steps(op_tests),
-        "models": [Step("tests", _pytest(model_tests, "-m", "gpu"), 70)] if model_tests else [],
-        "kernels": [
-            Step("attention", _op_rows(out, "attention"), 52),
-            Step("rows", _op_rows(out, "rows"), 40),
-            flex,
-        ],
-        "encode": _encode_steps(out, model is not None),
-        "sanitize": [Step(tool, _python("tools.gpu.sanitize", tool), 140) for tool in TOOLS],
-        "ground": [Step("ground", ground, 240)],
-    }
-    only_where_asked = (PREPARE, "sanitize", "ground")
-    return {name: Stage(each, name not in only_where_asked) for name, each in steps.items()}
-
-
-def _op_rows(out: Path, chosen: str) -> list[str]:
-    """The rows of the op benchmarks that pytest's `-k chosen` selects."""
-    measured = ("--rows", str(out / "ops.jsonl"), "--benchmark-columns=median,iqr")
-    folder = str(ROOT / "benchmarks" / "ops")
-    return _pytest([folder], "-k", chosen, *measured, "--benchmark-disable-gc")
-
-
-def _encode_steps(out: Path, has_model: bool) -> list[Step]:
-    """Rows are stored after one round already."""
-    minilm, halves = str(WIDE_MODEL), "bfloat16,float16"
-
-    def step(name: str, cap: float, model: str, corpus: str, texts: int, *rest: str) -> Step:
-        command = _python("benchmarks.encode", "--device", "cuda", "--model", model)
-        command += ["--corpus", corpus, "--texts", str(texts)]
-        command += ["--sweep-texts", str(max(400, texts // 4)), "--rows", str(out / "encode.jsonl")]
-        names = ("--scope", "--dtype", "--rounds")
-        command += [word for pair in zip(names, rest, strict=True) for word in pair]
-        return Step(name, [*command, *(["--tokenizer", minilm] if has_model else [])], cap)
-
-    return [
-        step("MiniLM, short, s3", 40, minilm, "short", 8000, "s3", halves, "4"),
-        step("MiniLM, short, s1", 30, minilm, "short", 3000, "s1", "float16", "3"),
-        step("base, passages", 30, "random-base", "passages", 2000, "s3", halves, "4"),
-        step("large, wiki", 35, "random-large", "wiki", 600, "s3", "bfloat16", "3"),
-    ]
+def _has_model() -> bool:
+    return stages.WIDE_MODEL.joinpath("model.safetensors").is_file()
 
 
 def environment() -> dict[str, str]:
     """What every command runs with."""
-    return (
-        tree.environment()
-        | {
-            "PYTHONUNBUFFERED": "1",
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "true",
-            "SBERT_FAST_BUILD": os.environ.get("SBERT_FAST_BUILD", "auto"),
-        }
-        | ({"SBERT_FAST_TEST_MODEL": str(WIDE_MODEL)} if _has_model() else {})
-    )
-
-
-def _has_model() -> bool:
-    return WIDE_MODEL.joinpath("model.safetensors").is_file()
+    sets = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
+    if _has_model():
+        sets["SBERT_FAST_TEST_MODEL"] = str(stages.WIDE_MODEL)
+    return tree.environment() | sets
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt a command and what it started, and end them if that does not."""
+    """Interrupt a command and what it started, and end what is still there."""
     for number in (signal.SIGINT, signal.SIGKILL):
-        try:
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, number)
-        except ProcessLookupError:
-            return
-        try:
             process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            continue
-        if number == signal.SIGKILL:
-            return
-    process.wait()
 
 
 def run_step(stage: str, step: Step, cap: float, log: Path) -> Outcome:
@@ -287,19 +123,18 @@ def run_step(stage: str, step: Step, cap: float, log: Path) -> Outcome:
     return outcome
 
 
-def run(
-    table: Mapping[str, Stage], names: Sequence[str], out: Path, most_seconds: float
-) -> Iterator[Outcome]:
+def run(table: Stages, names: Sequence[str], out: Path, most_seconds: float) -> Iterator[Outcome]:
     """Run stages one after the other; an outcome is stored before it is yielded.
 
     A step ends when the shares of it and of all before it are over: what one leaves of its time,
     the next ones may use, and none takes that of a later one.
     """
     start = time.monotonic()
-    grown = max(1.0, most_seconds / max(1.0, sum(table[name].cap for name in names)))
+    total = sum(step.cap for name in names for step in table[name])
+    grown = max(1.0, most_seconds / max(1.0, total))
     shares = 0.0
     for name in names:
-        for step in table[name].steps:
+        for step in table[name]:
             shares += step.cap * grown
             left = start + min(shares, most_seconds) - time.monotonic()
             if left <= 1:
@@ -323,13 +158,12 @@ def summary(outcomes: list[Outcome], out: Path, short: bool = False) -> str:
     for name in ("ground", "ops", "encode"):
         lines = results.read(out / f"{name}.jsonl")
         rows = [line for line in lines if line.get("kind") in ("row", "error")]
-        parts.append(
-            TABLES[name](rows, short=True) if short and name == "ops" else TABLES[name](rows)
-        )
+        options = {"short": True} if short and name == "ops" else {}
+        parts.append(TABLES[name](rows, **options))
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = plain_parser(__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the results")
@@ -337,22 +171,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--kernels", default="", help="rows of the stage kernels, as pytest's -k selects them")
     add("--model", help="folder of MiniLM (default: SBERT_FAST_TEST_MODEL, or the package)")
     add("--seconds", type=float, default=MOST_SECONDS, help="for everything (%(default)s)")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     model = Path(args.model) if args.model else minilm()
-    table = stages(out, model and str(model.resolve()))
-    names = [n for n in args.stage.split(",") if n] or [n for n, s in table.items() if s.default]
+    table = stages.make_stages(out, model and str(model.resolve()))
+    default = [name for name in table if name not in stages.ONLY_WHERE_ASKED]
+    names = [name for name in args.stage.split(",") if name] or default
     if unknown := [n for n in names if n not in table]:
         print(f"no such stage: {', '.join(unknown)}; there are {', '.join(table)}", file=sys.stderr)
         return 2
-    if args.kernels and "kernels" in table:
-        cap = table["kernels"].cap
-        table["kernels"] = Stage([Step(args.kernels, _op_rows(out, args.kernels), cap)])
+    if args.kernels:
+        cap = sum(step.cap for step in table["kernels"])
+        table["kernels"] = [Step(args.kernels, stages.op_rows(out, args.kernels), cap)]
     tree.write_path_hook()
     if PREPARE in table:
         names = [*([PREPARE] if not _has_model() else []), *(n for n in names if n != PREPARE)]
@@ -360,13 +191,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # In the background of a shell it is ignored, and would be by every command.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     outcomes: list[Outcome] = []
-    for outcome in run(table, names, out, args.seconds):
-        outcomes.append(outcome)
-        print(
-            f"{outcome.stage}: {outcome.step}: {outcome.state}, {outcome.seconds:.0f} s: "
-            f"{outcome.told}",
-            flush=True,
-        )
+    for o in run(table, names, out, args.seconds):
+        outcomes.append(o)
+        print(f"{o.stage}: {o.step}: {o.state}, {o.seconds:.0f} s: {o.told}", flush=True)
         (out / "summary.txt").write_text(summary(outcomes, out), encoding="utf-8")
     print("\n" + summary(outcomes, out, short=True), flush=True)
     # Native libraries may be missing: the kernels of a GPU need none.

@@ -41,12 +41,6 @@ int main() {
 PLANTED = {"memcheck": "beyond", "racecheck": "race", "initcheck": "unwritten"}
 
 
-def sanitizer(compiler: Path) -> str | None:
-    """compute-sanitizer on the PATH, or beside nvcc."""
-    beside = compiler.parent / "compute-sanitizer"
-    return shutil.which("compute-sanitizer") or (str(beside) if beside.is_file() else None)
-
-
 def plant(compiler: Path, tool: str, folder: Path) -> Path:
     """A program with a mistake for `tool`, compiled for the GPU of this machine."""
     source, program = folder / "planted.cu", folder / "planted"
@@ -68,7 +62,8 @@ def main(tool: str) -> int:
         compiler = nvcc.find_nvcc(["g++"]).path
     except nvcc.Unavailable as reason:
         return unusable(tool, str(reason))
-    program = sanitizer(compiler)
+    name = "compute-sanitizer"
+    program = shutil.which(name) or shutil.which(name, path=compiler.parent)
     if program is None:
         return unusable(tool, f"there is no compute-sanitizer on the PATH or beside {compiler}")
     checked = [program, "--tool", tool, "--error-exitcode", str(FOUND)]

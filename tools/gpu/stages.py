@@ -56,7 +56,7 @@ def gpu_tests() -> tuple[list[str], list[str]]:
     """
     marked = re.compile(r"mark\.gpu\b|\btriton_device\b")
     found = sorted(p for p in (ROOT / "tests").rglob("test_*.py") if marked.search(p.read_text()))
-    models = [str(p) for p in found if "PackedEncoder" in p.read_text()]
+    models = [str(p) for p in found if "FastEncoder" in p.read_text()]
     return [str(p) for p in found if str(p) not in models], models
 
 

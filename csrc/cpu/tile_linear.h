@@ -1,5 +1,5 @@
 // linear on tiles: while a block is multiplied, the results of the one before it are finished, some
-// at each step. Vector units and tiles work side by side.
+// in each pause. Vector units and tiles work side by side.
 #pragma once
 
 #include "linear_kernel.h"
@@ -58,7 +58,7 @@ class TileLinear {
  private:
   __attribute__((noinline)) void run(const Block& block) {
     BlockResults<Out, Activate> pending = pending_;
-    const int64_t count = divide_up(pending.rows, product_.steps());
+    const int64_t count = divide_up(pending.rows, product_.pauses());
     product_.run(block, sums_, kBlockColumns, [&] { pending.finish(count); });
 
     const int64_t column = block.strip * kStripColumns;

@@ -21,11 +21,12 @@ constexpr int64_t kStepValues = 32;                           // of K that a til
 constexpr int64_t kTileRowBytes = 64;                         // as many in x as in a panel
 constexpr int64_t kPairBytes = kPanelColumns * 4;             // of a panel
 constexpr int64_t kPanelStep = kStepValues / 2 * kPairBytes;  // bytes
+/// The more rows, the less often weights come from beyond the L2 cache.
+constexpr LinearItems kTileItems{
+    .row_step = kBlockRows, .least_rows = 2 * kBlockRows, .most_rows = 256, .panel_step = 2};
+
 /// Weights that are used on all rows of an item before the next ones.
-#ifndef SBF_GROUP
-#define SBF_GROUP (768 << 10)
-#endif
-constexpr int64_t kTileGroupBytes = SBF_GROUP;
+constexpr int64_t kTileGroupBytes = 768 << 10;
 
 SBF_INLINE int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
 SBF_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -46,7 +47,9 @@ class BlockProduct {
         steps_(p.K / kStepValues),
         strips_(divide_up(p.N, kPanelColumns) * kStripsPerPanel) {}
 
-  int64_t steps() const { return steps_; }
+  /// How often run() calls `meanwhile`: what vector units do comes in pieces, since the tiles wait
+  /// while a long one is in the way.
+  int64_t pauses() const { return 3 * steps_; }
 
   /// Blocks side by side whose weights stay in the cache.
   int64_t group() const {
@@ -74,7 +77,7 @@ class BlockProduct {
   }
 
   /// sums[row][0, kBlockColumns) = the products, rows `stride` elements apart; `meanwhile()` runs
-  /// at each step. Rows that do not fill two tiles are two that may share one, or a single tile.
+  /// pauses() times. Rows that do not fill two tiles are two that may share one, or a single tile.
   template <class Meanwhile>
   SBF_INLINE void run(const Block& block, float* sums, int64_t stride, Meanwhile meanwhile) {
     const bool has_lower = block.rows > kTileRowsMax;
@@ -114,10 +117,12 @@ class BlockProduct {
       tiles_.load<6>(left + s * kPanelStep, kPairBytes);
       tiles_.load<4>(upper + s * kTileRowBytes, x_stride_);
       tiles_.multiply_add<0, 4, 6>();
+      meanwhile();
       if constexpr (kHasLower) {
         tiles_.load<5>(lower + s * kTileRowBytes, x_stride_);
         tiles_.multiply_add<2, 5, 6>();
       }
+      meanwhile();
       tiles_.load<7>(right + s * kPanelStep, kPairBytes);
       tiles_.multiply_add<1, 4, 7>();
       if constexpr (kHasLower) tiles_.multiply_add<3, 5, 7>();

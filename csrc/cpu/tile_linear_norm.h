@@ -21,8 +21,6 @@ class RowsNorm {
     left_ = kParts * rows;
   }
 
-  int64_t left() const { return left_; }
-
   SBF_INLINE void next() {
     if (left_ == 0) return;
     const SummedRow summed{sums_};

@@ -61,7 +61,7 @@ class BlockProduct {
   /// blocks after another; what does not fill a block comes last.
   template <class Body>
   SBF_INLINE void for_each_block(int64_t row, int64_t row_end, int64_t strip, int64_t strip_end,
-                                 Body body) const {
+                                 Body body) {
     const int64_t whole_end = row + (row_end - row) / kBlockRows * kBlockRows;
     const int64_t bounds[] = {row, whole_end, row_end};
     for (int part = 0; part < 2; ++part) {
@@ -70,6 +70,7 @@ class BlockProduct {
         const int64_t last = smaller_of(first + 2 * group(), strip_end);
         for (int64_t t = bounds[part]; t < bounds[part + 1]; t += kBlockRows) {
           const int64_t rows = smaller_of(kBlockRows, bounds[part + 1] - t);
+          if (first == strip) ask_for_rows(t + kBlockRows, row_end);
           for (int64_t i = first; i < last; i += 2) body(Block{t, rows, i});
         }
       }
@@ -97,6 +98,22 @@ class BlockProduct {
   }
 
  private:
+  // Rows of x lie apart for a tile: what no hardware prefetcher follows.
+  void ask_for_rows(int64_t row, int64_t row_end) {
+    ahead_ = x_ + row * x_stride_;
+    ahead_end_ = x_ + smaller_of(row + kBlockRows, row_end) * x_stride_;
+  }
+
+  template <class Meanwhile>
+  SBF_INLINE void pause(Meanwhile& meanwhile) {
+    if (ahead_ < ahead_end_) {
+      __builtin_prefetch(ahead_, 0, 2);
+      __builtin_prefetch(ahead_ + kTileRowBytes, 0, 2);
+      ahead_ += 2 * kTileRowBytes;
+    }
+    meanwhile();
+  }
+
   const char* weights(int64_t strip) const {
     const int64_t panel = strip / kStripsPerPanel, part = strip % kStripsPerPanel;
     return panels_ + panel * steps_ * kPanelStep + part * kTileRowBytes;
@@ -117,22 +134,23 @@ class BlockProduct {
       tiles_.load<6>(left + s * kPanelStep, kPairBytes);
       tiles_.load<4>(upper + s * kTileRowBytes, x_stride_);
       tiles_.multiply_add<0, 4, 6>();
-      meanwhile();
+      pause(meanwhile);
       if constexpr (kHasLower) {
         tiles_.load<5>(lower + s * kTileRowBytes, x_stride_);
         tiles_.multiply_add<2, 5, 6>();
       }
-      meanwhile();
+      pause(meanwhile);
       tiles_.load<7>(right + s * kPanelStep, kPairBytes);
       tiles_.multiply_add<1, 4, 7>();
       if constexpr (kHasLower) tiles_.multiply_add<3, 5, 7>();
-      meanwhile();
+      pause(meanwhile);
     }
   }
 
   const char *const x_, *const panels_;
   const int64_t x_stride_, steps_, strips_;
-  int64_t height_ = 0;  // rows of the tiles
+  const char *ahead_ = nullptr, *ahead_end_ = nullptr;  // of x, to ask memory for
+  int64_t height_ = 0;                                  // rows of the tiles
   TileRegisters tiles_;
 };
 

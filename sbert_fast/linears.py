@@ -177,10 +177,11 @@ class PanelLinear(StackedLinear):
         isa = torch.ops.sbert_fast.cpu_isa()
         if target.dtype == torch.float32:
             return "without AVX2 oneDNN is faster" if isa == "generic" else None
-        # Without its tiles, of which oneDNN asks the kernel as well, AMX is of no use to either.
-        slower = isa == "avx512_bf16" and torch.cpu._is_amx_tile_supported()
-        if isa not in ("amx_bf16", "avx512_bf16") or (slower and torch.cpu._init_amx()):
-            return "oneDNN is faster where there are no dot products of pairs, or AMX"
+        if isa not in ("amx_bf16", "avx512_bf16"):
+            return "oneDNN is faster where there are no dot products of pairs"
+        # Where Linux refuses the tiles, oneDNN has none either.
+        if isa != "amx_bf16" and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx():
+            return "oneDNN is faster where only it uses AMX"
         return f"{inputs} inputs are an odd number" if inputs % 2 else None
 
     def lay_out(self, weight: Tensor) -> Tensor:

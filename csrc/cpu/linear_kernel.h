@@ -30,6 +30,10 @@ constexpr int64_t kRowBlock = 128;
 constexpr bool kSharesRuns = kRowBlock > kLinearRows;
 static_assert(kPanelColumns % (kLinearVecs * VecF::N) == 0);
 
+/// With their results, 128 rows fit an L2 cache beside the weights.
+constexpr LinearItems kLinearItems{
+    .row_step = 8, .least_rows = 128, .most_rows = 128, .panel_step = 1};
+
 /// Weights that are used on all rows of an item before the next ones: half of a small L2 cache.
 constexpr int64_t kPanelGroupBytes = 384 << 10;
 

@@ -8,19 +8,18 @@
 namespace sbert_fast::cpu {
 namespace {
 
-constexpr int64_t kItemRows = 128;  // with their results, they fit an L2 cache beside the weights
-constexpr int64_t kMinRowStep = 8;
 constexpr int64_t kItemsPerThread = 4;
 // Multiplications below which waking another thread costs more than it saves.
 constexpr int64_t kGrainProducts = 1 << 20;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // The sizes of x @ weight.T.
 struct LinearShape {
   Dtype dtype;
   int64_t T, K, N;
-  int64_t row_step;  // items begin at multiples of it
+  LinearItems items;
 
   int64_t panels() const { return ceil_div(N, kPanelColumns); }
   int64_t products() const { return T * K * N; }
@@ -30,9 +29,11 @@ LinearShape check_linear(const KernelTable& table, const char* op, const Tensor&
                          const Tensor& panels, const std::optional<Tensor>& bias,
                          int64_t features) {
   const Dtype dtype = check_activation(op, "x", x, "[T, K]", {kAnySize, kAnySize});
-  const int64_t row_step = std::max(kMinRowStep, table.linear_block[dtype]);
-  const LinearShape shape{
-      .dtype = dtype, .T = x.size(0), .K = x.size(1), .N = features, .row_step = row_step};
+  const LinearShape shape{.dtype = dtype,
+                          .T = x.size(0),
+                          .K = x.size(1),
+                          .N = features,
+                          .items = table.linear_items[dtype]};
   SBF_CHECK(features >= 1, op, "features must be at least 1, got ", features);
   if (dtype == kFloat32) {
     check_tensor(op, "panels", panels, ScalarType::Float, "[panels, K, 48]",
@@ -46,6 +47,15 @@ LinearShape check_linear(const KernelTable& table, const char* op, const Tensor&
   return shape;
 }
 
+int64_t item_rows(const LinearShape& shape) {
+  const LinearItems& items = shape.items;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t part = threads == 1 ? shape.T : shape.T / (kItemsPerThread * threads);
+  const int64_t rows = std::clamp(part / items.row_step * items.row_step,  //
+                                  items.least_rows, items.most_rows);
+  return std::min(rows, round_up(std::max<int64_t>(shape.T, 1), items.row_step));
+}
+
 LinearParams linear_params(const LinearShape& shape, const Tensor& x, const Tensor& panels,
                            const std::optional<Tensor>& bias, void* out, Activation activation) {
   return {
@@ -56,8 +66,7 @@ LinearParams linear_params(const LinearShape& shape, const Tensor& x, const Tens
       .T = shape.T,
       .K = shape.K,
       .N = shape.N,
-      .item_rows =
-          std::clamp(ceil_div(shape.T, shape.row_step) * shape.row_step, shape.row_step, kItemRows),
+      .item_rows = item_rows(shape),
       .item_panels = shape.panels(),
       .activation = activation,
   };
@@ -68,7 +77,7 @@ bool fills_threads(int64_t items) {
   return items >= kItemsPerThread * torch::stable::get_num_threads();
 }
 
-void run_linear(RangeKernel<LinearParams> kernel, LinearParams params, int64_t row_step) {
+void run_linear(RangeKernel<LinearParams> kernel, LinearParams params, const LinearItems& step) {
   if (params.T == 0) return;
   const int64_t panels = params.item_panels;
   const int64_t threads = torch::stable::get_num_threads();
@@ -78,10 +87,10 @@ void run_linear(RangeKernel<LinearParams> kernel, LinearParams params, int64_t r
   const int64_t down = ceil_div(params.T, params.item_rows);
   if (!fills_threads(down)) {
     const int64_t wanted = kItemsPerThread * threads;
-    params.item_panels = std::max<int64_t>(1, panels * down / wanted);
+    params.item_panels = round_up(std::max<int64_t>(1, panels * down / wanted), step.panel_step);
     if (panels * down < wanted) {
       const int64_t rows = params.T * panels / wanted;
-      params.item_rows = std::max(row_step, rows / row_step * row_step);
+      params.item_rows = std::max(step.row_step, rows / step.row_step * step.row_step);
     }
   }
   const int64_t items = ceil_div(params.T, params.item_rows) * ceil_div(panels, params.item_panels);
@@ -101,7 +110,7 @@ Tensor linear(const Tensor& x, const Tensor& panels, const std::optional<Tensor>
   run_linear(table.linear[shape.dtype][shape.dtype],
              linear_params(shape, x, panels, bias, out.mutable_data_ptr(),
                            static_cast<Activation>(activation)),
-             shape.row_step);
+             shape.items);
   return out;
 }
 
@@ -136,7 +145,7 @@ Tensor linear_norm(const Tensor& x, const Tensor& panels, const std::optional<Te
     const Tensor sums = new_output({shape.T, N}, kFloat32);
     LinearParams whole = params;
     whole.out = sums.mutable_data_ptr();
-    run_linear(table.linear[shape.dtype][kFloat32], whole, shape.row_step);
+    run_linear(table.linear[shape.dtype][kFloat32], whole, shape.items);
     AddNormParams rows = norm;
     rows.x = sums.const_data_ptr();
     parallel_rows(table.add_norm[kFloat32][shape.dtype], rows, shape.T, N);

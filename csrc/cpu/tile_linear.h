@@ -1,5 +1,5 @@
 // linear on tiles: while a block is multiplied, the results of the one before it are finished, some
-// at each step. Vector units and tiles work side by side.
+// in each pause. Vector units and tiles work side by side.
 #pragma once
 
 #include "linear_kernel.h"
@@ -58,15 +58,24 @@ class TileLinear {
  private:
   __attribute__((noinline)) void run(const Block& block) {
     BlockResults<Out, Activate> pending = pending_;
-    const int64_t count = divide_up(pending.rows, product_.steps());
-    product_.run(block, sums_, kBlockColumns, [&] { pending.finish(count); });
-
+    const int64_t count = divide_up(pending.rows, product_.pauses());
     const int64_t column = block.strip * kStripColumns;
+    Out* const out = static_cast<Out*>(p_.out) + block.row * p_.N + column;
+    const Out* ahead = out;
+    int64_t rows_ahead = block.rows;
+    product_.run(block, sums_, kBlockColumns, [&] {
+      if (rows_ahead > 0) {
+        __builtin_prefetch(ahead, 1, 2);
+        ahead += p_.N;
+        --rows_ahead;
+      }
+      pending.finish(count);
+    });
     pending_.sums = sums_;
     pending_.rows = block.rows;
     pending_.columns = smaller_of(kBlockColumns, p_.N - column);
     pending_.bias = p_.bias == nullptr ? nullptr : p_.bias + column;
-    pending_.out = static_cast<Out*>(p_.out) + block.row * p_.N + column;
+    pending_.out = out;
     pending_.out_stride = p_.N;
   }
 

@@ -21,8 +21,6 @@ class RowsNorm {
     left_ = kParts * rows;
   }
 
-  int64_t left() const { return left_; }
-
   SBF_INLINE void next() {
     if (left_ == 0) return;
     const SummedRow summed{sums_};
@@ -80,7 +78,7 @@ class TileLinearNorm {
     // A row is complete after its part of the last group, and normalised before the next one is.
     const int64_t blocks = divide_up(strips_, 2);
     const int64_t last_group = (blocks - 1) / product_.group() * product_.group();
-    norm_pace_ = (blocks - last_group) * product_.steps();
+    norm_pace_ = (blocks - last_group) * product_.pauses();
     product_.for_each_block(row, row_end, 0, strips_, [&](const Block& block) {
       float* const sums = scratch_ + (block.row - row) * stride_;
       multiply(block, sums + block.strip * kStripColumns);
@@ -105,7 +103,7 @@ class TileLinearNorm {
   const int64_t strips_, stride_;
   RowsNorm norm_;
   float* const scratch_;
-  int64_t norm_pace_ = 0;  // steps in which the parts of a block of rows are normalised
+  int64_t norm_pace_ = 0;  // pauses in which the parts of a block of rows are normalised
   int64_t due_ = 0;
 };
 

@@ -21,11 +21,12 @@ constexpr int64_t kStepValues = 32;                           // of K that a til
 constexpr int64_t kTileRowBytes = 64;                         // as many in x as in a panel
 constexpr int64_t kPairBytes = kPanelColumns * 4;             // of a panel
 constexpr int64_t kPanelStep = kStepValues / 2 * kPairBytes;  // bytes
+/// The more rows, the less often weights come from beyond the L2 cache.
+constexpr LinearItems kTileItems{
+    .row_step = kBlockRows, .least_rows = 2 * kBlockRows, .most_rows = 256, .panel_step = 2};
+
 /// Weights that are used on all rows of an item before the next ones.
-#ifndef SBF_GROUP
-#define SBF_GROUP (768 << 10)
-#endif
-constexpr int64_t kTileGroupBytes = SBF_GROUP;
+constexpr int64_t kTileGroupBytes = 768 << 10;
 
 SBF_INLINE int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
 SBF_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -46,7 +47,9 @@ class BlockProduct {
         steps_(p.K / kStepValues),
         strips_(divide_up(p.N, kPanelColumns) * kStripsPerPanel) {}
 
-  int64_t steps() const { return steps_; }
+  /// How often run() calls `meanwhile`: what vector units do comes in pieces, since the tiles wait
+  /// while a long one is in the way.
+  int64_t pauses() const { return 3 * steps_; }
 
   /// Blocks side by side whose weights stay in the cache.
   int64_t group() const {
@@ -58,7 +61,7 @@ class BlockProduct {
   /// blocks after another; what does not fill a block comes last.
   template <class Body>
   SBF_INLINE void for_each_block(int64_t row, int64_t row_end, int64_t strip, int64_t strip_end,
-                                 Body body) const {
+                                 Body body) {
     const int64_t whole_end = row + (row_end - row) / kBlockRows * kBlockRows;
     const int64_t bounds[] = {row, whole_end, row_end};
     for (int part = 0; part < 2; ++part) {
@@ -67,6 +70,7 @@ class BlockProduct {
         const int64_t last = smaller_of(first + 2 * group(), strip_end);
         for (int64_t t = bounds[part]; t < bounds[part + 1]; t += kBlockRows) {
           const int64_t rows = smaller_of(kBlockRows, bounds[part + 1] - t);
+          if (first == strip) ask_for_rows(t + kBlockRows, row_end);
           for (int64_t i = first; i < last; i += 2) body(Block{t, rows, i});
         }
       }
@@ -74,7 +78,7 @@ class BlockProduct {
   }
 
   /// sums[row][0, kBlockColumns) = the products, rows `stride` elements apart; `meanwhile()` runs
-  /// at each step. Rows that do not fill two tiles are two that may share one, or a single tile.
+  /// pauses() times. Rows that do not fill two tiles are two that may share one, or a single tile.
   template <class Meanwhile>
   SBF_INLINE void run(const Block& block, float* sums, int64_t stride, Meanwhile meanwhile) {
     const bool has_lower = block.rows > kTileRowsMax;
@@ -94,6 +98,22 @@ class BlockProduct {
   }
 
  private:
+  // Rows of x lie apart for a tile: what no hardware prefetcher follows.
+  void ask_for_rows(int64_t row, int64_t row_end) {
+    ahead_ = x_ + row * x_stride_;
+    ahead_end_ = x_ + smaller_of(row + kBlockRows, row_end) * x_stride_;
+  }
+
+  template <class Meanwhile>
+  SBF_INLINE void pause(Meanwhile& meanwhile) {
+    if (ahead_ < ahead_end_) {
+      __builtin_prefetch(ahead_, 0, 2);
+      __builtin_prefetch(ahead_ + kTileRowBytes, 0, 2);
+      ahead_ += 2 * kTileRowBytes;
+    }
+    meanwhile();
+  }
+
   const char* weights(int64_t strip) const {
     const int64_t panel = strip / kStripsPerPanel, part = strip % kStripsPerPanel;
     return panels_ + panel * steps_ * kPanelStep + part * kTileRowBytes;
@@ -114,20 +134,23 @@ class BlockProduct {
       tiles_.load<6>(left + s * kPanelStep, kPairBytes);
       tiles_.load<4>(upper + s * kTileRowBytes, x_stride_);
       tiles_.multiply_add<0, 4, 6>();
+      pause(meanwhile);
       if constexpr (kHasLower) {
         tiles_.load<5>(lower + s * kTileRowBytes, x_stride_);
         tiles_.multiply_add<2, 5, 6>();
       }
+      pause(meanwhile);
       tiles_.load<7>(right + s * kPanelStep, kPairBytes);
       tiles_.multiply_add<1, 4, 7>();
       if constexpr (kHasLower) tiles_.multiply_add<3, 5, 7>();
-      meanwhile();
+      pause(meanwhile);
     }
   }
 
   const char *const x_, *const panels_;
   const int64_t x_stride_, steps_, strips_;
-  int64_t height_ = 0;  // rows of the tiles
+  const char *ahead_ = nullptr, *ahead_end_ = nullptr;  // of x, to ask memory for
+  int64_t height_ = 0;                                  // rows of the tiles
   TileRegisters tiles_;
 };
 

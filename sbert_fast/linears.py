@@ -176,12 +176,12 @@ class PanelLinear(StackedLinear):
             return "the C++ ops do not run"
         isa = torch.ops.sbert_fast.cpu_isa()
         if target.dtype == torch.float32:
-            return "without AVX2 oneDNN is faster" if isa == "generic" else None
+            return "oneDNN is faster without AVX2" if isa == "generic" else None
         if isa not in ("amx_bf16", "avx512_bf16"):
-            return "oneDNN is faster where there are no dot products of pairs"
+            return "oneDNN is faster without bf16 dot products"
         # Where Linux refuses the tiles, oneDNN has none either.
         if isa != "amx_bf16" and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx():
-            return "oneDNN is faster where only it uses AMX"
+            return "oneDNN is faster when only it can use AMX"
         return f"{inputs} inputs are an odd number" if inputs % 2 else None
 
     def lay_out(self, weight: Tensor) -> Tensor:

@@ -200,7 +200,7 @@ class Session:
                 if lost is None:
                     raise
                 self.lost, cause = lost, error
-        told = f"{model.device} serves this process no more, start another one: {self.lost}"
+        told = f"{model.device} cannot be used by this process any more, restart it: {self.lost}"
         raise DeviceLostError(told) from cause
 
 

@@ -167,7 +167,7 @@ def test_auto_dtype_is_that_of_the_model(
         ({"batch_tokens": 2.0}, "batch_tokens must be a positive integer or 'auto', got 2.0"),
         ({"batch_tokens": True}, "batch_tokens must be a positive integer or 'auto', got True"),
         ({"batch_tokens": "many"}, "batch_tokens must be a positive integer or 'auto', got 'many'"),
-        ({"modules": []}, "modules must be None where a SentenceTransformer is given"),
+        ({"modules": []}, "modules must be None when a SentenceTransformer is given"),
     ],
 )
 def test_bad_argument(st: SentenceTransformer, arguments: dict[str, Any], message: str) -> None:

@@ -63,7 +63,7 @@ def _check_source(model: object, modules: object) -> None:
     if model is None and modules is None:
         raise ValueError("model_name_or_path or modules must be given, got neither")
     if isinstance(model, SentenceTransformer) and modules is not None:
-        raise ValueError("modules must be None where a SentenceTransformer is given")
+        raise ValueError("modules must be None when a SentenceTransformer is given")
 
 
 class FastEncoder(SentenceTransformer):

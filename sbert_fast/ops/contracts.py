@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sbert_fast.ops import validation, values
+from sbert_fast.ops import integers, validation
 from sbert_fast.ops.reference import POOLING_MODES, Activation
 from sbert_fast.values import shown
 
@@ -60,9 +60,9 @@ def attention(
     )
     if tiles is not None:
         validation.integers("tiles", tiles, ("n", 4), qkv.device)
-    ends = values.cu_seqlens(cu_seqlens, tokens, longest)
+    ends = integers.cu_seqlens(cu_seqlens, tokens, longest)
     if tiles is not None and ends is not None:
-        values.tiles(tiles, ends)
+        integers.tiles(tiles, ends)
     return longest, heads, kv_heads
 
 
@@ -122,10 +122,10 @@ def embedding(
         if type_table is None:
             raise ValueError("types was given without type_table: pass both or neither")
         validation.integers("types", types, (ids.shape[0],), word.device)
-        values.indices("types", types, type_table.shape[0], "type_table")
-    values.indices("ids", ids, word.shape[0], "word")
+        integers.indices("types", types, type_table.shape[0], "type_table")
+    integers.indices("ids", ids, word.shape[0], "word")
     if positions is not None and position_table is not None:
-        values.indices("positions", positions, position_table.shape[0], "position_table")
+        integers.indices("positions", positions, position_table.shape[0], "position_table")
 
 
 def embedding_norm(
@@ -204,9 +204,9 @@ def pooling(
     skip = validation.integer("skip", skip, 0)
     if spans is not None:
         validation.integers("spans", spans, ("P", 2), x.device)
-    ends = values.cu_seqlens(cu_seqlens, x.shape[0])
+    ends = integers.cu_seqlens(cu_seqlens, x.shape[0])
     if spans is not None and ends is not None:
-        values.spans(spans, int(ends[-1]))
+        integers.spans(spans, int(ends[-1]))
     return code, normalize, skip, spans
 
 
@@ -237,8 +237,8 @@ def pooled_rows(
     no_grad(op, x, out)
     if out_rows is not None:
         validation.integers("out_rows", out_rows, (rows,), x.device)
-        values.indices("out_rows", out_rows, out.shape[0], "out")
-        values.distinct("out_rows", out_rows)
+        integers.indices("out_rows", out_rows, out.shape[0], "out")
+        integers.distinct("out_rows", out_rows)
     elif out.shape[0] < rows:
         raise ValueError(f"out must have at least {rows} rows, got {out.shape[0]}")
 

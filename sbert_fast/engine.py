@@ -196,21 +196,25 @@ class PackedEncoder:
         with self._lock:
             self._current = None
 
-    def current(self) -> Prepared | None:
-        """The prepared weights, where the model is what they were derived from."""
+    def current(self, admission: Admission | None = None) -> Prepared | None:
+        """The prepared weights, if the model is what they were derived from.
+
+        Args:
+            admission: one that the caller has just been given; it is not compared again.
+        """
         current = self._current
         if (
             current is not None
             and current.admission is self._admission
-            and current.admission.holds_without_tensors()
+            and (current.admission is admission or current.admission.holds_without_tensors())
             and current.fingerprint.is_current()
         ):
             return current.prepared
         return None
 
-    def prepared(self) -> Prepared:
-        """The prepared weights of the model as it is now."""
-        return self.current() or self._prepared_anew()
+    def prepared(self, admission: Admission | None = None) -> Prepared:
+        """The prepared weights of the model as it is now; `admission` as for :meth:`current`."""
+        return self.current(admission) or self._prepared_anew()
 
     def _prepared_anew(self) -> Prepared:
         with self._lock:

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import ModelOutput
 
 from sbert_fast import bypass, forking, padded_call
+from sbert_fast.admission import Admission
 from sbert_fast.engine import PackedEncoder, Prepared
 from sbert_fast.errors import InvalidWeightsError, UnsupportedModelError
 from sbert_fast.linears import aligned
@@ -94,9 +95,9 @@ class PackedForward:
             return self._run_original(*args, **kwargs)
         forking.settle()
         try:
-            self._check_modes()
+            admission = self._check_modes()
             arguments = self._arguments(args, kwargs)
-            prepared = self.engine.prepared()
+            prepared = self.engine.prepared(admission)
             call = self._read(arguments)
         except _UseOriginalError as error:
             self._count(str(error))
@@ -122,7 +123,7 @@ class PackedForward:
         if first:
             logger.log(level, "%s, forward: %s", type(self.engine.model).__name__, outcome)
 
-    def _check_modes(self) -> None:
+    def _check_modes(self) -> Admission:
         device = self.engine.device.type
         if device != "cpu" and self.engine.implementation == "reference":
             raise _UseOriginalError(f"the model is on {device}: no kernels run there")
@@ -140,6 +141,7 @@ class PackedForward:
             if admission.records or any(t.requires_grad for t in admission.tensors):
                 self._warn_about_gradients()
                 raise _UseOriginalError("gradients are recorded")
+        return admission
 
     def _warn_about_gradients(self) -> None:
         _warn_about_gradients(type(self.engine.model).__name__)

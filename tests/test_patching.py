@@ -18,6 +18,7 @@ from checks import assert_same_vectors, cosine_distances
 from patched import LENGTHS, assert_packed, assert_same_states, pair, run
 from sbert_fast import accelerate, restore
 from sbert_fast.patching import counts, forward_of
+from sbert_fast.state import Snapshot
 from sbert_fast.testing import assert_close_to_oracle
 
 
@@ -235,3 +236,13 @@ def test_sentence_transformer_with_left_padding() -> None:
     texts = families.make_texts(8)
     expected = model.encode(texts)
     assert np.array_equal(accelerate(model).encode(texts), expected)
+
+
+def test_a_call_compares_the_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = pair("bert")
+    batch, compared = families.make_batch("bert", LENGTHS), []
+    run(model, batch)
+    compare = Snapshot.is_current
+    monkeypatch.setattr(Snapshot, "is_current", lambda s: compared.append(s) or compare(s))
+    run(model, batch)
+    assert len(compared) == 1 and counts(model) == {"packed": 2}

@@ -57,6 +57,8 @@ class Variant:
 
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "modernbert")
+# Whose attention measures no distances: a mask may have gaps.
+WITHOUT_WINDOWS = tuple(name for name in FAMILIES if name != "modernbert")
 VARIANTS: dict[str, Variant] = {name: Variant(name) for name in FAMILIES} | {
     "bert-gelu-new": Variant("bert", {"hidden_act": "gelu_new"}),
     "bert-gelu-pytorch-tanh": Variant("bert", {"hidden_act": "gelu_pytorch_tanh"}),

@@ -114,7 +114,13 @@ def forked(s: Subject) -> None:
 # Settings of torch
 
 
-def _of_torch(name: str, get: Callable[[], Any], put: Callable[[Any], None], value: Any) -> None:
+def _of_torch(
+    name: str,
+    get: Callable[[], Any],
+    put: Callable[[Any], None],
+    value: Any,
+    changes: bool = False,
+) -> None:
     def act(s: Subject) -> Undo:
         old = get()
 
@@ -125,7 +131,7 @@ def _of_torch(name: str, get: Callable[[], Any], put: Callable[[Any], None], val
         put(value)
         return restore
 
-    operation(act, name=name, changes=False, weight=0.3)
+    operation(act, name=name, changes=changes, weight=0.3)
 
 
 _of_torch("default dtype double", torch.get_default_dtype, torch.set_default_dtype, torch.float64)
@@ -140,6 +146,8 @@ _of_torch(
     torch.get_float32_matmul_precision,
     torch.set_float32_matmul_precision,
     "medium",
+    # There torch then multiplies in bfloat16.
+    changes=torch.cpu._is_amx_tile_supported(),
 )
 _of_torch(
     "oneDNN switched off",

@@ -10,8 +10,13 @@ from collections.abc import Iterator
 from enum import IntEnum
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+# Bound here, as activations of transformers bind theirs: functions that are replaced in torch later
+# reach neither.
+from torch.nn.functional import embedding, gelu, layer_norm, rms_norm, silu
+from torch.nn.functional import linear as multiply
+from torch.nn.functional import normalize as l2_normalize
 
 from sbert_fast.ops.panels import unpack as unpack_panels
 
@@ -121,8 +126,8 @@ def varlen_attention(
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, rms: bool) -> Tensor:
     weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     if rms:
-        return F.rms_norm(x, x.shape[-1:], weight, eps) + bias
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+        return rms_norm(x, x.shape[-1:], weight, eps) + bias
+    return layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def embed_norm(
@@ -139,11 +144,11 @@ def embed_norm(
     rms: bool = False,
 ) -> Tensor:
     dtype = _accumulator(word.dtype)
-    x = F.embedding(ids, word).to(dtype)
+    x = embedding(ids, word).to(dtype)
     if positions is not None and position_table is not None:
-        x = x + F.embedding(positions, position_table).to(dtype)
+        x = x + embedding(positions, position_table).to(dtype)
     if type_table is not None:
-        row = type_table[0] if types is None else F.embedding(types, type_table)
+        row = type_table[0] if types is None else embedding(types, type_table)
         x = x + row.to(dtype)
     if weight is not None and bias is not None:
         x = _norm(x, weight, bias, eps, rms)
@@ -188,8 +193,8 @@ def _activate(x: Tensor, activation: int) -> Tensor:
     if activation == Activation.NONE:
         return x
     if activation == Activation.SILU:
-        return F.silu(x)
-    return F.gelu(x, approximate="tanh" if activation == Activation.GELU_TANH else "none")
+        return silu(x)
+    return gelu(x, approximate="tanh" if activation == Activation.GELU_TANH else "none")
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
@@ -224,7 +229,7 @@ def linear_norm(
 def _linear(x: Tensor, panels: Tensor, bias: Tensor | None, features: int) -> Tensor:
     dtype = _accumulator(x.dtype)
     weight = unpack_panels(panels, features).to(dtype)
-    return F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
+    return multiply(x.to(dtype), weight, None if bias is None else bias.to(dtype))
 
 
 def segment_pool(
@@ -237,7 +242,7 @@ def segment_pool(
         pooled = _pool_one(x[start:end].to(dtype), POOLING_MODES[pooling], skip)
         if pooled is not None:
             out[row] = pooled
-    return F.normalize(out, dim=1, eps=NORMALIZE_EPS) if normalize else out
+    return l2_normalize(out, dim=1, eps=NORMALIZE_EPS) if normalize else out
 
 
 def _pool_one(x: Tensor, mode: str, skip: int) -> Tensor | None:

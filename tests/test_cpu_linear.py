@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -61,8 +62,15 @@ def test_linear(isa: str, K: int, N: int, dtype: torch.dtype) -> None:
 
 @every_isa
 @every_dtype
-@pytest.mark.parametrize(("K", "N"), [(38, 8), (64, 50), (384, 100), (96, 384)])
-def test_linear_norm(isa: str, K: int, N: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("K", "N"), [(38, 8), (64, 48), (64, 50), (384, 100), (32, 144), (96, 384)]
+)
+@pytest.mark.parametrize("threads", [1, 2])  # of more than one, few rows take two passes
+def test_linear_norm(
+    isa: str, threads: int, K: int, N: int, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(threads)
     for T in ROWS:
         args = linear_norm_args(T, K, N, dtype)
         check_op("linear_norm", OPS.linear_norm.cpu(*args), args, dtype)

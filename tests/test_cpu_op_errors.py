@@ -107,6 +107,12 @@ REFUSALS = [
     ("bias_gelu", 1, lambda x: x[None], r"bias must be .* = \[52\], got float32 \[1, 52\]"),
     ("linear", 0, Tensor.half, "x must be float32 or bfloat16, got float16"),
     ("linear", 0, lambda x: x[:, :100], "x must be contiguous .* strides"),
+    (
+        "linear",
+        0,
+        lambda x: x[:, :0].contiguous(),
+        r"x must have at least one column, got \[\d+, 0\]",
+    ),
     ("linear", 1, Tensor.bfloat16, r"panels must be contiguous float32 .* got bfloat16"),
     ("linear", 1, lambda x: x[:1], r"panels must be .* = \[2, 104, 48\], got float32 \[1, 104"),
     ("linear", 2, Tensor.bfloat16, r"bias must be contiguous float32 \[N\] = \[52\], got bfloat16"),

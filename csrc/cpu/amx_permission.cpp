@@ -19,7 +19,7 @@ bool request_amx_bf16() {
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
   if (!(edx & kAmxBf16) || !(edx & kAmxTile)) return false;
   unsigned saved = 0, upper = 0;
-  asm("xgetbv" : "=a"(saved), "=d"(upper) : "c"(0));
+  asm volatile("xgetbv" : "=a"(saved), "=d"(upper) : "c"(0));
   if ((saved & kTileState) != kTileState) return false;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }

@@ -80,10 +80,16 @@ struct LinearParams {
 
 // Work items are linear.item_rows rows of the result, all panels of them.
 struct LinearNormParams {
-  LinearParams linear;  // out is null
-  AddNormParams norm;   // x and bias are null
-  float* scratch;       // [item_rows, panels * kPanelColumns], of this thread
+  LinearParams linear;     // out is null
+  AddNormParams norm;      // x and bias are null
+  float* scratch;          // [item_rows, scratch_stride], of this thread
+  int64_t scratch_stride;  // linear_norm_stride()
 };
+
+/// Elements of a row of sums: all panels, and as many columns as blocks of tiles store.
+inline constexpr int64_t linear_norm_stride(int64_t panels) {
+  return (panels * kPanelColumns + 31) / 32 * 32;
+}
 
 enum class PoolMode : int64_t { kMean, kCls, kMax, kMeanSqrtLen, kWeightedMean, kLastToken };
 inline constexpr int64_t kNumPoolModes = 6;

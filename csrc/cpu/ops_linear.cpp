@@ -35,6 +35,7 @@ LinearShape check_linear(const KernelTable& table, const char* op, const Tensor&
                           .N = features,
                           .items = table.linear_items[dtype]};
   SBF_CHECK(features >= 1, op, "features must be at least 1, got ", features);
+  SBF_CHECK(shape.K >= 1, op, "x must have at least one column, got [", shape.T, ", 0]");
   if (dtype == kFloat32) {
     check_tensor(op, "panels", panels, ScalarType::Float, "[panels, K, 48]",
                  {shape.panels(), shape.K, kPanelColumns});
@@ -154,12 +155,14 @@ Tensor linear_norm(const Tensor& x, const Tensor& panels, const std::optional<Te
 
   // Every item has its rows normalised while they are in the cache.
   const auto kernel = table.linear_norm[shape.dtype];
-  const int64_t size = params.item_rows * shape.panels() * kPanelColumns;
+  const int64_t stride = linear_norm_stride(shape.panels());
+  const int64_t size = params.item_rows * stride;
   const Tensor scratch = new_output({std::min(threads, items), size}, kFloat32);
   std::atomic<int64_t> next_scratch{0};
   parallel_workers(items, [&](auto next_item) {
     auto* sums = static_cast<float*>(scratch.mutable_data_ptr()) + next_scratch.fetch_add(1) * size;
-    const LinearNormParams rows{.linear = params, .norm = norm, .scratch = sums};
+    const LinearNormParams rows{
+        .linear = params, .norm = norm, .scratch = sums, .scratch_stride = stride};
     for (int64_t item; (item = next_item()) < items;) kernel(rows, item, item + 1);
   });
   return out;

@@ -66,13 +66,12 @@ class RowsNorm {
 
 class TileLinearNorm {
  public:
-  TileLinearNorm(const LinearParams& linear, const AddNormParams& norm, float* scratch)
-      : p_(linear),
-        product_(linear),
-        strips_(divide_up(linear.N, kStripColumns)),
-        stride_(linear.item_panels * kPanelColumns),
-        norm_(norm, linear.bias, stride_),
-        scratch_(scratch) {}
+  explicit TileLinearNorm(const LinearNormParams& p)
+      : product_(p.linear),
+        strips_(divide_up(p.linear.N, kStripColumns)),
+        stride_(p.scratch_stride),
+        norm_(p.norm, p.linear.bias, stride_),
+        scratch_(p.scratch) {}
 
   void run(int64_t row, int64_t row_end) {
     // A row is complete after its part of the last group, and normalised before the next one is.
@@ -98,7 +97,6 @@ class TileLinearNorm {
     });
   }
 
-  const LinearParams& p_;
   BlockProduct product_;
   const int64_t strips_, stride_;
   RowsNorm norm_;
@@ -109,7 +107,7 @@ class TileLinearNorm {
 
 inline void tile_linear_norm(const LinearNormParams& p, int64_t begin, int64_t end) {
   if (!fits_tiles(p.linear)) return linear_norm<bf16>(p, begin, end);
-  TileLinearNorm tiles(p.linear, p.norm, p.scratch);
+  TileLinearNorm tiles(p);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t row = item * p.linear.item_rows;
     tiles.run(row, smaller_of(row + p.linear.item_rows, p.linear.T));

@@ -56,17 +56,17 @@ class _Current:
     prepared: Prepared
 
 
-def compute_dtype(model: nn.Module, requested: torch.dtype | None) -> torch.dtype:
-    """The dtype the engine computes in: the one asked for, else that of the model.
+def compute_dtype(
+    model: nn.Module, requested: torch.dtype | None, device: torch.device
+) -> torch.dtype:
+    """The dtype the engine computes in on `device`: the one asked for, else that of the model.
 
     A float16 model on a CPU computes in float32, which holds every float16 value exactly.
     """
     if requested is not None:
         return requested
-    parameter = next(model.parameters())
-    if parameter.device.type == "cpu" and parameter.dtype == torch.float16:
-        return torch.float32
-    return parameter.dtype
+    dtype = next(model.parameters()).dtype
+    return torch.float32 if device.type == "cpu" and dtype == torch.float16 else dtype
 
 
 class PackedEncoder:
@@ -81,6 +81,7 @@ class PackedEncoder:
         impl: implementation of the ops, see :mod:`sbert_fast.ops`.
         live: call the model's own linear layers instead of copying their weights: less memory,
             fewer fused operations.
+        device: where the model will be when it runs; None is where it is.
 
     Raises:
         UnsupportedModelError: the model cannot be run packed; the message says why.
@@ -95,6 +96,7 @@ class PackedEncoder:
         dtype: torch.dtype | None = None,
         impl: str = "auto",
         live: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         self.model = model
         self.requested_dtype = dtype
@@ -105,9 +107,22 @@ class PackedEncoder:
         weights = next(model.parameters()).dtype
         if live and self.compute_dtype != weights:
             raise ValueError(f"dtype must be {weights}, that of live weights, got {dtype}")
-        ops.resolve(self.device, self.compute_dtype, impl)
+        self.check(self.device if device is None else device)
+
+    def check(self, device: torch.device) -> str:
+        """Refuse a device on which the ops of a forward pass do not run.
+
+        Returns:
+            The :attr:`implementation` there.
+
+        Raises:
+            ValueError, ImplementationError: `impl` is unknown, or cannot run this model there.
+        """
+        dtype = compute_dtype(self.model, self.requested_dtype, device)
+        implementation = ops.resolve(device, dtype, self.impl)
         for op, how in self.required_ops():
-            ops.bind(op, self.device, self.compute_dtype, impl, **how)
+            ops.bind(op, device, dtype, self.impl, **how)
+        return implementation
 
     def _start(self) -> None:
         self._admission: Admission | None = None
@@ -128,7 +143,7 @@ class PackedEncoder:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return compute_dtype(self.model, self.requested_dtype)
+        return compute_dtype(self.model, self.requested_dtype, self.device)
 
     @property
     def implementation(self) -> str:
@@ -146,7 +161,7 @@ class PackedEncoder:
 
         Each op comes once, attention once for every kind of it.
         """
-        weights, architecture = self.admitted.weights, self.architecture
+        weights, architecture = self.admitted.weights, self.admitted.architecture
         embeddings, width = weights.embeddings, architecture.hidden_size
         layers = weights.layers
         last = weights.final_norm or layers[-1].feed_forward_norm

@@ -16,7 +16,15 @@ from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.fingerprint import Fingerprint, derive, settle
 from sbert_fast.forking import Lock
 from sbert_fast.layers import Stack, Unfinished, attention_options, prepare_stack
-from sbert_fast.linears import PreparedLinear, PreparedNorm, Target, aligned, prepare_linear
+from sbert_fast.linears import (
+    Choice,
+    PreparedLinear,
+    PreparedNorm,
+    Target,
+    aligned,
+    choose,
+    prepare_linear,
+)
 from sbert_fast.models.checks import check_finite
 from sbert_fast.ops.dispatch import FUSING
 from sbert_fast.packing import PackedBatch
@@ -187,6 +195,16 @@ class PackedEncoder:
             ("norm_pool_out", norms),
             ("segment_pool_out", {"width": width}),
         ]
+
+    def linears(self) -> list[Choice]:
+        """The kernels of the linear layers of a forward pass: each choice once."""
+        target = Target(self.compute_dtype, self.device, self.impl, self.live)
+        sizes = dict.fromkeys(part.weight.shape[1] for part in self.admitted.weights.linears())
+        choices: list[Choice] = []
+        for inputs in sizes:
+            if (choice := choose(target, inputs)) not in choices:
+                choices.append(choice)
+        return choices
 
     def admission(self) -> Admission:
         """What reading the model has shown.

@@ -118,8 +118,9 @@ def _engine(engine: PackedEncoder) -> str:
             if (reason := ops.refusal(other, engine.device, engine.compute_dtype)) is not None
         ]
         why = "; ".join(["picked by auto", *passed, *_cuda_kernels(engine)])
-    elsewhere = "".join(f"; {line}" for line in _ops_elsewhere(engine, name))
-    return f"{dtype} on {engine.device}, ops: {name} ({why}){elsewhere}"
+    linears = "; ".join(map(str, engine.linears()))
+    rest = "".join(f"; {each}" for each in (*_ops_elsewhere(engine, name), f"linear: {linears}"))
+    return f"{dtype} on {engine.device}, ops: {name} ({why}){rest}"
 
 
 def _ops_elsewhere(engine: PackedEncoder, implementation: str) -> list[str]:

@@ -156,6 +156,14 @@ class EncoderWeights:
         """Every parameter, and the buffers that are read, in a fixed order."""
         return (value for value in _values(self) if isinstance(value, Tensor))
 
+    def linears(self) -> Iterator[Linear]:
+        """Every linear layer, in the order in which they run."""
+        if self.embeddings.projection is not None:
+            yield self.embeddings.projection
+        for layer in self.layers:
+            attention, feed_forward = layer.attention, layer.feed_forward
+            yield from (*attention.qkv, attention.output, *feed_forward.up, feed_forward.down)
+
     def identity(self) -> tuple[object, ...]:
         """What prepared weights are derived from, but for the contents of the parameters."""
         return tuple(id(v) if isinstance(v, Tensor) else v for v in _values(self))

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sbert_fast import models, ops
+from sbert_fast import layers, models, ops
 from sbert_fast.admission import Admission
 from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.fingerprint import Fingerprint, derive, settle
 from sbert_fast.forking import Lock
-from sbert_fast.layers import Stack, Unfinished, attention_options, prepare_stack
+from sbert_fast.layers import Stack, Unfinished, prepare_stack
 from sbert_fast.linears import (
     Choice,
     PreparedLinear,
@@ -160,41 +160,34 @@ class PackedEncoder:
         return ops.resolve(self.device, self.compute_dtype, self.impl)
 
     def bind(self, op: str) -> ops.Kernel:
-        """The kernel of `op` that a forward pass uses now."""
+        """The kernel of `op` that a forward pass uses now, for the last kind of it."""
         how = dict(self.required_ops())[op]
         return ops.bind(op, self.device, self.compute_dtype, self.impl, **how)
 
     def required_ops(self) -> list[tuple[str, dict[str, Any]]]:
         """The ops that a forward pass runs, and what it asks of them, as :func:`ops.bind` takes it.
 
-        Each op comes once, attention once for every kind of it.
+        An op comes once for every kind of it; linear layers are in :meth:`linears`.
         """
         weights, architecture = self.admitted.weights, self.admitted.architecture
         embeddings, width = weights.embeddings, architecture.hidden_size
-        layers = weights.layers
-        last = weights.final_norm or layers[-1].feed_forward_norm
+        last = weights.final_norm or weights.layers[-1].feed_forward_norm
         tables = {"position_table": embeddings.position, "weight": embeddings.norm}
-        kinds: list[dict[str, Any]] = []
-        for layer in layers:
-            if (how := attention_options(layer.attention)) not in kinds:
-                kinds.append(how)
-        norms = {"width": width, "options": {"rms": last.rms}}
-        activation = "gated_activation" if architecture.gated else "bias_gelu"
-        return [
-            (
-                "embed_norm",
-                {
-                    "width": architecture.embedding_size,
-                    "options": {"rms": embeddings.norm is not None and embeddings.norm.rms},
-                    "needs": tuple(f"without {n}" for n, t in tables.items() if t is None),
-                },
-            ),
-            *(("varlen_attention", kind) for kind in kinds),
-            ("add_norm_sum" if layers[0].norm_first else "add_norm", norms),
-            (activation, {"width": architecture.intermediate_size}),
-            ("norm_pool_out", norms),
+        embed = {
+            "width": architecture.embedding_size,
+            "options": {"rms": embeddings.norm is not None and embeddings.norm.rms},
+            "needs": tuple(f"without {name}" for name, table in tables.items() if table is None),
+        }
+        found: list[tuple[str, dict[str, Any]]] = []
+        for each in (
+            ("embed_norm", embed),
+            *layers.required_ops(weights),
+            ("norm_pool_out", {"width": width, "options": {"rms": last.rms}}),
             ("segment_pool_out", {"width": width}),
-        ]
+        ):
+            if each not in found:
+                found.append(each)
+        return found
 
     def linears(self) -> list[Choice]:
         """The kernels of the linear layers of a forward pass: each choice once."""

@@ -148,6 +148,7 @@ def _cuda_kernels(engine: PackedEncoder) -> list[str]:
             reason = limits.refusal_of_size(op, **sizes)
             taken = "cuda, by sbert_fast/ops/choices.py"
             lines.append(f"{op}: {taken if reason is None else f'not cuda: {reason}'}")
+    lines = list(dict.fromkeys(lines))
     return lines or ["cuda: sbert_fast/ops/choices.py lists no op for this GPU, dtype and head dim"]
 
 

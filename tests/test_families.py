@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ import torch
 import families
 from checks import cosine_distances
 from packed import assert_same, packed_states, reference_states, texts_of
-from sbert_fast import ops
+from sbert_fast import linears, ops
 from sbert_fast.engine import PackedEncoder
+from sbert_fast.layers import attention_options, required_ops
 
 CPU = torch.device("cpu")
 RUNNABLE = [i for i in ops.IMPLEMENTATIONS if ops.refusal(i, CPU, torch.float32) is None]
@@ -38,6 +40,42 @@ def test_fp32_gives_the_vectors_of_the_original(name: str, impl: str) -> None:
     batch = families.make_batch(name, LENGTHS)
     expected = reference_states(model, batch)
     assert_same(packed_states(PackedEncoder(model, impl=impl), batch), expected)
+
+
+@pytest.mark.parametrize("name", families.VARIANTS)
+def test_the_ops_that_run_are_those_required(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Other linear layers norm and activate their output themselves.
+    monkeypatch.setattr(linears, "KINDS", (linears.TorchLinear,))
+    engine = PackedEncoder(families.make_model(name))
+    packed_states(engine, families.make_batch(name, LENGTHS))
+    pooling = {"norm_pool_out", "segment_pool_out"}
+    launched = {op for op, _ in ops.launches()}
+    assert launched == {op for op, _ in engine.required_ops()} - pooling
+
+
+def test_ops_are_required_of_every_layer() -> None:
+    weights = PackedEncoder(families.make_model("modernbert")).admitted.weights
+    first, second, third = weights.layers
+    second = replace(
+        second,
+        attention=replace(second.attention, causal=True),
+        feed_forward=replace(second.feed_forward, gated=False),
+        feed_forward_norm=replace(second.feed_forward_norm, rms=True),
+    )
+    third = replace(third, attention_norm=replace(third.attention_norm, rms=True))
+    found = list(required_ops(replace(weights, layers=(first, second, third))))
+    causal = attention_options(second.attention)
+    plain, rms = ({"width": 64, "options": {"rms": rms}} for rms in (False, True))
+    expected = [
+        ("varlen_attention", attention_options(first.attention)),
+        ("varlen_attention", causal),
+        *(("add_norm_sum", norm) for norm in (plain, rms)),
+        ("gated_activation", {"width": 96}),
+        ("bias_gelu", {"width": 96}),
+        ("add_norm", plain),
+    ]
+    assert all(each in found for each in expected)
+    assert all(each in expected for each in found)
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)

@@ -8,6 +8,7 @@ from torch import nn
 from sbert_fast import bypass, models
 from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.fingerprint import Fingerprint
+from sbert_fast.models.base import is_in_pooler
 from sbert_fast.state import Snapshot
 
 
@@ -35,11 +36,11 @@ class Admission:
         self._originals = models.originals_of(model)
         self.buffers = list(model.buffers())
         self._buffers = Fingerprint(self.buffers, ())
-        self.tensors = [t for name, t in model.named_parameters() if not _is_pooler(name)]
+        self.tensors = [t for name, t in model.named_parameters() if not is_in_pooler(name)]
         self._kinds = self._read_kinds()
         self.problem: str | None = None
-        inner = [m for name, m in model.named_modules() if name and not _is_pooler(name)]
-        pooler = [m for name, m in model.named_modules() if _is_pooler(name)]
+        inner = [m for name, m in model.named_modules() if name and not is_in_pooler(name)]
+        pooler = [m for name, m in model.named_modules() if is_in_pooler(name)]
         try:
             self.architecture, self.weights = models.read(model)
         except UnsupportedModelError as error:
@@ -64,7 +65,3 @@ class Admission:
     def holds_without_tensors(self) -> bool:
         """Whether it holds where no tensor was written to, moved or cast."""
         return self._snapshot.is_current() and self._originals.is_current()
-
-
-def _is_pooler(name: str) -> bool:
-    return name.partition(".")[0] == "pooler"

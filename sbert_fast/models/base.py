@@ -224,6 +224,12 @@ def _values(node: object) -> Iterator[object]:
         yield node
 
 
+def is_in_pooler(name: str) -> bool:
+    """Whether a module or tensor of a base model, called `name`, is the pooler or a part of it,
+    which no packed pass stands for."""
+    return name.partition(".")[0] == "pooler"
+
+
 def linear(module: nn.Module) -> Linear:
     if type(module) is not nn.Linear:
         raise UnsupportedModelError(

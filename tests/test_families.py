@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -23,14 +24,22 @@ OFFSET_FAMILIES = [n for n, v in families.VARIANTS.items() if v.family in famili
 TYPED = [n for n in families.VARIANTS if families.make_config(n).to_dict().get("type_vocab_size")]
 
 
+def _implementations(name: str) -> list[str]:
+    """Those that have every op of a variant; and, where one lacks some, `auto`, a mixture."""
+    required = PackedEncoder(families.make_model(name)).required_ops()
+
+    def lacks(implementation: str, op: str, how: dict[str, Any]) -> bool:
+        needs = (*how.get("needs", ()), *(n for n, v in how.get("options", {}).items() if v))
+        place = CPU, torch.float32, how.get("head_dim")
+        return ops.refusal(implementation, *place, op, needs) is not None
+
+    whole = [i for i in RUNNABLE if not any(lacks(i, op, how) for op, how in required)]
+    return whole if whole == RUNNABLE else [*whole, "auto"]
+
+
 every_case = pytest.mark.parametrize(
     ("name", "impl"),
-    [
-        (name, impl)
-        for name in families.VARIANTS
-        # Kernels of ours do not run all of it yet: `auto` mixes them with the reference.
-        for impl in (["reference", "auto"] if name == "modernbert" else RUNNABLE)
-    ],
+    [(name, impl) for name in families.VARIANTS for impl in _implementations(name)],
 )
 
 
@@ -136,11 +145,12 @@ def test_float16_loses_no_more_than_twice_what_the_original_loses(name: str) -> 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_architecture(name: str) -> None:
-    architecture = PackedEncoder(families.make_model(name)).architecture
+    engine = PackedEncoder(families.make_model(name))
+    architecture, family = engine.architecture, families.FAMILIES[name]
     assert architecture.family == name
+    assert engine.admitted.weights.measures_distances == family.measures_distances
     assert architecture.max_tokens == families.MAX_TOKENS
     assert (architecture.hidden_size, architecture.num_heads, architecture.head_dim) == (64, 4, 16)
     assert (architecture.num_layers, architecture.intermediate_size) == (3, 96)
-    offset = name in families.ROBERTA_LIKE
-    assert architecture.position_offset == (2 if offset else 0)
-    assert architecture.uncounted_id == (1 if offset else None)
+    assert architecture.position_offset == (2 if family.is_like_roberta else 0)
+    assert architecture.uncounted_id == (1 if family.is_like_roberta else None)

@@ -151,17 +151,17 @@ def _check_own(part: Any, names: Set[str]) -> None:
         part: a module, a tokenizer, or something that belongs to one.
         names: what the code of all of them mentions.
     """
-    problem = bypass.reason([part]) if isinstance(part, nn.Module) else None
+    reason = bypass.reason([part]) if isinstance(part, nn.Module) else None
     kind = type(part)
     for name in vars(part).keys() & names:
         if callable(getattr(kind, name, None)) and bypass.is_replaced(part, name):
-            problem = f"{name} of {kind.__name__} was replaced on an instance"
+            reason = f"{name} of {kind.__name__} was replaced on an instance"
     if is_module(part, "Transformer"):
         for name, value in vars(part).items():
             if name in names - _KNOWN and value and not callable(getattr(kind, name, None)):
-                problem = f"the Transformer module sets {name.lstrip('_')}"
-    if problem is not None:
-        raise UnsupportedModelError(problem)
+                reason = f"the Transformer module sets {name.lstrip('_')}"
+    if reason is not None:
+        raise UnsupportedModelError(reason)
 
 
 def _max_length(transformer: Any, room: int, has_table: bool) -> int:
@@ -238,8 +238,8 @@ class Assembly:
             raise
         except UnsupportedModelError as error:
             return Unsupported(str(error))
-        problem = self._originals.problem
-        return pipeline if problem is None else Unsupported(problem)
+        reason = self._originals.reason
+        return pipeline if reason is None else Unsupported(reason)
 
     def prepare(self, where: Callable[[], Where]) -> Pipeline | Unsupported | None:
         """What runs the model; None if the assembly is outdated.

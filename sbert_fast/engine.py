@@ -208,8 +208,8 @@ class PackedEncoder:
         admission = self._admission
         if admission is None or not admission.is_current():
             admission = self._admission = Admission(self.model)
-        if admission.problem is not None:
-            raise UnsupportedModelError(admission.problem)
+        if admission.reason is not None:
+            raise UnsupportedModelError(admission.reason)
         return admission
 
     @property

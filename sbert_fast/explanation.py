@@ -45,7 +45,7 @@ def explain(model: nn.Module | None = None) -> str:
         lines.append(f"  {name}: {title}" if name else f"  {title}")
         lines += [f"    {line}" for line in _base_model(module)]
     if not found:
-        lines.append("  not supported: it holds no model of transformers")
+        lines.append("  not supported: it contains no transformers model")
     return "\n".join(lines)
 
 

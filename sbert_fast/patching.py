@@ -107,7 +107,7 @@ def accelerate(
     if all(reasons.values()):
         why = (
             "; ".join(dict.fromkeys(filter(None, reasons.values())))
-            or "it holds no model of transformers"
+            or "it contains no transformers model"
         )
         raise UnsupportedModelError(f"{type(model).__name__} cannot be accelerated: {why}")
     engines = [

@@ -72,7 +72,7 @@ class Session:
                 return found
             self.assembly = assembly = Assembly(model, where(), self._impl, assembly)
             found = assembly.prepare(where)
-        return found or Unsupported("the model changes while it is read")
+        return found or Unsupported("the model kept changing while it was being read")
 
     def ready(
         self, model: SentenceTransformer, device: str | torch.device | None
@@ -219,7 +219,7 @@ class Session:
                 if lost is None:
                     raise
                 self.lost, cause = lost, error
-        told = f"{model.device} cannot be used by this process any more, restart it: {self.lost}"
+        told = f"{model.device} is unusable in this process; restart the process: {self.lost}"
         raise DeviceLostError(told) from cause
 
 

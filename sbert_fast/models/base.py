@@ -72,12 +72,12 @@ class Attention:
     """Self-attention.
 
     Attributes:
-        qkv: query, key and value; or one layer that has them side by side, in this order.
+        qkv: query, key and value; or one layer that produces all three, concatenated in this order.
         output: the projection of what the heads have attended to.
         heads, kv_heads, head_dim: as usual; consecutive query heads share a head of keys.
         scale: factor of the logits.
         relative_bias, rotary: None where there is none.
-        window: a token sees the tokens that many to the left and right; None is all of them.
+        window: how many tokens a token sees on each side; None is all of them.
         causal: a token sees none to the right.
     """
 

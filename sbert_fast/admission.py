@@ -8,6 +8,7 @@ from torch import nn
 from sbert_fast import bypass, models
 from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.fingerprint import Fingerprint
+from sbert_fast.models.base import is_in_pooler
 from sbert_fast.state import Snapshot
 
 
@@ -18,9 +19,9 @@ class Admission:
     changed.
 
     Attributes:
-        problem: why the engine does not support the model; None where it does.
-        inside, around: why the modules in the model, or the model itself and its pooler, are to be
-            called all the same: they have hooks or forwards of their own. None where they have not.
+        reason: why the engine does not support the model; None where it does.
+        inside, around: why the modules in the model, or the model itself and its pooler, must
+            still be called: they have hooks or forwards of their own. None where they have not.
         drops: the model is in training mode and has dropout.
         weights, identity: of the parameters, see :class:`sbert_fast.models.EncoderWeights`.
         tensors, buffers: the parameters that a packed pass stands for, and the model's buffers.
@@ -35,15 +36,15 @@ class Admission:
         self._originals = models.originals_of(model)
         self.buffers = list(model.buffers())
         self._buffers = Fingerprint(self.buffers, ())
-        self.tensors = [t for name, t in model.named_parameters() if not _is_pooler(name)]
+        self.tensors = [t for name, t in model.named_parameters() if not is_in_pooler(name)]
         self._kinds = self._read_kinds()
-        self.problem: str | None = None
-        inner = [m for name, m in model.named_modules() if name and not _is_pooler(name)]
-        pooler = [m for name, m in model.named_modules() if _is_pooler(name)]
+        self.reason: str | None = None
+        inner = [m for name, m in model.named_modules() if name and not is_in_pooler(name)]
+        pooler = [m for name, m in model.named_modules() if is_in_pooler(name)]
         try:
             self.architecture, self.weights = models.read(model)
         except UnsupportedModelError as error:
-            self.problem = str(error)
+            self.reason = str(error)
             return
         self.identity = (self.architecture, self.weights.identity())
         self.inside, self.around = bypass.reason(inner), bypass.reason([model, *pooler])
@@ -64,7 +65,3 @@ class Admission:
     def holds_without_tensors(self) -> bool:
         """Whether it holds where no tensor was written to, moved or cast."""
         return self._snapshot.is_current() and self._originals.is_current()
-
-
-def _is_pooler(name: str) -> bool:
-    return name.partition(".")[0] == "pooler"

@@ -52,15 +52,18 @@ _READ = {
     "transformer_task": "feature-extraction",
 }
 
+# The dtype to compute in, or None for the dtype of the model; and the device to compute on.
+Where = tuple[torch.dtype | None, torch.device]
+
 
 def build_pipeline(
-    model: SentenceTransformer, dtype: torch.dtype | None, impl: str, known: PackedEncoder | None
+    model: SentenceTransformer, where: Where, impl: str, known: PackedEncoder | None
 ) -> Pipeline:
     """The packed pipeline of a SentenceTransformer.
 
     Args:
         model: what to run; its parameters are read, never copied into it.
-        dtype: dtype to compute in; None for the dtype of the model.
+        where: the dtype and the device to run it in; the model may still be elsewhere.
         impl: implementation of the ops.
         known: the engine so far, which is kept if it still serves.
 
@@ -68,7 +71,9 @@ def build_pipeline(
         UnsupportedModelError: with the reason.
         ValueError: `max_seq_length` is not a length, is beyond the position table, or leaves no
             room for the special tokens of a text.
+        ImplementationError: `impl` cannot run the model there.
     """
+    dtype, device = where
     children = list(model.children())
     if not children or not is_module(children[0], "Transformer"):
         found = type(children[0]).__name__ if children else "nothing"
@@ -77,23 +82,24 @@ def build_pipeline(
     if model.get_backend() != "torch":
         raise UnsupportedModelError(f"backend must be 'torch', got {model.get_backend()!r}")
     _check_placement(model)
-    if model.device.type not in DEVICES:
+    if device.type not in DEVICES:
         raise UnsupportedModelError(
-            f"the model is on {model.device}: there are kernels for {' and '.join(DEVICES)}"
+            f"the model is on {device}: there are kernels for {' and '.join(DEVICES)}"
         )
     _check_transformer(transformer)
     base = transformer.auto_model
     engine = known
     if engine is None or engine.model is not base or engine.requested_dtype != dtype:
-        engine = PackedEncoder(base, dtype=dtype, impl=impl)
+        engine = PackedEncoder(base, dtype=dtype, impl=impl, device=device)
     admission = engine.admission()
+    implementation = engine.check(device)
     architecture = admission.architecture
     after = dict(list(model.named_children())[1:])
     spec = read_pooling(after, architecture.hidden_size)
     has_table = admission.weights.embeddings.position is not None
     max_length = _max_length(transformer, architecture.max_tokens, has_table)
-    if model.device.type != "cpu" and impl == "auto" and engine.implementation == "reference":
-        raise UnsupportedModelError(f"no kernels run on {model.device}:\n{ops.explain_ops()}")
+    if device.type != "cpu" and impl == "auto" and implementation == "reference":
+        raise UnsupportedModelError(f"no kernels run on {device}:\n{ops.explain_ops()}")
     return Pipeline(TextTokenizer(transformer.tokenizer, max_length), engine, PoolingHead(spec))
 
 
@@ -145,17 +151,17 @@ def _check_own(part: Any, names: Set[str]) -> None:
         part: a module, a tokenizer, or something that belongs to one.
         names: what the code of all of them mentions.
     """
-    problem = bypass.reason([part]) if isinstance(part, nn.Module) else None
+    reason = bypass.reason([part]) if isinstance(part, nn.Module) else None
     kind = type(part)
     for name in vars(part).keys() & names:
         if callable(getattr(kind, name, None)) and bypass.is_replaced(part, name):
-            problem = f"{name} of {kind.__name__} was replaced on an instance"
+            reason = f"{name} of {kind.__name__} was replaced on an instance"
     if is_module(part, "Transformer"):
         for name, value in vars(part).items():
             if name in names - _KNOWN and value and not callable(getattr(kind, name, None)):
-                problem = f"the Transformer module sets {name.lstrip('_')}"
-    if problem is not None:
-        raise UnsupportedModelError(problem)
+                reason = f"the Transformer module sets {name.lstrip('_')}"
+    if reason is not None:
+        raise UnsupportedModelError(reason)
 
 
 def _max_length(transformer: Any, room: int, has_table: bool) -> int:
@@ -195,16 +201,12 @@ class Unsupported:
     counts: bool = True
 
 
-# The dtype to compute in, or None for the dtype of the model; and the model's device.
-Where = tuple[torch.dtype | None, torch.device]
-
-
 class Assembly:
     """What runs `encode` for the modules of a model, as they were when this was made.
 
     Args:
         model: what to run.
-        where: the dtype to run it in, and the device.
+        where: the dtype and the device to run it in; the model may still be elsewhere.
         impl: implementation of the ops.
         old: the assembly so far, whose engine is kept if it still serves.
     """
@@ -231,13 +233,13 @@ class Assembly:
                 _check_own(part, self._originals.names)
             found = None if old is None else old._found
             known = found.engine if isinstance(found, Pipeline) else None
-            pipeline = build_pipeline(model, self._where[0], impl, known)
+            pipeline = build_pipeline(model, self._where, impl, known)
         except InvalidWeightsError:
             raise
         except UnsupportedModelError as error:
             return Unsupported(str(error))
-        problem = self._originals.problem
-        return pipeline if problem is None else Unsupported(problem)
+        reason = self._originals.reason
+        return pipeline if reason is None else Unsupported(reason)
 
     def prepare(self, where: Callable[[], Where]) -> Pipeline | Unsupported | None:
         """What runs the model; None if the assembly is outdated.

@@ -10,13 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sbert_fast import models, ops
+from sbert_fast import layers, models, ops
 from sbert_fast.admission import Admission
 from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.fingerprint import Fingerprint, derive, settle
 from sbert_fast.forking import Lock
-from sbert_fast.layers import Stack, Unfinished, attention_options, prepare_stack
-from sbert_fast.linears import PreparedLinear, PreparedNorm, Target, aligned, prepare_linear
+from sbert_fast.layers import Stack, Unfinished, prepare_stack
+from sbert_fast.linears import (
+    Choice,
+    PreparedLinear,
+    PreparedNorm,
+    Target,
+    aligned,
+    choose,
+    prepare_linear,
+)
 from sbert_fast.models.checks import check_finite
 from sbert_fast.ops.dispatch import FUSING
 from sbert_fast.packing import PackedBatch
@@ -56,17 +64,17 @@ class _Current:
     prepared: Prepared
 
 
-def compute_dtype(model: nn.Module, requested: torch.dtype | None) -> torch.dtype:
-    """The dtype the engine computes in: the one asked for, else that of the model.
+def compute_dtype(
+    model: nn.Module, requested: torch.dtype | None, device: torch.device
+) -> torch.dtype:
+    """The dtype the engine computes in on `device`: the one asked for, else that of the model.
 
     A float16 model on a CPU computes in float32, which holds every float16 value exactly.
     """
     if requested is not None:
         return requested
-    parameter = next(model.parameters())
-    if parameter.device.type == "cpu" and parameter.dtype == torch.float16:
-        return torch.float32
-    return parameter.dtype
+    dtype = next(model.parameters()).dtype
+    return torch.float32 if device.type == "cpu" and dtype == torch.float16 else dtype
 
 
 class PackedEncoder:
@@ -81,6 +89,7 @@ class PackedEncoder:
         impl: implementation of the ops, see :mod:`sbert_fast.ops`.
         live: call the model's own linear layers instead of copying their weights: less memory,
             fewer fused operations.
+        device: where the model will be when it runs; None is where it is.
 
     Raises:
         UnsupportedModelError: the model cannot be run packed; the message says why.
@@ -95,6 +104,7 @@ class PackedEncoder:
         dtype: torch.dtype | None = None,
         impl: str = "auto",
         live: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         self.model = model
         self.requested_dtype = dtype
@@ -105,9 +115,22 @@ class PackedEncoder:
         weights = next(model.parameters()).dtype
         if live and self.compute_dtype != weights:
             raise ValueError(f"dtype must be {weights}, that of live weights, got {dtype}")
-        ops.resolve(self.device, self.compute_dtype, impl)
+        self.check(self.device if device is None else device)
+
+    def check(self, device: torch.device) -> str:
+        """Refuse a device on which the ops of a forward pass do not run.
+
+        Returns:
+            The :attr:`implementation` there.
+
+        Raises:
+            ValueError, ImplementationError: `impl` is unknown, or cannot run this model there.
+        """
+        dtype = compute_dtype(self.model, self.requested_dtype, device)
+        implementation = ops.resolve(device, dtype, self.impl)
         for op, how in self.required_ops():
-            ops.bind(op, self.device, self.compute_dtype, impl, **how)
+            ops.bind(op, device, dtype, self.impl, **how)
+        return implementation
 
     def _start(self) -> None:
         self._admission: Admission | None = None
@@ -128,7 +151,7 @@ class PackedEncoder:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return compute_dtype(self.model, self.requested_dtype)
+        return compute_dtype(self.model, self.requested_dtype, self.device)
 
     @property
     def implementation(self) -> str:
@@ -137,41 +160,44 @@ class PackedEncoder:
         return ops.resolve(self.device, self.compute_dtype, self.impl)
 
     def bind(self, op: str) -> ops.Kernel:
-        """The kernel of `op` that a forward pass uses now."""
+        """The kernel of `op` that a forward pass uses now, for the last kind of it."""
         how = dict(self.required_ops())[op]
         return ops.bind(op, self.device, self.compute_dtype, self.impl, **how)
 
     def required_ops(self) -> list[tuple[str, dict[str, Any]]]:
         """The ops that a forward pass runs, and what it asks of them, as :func:`ops.bind` takes it.
 
-        Each op comes once, attention once for every kind of it.
+        An op comes once for every kind of it; linear layers are in :meth:`linears`.
         """
-        weights, architecture = self.admitted.weights, self.architecture
+        weights, architecture = self.admitted.weights, self.admitted.architecture
         embeddings, width = weights.embeddings, architecture.hidden_size
-        layers = weights.layers
-        last = weights.final_norm or layers[-1].feed_forward_norm
+        last = weights.final_norm or weights.layers[-1].feed_forward_norm
         tables = {"position_table": embeddings.position, "weight": embeddings.norm}
-        kinds: list[dict[str, Any]] = []
-        for layer in layers:
-            if (how := attention_options(layer.attention)) not in kinds:
-                kinds.append(how)
-        norms = {"width": width, "options": {"rms": last.rms}}
-        activation = "gated_activation" if architecture.gated else "bias_gelu"
-        return [
-            (
-                "embed_norm",
-                {
-                    "width": architecture.embedding_size,
-                    "options": {"rms": embeddings.norm is not None and embeddings.norm.rms},
-                    "needs": tuple(f"without {n}" for n, t in tables.items() if t is None),
-                },
-            ),
-            *(("varlen_attention", kind) for kind in kinds),
-            ("add_norm_sum" if layers[0].norm_first else "add_norm", norms),
-            (activation, {"width": architecture.intermediate_size}),
-            ("norm_pool_out", norms),
+        embed = {
+            "width": architecture.embedding_size,
+            "options": {"rms": embeddings.norm is not None and embeddings.norm.rms},
+            "needs": tuple(f"without {name}" for name, table in tables.items() if table is None),
+        }
+        found: list[tuple[str, dict[str, Any]]] = []
+        for each in (
+            ("embed_norm", embed),
+            *layers.required_ops(weights),
+            ("norm_pool_out", {"width": width, "options": {"rms": last.rms}}),
             ("segment_pool_out", {"width": width}),
-        ]
+        ):
+            if each not in found:
+                found.append(each)
+        return found
+
+    def linears(self) -> list[Choice]:
+        """The kernels of the linear layers of a forward pass: each choice once."""
+        target = Target(self.compute_dtype, self.device, self.impl, self.live)
+        sizes = dict.fromkeys(part.weight.shape[1] for part in self.admitted.weights.linears())
+        choices: list[Choice] = []
+        for inputs in sizes:
+            if (choice := choose(target, inputs)) not in choices:
+                choices.append(choice)
+        return choices
 
     def admission(self) -> Admission:
         """What reading the model has shown.
@@ -182,8 +208,8 @@ class PackedEncoder:
         admission = self._admission
         if admission is None or not admission.is_current():
             admission = self._admission = Admission(self.model)
-        if admission.problem is not None:
-            raise UnsupportedModelError(admission.problem)
+        if admission.reason is not None:
+            raise UnsupportedModelError(admission.reason)
         return admission
 
     @property

@@ -45,7 +45,7 @@ def explain(model: nn.Module | None = None) -> str:
         lines.append(f"  {name}: {title}" if name else f"  {title}")
         lines += [f"    {line}" for line in _base_model(module)]
     if not found:
-        lines.append("  not supported: it holds no model of transformers")
+        lines.append("  not supported: it contains no transformers model")
     return "\n".join(lines)
 
 
@@ -118,8 +118,9 @@ def _engine(engine: PackedEncoder) -> str:
             if (reason := ops.refusal(other, engine.device, engine.compute_dtype)) is not None
         ]
         why = "; ".join(["picked by auto", *passed, *_cuda_kernels(engine)])
-    elsewhere = "".join(f"; {line}" for line in _ops_elsewhere(engine, name))
-    return f"{dtype} on {engine.device}, ops: {name} ({why}){elsewhere}"
+    linears = "; ".join(map(str, engine.linears()))
+    rest = "".join(f"; {each}" for each in (*_ops_elsewhere(engine, name), f"linear: {linears}"))
+    return f"{dtype} on {engine.device}, ops: {name} ({why}){rest}"
 
 
 def _ops_elsewhere(engine: PackedEncoder, implementation: str) -> list[str]:
@@ -147,6 +148,7 @@ def _cuda_kernels(engine: PackedEncoder) -> list[str]:
             reason = limits.refusal_of_size(op, **sizes)
             taken = "cuda, by sbert_fast/ops/choices.py"
             lines.append(f"{op}: {taken if reason is None else f'not cuda: {reason}'}")
+    lines = list(dict.fromkeys(lines))
     return lines or ["cuda: sbert_fast/ops/choices.py lists no op for this GPU, dtype and head dim"]
 
 

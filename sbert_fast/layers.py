@@ -186,6 +186,42 @@ def attention_options(attention: base.Attention) -> dict[str, Any]:
     }
 
 
+def required_ops(weights: base.EncoderWeights) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The ops of all layers, and what they ask of them, as :func:`ops.bind` takes it.
+
+    Linear layers that activate or norm their output themselves run fewer.
+    """
+    first, last = weights.layers[0], weights.layers[-1]
+    if first.norm_first and first.attention_norm is not None:
+        yield "add_norm", _norm_options(first, first.attention_norm)
+    for layer, following in _followed(weights):
+        between, after = _own_norms(layer, following)
+        feed_forward, keeps_sum = layer.feed_forward, layer.norm_first and layer is not last
+        width = feed_forward.down.weight.shape[1]
+        yield "varlen_attention", attention_options(layer.attention)
+        yield "add_norm_sum" if layer.norm_first else "add_norm", _norm_options(layer, between)
+        yield "gated_activation" if feed_forward.gated else "bias_gelu", {"width": width}
+        yield "add_norm_sum" if keeps_sum else "add_norm", _norm_options(layer, after)
+
+
+def _norm_options(layer: base.Layer, norm: base.Norm) -> dict[str, Any]:
+    return {"width": layer.attention.output.weight.shape[0], "options": {"rms": norm.rms}}
+
+
+def _followed(weights: base.EncoderWeights) -> Iterator[tuple[base.Layer, base.Norm | None]]:
+    """Every layer, and the first norm of what comes next."""
+    following = [layer.attention_norm for layer in weights.layers[1:]] + [weights.final_norm]
+    return zip(weights.layers, following, strict=True)
+
+
+def _own_norms(layer: base.Layer, following: base.Norm | None) -> tuple[base.Norm, base.Norm]:
+    """The norms between the halves of a layer and after both; `following` is the next norm."""
+    own = layer.attention_norm, layer.feed_forward_norm
+    between, after = (layer.feed_forward_norm, following) if layer.norm_first else own
+    assert between is not None and after is not None
+    return between, after
+
+
 def prepare_stack(weights: base.EncoderWeights, target: Target, positions: int) -> Stack:
     """Prepare the layers of a model.
 
@@ -195,14 +231,12 @@ def prepare_stack(weights: base.EncoderWeights, target: Target, positions: int) 
         positions: how many there are.
     """
     kinds = {id(r.frequencies): r.frequencies for r in _rotary(weights)}
-    following = [layer.attention_norm for layer in weights.layers[1:]] + [weights.final_norm]
     first = weights.layers[0]
     first_norm = first.attention_norm if first.norm_first else None
     options = {"rms": first_norm is not None and first_norm.rms}
     return Stack(
         layers=tuple(
-            _prepare_layer(layer, after, list(kinds), target)
-            for layer, after in zip(weights.layers, following, strict=True)
+            _prepare_layer(layer, after, list(kinds), target) for layer, after in _followed(weights)
         ),
         first_norm=None if first_norm is None else PreparedNorm.of(first_norm),
         norm=target.bind("add_norm", width=first.attention.output.weight.shape[0], options=options),
@@ -228,9 +262,7 @@ def _tables(frequencies: Tensor, positions: int) -> tuple[Tensor, Tensor]:
 def _prepare_layer(
     layer: base.Layer, following: base.Norm | None, kinds: list[int], target: Target
 ) -> PreparedLayer:
-    own = layer.attention_norm, layer.feed_forward_norm
-    norms = (layer.feed_forward_norm, following) if layer.norm_first else own
-    between, after = (PreparedNorm.of(norm) for norm in norms if norm is not None)
+    between, after = map(PreparedNorm.of, _own_norms(layer, following))
     return PreparedLayer(
         attention=_prepare_attention(layer.attention, kinds, target),
         between=between,

@@ -11,9 +11,10 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sbert_fast import ops
+from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.models.base import Linear, Norm
 from sbert_fast.ops import panels
 from sbert_fast.ops.dispatch import requested
@@ -121,7 +122,11 @@ class _Linear:
 
 
 class LiveLinear(_Linear):
-    """The model's own modules, called as they are."""
+    """The model's own modules, called as they are.
+
+    Raises:
+        UnsupportedModelError: a part has no module.
+    """
 
     name = "live"
 
@@ -129,11 +134,18 @@ class LiveLinear(_Linear):
         self, parts: tuple[Linear, ...], target: Target, activation: Activation = Activation.NONE
     ) -> None:
         super().__init__(parts, target, activation)
-        self.modules = [part.module for part in parts if part.module is not None]
+        self.modules: list[nn.Module] = []
+        for part in parts:
+            if part.module is None:
+                shape = tuple(part.weight.shape)
+                raise UnsupportedModelError(
+                    f"live weights need a module for every linear layer, that of {shape} has none"
+                )
+            self.modules.append(part.module)
 
     @staticmethod
     def refusal(target: Target, inputs: int) -> str | None:
-        return None if target.live else "weights may be copied"
+        return None if target.live else "live weights were not asked for"
 
     def __call__(self, x: Tensor) -> Tensor:
         outputs = [module(x) for module in self.modules]
@@ -171,7 +183,7 @@ class PanelLinear(StackedLinear):
     @staticmethod
     def refusal(target: Target, inputs: int) -> str | None:
         if target.device.type != "cpu" or requested(target.impl) == "cuda":
-            return "they multiply on a CPU only"
+            return "panels run on a CPU only"
         if ops.resolve(target.device, target.dtype, target.impl) != "cpu":
             return "the C++ ops do not run"
         isa = torch.ops.sbert_fast.cpu_isa()
@@ -182,7 +194,7 @@ class PanelLinear(StackedLinear):
         # Where Linux refuses the tiles, oneDNN has none either.
         if isa != "amx_bf16" and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx():
             return "oneDNN is faster when only it can use AMX"
-        return f"{inputs} inputs are an odd number" if inputs % 2 else None
+        return f"the number of inputs ({inputs}) is odd" if inputs % 2 else None
 
     def lay_out(self, weight: Tensor) -> Tensor:
         return panels.pack(weight)
@@ -253,11 +265,28 @@ class TorchLinear(StackedLinear):
 KINDS = (LiveLinear, PanelLinear, OneDnnLinear, TorchLinear)
 
 
-def choose(
-    target: Target, inputs: int = 0
-) -> type[LiveLinear | PanelLinear | OneDnnLinear | TorchLinear]:
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The kind of layer that runs; and why the kinds before it do not, by their names."""
+
+    kind: type[LiveLinear | PanelLinear | OneDnnLinear | TorchLinear]
+    refusals: dict[str, str]
+
+    def __str__(self) -> str:
+        """The kernel, and why no faster one runs; calling live modules is not faster."""
+        faster = [f"{n}: {why}" for n, why in self.refusals.items() if n != LiveLinear.name]
+        return f"{self.kind.name} ({'; '.join(faster)})" if faster else self.kind.name
+
+
+def choose(target: Target, inputs: int = 0) -> Choice:
     """The kind of layer that is fastest for `target`, of those that take rows of `inputs`."""
-    return next(kind for kind in KINDS if kind.refusal(target, inputs) is None)
+    refusals: dict[str, str] = {}
+    for kind in KINDS:
+        reason = kind.refusal(target, inputs)
+        if reason is None:
+            break
+        refusals[kind.name] = reason
+    return Choice(kind, refusals)
 
 
 def prepare_linear(
@@ -269,8 +298,11 @@ def prepare_linear(
         parts: their outputs stand side by side.
         target: what to prepare them for.
         activation: fused into the layer.
+
+    Raises:
+        UnsupportedModelError: live weights were asked for, and a part has no module.
     """
-    return choose(target, parts[0].weight.shape[1])(parts, target, activation)
+    return choose(target, parts[0].weight.shape[1]).kind(parts, target, activation)
 
 
 def _side_by_side(parts: tuple[Linear, ...]) -> Tensor | None:

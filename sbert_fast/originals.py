@@ -80,12 +80,12 @@ class Originals:
 
     Attributes:
         names: every name that the functions mention; they read no attribute of any other name.
-        problem: which function is not its package's own; None if all are.
+        reason: which function is not its package's own; None if all are.
     """
 
     def __init__(self, classes: Iterable[type], roots: Iterable[str]) -> None:
         self.names: set[str] = set()
-        self.problem: str | None = None
+        self.reason: str | None = None
         self._containers: list[Any] = list(classes)
         self._known: set[tuple[int, str]] = set()
         # Functions of modules; those of classes are among the containers.
@@ -120,9 +120,9 @@ class Originals:
         if cls is None:
             self._add_place(space, name)
         is_builtin = not bodies and value.__name__.strip("_") == name.strip("_")
-        if self.problem is None and not (is_builtin or is_genuine(value, cls)):
+        if self.reason is None and not (is_builtin or is_genuine(value, cls)):
             where = space.get("__name__", "torch") if cls is None else cls.__qualname__
-            self.problem = f"{where}.{name} was replaced"
+            self.reason = f"{where}.{name} was replaced"
         return self._follow(bodies, name)
 
     def _follow(self, bodies: list[FunctionType], name: str) -> set[str]:
@@ -133,8 +133,8 @@ class Originals:
             if body.__kwdefaults__ is not None:
                 self._containers.append(body.__kwdefaults__)
             defaults = body.__defaults__, dict(body.__kwdefaults__ or {})
-            if _defaults.setdefault(body, defaults) != defaults and self.problem is None:
-                self.problem = f"the defaults of {name} were changed"
+            if _defaults.setdefault(body, defaults) != defaults and self.reason is None:
+                self.reason = f"the defaults of {name} were changed"
             names = names_in(body.__code__)
             mentioned |= names
             for other in names:

@@ -7,7 +7,6 @@ first layer and unpacked once after the last. Poolers and heads run as they are.
 
 from __future__ import annotations
 
-import types
 from collections import Counter
 from typing import Literal
 
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sbert_fast import models
+from sbert_fast import bypass, models
 from sbert_fast.arguments import parse_dtype
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import UnsupportedModelError
@@ -48,8 +47,7 @@ def candidates(model: nn.Module) -> dict[str, nn.Module]:
 def refusal(module: nn.Module) -> str | None:
     """Why a base model cannot be accelerated; None where it can."""
     forward = module.__dict__.get("forward")
-    own = types.MethodType(type(module).forward, module)
-    if forward is not None and forward != own and not isinstance(forward, PackedForward):
+    if bypass.is_replaced(module, "forward"):
         return f"{type(module).__name__}.forward was replaced on this instance by {forward!r}"
     return models.refusal(module)
 
@@ -109,7 +107,7 @@ def accelerate(
     if all(reasons.values()):
         why = (
             "; ".join(dict.fromkeys(filter(None, reasons.values())))
-            or "it holds no model of transformers"
+            or "it contains no transformers model"
         )
         raise UnsupportedModelError(f"{type(model).__name__} cannot be accelerated: {why}")
     engines = [

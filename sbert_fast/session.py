@@ -11,13 +11,14 @@ from typing import Any, Literal
 
 import torch
 from sentence_transformers import SentenceTransformer
+from torch import nn
 from tqdm.autonotebook import tqdm
 
 from sbert_fast import bypass, forking, ops, results
 from sbert_fast.arguments import DEFAULT_BATCH_SIZE, Chunk, DefaultBatchSize
 from sbert_fast.assembly import Assembly, Unsupported, Where
 from sbert_fast.call import Call
-from sbert_fast.errors import DeviceLostError
+from sbert_fast.errors import DeviceLostError, SbertFastError
 from sbert_fast.inference import Pipeline, Request
 from sbert_fast.stats import Counters
 from sbert_fast.transfer import device_error
@@ -71,7 +72,7 @@ class Session:
                 return found
             self.assembly = assembly = Assembly(model, where(), self._impl, assembly)
             found = assembly.prepare(where)
-        return found or Unsupported("the model changes while it is read")
+        return found or Unsupported("the model kept changing while it was being read")
 
     def ready(
         self, model: SentenceTransformer, device: str | torch.device | None
@@ -79,27 +80,44 @@ class Session:
         """What runs a call; the check is made once for the call.
 
         Args:
-            model: the model, which is moved and put into eval mode.
+            model: the model, which is moved and put into eval mode; not where it is refused.
             device: where to run it; None for where it is.
 
         Raises:
+            ValueError, ImplementationError, InvalidWeightsError: the model cannot run there.
             DeviceLostError: the device failed, now or earlier.
         """
         with self._on_device(model):
-            if device is not None:
-                _move(model, device)
+            # It may be an alias of the present one: "cpu:0" is "cpu".
+            place = model.device if device is None else torch.empty(0, device=device).device
             if bypass.is_transformed():
+                _move(model, place)
                 return Unsupported("a mode or transform of torch is on", counts=False)
             forking.settle()
-            found = self.pipeline(model)
-            if isinstance(found, Pipeline) and (model.training or found.engine.admitted.drops):
-                model.eval()
-                found = self.pipeline(model)
+            found = self._placed(model, place)
         if isinstance(found, Unsupported):
             return found
         admitted = found.engine.admitted
         reason = admitted.inside or admitted.around or bypass.global_reason()
         return found if reason is None else Unsupported(reason)
+
+    def _placed(self, model: SentenceTransformer, place: torch.device) -> Pipeline | Unsupported:
+        """What runs the model on `place`, where it is moved; errors as for :meth:`ready`."""
+        if place == model.device:
+            return self._in_eval_mode(model)
+        # It raises what needs no prepared weights to be known.
+        Assembly(model, self._where(model, place), self._impl, self.assembly)
+        with _undone_if_refused(model):
+            _move(model, place)
+            return self._in_eval_mode(model)
+
+    def _in_eval_mode(self, model: SentenceTransformer) -> Pipeline | Unsupported:
+        found = self.pipeline(model)
+        if isinstance(found, Pipeline) and (model.training or found.engine.admitted.drops):
+            with _undone_if_refused(model):
+                model.eval()
+                return self.pipeline(model)
+        return found
 
     def run(
         self, model: SentenceTransformer, pipeline: Pipeline, texts: list[str], call: Call
@@ -170,8 +188,9 @@ class Session:
         if unsupported.counts and self.counters.add_fallback(reason):
             logger.warning("encode runs in sentence-transformers, unaccelerated: %s", reason)
 
-    def _where(self, model: SentenceTransformer) -> Where:
-        dtype, device = self._dtype, model.device
+    def _where(self, model: SentenceTransformer, device: torch.device | None = None) -> Where:
+        """Where the model runs once it is on `device`; None for where it is."""
+        dtype, device = self._dtype, model.device if device is None else device
         if dtype is None and not self._keeps_dtype and device.type == "cuda":
             first = next(model.parameters(), None)
             dtype = torch.float16 if first is not None and first.dtype == torch.float32 else None
@@ -200,15 +219,39 @@ class Session:
                 if lost is None:
                     raise
                 self.lost, cause = lost, error
-        told = f"{model.device} cannot be used by this process any more, restart it: {self.lost}"
+        told = f"{model.device} is unusable in this process; restart the process: {self.lost}"
         raise DeviceLostError(told) from cause
 
 
 @torch.inference_mode(False)
-def _move(model: SentenceTransformer, device: str | torch.device) -> None:
-    """Move to `device`, which may be an alias of the present one: "cpu:0" is "cpu"."""
-    if torch.empty(0, device=device).device != model.device:
+def _move(model: SentenceTransformer, device: torch.device) -> None:
+    if device != model.device:
         model.to(device)
+
+
+@contextmanager
+def _undone_if_refused(model: nn.Module) -> Iterator[None]:
+    """Give the model its tensors and modes of before again if an error of ours, or a lack of
+    memory, ends the block."""
+    with torch.inference_mode(False):
+        modules = [
+            (module, module.training, dict(module._parameters), dict(module._buffers))
+            for module in model.modules()
+        ]
+        parameters = list(model.parameters())
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        contents = [(tensor, tensor.data) for tensor in (*parameters, *grads)]
+    try:
+        yield
+    except (SbertFastError, ValueError, torch.OutOfMemoryError):
+        for module, training, own_parameters, own_buffers in modules:
+            module.training = training
+            module._parameters.update(own_parameters)
+            module._buffers.update(own_buffers)
+        with torch.inference_mode(False):
+            for tensor, data in contents:
+                tensor.data = data
+        raise
 
 
 def _prompt_tokens(model: SentenceTransformer, pipeline: Pipeline, prompt: str) -> int:

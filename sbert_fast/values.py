@@ -45,18 +45,18 @@ def check_model(argument: str, model: str) -> None:
     """
     if any((Path(model) / name).is_file() for name in MODEL_FILES):
         return
-    problem: str | None = None
+    reason: str | None = None
     kind: type[ValueError] = ValueError
     if not model:
-        problem = "it is empty"
+        reason = "it is empty"
     elif Path(model).is_dir():
-        problem = f"the folder holds none of {', '.join(MODEL_FILES)}"
+        reason = f"the folder holds none of {', '.join(MODEL_FILES)}"
     elif Path(model).exists():
-        problem, kind = "that is a file", ModelFileError
+        reason, kind = "that is a file", ModelFileError
     elif not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
-        problem, kind = "there is no such folder", MissingModelError
-    if problem is not None:
+        reason, kind = "there is no such folder", MissingModelError
+    if reason is not None:
         raise kind(
             f"{argument} must be a folder with a model or a name on the Hugging Face Hub, "
-            f"got {shown(model)}: {problem}"
+            f"got {shown(model)}: {reason}"
         )

@@ -31,7 +31,6 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 _PUNCTUATION = ".,;:!?'\"()-"
 _BERT_SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 _ROBERTA_SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-ROBERTA_LIKE = ("roberta", "xlm-roberta", "camembert")
 
 _SIZES = {
     "hidden_size": 64,
@@ -49,16 +48,48 @@ _DISTILBERT_NAMES = {
 
 
 @dataclass(frozen=True)
+class Family:
+    """What tests have to know of a family.
+
+    Attributes:
+        overrides: what its config has that differs from the base sizes.
+        names: of config fields, where it calls them otherwise than BERT.
+        is_like_roberta: its special tokens are RoBERTa's, and positions start after the padding id.
+        has_types: its tokenizer gives token types.
+        measures_distances: as of `EncoderWeights`: no mask may have gaps.
+        walk: the variant that random walks draw; None leaves the family to one it is laid out like.
+    """
+
+    overrides: dict[str, Any] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    is_like_roberta: bool = False
+    has_types: bool = False
+    measures_distances: bool = False
+    walk: str | None = None
+
+
+# Keyed on `config.model_type`.
+FAMILIES: dict[str, Family] = {
+    "bert": Family(has_types=True, walk="bert"),
+    "roberta": Family(is_like_roberta=True, walk="roberta"),
+    "xlm-roberta": Family(is_like_roberta=True),
+    "camembert": Family(is_like_roberta=True),
+    "distilbert": Family(names=_DISTILBERT_NAMES, walk="distilbert"),
+    "electra": Family({"embedding_size": 64}, has_types=True, walk="electra-projection"),
+    "modernbert": Family({"local_attention": 16}, measures_distances=True, walk="modernbert"),
+}
+ROBERTA_LIKE = [name for name, family in FAMILIES.items() if family.is_like_roberta]
+WITHOUT_DISTANCES = [name for name, family in FAMILIES.items() if not family.measures_distances]
+
+
+@dataclass(frozen=True)
 class Variant:
-    """A family (`config.model_type`) and what its config has that differs from the base sizes."""
+    """A family, and what its config has that differs from those of the others."""
 
     family: str
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
-FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "modernbert")
-# Whose attention measures no distances: a mask may have gaps.
-WITHOUT_WINDOWS = tuple(name for name in FAMILIES if name != "modernbert")
 VARIANTS: dict[str, Variant] = {name: Variant(name) for name in FAMILIES} | {
     "bert-gelu-new": Variant("bert", {"hidden_act": "gelu_new"}),
     "bert-gelu-pytorch-tanh": Variant("bert", {"hidden_act": "gelu_pytorch_tanh"}),
@@ -67,12 +98,11 @@ VARIANTS: dict[str, Variant] = {name: Variant(name) for name in FAMILIES} | {
     "roberta-one-type": Variant("roberta", {"type_vocab_size": 1, "layer_norm_eps": 1e-5}),
     "distilbert-gelu-new": Variant("distilbert", {"hidden_act": "gelu_new"}),
     "electra-projection": Variant("electra", {"embedding_size": 40}),
-    "modernbert": Variant("modernbert", {"local_attention": 16}),
 }
 
 
 def _vocabulary(family: str) -> dict[str, int]:
-    specials = _ROBERTA_SPECIALS if family in ROBERTA_LIKE else _BERT_SPECIALS
+    specials = _ROBERTA_SPECIALS if FAMILIES[family].is_like_roberta else _BERT_SPECIALS
     letters = [*_LETTERS, *(f"##{letter}" for letter in _LETTERS)]
     pieces = dict.fromkeys([*specials, *_PUNCTUATION, *letters, "##s", "##ing", "##ed", *_WORDS])
     return {piece: index for index, piece in enumerate(pieces)}
@@ -83,21 +113,19 @@ def make_config(name: str, **overrides: Any) -> Any:
 
     Args:
         name: a key of `VARIANTS`.
-        **overrides: BERT's names of config fields, translated for DistilBERT.
+        **overrides: BERT's names of config fields, translated for families with names of their own.
     """
     variant = VARIANTS[name]
-    roberta = variant.family in ROBERTA_LIKE
+    family = FAMILIES[variant.family]
+    roberta = family.is_like_roberta
     values = _SIZES | {
         "model_type": variant.family,
         "vocab_size": len(_vocabulary(variant.family)),
         "pad_token_id": 1 if roberta else 0,
         "max_position_embeddings": MAX_TOKENS + (2 if roberta else 0),
     }
-    if variant.family == "electra":
-        values["embedding_size"] = values["hidden_size"]
-    values |= variant.overrides | overrides
-    if variant.family == "distilbert":
-        values = {_DISTILBERT_NAMES.get(key, key): value for key, value in values.items()}
+    values |= family.overrides | variant.overrides | overrides
+    values = {family.names.get(key, key): value for key, value in values.items()}
     return transformers.AutoConfig.for_model(**values)
 
 
@@ -137,7 +165,7 @@ def make_tokenizer(name: str) -> transformers.PreTrainedTokenizerFast:
     """A lower-casing WordPiece tokenizer with the special tokens and inputs of the family."""
     family = VARIANTS[name].family
     vocabulary = _vocabulary(family)
-    roberta = family in ROBERTA_LIKE
+    roberta = FAMILIES[family].is_like_roberta
     if roberta:
         start, pad, end, unknown, mask = _ROBERTA_SPECIALS
         pair = f"{start} $A {end} {end} $B {end}"
@@ -153,7 +181,7 @@ def make_tokenizer(name: str) -> transformers.PreTrainedTokenizerFast:
         special_tokens=[(start, vocabulary[start]), (end, vocabulary[end])],
     )
     inputs = ["input_ids", "attention_mask"]
-    if family in ("bert", "electra"):
+    if FAMILIES[family].has_types:
         inputs.insert(1, "token_type_ids")
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -240,7 +268,7 @@ def make_batch(
     vocabulary = _vocabulary(VARIANTS[name].family)
     generator = torch.Generator().manual_seed(seed)
     width = padded_to or max(lengths)
-    pad = 1 if VARIANTS[name].family in ROBERTA_LIKE else 0
+    pad = 1 if FAMILIES[VARIANTS[name].family].is_like_roberta else 0
     ids = torch.full((len(lengths), width), pad)
     for row, length in enumerate(lengths):
         ids[row, :length] = torch.randint(5, len(vocabulary), (length,), generator=generator)

@@ -49,6 +49,7 @@ def test_doctor_where_nothing_is_built(
     report = json.loads(capsys.readouterr().out)
     assert report["libraries"]["_C"] == {"path": None, "reason": "was not built"}
     assert report["libraries"]["_host"]["path"] is None
+    assert "(panels: the C++ ops do not run" in report["linear layers"]["cpu float32"]
     assert report["build"] is None
     assert all(row["implementation"] == "reference" for row in report["ops"])
 

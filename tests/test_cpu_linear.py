@@ -12,6 +12,7 @@ from torch import Tensor
 
 from guarded import before_a_guard
 from sbert_fast import linears
+from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.linears import PanelLinear, PreparedNorm, Target
 from sbert_fast.models.base import Linear
 from sbert_fast.ops import extension, panels
@@ -187,12 +188,34 @@ def test_bfloat16_runs_on_panels_where_tiles_or_dot_products_are(isa: str) -> No
     if isa == "amx_bf16":
         assert PanelLinear.refusal(target, 384) is None
         assert PanelLinear.refusal(target, 38) is None
-        assert odd == "37 inputs are an odd number"
+        assert odd == "the number of inputs (37) is odd"
     elif isa == "avx512_bf16" and "amx_bf16" not in ISAS:
-        assert odd == "37 inputs are an odd number"
+        assert odd == "the number of inputs (37) is odd"
     else:
         assert odd is not None
         assert odd.startswith("oneDNN is faster w")
+
+
+@every_isa
+@every_dtype
+def test_what_is_chosen_says_why_nothing_before_it_is(isa: str, dtype: torch.dtype) -> None:
+    target = Target(dtype, CPU)
+    choice = linears.choose(target, 37)
+    before = linears.KINDS[: linears.KINDS.index(choice.kind)]
+    assert choice.kind.refusal(target, 37) is None
+    assert choice.refusals == {kind.name: kind.refusal(target, 37) for kind in before}
+    assert str(choice).startswith(choice.kind.name)
+    told = [f"{name}: {why}" for name, why in choice.refusals.items() if name != "live"]
+    assert str(choice) == f"{choice.kind.name} ({'; '.join(told)})".removesuffix(" ()")
+
+
+def test_live_weights_are_chosen_before_all_else_and_need_their_modules() -> None:
+    target = Target(torch.float32, CPU, live=True)
+    assert linears.choose(target) == linears.Choice(linears.LiveLinear, {})
+    part = as_part(torch.randn(30, 64), None, torch.float32)
+    parts = part, Linear(part.weight, None)
+    with pytest.raises(UnsupportedModelError, match=r"that of \(30, 64\) has none"):
+        linears.prepare_linear(parts, target)
 
 
 @every_dtype

@@ -10,10 +10,12 @@ import torch
 import families
 from patched import LENGTHS
 from planted_gpu import LOADED, plant
-from sbert_fast import FastEncoder, accelerate, explain, ops
+from sbert_fast import FastEncoder, accelerate, explain, linears, ops
 from sbert_fast.engine import PackedEncoder
+from sbert_fast.linears import Target
 from sbert_fast.ops import choices, dispatch, extension
 
+CPU = torch.device("cpu")
 # Of a library that loads where it finds no GPU.
 NO_GPU = "torch finds no NVIDIA GPU: there is none, or its driver is missing or too old"
 
@@ -122,6 +124,21 @@ def test_explain_a_model() -> None:
     assert "accelerated (bert): float32 on cpu, ops: reference (asked for by impl" in text
     assert "packed calls: 1" in text
     assert "1 x gradients are recorded" in text
+
+
+def test_explain_tells_the_kernels_of_linear_layers() -> None:
+    model = families.make_model("bert", hidden_size=52, num_attention_heads=2, intermediate_size=37)
+    engine = PackedEncoder(model, dtype=torch.bfloat16)
+    expected = [linears.choose(Target(torch.bfloat16, CPU), inputs) for inputs in (52, 37)]
+    assert engine.linears() == (expected if expected[0] != expected[1] else expected[:1])
+    told = explain(accelerate(model, dtype=torch.bfloat16))
+    assert f"; linear: {'; '.join(map(str, engine.linears()))}" in told
+
+
+def test_explain_tells_why_no_panels_run() -> None:
+    model = accelerate(families.make_model("bert"), impl="reference")
+    (told,) = (line for line in explain(model).splitlines() if "accelerated" in line)
+    assert "(panels: the C++ ops do not run" in told.partition("; linear: ")[2]
 
 
 def test_explain_a_fast_encoder() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ import torch
 import families
 from checks import cosine_distances
 from packed import assert_same, packed_states, reference_states, texts_of
-from sbert_fast import ops
+from sbert_fast import linears, ops
 from sbert_fast.engine import PackedEncoder
+from sbert_fast.layers import attention_options, required_ops
 
 CPU = torch.device("cpu")
 RUNNABLE = [i for i in ops.IMPLEMENTATIONS if ops.refusal(i, CPU, torch.float32) is None]
@@ -21,14 +24,22 @@ OFFSET_FAMILIES = [n for n, v in families.VARIANTS.items() if v.family in famili
 TYPED = [n for n in families.VARIANTS if families.make_config(n).to_dict().get("type_vocab_size")]
 
 
+def _implementations(name: str) -> list[str]:
+    """Those that have every op of a variant; and, where one lacks some, `auto`, a mixture."""
+    required = PackedEncoder(families.make_model(name)).required_ops()
+
+    def lacks(implementation: str, op: str, how: dict[str, Any]) -> bool:
+        needs = (*how.get("needs", ()), *(n for n, v in how.get("options", {}).items() if v))
+        place = CPU, torch.float32, how.get("head_dim")
+        return ops.refusal(implementation, *place, op, needs) is not None
+
+    whole = [i for i in RUNNABLE if not any(lacks(i, op, how) for op, how in required)]
+    return whole if whole == RUNNABLE else [*whole, "auto"]
+
+
 every_case = pytest.mark.parametrize(
     ("name", "impl"),
-    [
-        (name, impl)
-        for name in families.VARIANTS
-        # Kernels of ours do not run all of it yet: `auto` mixes them with the reference.
-        for impl in (["reference", "auto"] if name == "modernbert" else RUNNABLE)
-    ],
+    [(name, impl) for name in families.VARIANTS for impl in _implementations(name)],
 )
 
 
@@ -38,6 +49,42 @@ def test_fp32_gives_the_vectors_of_the_original(name: str, impl: str) -> None:
     batch = families.make_batch(name, LENGTHS)
     expected = reference_states(model, batch)
     assert_same(packed_states(PackedEncoder(model, impl=impl), batch), expected)
+
+
+@pytest.mark.parametrize("name", families.VARIANTS)
+def test_the_ops_that_run_are_those_required(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Other linear layers norm and activate their output themselves.
+    monkeypatch.setattr(linears, "KINDS", (linears.TorchLinear,))
+    engine = PackedEncoder(families.make_model(name))
+    packed_states(engine, families.make_batch(name, LENGTHS))
+    pooling = {"norm_pool_out", "segment_pool_out"}
+    launched = {op for op, _ in ops.launches()}
+    assert launched == {op for op, _ in engine.required_ops()} - pooling
+
+
+def test_ops_are_required_of_every_layer() -> None:
+    weights = PackedEncoder(families.make_model("modernbert")).admitted.weights
+    first, second, third = weights.layers
+    second = replace(
+        second,
+        attention=replace(second.attention, causal=True),
+        feed_forward=replace(second.feed_forward, gated=False),
+        feed_forward_norm=replace(second.feed_forward_norm, rms=True),
+    )
+    third = replace(third, attention_norm=replace(third.attention_norm, rms=True))
+    found = list(required_ops(replace(weights, layers=(first, second, third))))
+    causal = attention_options(second.attention)
+    plain, rms = ({"width": 64, "options": {"rms": rms}} for rms in (False, True))
+    expected = [
+        ("varlen_attention", attention_options(first.attention)),
+        ("varlen_attention", causal),
+        *(("add_norm_sum", norm) for norm in (plain, rms)),
+        ("gated_activation", {"width": 96}),
+        ("bias_gelu", {"width": 96}),
+        ("add_norm", plain),
+    ]
+    assert all(each in found for each in expected)
+    assert all(each in expected for each in found)
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
@@ -98,11 +145,12 @@ def test_float16_loses_no_more_than_twice_what_the_original_loses(name: str) -> 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_architecture(name: str) -> None:
-    architecture = PackedEncoder(families.make_model(name)).architecture
+    engine = PackedEncoder(families.make_model(name))
+    architecture, family = engine.architecture, families.FAMILIES[name]
     assert architecture.family == name
+    assert engine.admitted.weights.measures_distances == family.measures_distances
     assert architecture.max_tokens == families.MAX_TOKENS
     assert (architecture.hidden_size, architecture.num_heads, architecture.head_dim) == (64, 4, 16)
     assert (architecture.num_layers, architecture.intermediate_size) == (3, 96)
-    offset = name in families.ROBERTA_LIKE
-    assert architecture.position_offset == (2 if offset else 0)
-    assert architecture.uncounted_id == (1 if offset else None)
+    assert architecture.position_offset == (2 if family.is_like_roberta else 0)
+    assert architecture.uncounted_id == (1 if family.is_like_roberta else None)

@@ -70,7 +70,7 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("emulated_cuda")
 @every_dtype
-@pytest.mark.parametrize("name", [*families.WITHOUT_WINDOWS, "capability 9.0"])
+@pytest.mark.parametrize("name", [*families.WITHOUT_DISTANCES, "capability 9.0"])
 def test_engine_on_cuda_kernels(
     name: str,
     dtype: torch.dtype,

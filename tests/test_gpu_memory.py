@@ -154,7 +154,7 @@ class TestLostDevice:
     ) -> None:
         encoder = FastEncoder(st_minilm)
         monkeypatch.setattr(session, "device_error", lambda device: "CUDA error: illegal")
-        message = "^cpu cannot be used by this process any more, restart it: CUDA error: illegal$"
+        message = "^cpu is unusable in this process; restart the process: CUDA error: illegal$"
         for output_value in ("sentence_embedding", "token_embeddings", "sentence_embedding"):
             with pytest.raises(DeviceLostError, match=message):
                 encoder.encode(TEXTS, output_value=output_value)
@@ -171,7 +171,7 @@ class TestLostDevice:
         monkeypatch.setattr(PackedEncoder, "current", current)
         monkeypatch.setattr(session, "device_error", lambda device: "CUDA error: illegal")
         for device in (None, "meta"):
-            with pytest.raises(DeviceLostError, match="cannot be used by this process any more"):
+            with pytest.raises(DeviceLostError, match="is unusable in this process"):
                 encoder.encode(TEXTS, device=device)
         assert encoder.device.type == "cpu"
 

@@ -33,7 +33,7 @@ def _without_pooler(name: str) -> tuple[Any, Any]:
     return original, accelerate(copy.deepcopy(original))
 
 
-@pytest.mark.parametrize("name", families.WITHOUT_WINDOWS)
+@pytest.mark.parametrize("name", families.WITHOUT_DISTANCES)
 @pytest.mark.parametrize("given", ["ids", "embeddings"])
 def test_left_padding_where_nobody_reads_it(name: str, given: str) -> None:
     original, model = _without_pooler(name)

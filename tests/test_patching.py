@@ -45,7 +45,7 @@ def test_any_kind_of_2d_mask(dtype: torch.dtype | None) -> None:
     assert_packed("bert", batch)
 
 
-@pytest.mark.parametrize("name", families.WITHOUT_WINDOWS)
+@pytest.mark.parametrize("name", families.WITHOUT_DISTANCES)
 def test_holes_in_the_mask(name: str) -> None:
     batch = families.make_batch(name, LENGTHS)
     batch["attention_mask"][0, 3:5] = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,10 @@ from sentence_transformers import SentenceTransformer
 
 from families import make_sentence_transformer, make_texts
 from sbert_fast import FastEncoder, assembly
+from sbert_fast.errors import ImplementationError, InvalidWeightsError
+from sbert_fast.inference import Pipeline
+from sbert_fast.ops import extension
+from sbert_fast.session import Session
 from sbert_fast.stats import EncoderStats
 
 TEXTS = make_texts(4)
@@ -60,9 +65,88 @@ def test_a_refused_call_touches_nothing(
         monkeypatch.setattr(owner, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
     with pytest.raises((ValueError, TypeError)):
         encoder.encode(**{"inputs": TEXTS, "device": "meta", **arguments})
-    assert {parameter.device.type for parameter in encoder.parameters()} == {"cpu"}
+    assert_untouched(encoder)
+
+
+def assert_untouched(encoder: FastEncoder) -> None:
+    """As the encoder was made: on a CPU, in training, and nothing has run."""
+    tensors = [*encoder.parameters(), *encoder.buffers()]
+    assert {tensor.device.type for tensor in tensors} == {"cpu"}
     assert all(module.training for module in encoder.modules())
     assert encoder.stats == EncoderStats()
+
+
+def _shorten(encoder: FastEncoder) -> None:
+    encoder.max_seq_length = 1
+
+
+def _lengthen(encoder: FastEncoder) -> None:
+    encoder.max_seq_length = 1000
+
+
+def _spoil(encoder: FastEncoder) -> None:
+    with torch.no_grad():
+        next(encoder.parameters())[0, 0] = torch.nan
+
+
+def _leave(encoder: FastEncoder) -> None:
+    pass
+
+
+needs_cpu_ops = pytest.mark.skipif(not extension.CPU.available, reason=str(extension.CPU.reason))
+# How the encoder is asked to run, what is done to it, the device of the call, and the refusal.
+REFUSED_MODELS = {
+    "max_seq_length below the special tokens": ("auto", _shorten, "meta", ValueError),
+    "max_seq_length beyond the positions": ("auto", _lengthen, "meta", ValueError),
+    "impl": pytest.param("cpu", _leave, "meta", ImplementationError, marks=needs_cpu_ops),
+    "weights": ("auto", _spoil, "cpu", InvalidWeightsError),
+    "weights on another device": pytest.param(
+        "auto", _spoil, "cuda", InvalidWeightsError, marks=pytest.mark.gpu
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("impl", "change", "device", "error"), REFUSED_MODELS.values(), ids=REFUSED_MODELS
+)
+def test_a_call_that_its_model_refuses_touches_nothing(
+    impl: str,
+    change: Callable[[FastEncoder], None],
+    device: str,
+    error: type[Exception],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(assembly, "DEVICES", (*assembly.DEVICES, "meta"))
+    encoder = FastEncoder(make_sentence_transformer(), impl=impl).train()
+    change(encoder)
+    with pytest.raises(error):
+        encoder.encode(TEXTS, device=device)
+    assert_untouched(encoder)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_only_preparing_can_tell_leaves_the_model_as_it_was(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = Session.pipeline
+
+    def prepare(session: Session, model: SentenceTransformer) -> Pipeline | assembly.Unsupported:
+        if model.device.type == "cpu" and model.training:
+            return pipeline(session, model)
+        raise InvalidWeightsError("NaN")
+
+    monkeypatch.setattr(assembly, "DEVICES", (*assembly.DEVICES, "meta"))
+    encoder = FastEncoder(make_sentence_transformer(), impl="reference")
+    expected = encoder.encode(TEXTS)
+    sum(parameter.sum() for parameter in encoder.train().parameters()).backward()
+    gradients = [parameter.grad.clone() for parameter in encoder.parameters()]
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "pipeline", prepare)
+        with pytest.raises(InvalidWeightsError):
+            encoder.encode(TEXTS, device=device)
+    assert all(module.training for module in encoder.modules())
+    assert all(map(torch.equal, (p.grad for p in encoder.parameters()), gradients))
+    assert (encoder.encode(TEXTS) == expected).all()
 
 
 def test_a_call_that_workers_run_moves_nothing(

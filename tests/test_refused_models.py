@@ -160,9 +160,9 @@ def test_a_path_object_is_a_path(minilm_path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "problem"),
+    ("model", "reason"),
     [("", "it is empty"), ("/nowhere/at all", "there is no such folder"), (__file__, "a file")],
 )
-def test_what_is_no_model_is_named(model: str, problem: str) -> None:
-    with pytest.raises(ValueError, match=f"model_name_or_path must be .* got .*: .*{problem}"):
+def test_what_is_no_model_is_named(model: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"model_name_or_path must be .* got .*: .*{reason}"):
         FastEncoder(model)

@@ -97,7 +97,7 @@ def _encode_packed(st: SentenceTransformer, texts: list[str], dtype: str) -> np.
     launches = ops.launches()
     engine = encoder.packed_engine
     expected = {"embed_norm": 1, "varlen_attention": layers, "segment_pool_out": 1}
-    match choose(Target(engine.compute_dtype, engine.device)).name:
+    match choose(Target(engine.compute_dtype, engine.device)).kind.name:
         case "panels":
             expected |= {"linear": 2 * layers, "linear_norm": 2 * layers}
         case "onednn":

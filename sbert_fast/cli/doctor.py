@@ -190,14 +190,15 @@ def _build() -> dict[str, Any] | None:
 
 
 def _linears() -> dict[str, str]:
-    """What linear layers run on: panels (the C++ ops), onednn (prepacked), or torch."""
+    """What linear layers run on, and why on nothing faster: panels (the C++ ops), onednn
+    (prepacked), or torch."""
     import torch
 
     from sbert_fast.linears import Target, choose
 
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     return {
-        f"{device} {str(dtype)[6:]}": choose(Target(dtype, torch.device(device))).name
+        f"{device} {str(dtype)[6:]}": str(choose(Target(dtype, torch.device(device))))
         for device in devices
         for dtype in (torch.float32, torch.bfloat16)
     }

@@ -151,17 +151,17 @@ def _formats(args: argparse.Namespace) -> tuple[str, str]:
     source = args.input_format or _by_extension(args.input, tuple(readers.FORMATS), "txt", "input")
     target = args.output_format or _by_extension(args.output, OUTPUT_FORMATS, "jsonl", "output")
     scaled = args.precision in ("int8", "uint8")
-    problem = None
+    reason = None
     if args.input == "-" and source == "parquet":
-        problem = "a Parquet file cannot be read from standard input: name the file"
+        reason = "a Parquet file cannot be read from standard input: name the file"
     elif args.output == "-" and target != "jsonl":
-        problem = f"{target} cannot be written to standard output: name a file with -o"
+        reason = f"{target} cannot be written to standard output: name a file with -o"
     elif args.ranges and not scaled:
-        problem = f"--ranges goes with --precision int8 or uint8, got {args.precision}"
+        reason = f"--ranges goes with --precision int8 or uint8, got {args.precision}"
     elif args.output == "-" and scaled and not args.ranges:
-        problem = f"{args.precision} on standard output needs --ranges: there is no file beside it"
-    if problem:
-        raise argparse.ArgumentError(None, problem)
+        reason = f"{args.precision} on standard output needs --ranges: there is no file beside it"
+    if reason:
+        raise argparse.ArgumentError(None, reason)
     return source, target
 
 

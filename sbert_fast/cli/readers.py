@@ -84,8 +84,8 @@ class Reader(ABC):
             return None
         return min(1.0, self.bytes_read / status.st_size)
 
-    def error(self, number: int, problem: str) -> RowError:
-        return RowError(f"{self.name}: {self.unit} {number}: {problem}")
+    def error(self, number: int, reason: str) -> RowError:
+        return RowError(f"{self.name}: {self.unit} {number}: {reason}")
 
     def _lines(self) -> Iterator[tuple[int, str]]:
         r"""Numbered lines with their ends: `\n`, `\r\n` or `\r`. U+2028 and the like are text."""

@@ -83,8 +83,8 @@ def read(model: nn.Module) -> tuple[Architecture, EncoderWeights]:
     """
     cls = _class_of(model)
     family, found = FAMILIES[cls.__name__], originals_of(model)
-    if found.problem is not None:
-        raise UnsupportedModelError(found.problem)
+    if found.reason is not None:
+        raise UnsupportedModelError(found.reason)
     try:
         architecture, weights = family.architecture(model), family.weights(model)
     except AttributeError as error:

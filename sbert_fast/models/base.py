@@ -72,12 +72,12 @@ class Attention:
     """Self-attention.
 
     Attributes:
-        qkv: query, key and value; or one layer that has them side by side, in this order.
+        qkv: query, key and value; or one layer that produces all three, concatenated in this order.
         output: the projection of what the heads have attended to.
         heads, kv_heads, head_dim: as usual; consecutive query heads share a head of keys.
         scale: factor of the logits.
         relative_bias, rotary: None where there is none.
-        window: a token sees the tokens that many to the left and right; None is all of them.
+        window: how many tokens a token sees on each side; None is all of them.
         causal: a token sees none to the right.
     """
 
@@ -156,6 +156,14 @@ class EncoderWeights:
         """Every parameter, and the buffers that are read, in a fixed order."""
         return (value for value in _values(self) if isinstance(value, Tensor))
 
+    def linears(self) -> Iterator[Linear]:
+        """Every linear layer, in the order in which they run."""
+        if self.embeddings.projection is not None:
+            yield self.embeddings.projection
+        for layer in self.layers:
+            attention, feed_forward = layer.attention, layer.feed_forward
+            yield from (*attention.qkv, attention.output, *feed_forward.up, feed_forward.down)
+
     def identity(self) -> tuple[object, ...]:
         """What prepared weights are derived from, but for the contents of the parameters."""
         return tuple(id(v) if isinstance(v, Tensor) else v for v in _values(self))
@@ -214,6 +222,12 @@ def _values(node: object) -> Iterator[object]:
             yield from _values(getattr(node, field.name))
     else:
         yield node
+
+
+def is_in_pooler(name: str) -> bool:
+    """Whether a module or tensor of a base model, called `name`, is the pooler or a part of it,
+    which no packed pass stands for."""
+    return name.partition(".")[0] == "pooler"
 
 
 def linear(module: nn.Module) -> Linear:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sbert_fast.errors import InvalidWeightsError, UnsupportedModelError
-from sbert_fast.models.base import Architecture, EncoderWeights
+from sbert_fast.models.base import Architecture, EncoderWeights, is_in_pooler
 from sbert_fast.ops.contracts import MAX_HEAD_DIM, MIN_HEAD_DIM
 from sbert_fast.originals import is_genuine
 
@@ -78,7 +78,7 @@ def _check_parameters(model: nn.Module, weights: EncoderWeights) -> None:
         raise UnsupportedModelError("a weight is not among the parameters of the model")
     for name, parameter in model.named_parameters():
         if id(parameter) not in known:
-            if name.startswith("pooler."):
+            if is_in_pooler(name):
                 continue
             raise UnsupportedModelError(f"unknown parameter {name!r} (an adapter?)")
         if not parameter.is_floating_point():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sbert_fast.bypass import is_replaced
 from sbert_fast.errors import UnsupportedModelError
-from sbert_fast.models.base import EncoderWeights
+from sbert_fast.models.base import EncoderWeights, is_in_pooler
 
 # What adapters read themselves, what bypass.py looks at, and what changes nothing without training.
 _FREE = frozenset(
@@ -79,7 +79,7 @@ def check_attributes(model: nn.Module, cls: type, names: Set[str], weights: Enco
     config: Any = model.config
     twins = _twin(cls, config)
     for name, module in model.named_modules():
-        if name.partition(".")[0] == "pooler":
+        if is_in_pooler(name):
             continue
         twin = twins.get(name) or twins.get(re.sub(r"\.\d+", ".0", name))
         if twin is None or (type(module) is not type(twin) and name):

@@ -1,4 +1,4 @@
-"""Copies between host and GPU: one for what a batch needs, one for what a window gives."""
+"""Copies between host and GPU: one for what a batch needs, one for what a slice gives."""
 
 from __future__ import annotations
 

@@ -288,10 +288,10 @@ def test_chunks_know_where_they_begin() -> None:
     chunk = Chunk(range(100), checks=False)
     part = chunk[30:60][2:9]
     assert part == list(range(32, 39))
-    assert (part.first, part.checks) == (32, False)
-    assert (chunk[:7].first, chunk[-5:].first, chunk[3]) == (0, 95, 3)
+    assert (part.offset, part.checks) == (32, False)
+    assert (chunk[:7].offset, chunk[-5:].offset, chunk[3]) == (0, 95, 3)
     again = pickle.loads(pickle.dumps(part))
-    assert (again, again.first, again.checks) == (part, 32, False)
+    assert (again, again.offset, again.checks) == (part, 32, False)
 
 
 # Distributed inference (sentence-transformers 6.2 and later)

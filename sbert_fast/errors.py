@@ -14,11 +14,11 @@ class InputError(SbertFastError, TypeError, ValueError):
 
 
 class MissingModelError(SbertFastError, FileNotFoundError, ValueError):
-    """A path where there is nothing."""
+    """A model path that does not exist."""
 
 
 class ModelFileError(SbertFastError, NotADirectoryError, ValueError):
-    """A path of a file, where a model is a folder."""
+    """The path is a file; a model is a folder."""
 
 
 class NoSuchDeviceError(SbertFastError, ValueError, RuntimeError, AssertionError):

@@ -158,7 +158,7 @@ REFUSED_INPUTS: dict[str, Any] = {
     "int": 3,
     "bytes": b"a",
     "set": {"a"},
-    "mapping that is no dict": UserDict(text="a"),
+    "mapping that is not a dict": UserDict(text="a"),
     "no dimension": np.array("a"),
     "tensor": torch.zeros(3),
     "DataFrame": pd.DataFrame({"text": ["a"]}),

@@ -83,7 +83,7 @@ def test_no_text(
     assert_same_result(encoder.encode(empty, **arguments), st.encode([], **arguments))
 
 
-# What is no text
+# Inputs that are not texts
 
 BAD_ELEMENTS: dict[str, Any] = {
     "None": None,

@@ -119,7 +119,7 @@ def test_model_that_becomes_supported(launches: Launches) -> None:
     assert launches() != {}
 
 
-# What is no model
+# Inputs that are not models
 
 
 def test_folder_that_is_no_model(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ _VECTORS = {
 
 
 def refusal_of_size(op: str, head_dim: int | None = None, width: int | None = None) -> str | None:
-    """Why the CUDA kernel of `op` takes no model of a size; None where it does.
+    """Why the CUDA kernel of `op` cannot run a model of a size; None if it can.
 
     Args:
         op: name of an op.

@@ -27,16 +27,6 @@ TEXTS = make_texts(8)
 PAIRS = list(zip(TEXTS[:4], TEXTS[4:], strict=True))
 
 
-@pytest.fixture(scope="module")
-def st() -> SentenceTransformer:
-    return make_sentence_transformer(prompts={"query": "find: "})
-
-
-@pytest.fixture
-def encoder(st: SentenceTransformer) -> FastEncoder:
-    return FastEncoder(st)
-
-
 # Recognised by name
 
 

@@ -24,16 +24,6 @@ TEXTS = make_texts(12)
 Launches = Callable[[], dict[tuple[str, str], int]]
 
 
-@pytest.fixture(scope="module")
-def st() -> SentenceTransformer:
-    return make_sentence_transformer()
-
-
-@pytest.fixture
-def encoder(st: SentenceTransformer) -> FastEncoder:
-    return FastEncoder(st)
-
-
 # Containers of texts
 
 

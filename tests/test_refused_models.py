@@ -32,11 +32,6 @@ TEXTS = make_texts(30)
 Launches = Callable[[], dict[tuple[str, str], int]]
 
 
-@pytest.fixture(scope="module")
-def st() -> SentenceTransformer:
-    return make_sentence_transformer(prompts={"query": "find: "})
-
-
 # Unsupported models
 
 

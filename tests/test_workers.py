@@ -16,7 +16,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from checks import assert_same_result, assert_same_vectors
-from families import make_sentence_transformer, make_texts
+from families import make_texts
 from sbert_fast import FastEncoder, ops
 from sbert_fast.arguments import Chunk
 from sbert_fast.engine import PackedEncoder
@@ -61,11 +61,6 @@ def reports(encoder: ReportingEncoder) -> list[dict[str, Any]]:
     own = f"{os.getpid()}.json"
     paths = sorted(Path(encoder.folder).glob("*.json"))
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.name != own]
-
-
-@pytest.fixture(scope="module")
-def st() -> SentenceTransformer:
-    return make_sentence_transformer(prompts={"query": "find: "})
 
 
 @pytest.fixture(scope="module")

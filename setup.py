@@ -2,9 +2,9 @@
 on its Python code.
 
 * ``sbert_fast/_host.<python>.so``: a pybind11 module from ``csrc/host``, without torch headers.
-* ``sbert_fast/_C.abi3.so``: torch ops from ``csrc/cpu`` on LibTorch's stable ABI. It is no Python
-  module: ``sbert_fast/ops/extension.py`` finds it as ``_C.*so`` in the package's folder and loads
-  it with ``torch.ops.load_library``. One file serves every Python and every torch >= 2.11.
+* ``sbert_fast/_C.abi3.so``: torch ops from ``csrc/cpu`` on LibTorch's stable ABI. It is not a
+  Python module: ``sbert_fast/ops/extension.py`` finds it as ``_C.*so`` in the package's folder and
+  loads it with ``torch.ops.load_library``. One file serves every Python and every torch >= 2.11.
 * ``sbert_fast/_C_cuda.abi3.so``: the CUDA ops, from ``csrc/cuda``, in the same way. It is compiled
   beside any torch, and loaded beside one of the same major version of CUDA.
 

@@ -28,8 +28,8 @@ from benchmarks.ops import report as ops
 
 RESULTS = ROOT / "benchmarks" / "results"
 HEADLINE_CORPUS = "mixed"
-NOT_MEASURED = "«not measured yet»"
-OLDER = "Older code: sources have changed since this run."
+NOT_MEASURED = "not measured yet"
+OLDER = "Measured on an older commit."
 # Benchmarks on a GPU, whose documents are rows.
 TABLES = {"ops": ops.table, "encode": encoding.gpu_table, "ground": ops.ground}
 ON_CPU = {"breakdown": encoding.render_breakdown, "checks": encoding.render_comparison}

@@ -97,22 +97,22 @@ class Chunk(list[Any]):
     """Inputs for worker processes; each of its slices knows where it begins.
 
     Attributes:
-        first: position of the first of them in the caller's input.
+        offset: position of the first of them in the caller's input.
         checks: whether the worker refuses embeddings that are not finite. If the caller's process
             does so instead, it can name the texts, and no error has to reach it from a worker:
             errors in the workers of sentence-transformers 6.0 and 6.1 never do.
     """
 
-    def __init__(self, inputs: Iterable[Any], first: int = 0, *, checks: bool = True) -> None:
+    def __init__(self, inputs: Iterable[Any], offset: int = 0, *, checks: bool = True) -> None:
         super().__init__(inputs)
-        self.first = first
+        self.offset = offset
         self.checks = checks
 
     def __getitem__(self, key: Any) -> Any:
         part = super().__getitem__(key)
         if not isinstance(key, slice):
             return part
-        return Chunk(part, self.first + key.indices(len(self))[0], checks=self.checks)
+        return Chunk(part, self.offset + key.indices(len(self))[0], checks=self.checks)
 
 
 # Iterable, but each is a single input, or has no order.

@@ -92,7 +92,8 @@ class MemoryLimit:
             self._halvings += 1
             self._tokens = tokens // 2
         logger.warning(
-            "out of memory with %d tokens a batch: continuing with half, as batch_tokens=%d would",
+            "out of memory with %d tokens a batch: continuing with half; "
+            "set batch_tokens=%d to avoid this",
             tokens,
             tokens // 2,
         )

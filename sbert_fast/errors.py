@@ -14,11 +14,11 @@ class InputError(SbertFastError, TypeError, ValueError):
 
 
 class MissingModelError(SbertFastError, FileNotFoundError, ValueError):
-    """A path where there is nothing."""
+    """A model path that does not exist."""
 
 
 class ModelFileError(SbertFastError, NotADirectoryError, ValueError):
-    """A path of a file, where a model is a folder."""
+    """The path is a file; a model is a folder."""
 
 
 class NoSuchDeviceError(SbertFastError, ValueError, RuntimeError, AssertionError):
@@ -41,8 +41,8 @@ class TextsError(SbertFastError, ValueError):
     """Some of the texts of a call have no embedding.
 
     Attributes:
-        indices: positions, in the caller's input, of the texts concerned: those of the first batch
-            or window with any, sorted.
+        indices: positions of the texts in the caller's input, sorted; only those of the first batch
+            or slice that has any.
     """
 
     def __init__(self, message: str, indices: Sequence[int]) -> None:

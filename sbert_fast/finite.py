@@ -45,14 +45,14 @@ def _floats(value: object) -> Tensor | None:
 
 def _finite(embedding: object) -> Tensor | None:
     """Whether the embeddings of one text are finite, bool `[]`: a tensor, or the dict of
-    `output_value=None`. None where they are no floats."""
+    `output_value=None`. None if they are not floats."""
     if not isinstance(embedding, dict):
         floats = _floats(embedding)
         return None if floats is None else torch.isfinite(floats).all()
     sentence, tokens, mask = (
         embedding.get(name) for name in ("sentence_embedding", "token_embeddings", "attention_mask")
     )
-    # Padding is no part of the text: nobody promises anything about its states.
+    # Padding is not part of the text: nobody promises anything about its states.
     if isinstance(tokens, Tensor) and isinstance(mask, Tensor) and mask.shape == tokens.shape[:1]:
         tokens = tokens[mask.to(tokens.device) != 0]
     flags = [flag for part in (sentence, tokens) if (flag := _finite(part)) is not None]

@@ -1,4 +1,4 @@
-"""Texts to embeddings: windows, batches, the packed forward pass, pooling."""
+"""Texts to embeddings: slices, batches, the packed forward pass, pooling."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from sbert_fast.stats import Counters
 from sbert_fast.tokenization import TextTokenizer, TokenizedTexts
 from sbert_fast.values import shown
 
-# Characters and number of the texts that are tokenised and planned together: memory beyond the
-# output is bounded by a window, whatever the number of texts. On a CPU a window is about a million
-# tokens of English; less on a GPU, which computes one while the next is tokenised, and starts soon.
-_WINDOWS = {"cpu": (4_000_000, 65_536), "cuda": (1_000_000, 16_384)}
+# Most characters and most texts of a slice of the input, which is tokenised and planned as a whole:
+# memory beyond the output is bounded by a slice, whatever the number of texts. On a CPU a slice is
+# about a million tokens of English; on a GPU it is smaller, because the GPU computes one slice
+# while the next is tokenised, and should start soon.
+_SLICES = {"cpu": (4_000_000, 65_536), "cuda": (1_000_000, 16_384)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ class Request:
         batch_tokens: most tokens of a batch.
         normalize: L2-normalise at the end.
         dimension: components kept of an embedding.
-        first: position of the first text in the caller's input.
+        offset: position of the first text in the caller's input.
         checks: whether embeddings that are not finite are refused.
     """
 
@@ -74,25 +75,25 @@ class Request:
     batch_tokens: int
     normalize: bool
     dimension: int
-    first: int = 0
+    offset: int = 0
     checks: bool = True
 
 
 class Sink(Protocol):
-    """Where the results of a call go, window by window and batch by batch."""
+    """Where the results of a call go, slice by slice and batch by batch."""
 
     def open(self, first: int, count: int) -> None:
-        """A window begins: `count` texts from `first` on."""
+        """A slice begins: `count` texts from `first` on."""
 
-    def run(self, rows: NDArray[np.int64], batch: PackedBatch, prepared: Prepared) -> None:
-        """Compute a batch, on the host, whose sequences are the texts `rows` of the window."""
+    def run(self, members: NDArray[np.int64], batch: PackedBatch, prepared: Prepared) -> None:
+        """Compute a batch, on the host, whose sequences are the texts `members` of the slice."""
 
     def close(self) -> None:
-        """The window has no more batches."""
+        """The slice has no more batches."""
 
 
-def _windows(texts: Sequence[str], device: str) -> Iterator[tuple[int, int]]:
-    most_characters, most_texts = _WINDOWS[device]
+def _slices(texts: Sequence[str], device: str) -> Iterator[tuple[int, int]]:
+    most_characters, most_texts = _SLICES[device]
     start = characters = 0
     for index, text in enumerate(texts):
         characters += len(text)
@@ -104,7 +105,7 @@ def _windows(texts: Sequence[str], device: str) -> Iterator[tuple[int, int]]:
 
 
 def _check_ids(
-    tokenizer: TextTokenizer, tokens: TokenizedTexts, first: int, prepared: Prepared
+    tokenizer: TextTokenizer, tokens: TokenizedTexts, offset: int, prepared: Prepared
 ) -> None:
     """Refuse tokens outside the tables, which kernels on a GPU would read all the same."""
     rows = prepared.word.shape[0]
@@ -112,19 +113,19 @@ def _check_ids(
         indices, where = _owners(tokens, tokens.ids >= rows)
         found = int(tokens.ids[where])
         raise TokenIdError(
-            f"inputs[{first + indices[0]}] holds the token {shown(tokenizer.token(found))}, whose "
+            f"inputs[{offset + indices[0]}] holds the token {shown(tokenizer.token(found))}, whose "
             f"id {found} is outside the {rows} rows of the model's embedding table: where tokens "
             "were added to the tokenizer, call model.resize_token_embeddings(len(tokenizer)) on "
             "the base model",
-            (indices + first).tolist(),
+            (indices + offset).tolist(),
         )
     rows = 0 if prepared.token_type is None else prepared.token_type.shape[0]
     if rows and tokens.types is not None and tokens.types.max(initial=0) >= rows:
         indices, where = _owners(tokens, tokens.types >= rows)
         raise TokenIdError(
-            f"inputs[{first + indices[0]}] holds a token of type {tokens.types[where]}, which is "
+            f"inputs[{offset + indices[0]}] holds a token of type {tokens.types[where]}, which is "
             f"outside the {rows} rows of the model's table of token types",
-            (indices + first).tolist(),
+            (indices + offset).tolist(),
         )
 
 
@@ -134,12 +135,12 @@ def _owners(tokens: TokenizedTexts, bad: NDArray[np.bool_]) -> tuple[NDArray[np.
     return np.unique(np.searchsorted(tokens.offsets, where, side="right") - 1), int(where[0])
 
 
-def _pack(pipeline: Pipeline, tokens: TokenizedTexts, rows: NDArray[np.int64]) -> PackedBatch:
+def _pack(pipeline: Pipeline, tokens: TokenizedTexts, members: NDArray[np.int64]) -> PackedBatch:
     architecture = pipeline.engine.architecture
     return packing.pack(
         tokens.ids,
         tokens.offsets,
-        rows,
+        members,
         token_types=tokens.types,
         position_offset=architecture.position_offset,
         uncounted_id=architecture.uncounted_id,
@@ -147,51 +148,51 @@ def _pack(pipeline: Pipeline, tokens: TokenizedTexts, rows: NDArray[np.int64]) -
 
 
 def _plan(
-    lengths: NDArray[np.int32], rows: NDArray[np.int64], tokens: int
+    lengths: NDArray[np.int32], members: NDArray[np.int64], tokens: int
 ) -> list[NDArray[np.int64]]:
-    """The texts `rows` cut into batches of at most `tokens` tokens, longest texts first."""
-    order, starts = packing.plan_batches(lengths[rows], tokens)
+    """The texts `members` cut into batches of at most `tokens` tokens, longest texts first."""
+    order, starts = packing.plan_batches(lengths[members], tokens)
     ends = zip(starts[:-1], starts[1:], strict=True)
-    return [rows[order[start:end]] for start, end in ends]
+    return [members[order[start:end]] for start, end in ends]
 
 
-def _run_window(
+def _run_slice(
     pipeline: Pipeline,
     tokens: TokenizedTexts,
-    first: int,
+    offset: int,
     batch_tokens: int,
     counters: Counters,
     sink: Sink,
     progress: Callable[[int], Any],
 ) -> None:
-    """Run the window that begins with text `first` of the caller's input."""
+    """Run the slice that begins with text `offset` of the caller's input."""
     prepared = pipeline.prepared or pipeline.engine.prepared()
-    _check_ids(pipeline.tokenizer, tokens, first, prepared)
+    _check_ids(pipeline.tokenizer, tokens, offset, prepared)
     every = np.arange(tokens.lengths.shape[0])
     left = deque(_plan(tokens.lengths, every, pipeline.limit.apply(batch_tokens)))
     while left:
-        rows = left.popleft()
-        batch = _pack(pipeline, tokens, rows)
+        members = left.popleft()
+        batch = _pack(pipeline, tokens, members)
         shortage = None
         try:
-            sink.run(rows, batch, prepared)
+            sink.run(members, batch, prepared)
         except torch.OutOfMemoryError as error:
             shortage = str(error)
         if shortage is None:
             counters.add(batches=1)
-            progress(len(rows))
+            progress(len(members))
             continue
         # Behind the except block: the traceback keeps what the batch had allocated.
         counters.add(memory_shortages=1)
         torch.cuda.empty_cache()
-        fitting = None if len(rows) == 1 else pipeline.limit.halve(batch.num_tokens)
+        fitting = None if len(members) == 1 else pipeline.limit.halve(batch.num_tokens)
         if fitting is None:
-            what = f"inputs[{first + rows[0]}] with its {tokens.lengths[rows[0]]} tokens"
-            if len(rows) > 1:
+            what = f"inputs[{offset + members[0]}] with its {tokens.lengths[members[0]]} tokens"
+            if len(members) > 1:
                 what = f"after all halvings a batch of {batch.num_tokens} tokens, {what} in it,"
             where = f"does not fit the memory of {pipeline.engine.device}"
             raise torch.OutOfMemoryError(f"{what} {where}: {shortage}")
-        left = deque(_plan(tokens.lengths, np.concatenate([rows, *left]), fitting))
+        left = deque(_plan(tokens.lengths, np.concatenate([members, *left]), fitting))
 
 
 def run(
@@ -202,29 +203,29 @@ def run(
     sink: Sink,
     progress: Callable[[int], Any],
 ) -> None:
-    """Drive texts through the engine, window by window.
+    """Drive texts through the engine, slice by slice.
 
     Args:
         texts: checked texts.
         pipeline: what runs them.
         request: how.
-        counters: updated after every batch and window.
+        counters: updated after every batch and slice.
         sink: takes the batches.
         progress: called with the number of texts just finished, or on their way.
 
     Raises:
         TokenIdError: a token has no row in the embedding table; names the text and the token.
     """
-    for first, last in _windows(texts, pipeline.engine.device.type):
-        window = texts[first:last]
+    for first, last in _slices(texts, pipeline.engine.device.type):
+        part = texts[first:last]
         if request.prompt:
-            window = [request.prompt + text for text in window]
-        tokens = pipeline.tokenizer(window)
+            part = [request.prompt + text for text in part]
+        tokens = pipeline.tokenizer(part)
         sink.open(first, last - first)
-        position, most = request.first + first, request.batch_tokens
-        _run_window(pipeline, tokens, position, most, counters, sink, progress)
+        offset, most = request.offset + first, request.batch_tokens
+        _run_slice(pipeline, tokens, offset, most, counters, sink, progress)
         sink.close()
-        counters.add(texts=len(window), tokens=int(tokens.ids.shape[0]), truncated=tokens.truncated)
+        counters.add(texts=len(part), tokens=int(tokens.ids.shape[0]), truncated=tokens.truncated)
 
 
 def pooling_options(pipeline: Pipeline, request: Request) -> dict[str, Any]:

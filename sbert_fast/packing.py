@@ -179,18 +179,18 @@ def _positions(
 def pack(
     ids: NDArray[np.int32],
     offsets: NDArray[np.int64],
-    rows: NDArray[np.int64],
+    members: NDArray[np.int64],
     *,
     token_types: NDArray[np.int32] | None = None,
     position_offset: int = 0,
     uncounted_id: int | None = None,
 ) -> PackedBatch:
-    """Pack the texts `rows` of one token array into a batch on the host.
+    """Pack the texts `members` of one token array into a batch on the host.
 
     Args:
         ids: int32, the tokens of all texts, one text after the other.
         offsets: int64 `[N + 1]`, where each text starts in `ids`.
-        rows: int64 `[B]`, the texts to pack, in packed order.
+        members: int64 `[B]`, the texts to pack, in packed order.
         token_types: int32, parallel to `ids`; None if all are 0.
         position_offset: position of the first token of a text.
         uncounted_id: token id that does not advance positions (padding id of RoBERTa-like
@@ -199,11 +199,11 @@ def pack(
     Returns:
         The packed batch, `T` padded to a multiple of 16 with tokens 0 at position 0.
     """
-    lengths = (offsets[rows + 1] - offsets[rows]).astype(np.int32)
+    lengths = (offsets[members + 1] - offsets[members]).astype(np.int32)
     packed, cu_seqlens = _allocate(lengths, 2 if token_types is None else 3)
     tokens = int(cu_seqlens[-1])
     starts = cu_seqlens[:-1].astype(np.int64)
-    source = np.arange(tokens, dtype=np.int64) + np.repeat(offsets[rows] - starts, lengths)
+    source = np.arange(tokens, dtype=np.int64) + np.repeat(offsets[members] - starts, lengths)
 
     np.take(ids, source, out=packed[0, :tokens])
     packed[1, :tokens] = _positions(

@@ -24,36 +24,36 @@ class _Embeddings:
     def __init__(self, pipeline: Pipeline, request: Request, out: Tensor) -> None:
         self._pipeline, self._request, self._out = pipeline, request, out
         self._transfers = Transfers(pipeline.engine.device)
-        self._first, self._window = 0, out
+        self._first, self._slice = 0, out
         self._arriving: tuple[int, Arrival] | None = None
 
     def open(self, first: int, count: int) -> None:
         self._first = first
-        self._window = self._out[first : first + count]
+        self._slice = self._out[first : first + count]
         device = self._pipeline.engine.device
         if self._out.device.type != device.type:
-            self._window = torch.empty(self._window.shape, dtype=torch.float32, device=device)
+            self._slice = torch.empty(self._slice.shape, dtype=torch.float32, device=device)
 
-    def run(self, rows: NDArray[np.int64], batch: PackedBatch, prepared: Prepared) -> None:
+    def run(self, members: NDArray[np.int64], batch: PackedBatch, prepared: Prepared) -> None:
         with self._transfers.current_device():
-            staged, where = self._transfers.stage(batch, rows)
-            embed_batch(self._pipeline, self._request, staged, prepared, self._window, where)
+            staged, where = self._transfers.stage(batch, members)
+            embed_batch(self._pipeline, self._request, staged, prepared, self._slice, where)
 
     def close(self) -> None:
         with self._transfers.current_device():
-            arrival = self._transfers.collect(self._window, self._out.device)
-        # The window before this one: the device had work to do in the meantime.
+            arrival = self._transfers.collect(self._slice, self._out.device)
+        # The slice before this one: the device had work to do in the meantime.
         self.finish()
         self._arriving = self._first, arrival
 
     def finish(self) -> None:
-        """Wait for the last window that was closed."""
+        """Wait for the last slice that was closed."""
         if self._arriving is None:
             return
         (first, arrival), self._arriving = self._arriving, None
         rows, finite = arrival.wait()
         if self._request.checks and not finite.all():
-            bad = torch.nonzero(~finite).flatten() + first + self._request.first
+            bad = torch.nonzero(~finite).flatten() + first + self._request.offset
             raise_non_finite(bad.tolist(), self._pipeline.engine.compute_dtype)
         into = self._out[first : first + rows.shape[0]]
         if into.data_ptr() != rows.data_ptr():
@@ -111,13 +111,13 @@ class _States:
     def close(self) -> None:
         pass
 
-    def run(self, rows: NDArray[np.int64], batch: PackedBatch, prepared: Prepared) -> None:
+    def run(self, members: NDArray[np.int64], batch: PackedBatch, prepared: Prepared) -> None:
         engine, embeddings = self._pipeline.engine, None
         with self._transfers.current_device():
-            staged, where = self._transfers.stage(batch, np.arange(len(rows)))
+            staged, where = self._transfers.stage(batch, np.arange(len(members)))
             x = engine(staged, prepared)
             if self._pool:
-                shape = len(rows), self._request.dimension
+                shape = len(members), self._request.dimension
                 embeddings = torch.empty(shape, dtype=torch.float32, device=x.device)
                 how = pooling_options(self._pipeline, self._request)
                 self._pipeline.head(x, staged, prepared.pooling, embeddings, where, **how)
@@ -127,9 +127,9 @@ class _States:
             finite = torch.stack([torch.isfinite(part).all() for part in batch.split_rows(x)])
             if embeddings is not None:
                 finite &= torch.isfinite(embeddings).all(dim=1)
-            bad = rows[~finite.cpu().numpy()] + self._first + self._request.first
+            bad = members[~finite.cpu().numpy()] + self._first + self._request.offset
             raise_non_finite(bad.tolist(), engine.compute_dtype)
-        self._take(rows + self._first, batch, x, embeddings)
+        self._take(members + self._first, batch, x, embeddings)
 
 
 def token_embeddings(

@@ -132,7 +132,7 @@ class Session:
         """
         first, checks = 0, True
         if isinstance(texts, Chunk):
-            first, checks, texts = texts.first, texts.checks, list(texts)
+            first, checks, texts = texts.offset, texts.checks, list(texts)
         spec, prompt = pipeline.head.spec, call.prompt
         asks_prompt = call.output_value is None or not spec.include_prompt
         request = Request(
@@ -141,7 +141,7 @@ class Session:
             batch_tokens=self._token_budget(pipeline, call.batch_size),
             normalize=call.normalize_embeddings and call.is_of_sentences,
             dimension=min(call.truncate_dim or spec.dimension, spec.dimension),
-            first=first,
+            offset=first,
             checks=checks,
         )
         shows = call.show_progress_bar

@@ -130,7 +130,9 @@ class TextTokenizer:
             return
         added = live.get_added_tokens_decoder()
         if _HIDES_HISTORY and live.normalizer and any(t.normalized for t in added.values()):
-            raise UnsupportedModelError("this tokenizers hides how its added tokens are normalised")
+            raise UnsupportedModelError(
+                "this version of tokenizers does not expose how added tokens are normalised"
+            )
         described = repr(added)
         keeps = len(added) > _MANY_ADDED and described == self._added
         private = self._backend if keeps else type(live)(live.model)

@@ -1,4 +1,4 @@
-"""Copies between host and GPU: one for what a batch needs, one for what a window gives."""
+"""Copies between host and GPU: one for what a batch needs, one for what a slice gives."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def _finite_rows(x: Tensor) -> Tensor:
 
 
 class Arrival:
-    """Rows on their way to where they are wanted."""
+    """A pending copy of rows."""
 
     def __init__(self, rows: Tensor, finite: Tensor, done: torch.cuda.Event | None) -> None:
         self._rows, self._finite, self._done = rows, finite, done

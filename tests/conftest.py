@@ -22,7 +22,8 @@ from sentence_transformers import SentenceTransformer  # noqa: E402
 
 import sbert_fast.kernels as kernels  # noqa: E402
 import triton_interpreter  # noqa: E402
-from sbert_fast import ops  # noqa: E402
+from families import make_sentence_transformer  # noqa: E402
+from sbert_fast import FastEncoder, ops  # noqa: E402
 from sbert_fast.engine import PackedEncoder  # noqa: E402
 from sbert_fast.packing import PackedBatch  # noqa: E402
 
@@ -48,6 +49,25 @@ def minilm_path() -> str:
 def st_minilm(minilm_path: str) -> SentenceTransformer:
     """The real model in sentence-transformers, fp32. Shared: leave its settings alone."""
     return SentenceTransformer(minilm_path, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def st() -> SentenceTransformer:
+    """A tiny model with a prompt. Shared by the tests of a module: leave its settings alone."""
+    return make_sentence_transformer(prompts={"query": "find: "})
+
+
+@pytest.fixture(scope="module")
+def saved(st: SentenceTransformer, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder that `st` is saved in."""
+    path = tmp_path_factory.mktemp("model")
+    st.save_pretrained(str(path))
+    return str(path)
+
+
+@pytest.fixture
+def encoder(st: SentenceTransformer) -> FastEncoder:
+    return FastEncoder(st)
 
 
 @pytest.fixture

@@ -32,18 +32,6 @@ TEXTS = make_texts(30)
 Launches = Callable[[], dict[tuple[str, str], int]]
 
 
-@pytest.fixture(scope="module")
-def st() -> SentenceTransformer:
-    return make_sentence_transformer(prompts={"query": "find: "})
-
-
-@pytest.fixture(scope="module")
-def saved(st: SentenceTransformer, tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("model")
-    st.save_pretrained(str(path))
-    return str(path)
-
-
 # Sources
 
 

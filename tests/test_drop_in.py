@@ -27,16 +27,6 @@ TEXTS = make_texts(8)
 PAIRS = list(zip(TEXTS[:4], TEXTS[4:], strict=True))
 
 
-@pytest.fixture(scope="module")
-def st() -> SentenceTransformer:
-    return make_sentence_transformer(prompts={"query": "find: "})
-
-
-@pytest.fixture
-def encoder(st: SentenceTransformer) -> FastEncoder:
-    return FastEncoder(st)
-
-
 # Recognised by name
 
 
@@ -158,7 +148,7 @@ REFUSED_INPUTS: dict[str, Any] = {
     "int": 3,
     "bytes": b"a",
     "set": {"a"},
-    "mapping that is no dict": UserDict(text="a"),
+    "mapping that is not a dict": UserDict(text="a"),
     "no dimension": np.array("a"),
     "tensor": torch.zeros(3),
     "DataFrame": pd.DataFrame({"text": ["a"]}),

@@ -163,13 +163,13 @@ def test_default_batch_size_limits_nothing(batch_tokens: list[int]) -> None:
 
 
 @pytest.mark.parametrize("output_value", ["sentence_embedding", "token_embeddings", None])
-def test_windows_keep_the_order(
+def test_slices_keep_the_order(
     encoder: FastEncoder, monkeypatch: pytest.MonkeyPatch, output_value: str | None
 ) -> None:
     whole = encoder.encode(TEXTS, output_value=output_value, prompt="find: ")
-    for window in ((10**9, 7), (500, 10**9)):
+    for limits in ((10**9, 7), (500, 10**9)):
         with monkeypatch.context() as patch:
-            patch.setattr(inference, "_WINDOWS", {"cpu": window})
+            patch.setattr(inference, "_SLICES", {"cpu": limits})
             before = encoder.stats.batches
             parts = encoder.encode(TEXTS, output_value=output_value, prompt="find: ")
             assert encoder.stats.batches - before >= 6

@@ -146,13 +146,13 @@ class TestOnAGpu:
         assert np.array_equal(first, another.encode(texts))
         assert encoder.stats.bit_repeatable
 
-    def test_windows_keep_the_order(
+    def test_slices_keep_the_order(
         self, st_cuda: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         encoder = FastEncoder(st_cuda, dtype="float32")
         texts = sample_texts()[:400]
         whole = encoder.encode(texts)
-        monkeypatch.setattr("sbert_fast.inference._WINDOWS", {"cuda": (10**9, 37)})
+        monkeypatch.setattr("sbert_fast.inference._SLICES", {"cuda": (10**9, 37)})
         np.testing.assert_allclose(encoder.encode(texts), whole, atol=2e-6)
 
     def test_threads_share_an_encoder(self, st_cuda: SentenceTransformer, impl: str) -> None:
@@ -208,7 +208,7 @@ class TestOnAGpu:
     ) -> None:
         encoder = FastEncoder(st_cuda, dtype="float16")
         expected = encoder.encode(TEXTS)
-        monkeypatch.setattr("sbert_fast.inference._WINDOWS", {"cuda": (10**9, 7)})
+        monkeypatch.setattr("sbert_fast.inference._SLICES", {"cuda": (10**9, 7)})
         for convert in ({"convert_to_tensor": True}, {"convert_to_numpy": False}):
             got = encoder.encode(TEXTS, **convert)
             assert all(row.device == st_cuda.device for row in got)

@@ -24,16 +24,6 @@ TEXTS = make_texts(12)
 Launches = Callable[[], dict[tuple[str, str], int]]
 
 
-@pytest.fixture(scope="module")
-def st() -> SentenceTransformer:
-    return make_sentence_transformer()
-
-
-@pytest.fixture
-def encoder(st: SentenceTransformer) -> FastEncoder:
-    return FastEncoder(st)
-
-
 # Containers of texts
 
 
@@ -83,7 +73,7 @@ def test_no_text(
     assert_same_result(encoder.encode(empty, **arguments), st.encode([], **arguments))
 
 
-# What is no text
+# Inputs that are not texts
 
 BAD_ELEMENTS: dict[str, Any] = {
     "None": None,

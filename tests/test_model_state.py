@@ -1,4 +1,4 @@
-"""What is no parameter: buffers, the layout of tensors, and modules that read padding."""
+"""State that is not a parameter: buffers, the layout of tensors, and modules that read padding."""
 
 from __future__ import annotations
 

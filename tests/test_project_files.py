@@ -13,6 +13,8 @@ import sbert_fast
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMS = sorted(ROOT.glob(".github/ISSUE_TEMPLATE/*_*.yml"))
+PAGES = [ROOT / name for name in ("README.md", "DESIGN.md", "CONTRIBUTING.md")]
+PAGES.append(ROOT / "benchmarks" / "README.md")
 WORKFLOWS = sorted(ROOT.glob(".github/workflows/*.yml"))
 ELEMENTS = {"checkboxes", "dropdown", "input", "markdown", "textarea"}
 
@@ -31,6 +33,17 @@ def test_forms(path: Path) -> None:
 
 def test_there_is_a_form_for_each_kind() -> None:
     assert [path.stem for path in FORMS] == ["model_family", "slow_run", "wrong_vector"]
+
+
+@pytest.mark.parametrize("path", [*FORMS, *PAGES], ids=lambda path: str(path.relative_to(ROOT)))
+def test_named_commands_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert "python benchmarks/" not in text
+    for module in re.findall(r"python3? -m ((?:benchmarks|tools|sbert_fast)(?:\.\w+)*)", text):
+        place = ROOT / module.replace(".", "/")
+        assert place.with_suffix(".py").is_file() or place.joinpath("__main__.py").is_file(), module
+    for named in re.findall(r"(?:benchmarks|sbert_fast|tests|tools)/[\w/.]+\.(?:py|md)\b", text):
+        assert ROOT.joinpath(named).is_file(), named
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=[path.stem for path in WORKFLOWS])

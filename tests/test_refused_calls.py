@@ -34,7 +34,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "surrogate in the prompt": {"prompt": "\ud800"},
     "no inputs": {"inputs": None},
     "inputs and sentences": {"sentences": TEXTS},
-    "an input that is no text": {"inputs": [*TEXTS, 3]},
+    "an input that is not a text": {"inputs": [*TEXTS, 3]},
     "surrogate in a text": {"inputs": [*TEXTS, "\ud800"]},
     "tensor": {"inputs": torch.zeros(3)},
 }

@@ -32,11 +32,6 @@ TEXTS = make_texts(30)
 Launches = Callable[[], dict[tuple[str, str], int]]
 
 
-@pytest.fixture(scope="module")
-def st() -> SentenceTransformer:
-    return make_sentence_transformer(prompts={"query": "find: "})
-
-
 # Unsupported models
 
 
@@ -119,7 +114,7 @@ def test_model_that_becomes_supported(launches: Launches) -> None:
     assert launches() != {}
 
 
-# What is no model
+# Inputs that are not models
 
 
 def test_folder_that_is_no_model(tmp_path: Path) -> None:

@@ -17,24 +17,6 @@ from sentence_transformers.sentence_transformer.losses import GISTEmbedLoss
 from families import make_sentence_transformer
 from sbert_fast import FastEncoder
 
-
-@pytest.fixture(scope="module")
-def st() -> SentenceTransformer:
-    return make_sentence_transformer(prompts={"query": "find: "})
-
-
-@pytest.fixture(scope="module")
-def saved(st: SentenceTransformer, tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("model")
-    st.save_pretrained(str(path))
-    return str(path)
-
-
-@pytest.fixture
-def encoder(st: SentenceTransformer) -> FastEncoder:
-    return FastEncoder(st)
-
-
 # What is written
 
 

@@ -12,14 +12,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from checks import bits
-from families import make_sentence_transformer, make_texts
+from families import make_texts
 from sbert_fast import FastEncoder
-
-
-@pytest.fixture(scope="module")
-def st() -> SentenceTransformer:
-    return make_sentence_transformer(prompts={"query": "find: "})
-
 
 # Threads
 

@@ -214,7 +214,7 @@ def test_tokens_added_later_are_known() -> None:
 def test_tokens_without_a_row_in_the_table(
     monkeypatch: pytest.MonkeyPatch, batch_tokens: list[int], output_value: Any
 ) -> None:
-    monkeypatch.setitem(inference._WINDOWS, "cpu", (4_000_000, 4))
+    monkeypatch.setitem(inference._SLICES, "cpu", (4_000_000, 4))
     model = make_sentence_transformer()
     encoder = FastEncoder(model)
     texts = ["sea"] * 5 + ["sea foobarx", "sun " * 30, "foobarx"]
@@ -229,7 +229,7 @@ def test_tokens_without_a_row_in_the_table(
     with pytest.raises(TokenIdError, match=message) as error:
         encoder.encode(texts, output_value=output_value)
     assert isinstance(error.value, ValueError) and error.value.indices == [5, 7]
-    assert batch_tokens == [4 * 3], "only the window before is computed"
+    assert batch_tokens == [4 * 3], "only the slice before is computed"
     assert pickle.loads(pickle.dumps(error.value)).indices == [5, 7]
     with pytest.raises(IndexError):
         model.encode(texts)

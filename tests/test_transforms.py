@@ -201,7 +201,7 @@ TRANSFORMS: dict[str, Transform] = {
 }
 
 
-# What is no transform runs in the original too, and may be counted.
+# These are not transforms: they run in the original too, and may be counted.
 COUNTED = ("functional_call", "global hook")
 
 

@@ -20,16 +20,6 @@ from sbert_fast.errors import InputError, NonFiniteEmbeddingError
 TEXTS = make_texts(12)
 
 
-@pytest.fixture(scope="module")
-def st() -> SentenceTransformer:
-    return make_sentence_transformer()
-
-
-@pytest.fixture
-def encoder(st: SentenceTransformer) -> FastEncoder:
-    return FastEncoder(st)
-
-
 # Containers of texts
 
 

@@ -16,7 +16,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from checks import assert_same_result, assert_same_vectors
-from families import make_sentence_transformer, make_texts
+from families import make_texts
 from sbert_fast import FastEncoder, ops
 from sbert_fast.arguments import Chunk
 from sbert_fast.engine import PackedEncoder
@@ -61,11 +61,6 @@ def reports(encoder: ReportingEncoder) -> list[dict[str, Any]]:
     own = f"{os.getpid()}.json"
     paths = sorted(Path(encoder.folder).glob("*.json"))
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.name != own]
-
-
-@pytest.fixture(scope="module")
-def st() -> SentenceTransformer:
-    return make_sentence_transformer(prompts={"query": "find: "})
 
 
 @pytest.fixture(scope="module")
@@ -288,10 +283,10 @@ def test_chunks_know_where_they_begin() -> None:
     chunk = Chunk(range(100), checks=False)
     part = chunk[30:60][2:9]
     assert part == list(range(32, 39))
-    assert (part.first, part.checks) == (32, False)
-    assert (chunk[:7].first, chunk[-5:].first, chunk[3]) == (0, 95, 3)
+    assert (part.offset, part.checks) == (32, False)
+    assert (chunk[:7].offset, chunk[-5:].offset, chunk[3]) == (0, 95, 3)
     again = pickle.loads(pickle.dumps(part))
-    assert (again, again.first, again.checks) == (part, 32, False)
+    assert (again, again.offset, again.checks) == (part, 32, False)
 
 
 # Distributed inference (sentence-transformers 6.2 and later)

@@ -6,8 +6,8 @@ of up to 4,096 elements; and of each row (last dim) of the others 32 bytes (Trit
 elements), at columns that move on from row to row. Less than a row of a large tensor can be
 written unseen.
 
-It is no op of the model, and has no implementation to choose: C++ on a CPU, Triton on CUDA, torch
-elsewhere and where those are missing. Values of one are not those of another.
+It is not an op of the model, and nobody chooses its implementation: C++ on a CPU, Triton on CUDA,
+torch elsewhere and where those are missing. Their values differ.
 """
 
 from __future__ import annotations

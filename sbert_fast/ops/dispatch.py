@@ -64,8 +64,8 @@ def refusal(
     if reason is None and op is not None:
         reason = _refusal_of_op(implementation, op, needs)
     if reason is None and head_dim is not None and implementation in _NAMES:
-        if head_dim > limits.MAX_HEAD_DIM:
-            reason = f"{_NAMES[implementation]} take head dims up to {limits.MAX_HEAD_DIM}, "
+        if head_dim > limits.KERNEL_MAX_HEAD_DIM:
+            reason = f"{_NAMES[implementation]} take head dims up to {limits.KERNEL_MAX_HEAD_DIM}, "
             reason += f"not {head_dim}"
     return reason
 

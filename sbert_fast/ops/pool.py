@@ -32,9 +32,9 @@ def segment_pool(
             sequences that are no longer than that.
         spans: int32 `[P, 2]`: pool the ranges `[start, end)` of packed tokens instead of whole
             sequences; 0 <= start <= end <= `cu_seqlens[B]`.
-        out: fp32 `[N, E]`, unit inner stride, rows apart, in no memory of the inputs; written in
-            place and returned.
-        out_rows: int32 `[B]` (`[P]` with `spans`), rows of `out`, none twice: row i of the result
+        out: fp32 `[N, E]`, unit inner stride, rows that do not overlap; must not overlap the
+            inputs; written in place and returned.
+        out_rows: int32 `[B]` (`[P]` with `spans`), distinct rows of `out`: row i of the result
             goes to `out[out_rows[i]]`. None: to `out[i]`.
         impl: see :mod:`sbert_fast.ops`.
 

@@ -9,15 +9,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["FastEncoder", "accelerate", "counts", "explain", "restore"]
+__all__ = ["FastCrossEncoder", "FastEncoder", "accelerate", "counts", "explain", "restore"]
 
 if TYPE_CHECKING:
     from sbert_fast.explanation import explain
     from sbert_fast.patching import accelerate, counts, restore
+    from sbert_fast.sentence_transformers.cross_encoder import FastCrossEncoder
     from sbert_fast.sentence_transformers.encoder import FastEncoder
 
 # Imported on first use, so that `import sbert_fast` alone stays cheap.
 _HOMES = {
+    "FastCrossEncoder": "sentence_transformers.cross_encoder",
     "FastEncoder": "sentence_transformers.encoder",
     "accelerate": "patching",
     "restore": "patching",

@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from torch import nn
 from transformers import BatchEncoding
 
 from sbert_fast import bypass, ops
+from sbert_fast.classification import ClassificationHead
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import InvalidWeightsError, UnsupportedModelError
-from sbert_fast.inference import Pipeline
+from sbert_fast.inference import Head, Pipeline
 from sbert_fast.originals import SYNTAX, originals
+from sbert_fast.pairs import PairTokenizer
 from sbert_fast.pooling import PoolingHead, is_module, read_pooling
 from sbert_fast.state import Snapshot
 from sbert_fast.tokenization import TextTokenizer
@@ -25,7 +27,7 @@ DEVICES = ("cpu", "cuda")
 # transformers' value for "no limit" is far above this.
 _NO_LIMIT = 1_000_000_000
 # The methods that encoding calls.
-_ROOTS = (*SYNTAX, "encode", "forward")
+_ROOTS = (*SYNTAX, "encode", "forward", "predict")
 # Attributes of a Transformer module that are checked below, change nothing after loading, or only
 # remember what was computed. Any other that is set changes what the module does.
 _KNOWN = {
@@ -45,11 +47,11 @@ _KNOWN = {
     "processor",
     "transformer_task",
 }
-# What sentence-transformers takes from the base model, and what it calls that.
+# By the task of a Transformer module: what sentence-transformers takes from the model in it, and
+# what it calls that.
 _READ = {
-    "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
-    "module_output_name": "token_embeddings",
-    "transformer_task": "feature-extraction",
+    "feature-extraction": ("last_hidden_state", "token_embeddings"),
+    "sequence-classification": ("logits", "scores"),
 }
 
 # The dtype to compute in, or None for the dtype of the model; and the device to compute on.
@@ -59,7 +61,7 @@ Where = tuple[torch.dtype | None, torch.device]
 def build_pipeline(
     model: SentenceTransformer, where: Where, impl: str, known: PackedEncoder | None
 ) -> Pipeline:
-    """The packed pipeline of a SentenceTransformer.
+    """The packed pipeline of a SentenceTransformer or a CrossEncoder.
 
     Args:
         model: what to run; its parameters are read, never copied into it.
@@ -86,8 +88,9 @@ def build_pipeline(
         raise UnsupportedModelError(
             f"the model is on {device}: there are kernels for {' and '.join(DEVICES)}"
         )
-    _check_transformer(transformer)
-    base = transformer.auto_model
+    scores = isinstance(model, CrossEncoder)
+    _check_transformer(transformer, "sequence-classification" if scores else "feature-extraction")
+    base = base_model(transformer)
     engine = known
     if engine is None or engine.model is not base or engine.requested_dtype != dtype:
         engine = PackedEncoder(base, dtype=dtype, impl=impl, device=device)
@@ -95,12 +98,24 @@ def build_pipeline(
     implementation = engine.check(device)
     architecture = admission.architecture
     after = dict(list(model.named_children())[1:])
-    spec = read_pooling(after, architecture.hidden_size)
+    head: Head
+    if scores:
+        head = ClassificationHead(transformer.auto_model, after)
+    else:
+        head = PoolingHead(read_pooling(after, architecture.hidden_size))
     has_table = admission.weights.embeddings.position is not None
-    max_length = _max_length(transformer, architecture.max_tokens, has_table)
+    max_length = _max_length(transformer, architecture.max_tokens, has_table, pair=scores)
     if device.type != "cpu" and impl == "auto" and implementation == "reference":
         raise UnsupportedModelError(f"no kernels run on {device}:\n{ops.explain_ops()}")
-    return Pipeline(TextTokenizer(transformer.tokenizer, max_length), engine, PoolingHead(spec))
+    reader = PairTokenizer if scores else TextTokenizer
+    return Pipeline(reader(transformer.tokenizer, max_length), engine, head)
+
+
+def base_model(transformer: Any) -> Any:  # noqa: ANN401
+    """The base model in a Transformer module, which may have a head on it; None if there is no
+    model."""
+    model = getattr(transformer, "auto_model", None)
+    return getattr(model, "base_model", model)
 
 
 def _check_placement(model: SentenceTransformer) -> None:
@@ -115,9 +130,15 @@ def _check_placement(model: SentenceTransformer) -> None:
         )
 
 
-def _check_transformer(transformer: Any) -> None:
+def _check_transformer(transformer: Any, task: str) -> None:
     """Refuse options of the Transformer module that the packed engine would ignore."""
-    for name, expected in _READ.items():
+    taken, called = _READ[task]
+    read = {
+        "modality_config": {"text": {"method": "forward", "method_output_name": taken}},
+        "module_output_name": called,
+        "transformer_task": task,
+    }
+    for name, expected in read.items():
         found = getattr(transformer, name, expected)
         if found != expected:
             raise UnsupportedModelError(f"Transformer.{name} must be {expected}, got {found}")
@@ -164,8 +185,9 @@ def _check_own(part: Any, names: Set[str]) -> None:
         raise UnsupportedModelError(reason)
 
 
-def _max_length(transformer: Any, room: int, has_table: bool) -> int:
-    """Tokens kept of a text, given how many positions there are, in a table or computed."""
+def _max_length(transformer: Any, room: int, has_table: bool, *, pair: bool) -> int:
+    """Tokens kept of a text or a pair, given how many positions there are, in a table or
+    computed."""
     tokenizer = transformer.tokenizer
     value = tokenizer.model_max_length
     if value is None:
@@ -177,7 +199,7 @@ def _max_length(transformer: Any, room: int, has_table: bool) -> int:
     if value >= _NO_LIMIT or room < value == table:
         return room
     # Tokenizers cut nothing if the special tokens alone are too many.
-    least = max(1, tokenizer.num_special_tokens_to_add(pair=False))
+    least = max(1, tokenizer.num_special_tokens_to_add(pair=pair))
     if value > room and not has_table:
         raise UnsupportedModelError(f"max_seq_length {value} is beyond the {room} positions")
     if not least <= value <= room or value != int(value):
@@ -214,8 +236,7 @@ class Assembly:
     def __init__(
         self, model: SentenceTransformer, where: Where, impl: str, old: Assembly | None
     ) -> None:
-        first = next(model.children(), None)
-        base = getattr(first, "auto_model", None)
+        base = base_model(next(model.children(), None))
         self._where = where
         # The engine watches the base model, if there is one.
         self._snapshot = Snapshot(model, without=[base])

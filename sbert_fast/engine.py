@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sbert_fast import layers, models, ops
@@ -27,7 +28,7 @@ from sbert_fast.linears import (
 )
 from sbert_fast.models.checks import check_finite
 from sbert_fast.ops.dispatch import FUSING
-from sbert_fast.packing import PackedBatch
+from sbert_fast.packing import ROW_ALIGNMENT, PackedBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +68,7 @@ class _Current:
 def compute_dtype(
     model: nn.Module, requested: torch.dtype | None, device: torch.device
 ) -> torch.dtype:
-    """The dtype the engine computes in on `device`: the one asked for, else that of the model.
-
-    A float16 model on a CPU computes in float32, which holds every float16 value exactly.
-    """
+    """The dtype asked for, else that of the model; float32 instead of float16 on a CPU."""
     if requested is not None:
         return requested
     dtype = next(model.parameters()).dtype
@@ -315,10 +313,19 @@ class PackedEncoder:
         (x,) = deque(self.states(batch, p), maxlen=1)
         return x
 
-    def states(self, batch: PackedBatch, prepared: Prepared) -> Iterator[Tensor]:
-        """The states `[T, E]` before and after every layer; arguments as in calling the engine."""
+    def states(
+        self, batch: PackedBatch, prepared: Prepared, kept: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """The states `[T, E]` before and after every layer; of the last, only the rows `kept`."""
         with torch.no_grad():
-            yield from prepared.stack.states(_embed(prepared, batch), batch)
+            yield from prepared.stack.states(_embed(prepared, batch), batch, kept)
+
+    def first_states(self, batch: PackedBatch, prepared: Prepared) -> Tensor:
+        """The last states of first tokens, `[B, E]` padded to 16 rows; no sequence may be empty."""
+        starts = batch.cu_seqlens[:-1].long()
+        kept = F.pad(starts, (0, -starts.shape[0] % ROW_ALIGNMENT))
+        (x,) = deque(self.states(batch, prepared, kept), maxlen=1)
+        return x
 
     def unfinished(self, batch: PackedBatch, prepared: Prepared) -> Unfinished:
         """What calling the engine returns, before the last norm; arguments as there."""

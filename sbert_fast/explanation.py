@@ -14,7 +14,7 @@ from sbert_fast.ops import choices, limits
 from sbert_fast.ops.dispatch import preference
 from sbert_fast.packed_forward import PACKED
 from sbert_fast.patching import candidates, forward_of, refusal
-from sbert_fast.sentence_transformers.encoder import FastEncoder
+from sbert_fast.sentence_transformers.packed_model import PackedModel
 
 
 def explain(model: nn.Module | None = None) -> str:
@@ -22,7 +22,7 @@ def explain(model: nn.Module | None = None) -> str:
 
     Args:
         model: a model of transformers or sentence-transformers, accelerated or not, or any module
-            that holds some; a FastEncoder. None explains the installation.
+            that holds some; a FastEncoder or a FastCrossEncoder. None explains the installation.
 
     Returns:
         Several lines for people to read. A model that is not supported is explained, not refused.
@@ -35,11 +35,11 @@ def explain(model: nn.Module | None = None) -> str:
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain: model must be a torch.nn.Module, got {type(model).__name__}")
     lines = [type(model).__name__]
-    if isinstance(model, FastEncoder):
-        lines += [f"  {line}" for line in _fast_encoder(model)]
+    if isinstance(model, PackedModel):
+        lines += [f"  {line}" for line in _packed_model(model)]
     found = candidates(model)
     for name, module in found.items():
-        if isinstance(model, FastEncoder) and forward_of(module) is None:
+        if isinstance(model, PackedModel) and forward_of(module) is None:
             continue
         title = type(module).__name__
         lines.append(f"  {name}: {title}" if name else f"  {title}")
@@ -71,17 +71,17 @@ def _cuda_ops() -> str:
     return loaded if reason is None else f"{loaded}, not usable on this machine: {reason}"
 
 
-def _fast_encoder(model: FastEncoder) -> list[str]:
-    stats = model.stats
+def _packed_model(model: PackedModel) -> list[str]:
+    stats, method = model.stats, model.method
     try:
         engine = model.packed_engine
     except (SbertFastError, ValueError) as error:
-        lines = [f"encode: refused: {error}"]
+        lines = [f"{method}: refused: {error}"]
     else:
         if engine is None:
-            lines = [f"encode: sentence-transformers: {model.unsupported_reason}"]
+            lines = [f"{method}: sentence-transformers: {model.unsupported_reason}"]
         else:
-            lines = [f"encode: packed, {_engine(engine)}"]
+            lines = [f"{method}: packed, {_engine(engine)}"]
     lines.append(
         f"so far: {stats.texts} texts, {stats.tokens} tokens, {stats.batches} batches, "
         f"{stats.truncated} texts truncated"

@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sbert_fast import budget, packing
-from sbert_fast.engine import PackedEncoder, Prepared
+from sbert_fast.engine import PackedEncoder, PoolKernels, Prepared
 from sbert_fast.errors import TokenIdError
 from sbert_fast.layers import Unfinished
 from sbert_fast.packing import PackedBatch
-from sbert_fast.pooling import PoolingHead
 from sbert_fast.stats import Counters
 from sbert_fast.tokenization import TextTokenizer, TokenizedTexts
 from sbert_fast.values import shown
@@ -29,13 +28,50 @@ from sbert_fast.values import shown
 _SLICES = {"cpu": (4_000_000, 65_536), "cuda": (1_000_000, 16_384)}
 
 
+class Head(Protocol):
+    """What makes one row of results of the hidden states of each sequence.
+
+    Attributes:
+        dimension: components of a result, before truncation.
+        include_prompt: False leaves out the tokens of the prompt.
+    """
+
+    @property
+    def dimension(self) -> int: ...
+
+    @property
+    def include_prompt(self) -> bool: ...
+
+    def prepare(self, dtype: torch.dtype, device: torch.device, impl: str) -> None:
+        """Take over the weights as they are now; see :meth:`PoolingHead.prepare`."""
+
+    def fuses(self, dimension: int) -> bool:
+        """Whether it takes states before their last norm."""
+
+    def reads_first(self, skip: int) -> bool:
+        """Whether it reads nothing but the first token of a sequence."""
+
+    def __call__(
+        self,
+        x: Any,  # noqa: ANN401
+        batch: PackedBatch,
+        kernels: PoolKernels,
+        out: Tensor,
+        rows: Tensor,
+        *,
+        normalize: bool,
+        skip: int,
+    ) -> None:
+        """Write one result for each sequence; see :meth:`PoolingHead.__call__`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """A tokenizer, an engine and a pooling head that belong together."""
+    """A tokenizer, an engine and a head that belong together."""
 
     tokenizer: TextTokenizer
     engine: PackedEncoder
-    head: PoolingHead
+    head: Head
     limit: budget.MemoryLimit = field(default_factory=budget.MemoryLimit)
     prepared: Prepared | None = None
 
@@ -96,7 +132,7 @@ def _slices(texts: Sequence[str], device: str) -> Iterator[tuple[int, int]]:
     most_characters, most_texts = _SLICES[device]
     start = characters = 0
     for index, text in enumerate(texts):
-        characters += len(text)
+        characters += len(text) if isinstance(text, str) else sum(map(len, text))
         if characters >= most_characters or index + 1 - start >= most_texts:
             yield start, index + 1
             start, characters = index + 1, 0
@@ -219,7 +255,7 @@ def run(
     for first, last in _slices(texts, pipeline.engine.device.type):
         part = texts[first:last]
         if request.prompt:
-            part = [request.prompt + text for text in part]
+            part = pipeline.tokenizer.prepend(request.prompt, part)
         tokens = pipeline.tokenizer(part)
         sink.open(first, last - first)
         offset, most = request.offset + first, request.batch_tokens
@@ -232,7 +268,7 @@ def pooling_options(pipeline: Pipeline, request: Request) -> dict[str, Any]:
     """How a call pools: the options of the head."""
     return {
         "normalize": request.normalize,
-        "skip": 0 if pipeline.head.spec.include_prompt else request.prompt_tokens,
+        "skip": 0 if pipeline.head.include_prompt else request.prompt_tokens,
     }
 
 
@@ -255,9 +291,12 @@ def embed_batch(
         rows: the row of each sequence.
     """
     engine, head, kernels = pipeline.engine, pipeline.head, prepared.pooling
+    options = pooling_options(pipeline, request)
     x: Tensor | Unfinished
     if kernels.norm_pool is not None and head.fuses(out.shape[1]):
         x = engine.unfinished(batch, prepared)
+    elif head.reads_first(options["skip"]) and batch.lengths.min() > 0:
+        x, batch = engine.first_states(batch, prepared), batch.first_tokens()
     else:
         x = engine(batch, prepared)
-    head(x, batch, kernels, out, rows, **pooling_options(pipeline, request))
+    head(x, batch, kernels, out, rows, **options)

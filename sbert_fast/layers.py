@@ -120,14 +120,18 @@ class Stack:
     norm: ops.Kernel
     rotary: Turns
 
-    def states(self, x: Tensor, batch: PackedBatch) -> Iterator[Tensor]:
-        """The embeddings `x` `[T, E]`, and what every layer makes of them, the last one normed."""
+    def states(self, x: Tensor, batch: PackedBatch, kept: Tensor | None = None) -> Iterator[Tensor]:
+        """The embeddings `x` `[T, E]`, and what every layer makes of them, the last one normed.
+
+        Of the last layer, only the rows `kept` (int64) are computed; None is all of them.
+        """
         yield x
-        residual, turns = x, self._turns(batch)
+        residual, turns, last = x, self._turns(batch), self.layers[-1]
         x = self._enter(x)
         for layer in self.layers:
-            residual, x = _attend(layer, residual, x, batch, turns)
-            keeps_sum = layer.norm_first and layer is not self.layers[-1]
+            rows = kept if layer is last else None
+            residual, x = _attend(layer, residual, x, batch, turns, rows)
+            keeps_sum = layer.norm_first and layer is not last
             down, inner = layer.feed_forward.down, layer.feed_forward(x)
             residual, x = _join(down, inner, residual, layer.after, keeps_sum)
             yield residual
@@ -158,10 +162,18 @@ class Stack:
 
 
 def _attend(
-    layer: PreparedLayer, residual: Tensor, x: Tensor, batch: PackedBatch, turns: Turns
+    layer: PreparedLayer,
+    residual: Tensor,
+    x: Tensor,
+    batch: PackedBatch,
+    turns: Turns,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The first half of a layer: the residual, and what the second half reads."""
+    """The first half of a layer: the residual, and what the second half reads; of the rows `kept`
+    alone if they are given."""
     attended = layer.attention(x, batch, turns)
+    if kept is not None:
+        attended, residual = attended[kept], residual[kept]
     return _join(layer.attention.output, attended, residual, layer.between, layer.norm_first)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, cached_property
 from types import BuiltinFunctionType, CodeType, FunctionType
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import typing_extensions
 
 from sbert_fast.state import EMPTY, PACKAGES, Contents
 
@@ -28,8 +30,8 @@ _LIBRARIES = frozenset(
 SYNTAX = ("__call__", "__getattr__", "__getattribute__", "__getitem__", "__iter__", "__len__")
 # The defaults of each function when it was first seen.
 _defaults: dict[FunctionType, tuple[Any, ...]] = {}
-# Decorators made by contextlib are wrappers like any other.
-_CONTEXTLIB = str(contextlib.__file__)
+# Decorators made by these are wrappers like any other.
+_DECORATORS = tuple(str(module.__file__) for module in (contextlib, typing_extensions, warnings))
 
 
 @cache
@@ -186,7 +188,7 @@ def is_genuine(value: Any, cls: type | None = None) -> bool:
     folders = _folder(package), _folder("torch")
     files = [body.__code__.co_filename for body in bodies]
     if not files[-1].startswith(folders) or not all(
-        file.startswith((*folders, _CONTEXTLIB)) for file in files
+        file.startswith((*folders, *_DECORATORS)) for file in files
     ):
         return False
     owner, dot, _ = bodies[-1].__qualname__.partition(".")

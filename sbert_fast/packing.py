@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -149,6 +149,17 @@ class PackedBatch:
     @property
     def num_sequences(self) -> int:
         return int(self.lengths.shape[0])
+
+    def first_tokens(self) -> PackedBatch:
+        """The batch as if every sequence ended with its first token."""
+        count, device = self.num_sequences, self.cu_seqlens.device
+        return replace(
+            self,
+            cu_seqlens=torch.arange(count + 1, dtype=torch.int32, device=device),
+            lengths=np.ones(count, dtype=np.int32),
+            num_tokens=count,
+            max_seqlen=1,
+        )
 
     def split_rows(self, x: Tensor) -> Iterator[Tensor]:
         """The rows `[L, E]` of each sequence in `x` `[T, E]`."""

@@ -212,6 +212,18 @@ class PoolingHead:
         pooled = pooled[:, :dimension]
         out[rows.long()] = F.normalize(pooled, dim=1) if normalize else pooled
 
+    @property
+    def dimension(self) -> int:
+        return self.spec.dimension
+
+    @property
+    def include_prompt(self) -> bool:
+        return self.spec.include_prompt
+
+    def reads_first(self, skip: int) -> bool:
+        """Whether nothing but the first token of each sequence is read."""
+        return self.spec.modes == ("cls",) and skip == 0
+
     def fuses(self, dimension: int) -> bool:
         """Whether embeddings of `dimension` components are made in one pass over the tokens."""
         spec = self.spec

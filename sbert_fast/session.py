@@ -133,14 +133,14 @@ class Session:
         first, checks = 0, True
         if isinstance(texts, Chunk):
             first, checks, texts = texts.offset, texts.checks, list(texts)
-        spec, prompt = pipeline.head.spec, call.prompt
-        asks_prompt = call.output_value is None or not spec.include_prompt
+        head, prompt = pipeline.head, call.prompt
+        asks_prompt = call.output_value is None or not head.include_prompt
         request = Request(
             prompt=prompt or "",
             prompt_tokens=_prompt_tokens(model, pipeline, prompt) if prompt and asks_prompt else 0,
             batch_tokens=self._token_budget(pipeline, call.batch_size),
             normalize=call.normalize_embeddings and call.is_of_sentences,
-            dimension=min(call.truncate_dim or spec.dimension, spec.dimension),
+            dimension=min(call.truncate_dim or head.dimension, head.dimension),
             offset=first,
             checks=checks,
         )
@@ -186,7 +186,7 @@ class Session:
         """Count a call that sentence-transformers runs, and log the reason if it is new."""
         reason = unsupported.reason
         if unsupported.counts and self.counters.add_fallback(reason):
-            logger.warning("encode runs in sentence-transformers, unaccelerated: %s", reason)
+            logger.warning("running in sentence-transformers, unaccelerated: %s", reason)
 
     def _where(self, model: SentenceTransformer, device: torch.device | None = None) -> Where:
         """Where the model runs once it is on `device`; None for where it is."""

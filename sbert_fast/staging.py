@@ -41,7 +41,7 @@ def stage(
         lengths: `[N]`, the tokens of each text.
         normalize: whether embeddings are L2-normalised at the end.
     """
-    engine, dimension = pipeline.engine, pipeline.head.spec.dimension
+    engine, dimension = pipeline.engine, pipeline.head.dimension
     most = pipeline.default_batch_tokens()
     request = Request("", 0, batch_tokens=most, normalize=normalize, dimension=dimension)
     order, starts = packing.plan_batches(lengths.astype(np.int32), most)

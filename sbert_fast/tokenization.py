@@ -54,6 +54,10 @@ class TokenizedTexts:
     truncated: int
 
 
+# Ids of some texts, their lengths, types or None, and how many texts were cut.
+TokenizedChunk = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32] | None, int]
+
+
 def check_texts(
     texts: Sequence[Any], name: str = "inputs", *, besides: tuple[type, ...] = ()
 ) -> None:
@@ -135,21 +139,27 @@ class TextTokenizer:
             )
         described = repr(added)
         keeps = len(added) > _MANY_ADDED and described == self._added
-        private = self._backend if keeps else type(live)(live.model)
+        self._take_over(live, added, keeps)
+        self._added = described
+
+    def _take_over(self, live: Any, added: dict[int, Any], keeps: bool) -> None:  # noqa: ANN401
+        """Make the backend of the parts of `live`; it keeps its added tokens, or gets `added`."""
+        backend = self._private(live, added, self._backend if keeps else None)
+        side = self._tokenizer.truncation_side
+        backend.enable_truncation(self.max_length, strategy="longest_first", direction=side)
+        self._backend = backend
+
+    def _private(self, live: Any, added: dict[int, Any], known: Any | None) -> Any:  # noqa: ANN401
+        private = type(live)(live.model) if known is None else known
         private.model = live.model
         for part in ("normalizer", "pre_tokenizer", "post_processor"):
             setattr(private, part, getattr(live, part))
-        if not keeps:
+        if known is None:
             private.add_tokens([added[index] for index in sorted(added)])
-            if repr(private.get_added_tokens_decoder()) != described:
+            if repr(private.get_added_tokens_decoder()) != repr(added):
                 raise UnsupportedModelError("the ids of the tokenizer's added tokens have gaps")
         private.encode_special_tokens = self._tokenizer.split_special_tokens
-        private.enable_truncation(
-            self.max_length,
-            strategy="longest_first",
-            direction=self._tokenizer.truncation_side,
-        )
-        self._backend, self._added = private, described
+        return private
 
     def __call__(self, texts: Sequence[str]) -> TokenizedTexts:
         """Tokenise checked texts.
@@ -167,15 +177,17 @@ class TextTokenizer:
         np.cumsum(lengths, out=offsets[1:])
         return TokenizedTexts(ids, lengths, offsets, types, sum(part[3] for part in parts))
 
+    def prepend(self, prompt: str, texts: Sequence[Any]) -> list[Any]:
+        """The texts with a prompt in front."""
+        return [prompt + text for text in texts]
+
     def token(self, token_id: int) -> str:
         """The token that an id stands for."""
         if self._backend is None:
             return str(self._tokenizer.convert_ids_to_tokens(token_id))
         return str(self._backend.id_to_token(token_id))
 
-    def _chunk(
-        self, texts: Sequence[str]
-    ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32] | None, int]:
+    def _chunk(self, texts: Sequence[Any]) -> TokenizedChunk:
         if self._backend is None:
             return self._slow_chunk(texts)
         encodings = self._encode(texts)
@@ -194,8 +206,8 @@ class TextTokenizer:
         limit = self.max_length * _CHARACTERS_PER_TOKEN
         longest = max(map(len, texts), default=0)
         if longest <= limit or not self._right or not _reads_nearby(self._backend):
-            return _tokenize(self._backend.encode_batch_fast, texts)
-        encodings = _tokenize(self._backend.encode_batch, [text[:limit] for text in texts])
+            return tokenize(self._backend.encode_batch_fast, texts)
+        encodings = tokenize(self._backend.encode_batch, [text[:limit] for text in texts])
         for index, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
             last = max((end for _, end in encoding.offsets), default=0)
             # No word that was kept may go on behind the cut. With WordPiece none does: it makes one
@@ -205,20 +217,22 @@ class TextTokenizer:
                 or any(map(str.isspace, text[last:limit]))
             )
             if len(text) > limit and not (len(encoding) == self.max_length and is_whole):
-                encodings[index] = _tokenize(self._backend.encode_batch_fast, [text])[0]
+                encodings[index] = tokenize(self._backend.encode_batch_fast, [text])[0]
         return encodings
 
-    def _slow_chunk(
-        self, texts: Sequence[str]
-    ) -> tuple[NDArray[np.int32], NDArray[np.int32], None, int]:
+    def _slow_chunk(self, texts: Sequence[Any]) -> TokenizedChunk:
         tokenizer, texts = self._tokenizer, list(texts)
         with self._lock:
             whole = tokenizer(texts, truncation=False, verbose=False)["input_ids"]
-            kept = tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
+            encoded = tokenizer(texts, truncation=True, max_length=self.max_length)
+        kept, types = encoded["input_ids"], None
         lengths = np.fromiter(map(len, kept), dtype=np.int32, count=len(kept))
-        ids = np.fromiter(chain.from_iterable(kept), np.int32, int(lengths.sum()))
+        total = int(lengths.sum())
+        ids = np.fromiter(chain.from_iterable(kept), np.int32, total)
+        if self.returns_types and any(map(any, encoded["token_type_ids"])):
+            types = np.fromiter(chain.from_iterable(encoded["token_type_ids"]), np.int32, total)
         cut = sum(len(a) > len(b) for a, b in zip(whole, kept, strict=True))
-        return ids, lengths, None, cut
+        return ids, lengths, types, cut
 
 
 def _reads_nearby(backend: Any) -> bool:  # noqa: ANN401
@@ -240,7 +254,8 @@ def _is_local(part: dict[str, Any]) -> bool:
     return part["type"] in _LOCAL and part.get("split", True) and part.get("use_regex", True)
 
 
-def _tokenize(encode: Any, texts: Sequence[str]) -> list[Any]:  # noqa: ANN401
+def tokenize(encode: Any, texts: Sequence[str]) -> list[Any]:  # noqa: ANN401
+    """`encode(texts)`; a panic of the tokenizer becomes an InputError."""
     try:
         return encode(texts)
     except BaseException as error:

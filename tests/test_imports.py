@@ -25,7 +25,7 @@ LAYERS = (
     {"layers", "fingerprint"},
     {"admission"},
     {"tokenization", "engine", "transfer", "budget"},
-    {"pooling"},
+    {"pooling", "classification", "pairs"},
     {"inference", "padded_call", "packed_forward", "arguments"},
     {"results", "call", "assembly"},
     {"session"},

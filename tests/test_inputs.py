@@ -224,13 +224,13 @@ def test_huge_text_does_not_reach_the_tokenizer(
 ) -> None:
     """What makes hostile text expensive is tokenising what is then cut off."""
     seen: list[int] = []
-    tokenize = tokenization._tokenize
+    tokenize = tokenization.tokenize
 
     def record(encode: Any, texts: list[str]) -> Any:
         seen.extend(map(len, texts))
         return tokenize(encode, texts)
 
-    monkeypatch.setattr(tokenization, "_tokenize", record)
+    monkeypatch.setattr(tokenization, "tokenize", record)
     encoder.encode(["." * MEGABYTE, "the sea and the sun " * 50_000])
     assert max(seen) <= 64 * encoder.max_seq_length
     assert encoder.stats.truncated == 2

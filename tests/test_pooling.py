@@ -18,6 +18,7 @@ from families import make_sentence_transformer, make_texts, randomize
 from sbert_fast import FastEncoder, ops
 from sbert_fast.engine import PoolKernels
 from sbert_fast.errors import InvalidWeightsError
+from sbert_fast.layers import PreparedFeedForward
 from sbert_fast.packing import pack
 from sbert_fast.pooling import PoolingHead, read_pooling
 
@@ -49,6 +50,27 @@ def check(st: SentenceTransformer, texts: list[str], launches: Launches, **argum
 
 
 # Modes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_of_the_last_layer_only_first_tokens_are_computed(
+    family: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = FastEncoder(make_sentence_transformer(family, pooling="cls"), dtype=dtype)
+    rows: list[int] = []
+    run = PreparedFeedForward.__call__
+
+    def record(self: PreparedFeedForward, x: torch.Tensor) -> torch.Tensor:
+        rows.append(x.shape[0])
+        return run(self, x)
+
+    monkeypatch.setattr(PreparedFeedForward, "__call__", record)
+    embeddings = encoder.encode(TEXTS)
+    assert rows[-1] == 48 and rows[-2] > 300
+    monkeypatch.setattr(PoolingHead, "reads_first", lambda *_: False)
+    assert np.array_equal(encoder.encode(TEXTS), embeddings)
+    assert rows[-1] == rows[-2]
 
 
 @pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normalized"])

@@ -134,9 +134,9 @@ def test_long_texts_are_cut_before_they_are_tokenised(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer, given = TextTokenizer(make_tokenizer(family), 32), []
-    encode = tokenization._tokenize
+    encode = tokenization.tokenize
     monkeypatch.setattr(
-        tokenization, "_tokenize", lambda call, texts: given.append(texts) or encode(call, texts)
+        tokenization, "tokenize", lambda call, texts: given.append(texts) or encode(call, texts)
     )
     tokenizer(["the sea " * 5000])
     assert [len(text) for texts in given for text in texts] == [4 * LIMIT]
@@ -319,7 +319,7 @@ def test_other_interruptions_pass_unchanged() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tokenization._tokenize(interrupt, ["sea"])
+        tokenization.tokenize(interrupt, ["sea"])
 
 
 @given(st.lists(st.text(st.characters(codec=None), max_size=20), max_size=5))

@@ -42,7 +42,7 @@ _MISSING = object()
 _twins: dict[type, tuple[dict[str, Any], dict[str, nn.Module]]] = {}
 
 
-def _twin(cls: Any, config: Any) -> dict[str, nn.Module]:
+def fresh_modules(cls: Any, config: Any) -> dict[str, nn.Module]:
     """The modules of a model that `cls` makes of `config`, by name."""
     known = _twins.get(cls)
     if known is not None and known[0] == vars(config):
@@ -77,7 +77,7 @@ def check_attributes(model: nn.Module, cls: type, names: Set[str], weights: Enco
         UnsupportedModelError: naming the module and the attribute.
     """
     config: Any = model.config
-    twins = _twin(cls, config)
+    twins = fresh_modules(cls, config)
     for name, module in model.named_modules():
         if is_in_pooler(name):
             continue

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.modality import infer_modality, is_message_dict
 
 from sbert_fast.arguments import as_list, check_keywords, check_positive
@@ -20,20 +21,25 @@ from sbert_fast.values import PRECISIONS, shown
 _OUTPUTS = ("hidden_states", "attentions")
 
 
-def as_stock(model: SentenceTransformer, **methods: Any) -> SentenceTransformer:
-    """The same model, not a copy of it, as an instance of `SentenceTransformer` itself.
+def stock_class(cls: type) -> Any:  # noqa: ANN401
+    """The class of sentence-transformers that a class takes the place of."""
+    return CrossEncoder if issubclass(cls, CrossEncoder) else SentenceTransformer
+
+
+def as_stock(model: Any, **methods: Any) -> Any:  # noqa: ANN401
+    """The same model, not a copy of it, as an instance of the class of sentence-transformers.
 
     Args:
         model: any model.
         **methods: replacements for its methods.
     """
-    stock = object.__new__(SentenceTransformer)
+    stock = object.__new__(stock_class(type(model)))
     object.__setattr__(stock, "__dict__", vars(model) | methods if methods else vars(model))
     return stock
 
 
 @contextmanager
-def written_as_stock(model: SentenceTransformer) -> Iterator[SentenceTransformer]:
+def written_as_stock(model: Any) -> Iterator[Any]:  # noqa: ANN401
     """The model to write a card or commit of `model` with: it names a class that every reader has.
 
     A class of the caller's own keeps its name, as in sentence-transformers.
@@ -47,7 +53,8 @@ def written_as_stock(model: SentenceTransformer) -> Iterator[SentenceTransformer
     for loss in (told.get("loss", {}) for told in (*card.train_datasets, *card.eval_datasets)):
         if "config_code" in loss:
             name = type(model).__name__
-            loss["config_code"] = loss["config_code"].replace(name, SentenceTransformer.__name__)
+            stock = stock_class(type(model)).__name__
+            loss["config_code"] = loss["config_code"].replace(name, stock)
     try:
         yield card.model
     finally:
@@ -191,3 +198,36 @@ def _check_other(model: SentenceTransformer, index: int, element: Any) -> None:
         told = element is None or isinstance(element, (int, float))
         got = type(element).__name__ + (f" ({shown(element)})" if told else "")
         raise InputError(f"{theirs} inputs[{index}] must be a str, got {got}".lstrip())
+
+
+def check_pairs(model: Any, inputs: list[Any]) -> str | None:  # noqa: ANN401
+    """Refuse what a cross-encoder does not score, before anything is computed.
+
+    Returns:
+        Why sentence-transformers runs the inputs; None if all are pairs of texts.
+
+    Raises:
+        InputError: names the index, what was expected and what came.
+    """
+    other = None
+    for index, element in enumerate(inputs):
+        if isinstance(element, (tuple, list)) and len(element) == 2:
+            first, second = element
+            if isinstance(first, str) and isinstance(second, str):
+                if not (first.isascii() and second.isascii()):
+                    check_texts(element, f"inputs[{index}]")
+                continue
+        theirs = refusal(partial(as_stock(model).preprocess, [element]))
+        if theirs is not None:
+            raise InputError(f"{theirs} {_no_pair(index, element)}".lstrip())
+        other = other or type(element)
+    return None if other is None else f"inputs of type {other.__name__}, not pairs of texts"
+
+
+def _no_pair(index: int, element: Any) -> str:  # noqa: ANN401
+    if not isinstance(element, (tuple, list)):
+        return f"inputs[{index}] must be a pair of texts, got {type(element).__name__}"
+    for place, text in enumerate(element if len(element) == 2 else ()):
+        if not isinstance(text, str):
+            return f"inputs[{index}][{place}] must be a str, got {type(text).__name__}"
+    return f"inputs[{index}] must be a pair of texts, got {len(element)} elements"

@@ -1,0 +1,134 @@
+"""Heads of sequence classification, as cross-encoders have them: scores from packed states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sbert_fast import ops
+from sbert_fast.engine import PoolKernels
+from sbert_fast.errors import UnsupportedModelError
+from sbert_fast.models.twin import fresh_modules
+from sbert_fast.packing import ROW_ALIGNMENT, PackedBatch
+
+# Classes of transformers whose forward reads one state of a text: that of its first token, or the
+# mean of all where the config says so.
+CLASSIFIERS = frozenset(
+    f"{family}ForSequenceClassification"
+    for family in "Bert Camembert DistilBert Electra ModernBert Roberta XLMRoberta".split()
+)
+
+
+class ClassificationHead:
+    """Scores from hidden states, by the model's own modules.
+
+    They are called as they are, on one state a text: their weights are never copied.
+
+    Args:
+        model: a model of transformers for sequence classification.
+        after: the modules that follow it, by name.
+
+    Raises:
+        UnsupportedModelError: its head is not what its class makes of the config, or modules
+            follow.
+    """
+
+    include_prompt = True
+
+    def __init__(self, model: Any, after: dict[str, nn.Module]) -> None:  # noqa: ANN401
+        if after:
+            raise UnsupportedModelError(f"modules follow the Transformer: {', '.join(after)}")
+        cls = type(model)
+        if cls.__name__ not in CLASSIFIERS or not cls.__module__.startswith("transformers.models."):
+            raise UnsupportedModelError(
+                f"{cls.__name__} is not supported; supported are {', '.join(sorted(CLASSIFIERS))}"
+            )
+        self._model, self._prefix = model, model.base_model_prefix
+        self._mode = getattr(model.config, "classifier_pooling", "cls")
+        if self._mode not in ("cls", "mean"):
+            raise UnsupportedModelError(f"config.classifier_pooling is {self._mode!r}")
+        self._check_modules(fresh_modules(cls, model.config))
+        self.dimension = int(model.config.num_labels)
+
+    def _check_modules(self, fresh: dict[str, nn.Module]) -> None:
+        inside = self._prefix, f"{self._prefix}."
+        mine, theirs = (
+            {name: type(m) for name, m in modules if name and not name.startswith(inside[1])}
+            for modules in (self._model.named_modules(), fresh.items())
+        )
+        for name in (mine.keys() | theirs.keys()) - {self._prefix}:
+            if mine.get(name) is not theirs.get(name):
+                found = mine[name].__name__ if name in mine else "nothing"
+                raise UnsupportedModelError(
+                    f"module {name!r} is {found}, which a fresh {type(self._model).__name__} does "
+                    "not have there"
+                )
+
+    def fuses(self, dimension: int) -> bool:
+        return False
+
+    def reads_first(self, skip: int) -> bool:
+        """Whether nothing but the first token of each sequence is read."""
+        return self._mode == "cls"
+
+    def prepare(self, dtype: torch.dtype, device: torch.device, impl: str) -> None:
+        """Check the weights as they are now.
+
+        Raises:
+            UnsupportedModelError: they have another dtype than those of the encoder, `dtype`.
+        """
+        for name, parameter in self._model.named_parameters():
+            if name.startswith(f"{self._prefix}.") and ".pooler." not in name:
+                continue
+            if parameter.dtype != dtype:
+                raise UnsupportedModelError("parameters have several dtypes")
+
+    def __call__(
+        self,
+        x: Tensor,
+        batch: PackedBatch,
+        kernels: PoolKernels,
+        out: Tensor,
+        rows: Tensor,
+        *,
+        normalize: bool,
+        skip: int,
+    ) -> None:
+        """Write the logits of each sequence to `out[rows]`; see :class:`PoolingHead`."""
+        count = batch.num_sequences
+        states = x[:count]
+        if self._mode == "mean":
+            states = torch.empty((count, x.shape[1]), device=x.device, dtype=torch.float32)
+            mode = ops.POOLING_MODES.index("mean")
+            kernels.pool(x, batch.cu_seqlens, mode, False, 0, None, states, None)
+        out[rows.long()] = self._logits(states).float()
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """Logits `[B, labels]` of states `[B, E]`; on a CPU of 16 at a time, the last of them
+        padded: the bits of a row then depend on no other row."""
+        model, count = self._model, states.shape[0]
+        head: Any = object.__new__(type(model))
+        modules = model._modules | {self._prefix: _Finished(getattr(model, self._prefix))}
+        vars(head).update(vars(model), _modules=modules)
+        padded = F.pad(states.to(model.dtype), (0, 0, 0, -count % ROW_ALIGNMENT))[:, None]
+        blocks = padded.split(ROW_ALIGNMENT if states.device.type == "cpu" else len(padded))
+        mask = padded.new_ones((len(blocks[0]), 1), dtype=torch.long)
+        logits = [head(inputs_embeds=block, attention_mask=mask).logits for block in blocks]
+        return torch.cat(logits)[:count]
+
+
+class _Finished(nn.Module):
+    """Stands in for a base model whose last states are there already."""
+
+    def __init__(self, base: Any) -> None:  # noqa: ANN401
+        super().__init__()
+        self.pooler = getattr(base, "pooler", None)
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        pooled = None if self.pooler is None else self.pooler(inputs_embeds)
+        return BaseModelOutputWithPooling(last_hidden_state=inputs_embeds, pooler_output=pooled)

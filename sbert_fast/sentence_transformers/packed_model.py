@@ -1,0 +1,176 @@
+"""What FastEncoder and FastCrossEncoder share: how they are made, and what they tell."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from sbert_fast import ops
+from sbert_fast.arguments import check_device, check_positive, parse_dtype
+from sbert_fast.assembly import Unsupported
+from sbert_fast.engine import PackedEncoder
+from sbert_fast.errors import SbertFastError
+from sbert_fast.inference import Pipeline
+from sbert_fast.sentence_transformers.stock import stock_class, stock_words, written_as_stock
+from sbert_fast.session import Session
+from sbert_fast.stats import EncoderStats
+from sbert_fast.values import check_model
+
+
+def shared_arguments(source: Any) -> dict[str, Any]:  # noqa: ANN401
+    """The arguments that make a model of `source`, which every class of them takes."""
+    return {
+        "prompts": source.prompts,
+        "default_prompt_name": source.default_prompt_name,
+        "trust_remote_code": source.trust_remote_code,
+        # The constructor registers the new model in it.
+        "model_card_data": copy.copy(source.model_card_data),
+        "backend": source.backend,
+    }
+
+
+def _check_source(model: object, modules: object, stock: type) -> None:
+    if not isinstance(model, (str, stock, type(None))):
+        raise TypeError(
+            f"model_name_or_path must be a name, a path or a {stock.__name__}, got "
+            f"{type(model).__name__}"
+        )
+    if model is None and modules is None:
+        raise ValueError("model_name_or_path or modules must be given, got neither")
+    if isinstance(model, stock) and modules is not None:
+        raise ValueError(f"modules must be None when a {stock.__name__} is given")
+
+
+class PackedModel:
+    """A model of sentence-transformers that runs packed; a base of such a class beside the class of
+    sentence-transformers.
+
+    Attributes:
+        method: the name of the one that runs packed.
+    """
+
+    method = "encode"
+
+    @staticmethod
+    def _arguments_of(source: Any) -> dict[str, Any]:  # noqa: ANN401
+        """The arguments that make a model like `source`, but for its modules."""
+        raise NotImplementedError
+
+    def __init__(
+        self,
+        model_name_or_path: str | Any | None = None,
+        *,
+        modules: Iterable[nn.Module] | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+        impl: str = "auto",
+        batch_tokens: int | Literal["auto"] = "auto",
+        **kwargs: Any,
+    ) -> None:
+        requested_dtype = parse_dtype(dtype)
+        check_positive("batch_tokens", batch_tokens, "auto")
+        if impl != "auto" and impl not in ops.IMPLEMENTATIONS:
+            expected = ", ".join(("auto", *ops.IMPLEMENTATIONS))
+            raise ValueError(f"impl must be one of {expected}, got {impl!r}")
+        if device is not None:
+            check_device("device", device)
+        if isinstance(model_name_or_path, os.PathLike):
+            model_name_or_path = os.fspath(model_name_or_path)
+        stock = stock_class(type(self))
+        _check_source(model_name_or_path, modules, stock)
+        source = None
+        if isinstance(model_name_or_path, stock):
+            source, model_name_or_path = model_name_or_path, None
+            modules = OrderedDict(source._modules)
+            kwargs = self._arguments_of(source) | kwargs
+            device = source.device if device is None else device
+        if isinstance(model_name_or_path, str) and modules is None:
+            path = model_name_or_path
+            with stock_words(lambda: stock(path, local_files_only=True)):
+                check_model("model_name_or_path", path)
+        super().__init__(  # type: ignore[call-arg]
+            model_name_or_path, modules=modules, device=device, **kwargs
+        )
+        if source is not None:
+            self.module_kwargs = source.module_kwargs
+            self._model_card_text = source._model_card_text
+        named = {"dtype", "torch_dtype"} & set(kwargs.get("model_kwargs") or {})
+        self._session = Session(
+            requested_dtype,
+            keeps_dtype=modules is not None or bool(named),
+            impl=impl,
+            batch_tokens=batch_tokens,
+        )
+        self._session.announce(self)
+
+    @property
+    def batch_tokens(self) -> int | Literal["auto"]:
+        """Most tokens of a batch; "auto" picks by model and device."""
+        return self._session.batch_tokens
+
+    @batch_tokens.setter
+    def batch_tokens(self, value: int | Literal["auto"]) -> None:
+        self._session.batch_tokens = value
+
+    @property
+    def stats(self) -> EncoderStats:
+        """A snapshot of what this encoder has done."""
+        return self._session.counters.snapshot()
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """The dtype the packed engine computes in; None if the model runs unaccelerated."""
+        engine = self.packed_engine
+        return None if engine is None else engine.compute_dtype
+
+    @property
+    def unsupported_reason(self) -> str | None:
+        """Why the packed engine does not run this model; None if it does.
+
+        If calls raise an error because of the model, this is the message of that error.
+        """
+        try:
+            found = self._pipeline()
+        except (SbertFastError, ValueError) as error:
+            return str(error)
+        return found.reason if isinstance(found, Unsupported) else None
+
+    @property
+    def packed_pipeline(self) -> Pipeline | None:
+        """Tokenizer, engine and pooling behind `encode`; None if the model runs unaccelerated.
+
+        They belong to the model as it is now: reading this compares it with what was derived from
+        it.
+        """
+        found = self._pipeline()
+        return found if isinstance(found, Pipeline) else None
+
+    @property
+    def packed_engine(self) -> PackedEncoder | None:
+        """The engine behind `encode`; None if the model runs unaccelerated."""
+        pipeline = self.packed_pipeline
+        return None if pipeline is None else pipeline.engine
+
+    def refresh(self) -> None:
+        """Forget what was derived from the model.
+
+        Needed after a write through `.data` or numpy to less than a row of a matrix.
+        """
+        self._session.assembly = None
+
+    def _pipeline(self) -> Pipeline | Unsupported:
+        return self._session.pipeline(self)
+
+    def _create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        with written_as_stock(self) as model:
+            stock_class(type(self))._create_model_card(model, *args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
+        with written_as_stock(self) as model:
+            return str(stock_class(type(self)).push_to_hub(model, *args, **kwargs))

@@ -101,7 +101,14 @@ REFUSED_MODELS = {
     "impl": pytest.param("cpu", _leave, "meta", ImplementationError, marks=needs_cpu_ops),
     "weights": ("auto", _spoil, "cpu", InvalidWeightsError),
     "weights on another device": pytest.param(
-        "auto", _spoil, "cuda", InvalidWeightsError, marks=pytest.mark.gpu
+        "auto",
+        _spoil,
+        "cuda",
+        InvalidWeightsError,
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+        ],
     ),
 }
 

@@ -119,7 +119,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     document = provenance(args.threads)
     model = ModelFolder(args.model, args.threads)
-    texts = load_corpus(args.corpus, args.texts, args.seed)
+    texts = load_corpus(args.corpus, args.texts, args.seed, model.count)
     lengths = model.tokenize(texts).lengths
     peak = FmaPeak(folder, args.threads)
     if peak.reason is not None:

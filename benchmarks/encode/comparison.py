@@ -49,10 +49,12 @@ def _in_turn(encoder: Any, call: Callable[[], Any], rounds: int) -> dict[str, An
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything the arguments ask for, as the document that report.py shows."""
     from benchmarks.common.corpora import load_corpus
+    from benchmarks.common.folders import ModelFolder
     from sbert_fast import FastEncoder
 
     encoder = FastEncoder(str(args.model), device="cpu")
-    texts = load_corpus(args.corpus, args.texts, args.seed)
+    count = ModelFolder(args.model, args.threads).count
+    texts = load_corpus(args.corpus, args.texts, args.seed, count)
     for inputs in ([TEXT], texts):
         encoder.encode(inputs)
     alone = [_seconds(lambda: encoder.packed_pipeline) for _ in range(CALLS * args.rounds)]

@@ -117,7 +117,7 @@ def row_of(
 
 def latency(running: list[Contender], folder: ModelFolder) -> dict[str, Any]:
     """Milliseconds of single calls with one short text, systems in turn."""
-    texts = load_corpus("short", 200)
+    texts = load_corpus("short", 200, 0, folder.count)
     lengths = folder.tokenize(texts).lengths
     nearest = int(np.abs(lengths - LATENCY_TOKENS).argmin())
     calls = [(each, []) for each in running if each.name in (OURS, REFERENCE)]
@@ -154,7 +154,7 @@ def measure(args: argparse.Namespace, onnx: Path) -> dict[str, Any]:
     if load > BUSY * args.threads:
         say(f"this machine is busy (load average {load:.2f}): the figures will be doubtful")
     folder = ModelFolder(args.model, args.threads)
-    texts = load_corpus(args.corpus, args.texts, args.seed)
+    texts = load_corpus(args.corpus, args.texts, args.seed, folder.count)
     corpus = Corpus(texts, folder.tokenize(texts))
     lengths = corpus.tokens.lengths
     entries = build_all(args.peers, args.dtype, folder, onnx)

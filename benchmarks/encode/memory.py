@@ -59,7 +59,9 @@ def _main(asked: dict[str, Any]) -> None:
 
     folder = ModelFolder(Path(asked["model"]), asked["threads"])
     built = peers.build(asked["name"], asked["precision"], folder, Path(asked["onnx"]))
-    lines = load_corpus(asked["corpus"], asked["texts"], asked["seed"])
+    # By a tokenizer of its own, so that no system finds one that is loaded already.
+    count = ModelFolder(folder.path, asked["threads"]).count
+    lines = load_corpus(asked["corpus"], asked["texts"], asked["seed"], count)
     loaded = _resident_mb("VmRSS")
     start = time.perf_counter()
     built.encode(lines, Setting(*asked["setting"]))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common.folders import bundled_model
+from benchmarks.common.process import pin
 from benchmarks.common.results import write_json
 
 
@@ -67,3 +68,17 @@ def conclude(document: dict[str, Any], path: Path | None) -> None:
     if path:
         write_json(document, path)
     print(render(document))
+
+
+def run(
+    description: str | None,
+    precisions: Sequence[str],
+    measure: Callable[[argparse.Namespace], dict[str, Any]],
+) -> int:
+    """A command that asks for nothing more: measure, store and print."""
+    parser = make_parser(description, *precisions)
+    args = parser.parse_args()
+    finish(args, parser)
+    pin(args.threads)
+    conclude(measure(args), args.json)
+    return 0

@@ -10,12 +10,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 from benchmarks.common import arguments
-from benchmarks.common.process import pin
 from benchmarks.common.provenance import provenance
 
 TEXT = "A text of about sixteen tokens, such as people send to a search engine."
@@ -69,15 +68,5 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, store and print."""
-    parser = arguments.make_parser(__doc__, "float32")
-    args = parser.parse_args(argv)
-    arguments.finish(args, parser)
-    pin(args.threads)
-    arguments.conclude(measure(args), args.json)
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(arguments.run(__doc__, ["float32"], measure))

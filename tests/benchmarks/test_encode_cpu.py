@@ -175,6 +175,5 @@ def test_rates_of_a_breakdown() -> None:
 def test_breakdown_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    peak = breakdown.FmaPeak(tmp_path, threads=1)
-    assert peak.reason == "there is no C++ compiler"
-    assert peak.measure("float32") is None
+    with pytest.raises(NotAvailable, match="there is no C\\+\\+ compiler"):
+        breakdown.build_fma_peak(tmp_path)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.common import models, products
+from benchmarks.common import models, products, tables
 from benchmarks.common.corpora import length_stats, load_corpus
 from benchmarks.common.folders import ModelFolder
 from benchmarks.common.gate import Gates, check, cosines, ratios
@@ -28,7 +28,7 @@ from benchmarks.common.names import COMPILED, OURS, OURS_CUDA, REFERENCE
 from benchmarks.common.provenance import provenance
 from benchmarks.common.results import Row, append, latest, write_json
 from benchmarks.common.text import message, say
-from benchmarks.encode import contenders, report
+from benchmarks.encode import contenders
 from benchmarks.encode.base import Setting
 from benchmarks.encode.contenders import Contender, Corpus, Sizes, embed, runner, take_turns
 from benchmarks.encode.systems import SYSTEMS, cuda_ops
@@ -217,5 +217,5 @@ def main(args: argparse.Namespace) -> int:
             benchmark.run(scope)
     if args.json:
         write_json(run | {"rows": latest(rows)}, args.json)
-    print("\n".join(report.gpu_table(rows)))
+    print("\n".join(tables.encode_on_gpu(rows)))
     return int(bool(bad) or not rows)

@@ -19,14 +19,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import products, results, stopwatch
+from benchmarks.common import products, results, stopwatch, tables
 from benchmarks.common.arguments import plain_parser, some_of
 from benchmarks.common.corpora import load_corpus
 from benchmarks.common.folders import ModelFolder
 from benchmarks.common.names import REFERENCE, UNPADDED
 from benchmarks.common.provenance import provenance
 from benchmarks.common.text import message, say
-from benchmarks.ops import report
 from benchmarks.ops.cases import attention_case, lengths_of
 from benchmarks.ops.peers import VARLEN
 
@@ -190,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     store("run", provenance(torch.get_num_threads(), device.type))
     ground = Ground(device, args.model, small=device.type == "cpu")
     kept = measure(ground, args.only, store)
-    print("\n".join(report.ground(kept)))
+    print("\n".join(tables.ground(kept)))
     return int(any("error" in row for row in kept))
 
 

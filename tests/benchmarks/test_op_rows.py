@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.common import stopwatch
+from benchmarks.common import stopwatch, tables
 from benchmarks.common.names import COPY, OURS, OURS_CUDA
-from benchmarks.ops import cases, peers, report, test_speed
+from benchmarks.ops import cases, peers, test_speed
 from benchmarks.ops.peers import CUDNN, EAGER, FA3, FA4, FLEX, SDPA, VARLEN
 from benchmarks.ops.rows import check, measure
 
@@ -27,7 +27,7 @@ def add_norm(*others: str) -> cases.Case:
 
 
 def shown(row: dict[str, Any]) -> str:
-    return "\n".join(report.table([ATTENTION | row]))
+    return "\n".join(tables.ops([ATTENTION | row]))
 
 
 @pytest.mark.parametrize("name", ["16", "512", "short", "passages", "wiki", "mixed", "uniform"])
@@ -163,7 +163,7 @@ def test_the_table_has_both_within_200_columns() -> None:
     row["ratios_cuda"] = peers | {OURS: 2.0}
     other = row | {"op": "add_norm", "width": 384, "lengths": "short"}
     del other["dim"]
-    table, second = "\n".join(report.table([row, other])).split("\n\n| op ")
+    table, second = "\n".join(tables.ops([row, other])).split("\n\n| op ")
     header, _, cells, *told = table.splitlines()
     columns = dict(zip(header.split(" | "), cells.split(" | "), strict=True))
     assert columns["cuda us"].strip() == "1000" and columns["cuda is"].strip() == "2.00x"

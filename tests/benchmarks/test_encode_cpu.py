@@ -45,13 +45,10 @@ def test_a_run(tmp_path: Path) -> None:
     needs |= {name: (name, "onnx", "onnxscript") for name in ("onnxruntime", "openvino")}
     chosen = ("--sweep-texts", "8", "--latency", "--peers", ",".join([*needs][1:]))
     document = run("encode", tmp_path / "new" / "tiny.json", *chosen)
-    assert document["schema"] == provenance.SCHEMA
     assert document["device"]["threads"] == document["settings"]["threads"] == 1
-    assert len(document["load_average_before"]) == 3
     assert set(document["versions"]) == {"python", *provenance.PACKAGES}
     assert document["model"]["sha256"].startswith("53aa5117")
     corpus = document["corpus"]
-    assert corpus["texts"] == 24 and corpus["lengths"].keys() >= {"mean", "p50", "max", "Le"}
     assert corpus["tokens"] == round(24 * corpus["lengths"]["mean"])
     assert document["gates"]["float32"]["green"]
     rows = {row["system"]: row for row in document["rows"]}
@@ -73,16 +70,7 @@ def test_a_run(tmp_path: Path) -> None:
     assert all(0 < row["p50_ms"] <= row["p95_ms"] for row in latency["rows"])
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "zentorch"])
-def test_an_absent_peer_is_named(
-    name: str, minilm: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
-    with pytest.raises(NotAvailable, match="^not installed$"):
-        peers.build(name, "float32", minilm, tmp_path / "onnx")
-
-
-def test_a_peer_that_does_not_load_is_named(
+def test_a_peer_that_is_absent_or_does_not_load_is_named(
     minilm: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "zentorch.py").write_text("raise OSError('wrong torch')")
@@ -90,6 +78,10 @@ def test_a_peer_that_does_not_load_is_named(
     monkeypatch.delitem(sys.modules, "zentorch", raising=False)
     with pytest.raises(NotAvailable, match="does not load: OSError: wrong torch"):
         peers.build("zentorch", "float32", minilm, tmp_path / "onnx")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
+    for name in ("onnxruntime", "openvino", "zentorch"):
+        with pytest.raises(NotAvailable, match="^not installed$"):
+            peers.build(name, "float32", minilm, tmp_path / "onnx")
 
 
 class Broken(System):

@@ -75,36 +75,38 @@ class Paced(System):
         self.remembered.clear()
 
 
-BEST_IN_THE_MIDDLE = {8: 4.0, 16: 3.0, 32: 2.0, 64: 3.0, 128: 4.0}
-BEST_BEYOND = {8: 9.0, 16: 8.0, 32: 7.0, 64: 6.0, 128: 5.0, 256: 1.0, 512: 4.5}
-BEST_IS_THE_LAST_THAT_FITS = {size: pace for size, pace in BEST_BEYOND.items() if size < 512}
+MIDDLE = {8: 4.0, 16: 3.0, 32: 2.0, 64: 3.0, 128: 4.0}
+BEYOND = {8: 9.0, 16: 8.0, 32: 7.0, 64: 6.0, 128: 5.0, 256: 1.0, 512: 4.5}
+LAST_THAT_FITS = {size: pace for size, pace in BEYOND.items() if size < 512}
 
 
 @pytest.mark.parametrize(
-    ("paces", "best"),
+    ("paces", "texts", "best", "tried"),
     [
-        ([BEST_IN_THE_MIDDLE], Setting(32)),
-        ([BEST_BEYOND], Setting(256)),
-        ([BEST_IN_THE_MIDDLE, BEST_BEYOND], Setting(256, 2)),
-        ([BEST_BEYOND, BEST_IN_THE_MIDDLE], Setting(256)),
-        ([BEST_IS_THE_LAST_THAT_FITS], Setting(256)),
+        ([MIDDLE], 1000, Setting(32), 5),
+        ([BEYOND], 1000, Setting(256), 7),
+        ([MIDDLE, BEYOND], 1000, Setting(256, 2), 12),
+        ([BEYOND, MIDDLE], 1000, Setting(256), 12),
+        ([LAST_THAT_FITS], 1000, Setting(256), 6),
+        # A batch holds all texts.
+        ([BEYOND], 40, Setting(64), 4),
     ],
 )
 def test_the_sweep_goes_on_while_it_gains(
-    paces: list[dict[int, float]], best: Setting, monkeypatch: pytest.MonkeyPatch, corpus: Corpus
+    paces: list[dict[int, float]],
+    texts: int,
+    best: Setting,
+    tried: int,
+    monkeypatch: pytest.MonkeyPatch,
+    corpus: Corpus,
 ) -> None:
     system = Paced(paces)
     monkeypatch.setattr(contenders.time, "perf_counter", lambda: system.clock)
     each = Contender("openvino", "float32", system=system)
-    many = Corpus(["text"] * 1000, corpus.tokens)
-    contenders.find_setting(each, "s1", many, CPU, Sizes(8, 128, times=2))
-    assert each.setting == best and each.sweep == system.pace and not system.remembered
-
-
-def test_the_sweep_ends_with_all_texts_in_a_batch(corpus: Corpus) -> None:
-    each = Contender("openvino", "float32", system=Paced([BEST_BEYOND]))
-    contenders.find_setting(each, "s1", corpus, CPU, Sizes(8, 256))
-    assert max(each.sweep) == Setting(64)
+    some = Corpus(["text"] * texts, corpus.tokens)
+    contenders.find_setting(each, "s1", some, CPU, Sizes(8, 128, times=2))
+    assert each.setting == best and len(each.sweep) == tried and not system.remembered
+    assert each.sweep.items() <= system.pace.items()
 
 
 @pytest.fixture

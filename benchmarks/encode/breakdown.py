@@ -23,7 +23,7 @@ from benchmarks.common import arguments
 from benchmarks.common.names import PRECISIONS
 from benchmarks.common.provenance import provenance
 from benchmarks.common.text import say
-from benchmarks.encode.base import NotAvailable
+from benchmarks.encode.peers import NotAvailable
 
 # By what torch's profiler calls them: linear layers in panels, in oneDNN, in plain torch.
 PARTS = {
@@ -119,7 +119,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def _measure(args: argparse.Namespace, program: Path | None) -> dict[str, Any]:
     from benchmarks.common.corpora import describe, load_corpus
-    from benchmarks.common.folders import ModelFolder
+    from benchmarks.common.models import ModelFolder
     from benchmarks.common.products import flops_per_token
     from sbert_fast import FastEncoder
 

@@ -48,7 +48,7 @@ def _in_turn(encoder: Any, call: Callable[[], Any], rounds: int) -> dict[str, An
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything the arguments ask for, as the document that report.py shows."""
     from benchmarks.common.corpora import load_corpus
-    from benchmarks.common.folders import ModelFolder
+    from benchmarks.common.models import ModelFolder
     from sbert_fast import FastEncoder
 
     encoder = FastEncoder(str(args.model), device="cpu")

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.common.folders import Tokens
+from benchmarks.common.models import Tokens
 from benchmarks.common.stopwatch import synchronize
 from benchmarks.common.text import say
-from benchmarks.encode.base import Setting, System
+from benchmarks.encode.peers import Setting, System
 
 
 @dataclass

@@ -11,24 +11,16 @@ import numpy as np
 import torch
 
 from benchmarks.common.corpora import describe, load_corpus
-from benchmarks.common.folders import ModelFolder
 from benchmarks.common.gate import Gates, check, cosines, ratios
+from benchmarks.common.models import ModelFolder
 from benchmarks.common.names import OURS, REFERENCE
 from benchmarks.common.products import LinearLayers
 from benchmarks.common.provenance import provenance
 from benchmarks.common.text import say
-from benchmarks.encode import peers
-from benchmarks.encode.base import NotAvailable, Setting
-from benchmarks.encode.contenders import (
-    Contender,
-    Corpus,
-    Sizes,
-    embed,
-    find_setting,
-    runner,
-    take_turns,
-)
+from benchmarks.encode import contenders, peers
+from benchmarks.encode.contenders import Contender, Corpus, Sizes, embed, runner, take_turns
 from benchmarks.encode.memory import memory_of
+from benchmarks.encode.peers import NotAvailable, Setting
 
 SCOPE = "strings to L2-normalised float32 numpy rows in input order, tokenisation included"
 SIZES = Sizes(first=8, reached=128, times=2)
@@ -70,7 +62,7 @@ def prepare(each: Contender, corpus: Corpus, sweep_texts: int) -> None:
     say(f"preparing {each}")
     try:
         if each.system.batch_sizes:
-            find_setting(each, "s1", corpus.first(sweep_texts), CPU, SIZES)
+            contenders.find_setting(each, "s1", corpus.first(sweep_texts), CPU, SIZES)
         each.embeddings = embed(each, "s1", corpus)
         computed = each.system.computed_tokens(corpus.texts, each.setting)
         share = computed and int(corpus.tokens.lengths.sum()) / computed

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ROOT
-from benchmarks.common.process import pin
-from benchmarks.encode.base import Setting
+from benchmarks.common.arguments import pin
+from benchmarks.encode.peers import Setting
 
 
 def memory_of(name: str, precision: str, setting: Setting, **what: Any) -> dict[str, float]:
@@ -54,7 +54,7 @@ def _resident_mb(field: str) -> float:
 def _main(asked: dict[str, Any]) -> None:
     pin(asked["threads"])
     from benchmarks.common.corpora import load_corpus
-    from benchmarks.common.folders import ModelFolder
+    from benchmarks.common.models import ModelFolder
     from benchmarks.encode import peers
 
     folder = ModelFolder(Path(asked["model"]), asked["threads"])

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.common.folders import ModelFolder, Tokens
+from benchmarks.common.models import ModelFolder, Tokens
 from benchmarks.common.names import COMPILED, OURS, OURS_CUDA, REFERENCE, UNPADDED
 from benchmarks.encode import unpadded
-from benchmarks.encode.base import NotAvailable, Setting, System
+from benchmarks.encode.peers import NotAvailable, Setting, System
 
 if TYPE_CHECKING:
     from sbert_fast.staging import Staged

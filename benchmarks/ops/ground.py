@@ -22,12 +22,12 @@ import torch
 from benchmarks.common import products, results, stopwatch, tables
 from benchmarks.common.arguments import plain_parser
 from benchmarks.common.corpora import load_corpus
-from benchmarks.common.folders import ModelFolder, Tokens
+from benchmarks.common.models import ModelFolder, Tokens
 from benchmarks.common.names import REFERENCE, UNPADDED
 from benchmarks.common.provenance import provenance
 from benchmarks.common.text import message, say
-from benchmarks.encode.base import System
 from benchmarks.encode.contenders import seconds_of
+from benchmarks.encode.peers import System
 from benchmarks.encode.systems import SYSTEMS
 from benchmarks.ops.cases import attention_case, lengths_of
 from benchmarks.ops.peers import VARLEN

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.common import gate, models, process, products, provenance, results, stopwatch
-from benchmarks.common.folders import ModelFolder
+from benchmarks.common import arguments, gate, models, products, provenance, results, stopwatch
+from benchmarks.common.models import ModelFolder
 from benchmarks.common.names import OURS, OURS_CUDA, PEERS, REFERENCE, UNPADDED
 from benchmarks.encode import peers
 from benchmarks.encode.__main__ import main, parse_args
@@ -199,11 +199,11 @@ def test_threads_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 7})
     monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: chosen.append(cpus))
     monkeypatch.setattr(os, "environ", {})
-    process.pin(2)
+    arguments.pin(2)
     assert chosen == [[3, 5]]
     assert os.environ["OMP_NUM_THREADS"] == "2"
     with pytest.raises(ValueError, match="threads must be at most 3 here, got 4"):
-        process.pin(4)
+        arguments.pin(4)
 
 
 def test_a_model_is_narrowed_and_widened(tiny: ModelFolder, tmp_path: Path) -> None:

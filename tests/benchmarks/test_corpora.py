@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.common import corpora
 from benchmarks.common.corpora import CORPORA, length_stats, load_corpus, target_lengths
-from benchmarks.common.folders import ModelFolder
+from benchmarks.common.models import ModelFolder
 
 TEXTS = 2000
 every_corpus = pytest.mark.parametrize("name", CORPORA)

@@ -17,11 +17,11 @@ import pytest
 
 from benchmarks import ROOT
 from benchmarks.common import gate, provenance
-from benchmarks.common.folders import ModelFolder
+from benchmarks.common.models import ModelFolder
 from benchmarks.common.names import OURS, REFERENCE
 from benchmarks.encode import breakdown, cpu, peers
-from benchmarks.encode.base import NotAvailable, Setting, System
 from benchmarks.encode.contenders import Contender, Corpus
+from benchmarks.encode.peers import NotAvailable, Setting, System
 from benchmarks.report import render
 
 TEXTS = ["A cat.", "Rain is expected in the north for most of the week.", "", "Why?"]

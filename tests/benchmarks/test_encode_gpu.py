@@ -15,12 +15,12 @@ import torch
 
 import families
 from benchmarks.common import results, tables
-from benchmarks.common.folders import ModelFolder
+from benchmarks.common.models import ModelFolder
 from benchmarks.common.names import OURS, OURS_CUDA, REFERENCE, UNPADDED
 from benchmarks.encode import contenders, gpu, systems
 from benchmarks.encode.__main__ import parse_args
-from benchmarks.encode.base import Setting, System
 from benchmarks.encode.contenders import Contender, Corpus, Sizes
+from benchmarks.encode.peers import Setting, System
 from benchmarks.ops import ground
 from benchmarks.report import render
 from sbert_fast import ops

@@ -30,7 +30,7 @@ from pathlib import Path
 from benchmarks import ROOT
 from benchmarks.common import results, tree
 from benchmarks.common.arguments import plain_parser
-from benchmarks.common.folders import minilm
+from benchmarks.common.models import minilm
 from benchmarks.common.text import markdown
 from benchmarks.report import TABLES
 from tools.gpu import stages

@@ -67,6 +67,7 @@ def cells(lines: list[str]) -> list[list[str]]:
 def test_headline_of_results(tmp_path: Path) -> None:
     """One sentence and one table: red gates bare, absent systems named, GPUs elsewhere."""
     assert report.headline(tmp_path) == report.headline_table(tmp_path) == report.NOT_MEASURED
+    assert readme_figures(tmp_path) == report.NOT_MEASURED
     write_json(DOCUMENT, tmp_path / "cpu" / "mixed.json")
     on_gpu = {"device": {"name": "a GPU", "kind": "cuda"}}
     write_json(DOCUMENT | on_gpu, tmp_path / "a-gpu" / "mixed.json")
@@ -85,51 +86,6 @@ def test_headline_of_results(tmp_path: Path) -> None:
     write_json(DOCUMENT | {"rows": bare}, tmp_path / "cpu" / "mixed.json")
     assert report.headline(tmp_path) == report.NOT_MEASURED
     assert "x)" not in report.headline_table(tmp_path)
-
-
-def test_figures_of_results(tmp_path: Path) -> None:
-    """What the benchmarks page shows: a row a system, absent peers named, and asides."""
-    folder = tmp_path / "cpu-2core"
-    assert readme_figures(tmp_path) == report.NOT_MEASURED
-    write_json(DOCUMENT, folder / "mixed.json")
-    first, _, *lines = readme_figures(tmp_path).splitlines()
-    told = "a cpu; a model; torch 2.13.0; 2026-01-02; commit 012345678"
-    assert first == f"{told} (benchmarks/results/cpu-2core)"
-    assert cells(lines) == [
-        ["sentences/s", "mixed (30 tokens), float32"],
-        [OURS, "3,000"],
-        [REFERENCE, "1,200 (2.50x)"],
-        ["openvino", "not measured (absent)"],
-    ]
-
-    ours = ROW | {"system": OURS, "ratios": {}, "tokens_per_s": 15_000.0, "p50_ms": 4.25}
-    measured = DOCUMENT | {"linear_layers_alone": {"float32": 20_000.0}, "rows": [ours]}
-    measured |= {"latency": {"tokens": 16, "rows": [ours]}}
-    held = {"texts": 100_000, "corpus": "short", "rows": [ours | {"peak_rss_mb": 1_017.0}]}
-    for name, memory in (("mixed", None), ("passages", held)):
-        corpus = {"name": name, "lengths": {"mean": 30.0}}
-        write_json(measured | {"corpus": corpus, "memory": memory}, folder / f"{name}.json")
-    reached = "20,000 tokens/s in float32 (sbert-fast: 15,000, 75%)"
-    call = "4.25 ms sbert-fast float32"
-    assert readme_figures(tmp_path).splitlines()[-3:] == [
-        f"The linear layers alone, mixed: {reached}; passages: {reached}.",
-        f"One text of 16 tokens, median call: {call}; another run: {call}.",
-        "Peak memory over 100,000 short texts: 1,017 MB sbert-fast float32.",
-    ]
-    shares = {"linear layers": 0.896, "attention": 0.074, "pooling": 0.004}
-    speed = {"fma_peak_gflops": 200.0, "linear_gflops": 180.0, "fma_peak_tokens_per_s": 9_000.0}
-    bare = dict.fromkeys(speed) | {"linear_gflops": 180.0}
-    rows = [{"precision": "float32", "shares": shares} | speed]
-    rows += [{"precision": "bfloat16", "shares": shares} | bare]
-    found = {"benchmark": "breakdown", "commit": "fedcba9876543210", "rows": rows}
-    write_json(DOCUMENT | found, folder / "breakdown.json")
-    first, *_, last = readme_figures(tmp_path).splitlines()
-    assert "; commit 012345678, fedcba987 (" in first
-    assert last == (
-        "Where the time goes, mixed: float32: linear layers 90%, attention 7%; linear layers at "
-        "90% of the multiply-add peak, which is 9,000 tokens/s. bfloat16: linear layers 90%, "
-        "attention 7%."
-    )
 
 
 def test_rows_become_stored_documents(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from pathlib import Path
 from benchmarks import ROOT
 from benchmarks.common import results, tables
 from benchmarks.common.arguments import plain_parser
-from benchmarks.common.names import OURS, REFERENCE
 from benchmarks.common.provenance import commit, source_hash
 from benchmarks.common.tables import Document
+from benchmarks.common.text import OURS, REFERENCE
 
 RESULTS = ROOT / "benchmarks" / "results"
 HEADLINE_CORPUS = "mixed"

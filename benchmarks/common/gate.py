@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common.names import OURS, OURS_CUDA, REFERENCE
+from benchmarks.common.text import OURS, OURS_CUDA, REFERENCE
 
 FLOAT32_LOSS = 1e-6
 WORST_LOSS = 5e-4

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.common.names import COPY, OURS, OURS_CUDA, RATIOS, SHORT
 from benchmarks.common.results import Row, latest
-from benchmarks.common.text import markdown
+from benchmarks.common.text import COPY, OURS, OURS_CUDA, RATIOS, SHORT, markdown
 
 Document = dict[str, Any]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.common import arguments
 from benchmarks.common.arguments import pin, some_of
 from benchmarks.common.models import bundled_model
-from benchmarks.common.names import COMPILED, PEERS, PRECISIONS, REFERENCE, UNPADDED
+from benchmarks.common.text import COMPILED, PEERS, PRECISIONS, REFERENCE, UNPADDED
 
 SCOPES = ("s3", "s1")
 # By device: peers that run there, those that run by default, and the precisions.

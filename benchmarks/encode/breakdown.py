@@ -20,9 +20,8 @@ from typing import Any
 from unittest import mock
 
 from benchmarks.common import arguments
-from benchmarks.common.names import PRECISIONS
 from benchmarks.common.provenance import provenance
-from benchmarks.common.text import say
+from benchmarks.common.text import PRECISIONS, say
 from benchmarks.encode.peers import NotAvailable
 
 # By what torch's profiler calls them: linear layers in panels, in oneDNN, in plain torch.

@@ -13,10 +13,9 @@ import torch
 from benchmarks.common.corpora import describe, load_corpus
 from benchmarks.common.gate import Gates, check, cosines, ratios
 from benchmarks.common.models import ModelFolder
-from benchmarks.common.names import OURS, REFERENCE
 from benchmarks.common.products import LinearLayers
 from benchmarks.common.provenance import provenance
-from benchmarks.common.text import say
+from benchmarks.common.text import OURS, REFERENCE, say
 from benchmarks.encode import contenders, peers
 from benchmarks.encode.contenders import Contender, Corpus, Sizes, embed, runner, take_turns
 from benchmarks.encode.memory import memory_of

@@ -24,10 +24,9 @@ from benchmarks.common import models, products, tables
 from benchmarks.common.corpora import length_stats, load_corpus
 from benchmarks.common.gate import Gates, check, cosines, ratios
 from benchmarks.common.models import ModelFolder
-from benchmarks.common.names import COMPILED, OURS, OURS_CUDA, REFERENCE
 from benchmarks.common.provenance import provenance
 from benchmarks.common.results import Row, append, latest, write_json
-from benchmarks.common.text import message, say
+from benchmarks.common.text import COMPILED, OURS, OURS_CUDA, REFERENCE, message, say
 from benchmarks.encode import contenders
 from benchmarks.encode.contenders import Contender, Corpus, Sizes, embed, runner, take_turns
 from benchmarks.encode.peers import Setting

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.common.models import ModelFolder, Tokens
-from benchmarks.common.names import COMPILED, OURS, REFERENCE
+from benchmarks.common.text import COMPILED, OURS, REFERENCE
 
 Inputs = dict[str, NDArray[np.int64]]
 Forward = Callable[[Inputs], NDArray[np.float32]]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.common.models import ModelFolder, Tokens
-from benchmarks.common.names import COMPILED, OURS, OURS_CUDA, REFERENCE, UNPADDED
+from benchmarks.common.text import COMPILED, OURS, OURS_CUDA, REFERENCE, UNPADDED
 from benchmarks.encode import unpadded
 from benchmarks.encode.peers import NotAvailable, Setting, System
 

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.corpora import CORPORA, target_lengths
-from benchmarks.common.names import COPY, OURS, OURS_CUDA
 from benchmarks.common.stopwatch import Call, copies
-from benchmarks.common.text import message
+from benchmarks.common.text import COPY, OURS, OURS_CUDA, message
 from benchmarks.ops import peers as op_peers
 from benchmarks.ops.peers import Maker, within
 from sbert_fast import ops

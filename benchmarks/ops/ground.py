@@ -1,19 +1,17 @@
 """What the hardware does alone: the ground that floors and fractions stand on.
 
-    python -m benchmarks.ops.ground --rows ground.jsonl [--model folder]
+    python -m benchmarks.ops.ground --rows ground.jsonl
 
-Bandwidth of a copy within the device's memory; matrix products at the shapes of BERT layers;
-attention by torch's kernel for packed sequences; what a launch and a node of a CUDA graph cost; and
-sentence-transformers over batch sizes. Every figure is a row, stored at once; one that fails is
-stored as an error. Runs on a CPU too, with small sizes, as a check.
+Bandwidth of a copy within the device's memory; matrix products at the shapes of BERT layers; and
+what a launch and a node of a CUDA graph cost. Every figure is a row, stored at once; one that fails
+is stored as an error. Runs on a CPU too, with small sizes, as a check.
 """
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +19,8 @@ import torch
 
 from benchmarks.common import products, results, stopwatch, tables
 from benchmarks.common.arguments import plain_parser
-from benchmarks.common.corpora import load_corpus
-from benchmarks.common.models import ModelFolder, Tokens
-from benchmarks.common.names import REFERENCE, UNPADDED
 from benchmarks.common.provenance import provenance
 from benchmarks.common.text import message, say
-from benchmarks.encode.contenders import seconds_of
-from benchmarks.encode.peers import System
-from benchmarks.encode.systems import SYSTEMS
-from benchmarks.ops.cases import attention_case, lengths_of
-from benchmarks.ops.peers import VARLEN
 
 HIDDEN = (384, 768, 1024)
 HALVES = (torch.float16, torch.bfloat16)
@@ -40,11 +30,8 @@ Figure = tuple[str, str, float, str]
 class Ground:
     """Measures on one device; sizes for a check where `small`."""
 
-    def __init__(self, device: torch.device, model: Path | None, small: bool) -> None:
+    def __init__(self, device: torch.device, small: bool) -> None:
         self.device, self.small = device, small
-        self.folder = model and ModelFolder(model, torch.get_num_threads())
-        # One at a time is on the device.
-        self._system = lru_cache(1)(self._load)
 
     def figures(self) -> Iterator[tuple[str, Callable[[], Figure]]]:
         """What there is to measure: its part, and a call that makes the figure."""
@@ -60,18 +47,11 @@ class Ground:
                     for tokens in token_counts:
                         what = (f"{name} h={hidden}", tokens, n, k, dtype)
                         yield "gemm", partial(self._product, *what)
-        lengths = ("16", "64") if small else ("16", "32", "64", "128", "256", "512")
-        for what in itertools.product((32, 64), lengths, HALVES):
-            yield "varlen", partial(self._varlen, *what)
         yield "launches", lambda: self._host("torch add_", lambda x: x.add_(1))
         yield "launches", lambda: self._host("Triton add_norm", self._triton_add_norm())
         if self.device.type == "cuda":
             yield "launches", partial(self._node, 200)
             yield "launches", partial(self._node, 1000)
-        sizes = (16, 64) if small else (32, 128, 512, 1024, 2048, 4096, 8192, 16_384)
-        names = (REFERENCE, UNPADDED) if self.folder else ()
-        for name, size in itertools.product(names, sizes):
-            yield "sentence_transformers", partial(self._encode, name, size)
 
     def _copy(self, size: int) -> Figure:
         rate = stopwatch.copy_bandwidth(self.device, size)
@@ -81,20 +61,6 @@ class Ground:
         found = products.product(m, n, k, dtype, self.device)
         which = f"{name} M={m} N={n} K={k} {str(dtype)[6:]} ({found['way']})"
         return "gemm", which, 2 * m * n * k / found["seconds"] / 1e12, "TFLOP/s"
-
-    @cached_property
-    def _copy_rate(self) -> float:
-        return stopwatch.copy_bandwidth(self.device, 1 << 20 if self.small else 1 << 30)
-
-    def _varlen(self, dim: int, length: str, dtype: torch.dtype) -> Figure:
-        """torch's attention for packed sequences, cold; the share of the copy's bandwidth."""
-        rate, tokens = self._copy_rate, 256 if self.small else 65_536
-        sets = stopwatch.cold_sets(self.device, tokens * 48 * dim * dtype.itemsize)
-        drawn = lengths_of(length, tokens)
-        case = attention_case(self.device, dtype, drawn, dim, sets, (VARLEN,))
-        median = stopwatch.median_seconds(case.systems[VARLEN], sets, self.device)
-        share = f"{case.moved_bytes / rate / median:.0%} of floor"
-        return "varlen_attn", f"L={length} D={dim} {str(dtype)[6:]} ({share})", median * 1e6, "us"
 
     def _triton_add_norm(self) -> Callable[[torch.Tensor], Any]:
         from sbert_fast import ops
@@ -129,40 +95,19 @@ class Ground:
         median = stopwatch.median_seconds(lambda _: graph.replay(), 1, self.device)
         return "graph", f"{nodes} nodes", median / nodes * 1e6, "us a node"
 
-    @cached_property
-    def _tokens(self) -> Tokens:
-        count = 64 if self.small else 16_384
-        return self.folder.tokenize(load_corpus("short", count, 0, self.folder.count))
-
-    def _load(self, name: str) -> System:
-        dtype = torch.float32 if self.small else torch.bfloat16
-        return SYSTEMS[name](self.folder, self.device, dtype)
-
-    def _encode(self, name: str, size: int) -> Figure:
-        """Prepared ids to embeddings, padded and not."""
-        tokens = self._tokens
-        staged = self._system(name).stage(tokens, size)
-        staged.run()
-        seconds = min(seconds_of(staged.run, self.device) for _ in range(3))
-        share = tokens.lengths.sum() / sum(staged.batch_tokens)
-        which = f"{name} s3 short batch {size} ({share:.0%} real tokens)"
-        return "encode", which, float(tokens.lengths.sum() / seconds / 1e6), "Mtok/s"
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = plain_parser(__doc__)
     parser.add_argument("--rows", type=Path, metavar="FILE", help="append each row at once")
-    parser.add_argument("--model", type=Path, help="of sentence-transformers, else left out")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
     kept = []
 
     def store(kind: str, row: dict[str, Any]) -> None:
         results.append(args.rows, kind, {"benchmark": "ground"} | row)
 
     store("run", provenance(torch.get_num_threads(), device.type))
-    for part, figure in Ground(device, args.model, small=device.type == "cpu").figures():
+    for part, figure in Ground(device, small=device.type == "cpu").figures():
         try:
             row = dict(zip(("what", "which", "value", "unit"), figure(), strict=True))
         except Exception as error:

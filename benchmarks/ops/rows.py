@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from benchmarks.common import stopwatch
-from benchmarks.common.names import COPY, OURS, OURS_CUDA
 from benchmarks.common.stopwatch import Timing
-from benchmarks.common.text import message
+from benchmarks.common.text import COPY, OURS, OURS_CUDA, message
 from benchmarks.ops.cases import Case
 from benchmarks.ops.peers import as_packed
 

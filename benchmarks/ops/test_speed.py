@@ -17,9 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.common.names import OURS, OURS_CUDA
 from benchmarks.common.stopwatch import cache_bytes, cold_sets
-from benchmarks.common.text import message
+from benchmarks.common.text import OURS, OURS_CUDA, message
 from benchmarks.ops.cases import Case, attention_case, lengths_of, row_case
 from benchmarks.ops.peers import CUDNN, EAGER, FA3, FA4, FLEX, MMA, ROW_PEERS, SDPA, VARLEN
 from benchmarks.ops.rows import measure

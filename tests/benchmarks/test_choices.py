@@ -12,8 +12,8 @@ import torch
 
 from benchmarks import ROOT
 from benchmarks.common import provenance
-from benchmarks.common.names import OURS_CUDA
 from benchmarks.common.results import write_json
+from benchmarks.common.text import OURS_CUDA
 from sbert_fast.ops import schemas
 from sbert_fast.ops.choices import CHOICES, Choice
 

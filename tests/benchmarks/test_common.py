@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.common import arguments, gate, models, products, provenance, results, stopwatch
 from benchmarks.common.models import ModelFolder
-from benchmarks.common.names import OURS, OURS_CUDA, PEERS, REFERENCE, UNPADDED
+from benchmarks.common.text import OURS, OURS_CUDA, PEERS, REFERENCE, UNPADDED
 from benchmarks.encode import peers
 from benchmarks.encode.__main__ import main, parse_args
 from benchmarks.ops.peers import within

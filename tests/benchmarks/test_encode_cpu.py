@@ -18,7 +18,7 @@ import pytest
 from benchmarks import ROOT
 from benchmarks.common import gate, provenance
 from benchmarks.common.models import ModelFolder
-from benchmarks.common.names import OURS, REFERENCE
+from benchmarks.common.text import OURS, REFERENCE
 from benchmarks.encode import breakdown, cpu, peers
 from benchmarks.encode.contenders import Contender, Corpus
 from benchmarks.encode.peers import NotAvailable, Setting, System

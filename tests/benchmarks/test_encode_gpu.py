@@ -16,12 +16,11 @@ import torch
 import families
 from benchmarks.common import results, tables
 from benchmarks.common.models import ModelFolder
-from benchmarks.common.names import OURS, OURS_CUDA, REFERENCE, UNPADDED
+from benchmarks.common.text import OURS, OURS_CUDA, REFERENCE, UNPADDED
 from benchmarks.encode import contenders, gpu, systems
 from benchmarks.encode.__main__ import parse_args
 from benchmarks.encode.contenders import Contender, Corpus, Sizes
 from benchmarks.encode.peers import Setting, System
-from benchmarks.ops import ground
 from benchmarks.report import render
 from sbert_fast import ops
 from sbert_fast.ops import extension
@@ -257,16 +256,3 @@ def test_without_the_library(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert code == 0
     assert by_system(lines)[OURS_CUDA, "bfloat16"]["status"] == "not measured: was not built"
     assert "not measured: was not built" in "\n".join(tables.encode_on_gpu(lines))
-
-
-@pytest.mark.slow
-def test_ground_keeps_figures_and_errors(tiny: ModelFolder, tmp_path: Path) -> None:
-    stored = tmp_path / "ground.jsonl"
-    # Attention for packed sequences has no kernel on a CPU: its rows are errors.
-    assert ground.main(["--rows", str(stored), "--model", str(tiny.path)]) == 1
-    first, *lines = results.read(stored)
-    assert first["benchmark"] == "ground"
-    kinds = {(line["what"], line["kind"]) for line in lines}
-    measured = {(what, "row") for what in ("copy", "gemm", "launch", "encode")}
-    assert kinds == measured | {("varlen", "error")}
-    assert all(line["value"] > 0 for line in lines if line["kind"] == "row")

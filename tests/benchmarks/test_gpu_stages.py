@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks import ROOT
 from benchmarks.common import tree
-from tools.gpu import build, sanitize, stages
 from tools.gpu import check as gpu_check
+from tools.gpu import sanitize, stages
 
 ALLOWED_FILES = 6
 
@@ -124,15 +124,6 @@ def test_the_source_tree_can_be_imported_without_installing(tmp_path: Path) -> N
     told = subprocess.check_output(command, env=bare, text=True, cwd=ROOT)
     folders = ("sbert_fast", "kernels/triton", "benchmarks")
     assert told.split() == [*(str(ROOT / name / "__init__.py") for name in folders), "None"]
-
-
-def test_the_gpu_of_the_machine_is_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TORCH_CUDA_ARCH_LIST", "SBERT_FAST_BUILD"):
-        monkeypatch.delenv(name, raising=False)
-    assert build.environment((9, 0))["TORCH_CUDA_ARCH_LIST"] == "9.0"
-    assert "TORCH_CUDA_ARCH_LIST" not in build.environment(None)
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
-    assert build.environment((9, 0))["TORCH_CUDA_ARCH_LIST"] == "8.0"
 
 
 @pytest.fixture

@@ -6,16 +6,18 @@ Some run on the emulated CUDA ops; where only their place counts, other ops stan
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.common import stopwatch, tables
-from benchmarks.common.names import COPY, OURS, OURS_CUDA
-from benchmarks.ops import cases, peers, test_speed
-from benchmarks.ops.peers import CUDNN, EAGER, FA3, FA4, FLEX, SDPA, VARLEN
+from benchmarks.common import results, stopwatch, tables
+from benchmarks.common.text import COPY, OURS, OURS_CUDA
+from benchmarks.ops import cases, ground, peers
+from benchmarks.ops.peers import CUDNN, EAGER, FA3, FLEX, SDPA, VARLEN
 from benchmarks.ops.rows import check, measure
+from benchmarks.ops.test_speed import ROW_OPS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LENGTHS = [5, 40, 1, 16, 33, 130, 17]
@@ -60,7 +62,7 @@ def test_documents_are_masked_block_by_block() -> None:
     assert torch.equal(mask.to_dense()[0, 0].bool(), needed)
 
 
-@pytest.mark.parametrize("op", test_speed.ROW_OPS)
+@pytest.mark.parametrize("op", ROW_OPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_ops_and_their_peers_agree(op: str, dtype: torch.dtype) -> None:
     case = cases.row_case(op, CPU, dtype, LENGTHS, 64, 2, (EAGER,))
@@ -73,7 +75,7 @@ def test_ops_and_their_peers_agree(op: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("op", ["varlen_attention", *test_speed.ROW_OPS])
+@pytest.mark.parametrize("op", ["varlen_attention", *ROW_OPS])
 def test_both_of_ours_are_checked_timed_and_compared(op: str) -> None:
     dtype, few = torch.bfloat16, LENGTHS[:5]
     peer = SDPA if op == "varlen_attention" else EAGER
@@ -194,16 +196,19 @@ def test_flash_attention_is_switched_for_a_while(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(attention, "restore_flash_attention_impl", restore, raising=False)
     monkeypatch.setattr(peers, "_varlen", lambda *_: lambda: "packed")
     call = peers.makers("varlen_attention", [4])[FA3]()
-    assert done == ["FA3", "default"]
     with stopwatch.context_of(call):
-        assert done[2:] == ["FA3"] and call() == "packed"
-    assert done[2:] == ["FA3", "default"]
-
-
-def test_optional_peers_say_why_they_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = cases.attention_case(CPU, torch.float32, [4], 8, 1, (FA3, FA4, CUDNN))
-    assert set(case.missing) == {FA3, FA4, CUDNN} and all(case.missing.values())
-    assert "cuDNN has no attention for a CPU" in case.missing[CUDNN]
-    monkeypatch.delattr(torch.nn.attention, "activate_flash_attention_impl", raising=False)
-    case = cases.attention_case(CPU, torch.float32, [4], 8, 1, (FA3,))
+        assert done == ["FA3", "default", "FA3"] and call() == "packed"
+    assert done[3:] == ["default"]
+    monkeypatch.delattr(attention, "activate_flash_attention_impl")
+    case = cases.attention_case(CPU, torch.float32, [4], 8, 1, (FA3, CUDNN))
     assert "has no activate_flash_attention_impl" in case.missing[FA3]
+    assert "cuDNN has no attention for a CPU" in case.missing[CUDNN]
+
+
+def test_ground_keeps_figures_and_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ground.Ground, "_copy", lambda *_: 1 / 0)
+    assert ground.main(["--rows", str(tmp_path / "rows")]) == 1
+    first, failed, *rows = results.read(tmp_path / "rows")
+    assert first["benchmark"] == "ground" and failed["error"].startswith("ZeroDivisionError")
+    assert {row["what"] for row in rows} == {"gemm", "launch"}
+    assert all(row["value"] > 0 for row in rows)

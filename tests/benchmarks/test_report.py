@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks import report
 from benchmarks.common import provenance
-from benchmarks.common.names import OURS, REFERENCE
 from benchmarks.common.results import append, write_json
+from benchmarks.common.text import OURS, REFERENCE
 from benchmarks.report import load, main, readme_figures, render
 
 

@@ -108,11 +108,10 @@ def make_stages(out: Path, model: str | None) -> Stages:
         model: folder of MiniLM, weights in any precision; None where there is none.
     """
     op_tests, model_tests = gpu_tests()
-    has_model = ["--model", str(WIDE_MODEL)] if model else []
     found = "import torch; assert torch.cuda.is_available(), 'torch finds no GPU';"
     found += "import sbert_fast.kernels, sbert_fast.ops; print(sbert_fast.ops.explain_ops())"
     widen = _python("benchmarks.common.models", "widen", str(model), WIDE_MODEL)
-    ground = _python("benchmarks.ops.ground", "--rows", out / "ground.jsonl", *has_model)
+    ground = _python("benchmarks.ops.ground", "--rows", out / "ground.jsonl")
     models = pytest_command(model_tests, "-m", "gpu")
     return {
         PREPARE: [Step("model in float32", widen, 15)] if model else [],

@@ -195,39 +195,32 @@ def encode_on_gpu(rows: list[Row]) -> list[str]:
 
 
 def _us(figures: Row) -> str:
-    us = figures["us"]
-    return f"{us:.{0 if us >= 1000 else 1}f}" + (" !" if figures.get("wrong") else "")
-
-
-def _ours_cells(figures: Row) -> tuple[str, str]:
-    """Microseconds and the fraction of the floor."""
+    """Microseconds, marked where they are wrong or those of launches; or that there are none."""
     if "us" not in figures:
-        return "ERROR" if "error" in figures else "", ""
-    bound = " (launches)" if figures["launch_bound"] else ""
-    return _us(figures) + bound, f"{figures['floor_fraction']:.0%}"
-
-
-def _peer_cell(row: Row, name: str, ours: tuple[str, ...]) -> str:
-    """Microseconds, and how many times faster each of `ours` is."""
-    figures = row["systems"].get(name)
-    if figures is None or "us" not in figures:
-        return "" if figures is None else "error"
-    ratios = [row.get(RATIOS[each], {}).get(name) for each in ours]
-    if name == COPY or ratios == [None] * len(ratios):
-        return _us(figures)
-    return f"{_us(figures)} ({' '.join('-' if r is None else f'{r:.2f}x' for r in ratios)})"
+        return "error" if "error" in figures else ""
+    us, bound = figures["us"], " (launches)" if figures["launch_bound"] else ""
+    return f"{us:.{0 if us >= 1000 else 1}f}" + (" !" if figures.get("wrong") else "") + bound
 
 
 def _op_cells(row: Row, ours: tuple[str, ...], peers: list[str]) -> tuple[str, ...]:
-    found = [row.get("systems", {}).get(name, {}) for name in ours]
+    """Of ours microseconds and the fraction of the floor; of peers also how many times faster each
+    of `ours` is."""
+    systems = row.get("systems", {})
+    found = [systems.get(name, {}) for name in ours]
     if not any("us" in figures for figures in found):
         return (f"ERROR {found[0].get('error', row.get('error', 'no figures'))[:60]}",)
-    cells = [cell for figures in found for cell in _ours_cells(figures)]
+    cells = ["yes" if row["ok"] else "NO"]
+    for figures in found:
+        cells += [_us(figures), f"{figures['floor_fraction']:.0%}" if "us" in figures else ""]
     if OURS_CUDA in ours:
         ratio = row.get(RATIOS[OURS_CUDA], {}).get(OURS)
         cells.append("" if ratio is None else f"{ratio:.2f}x")
-    cells += [_peer_cell(row, name, ours) for name in peers]
-    return ("yes" if row["ok"] else "NO", *cells)
+    for name in peers:
+        ratios = [row.get(RATIOS[each], {}).get(name) for each in ours]
+        told = " ".join("-" if ratio is None else f"{ratio:.2f}x" for ratio in ratios)
+        bare = name == COPY or not any(ratios)
+        cells.append(_us(systems.get(name, {})) + ("" if bare else f" ({told})"))
+    return tuple(cells)
 
 
 def _op_table(rows: list[Row]) -> list[str]:

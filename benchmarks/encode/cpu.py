@@ -11,13 +11,12 @@ import numpy as np
 import torch
 
 from benchmarks.common.corpora import describe, load_corpus
-from benchmarks.common.gate import Gates, check, cosines, ratios
 from benchmarks.common.models import ModelFolder
 from benchmarks.common.products import LinearLayers
 from benchmarks.common.provenance import provenance
-from benchmarks.common.text import OURS, REFERENCE, say
+from benchmarks.common.text import OURS, REFERENCE, message, say
 from benchmarks.encode import contenders, peers
-from benchmarks.encode.contenders import Contender, Corpus, Sizes, embed, runner, take_turns
+from benchmarks.encode.contenders import Contender, Corpus, Gates, Sizes
 from benchmarks.encode.memory import memory_of
 from benchmarks.encode.peers import NotAvailable, Setting
 
@@ -62,15 +61,14 @@ def prepare(each: Contender, corpus: Corpus, sweep_texts: int) -> None:
     try:
         if each.system.batch_sizes:
             contenders.find_setting(each, "s1", corpus.first(sweep_texts), CPU, SIZES)
-        each.embeddings = embed(each, "s1", corpus)
+        each.embeddings = contenders.embed(each, "s1", corpus)
         computed = each.system.computed_tokens(corpus.texts, each.setting)
         share = computed and int(corpus.tokens.lengths.sum()) / computed
         each.more["real_token_share"] = share
     except Exception as error:
         if each.name in (OURS, REFERENCE):
             raise
-        told = str(error).strip().partition("\n")[0]
-        each.status = f"not measured (failed: {type(error).__name__}: {told})"
+        each.status = f"not measured (failed: {message(error)})"
         each.system = None
 
 
@@ -90,7 +88,7 @@ def row_of(
     row = {"system": each.name, "precision": each.precision, "status": each.status}
     if each.system is None:
         return row
-    match = cosines(each.embeddings, truth)
+    match = contenders.cosines(each.embeddings, truth)
     rates = int(corpus.tokens.lengths.sum()) / np.array(each.seconds)
     return row | {
         "batch": str(each.setting) if each.system.batch_sizes else "auto",
@@ -102,7 +100,7 @@ def row_of(
         **each.more,
         "sweep_tokens_per_s": {str(s): swept / seconds for s, seconds in each.sweep.items()},
         "seconds": each.seconds,
-        "ratios": ratios(OURS, each, running, gates),
+        "ratios": contenders.ratios(OURS, each, running, gates),
     }
 
 
@@ -154,7 +152,7 @@ def measure(args: argparse.Namespace, onnx: Path) -> dict[str, Any]:
             prepare(each, corpus, args.sweep_texts)
     running = [each for each in entries if each.system is not None]
     embeddings = {(each.name, each.precision): each.embeddings for each in running}
-    truth, gates = embeddings[REFERENCE, "float32"], check(embeddings)
+    truth, gates = embeddings[REFERENCE, "float32"], contenders.check(embeddings)
     limits = {p: LinearLayers(folder.config, p) for p in args.dtype if LinearLayers.available(p)}
 
     def measure_limits() -> None:
@@ -162,8 +160,8 @@ def measure(args: argparse.Namespace, onnx: Path) -> dict[str, Any]:
             for _ in range(LIMIT_RUNS):
                 limit.measure()
 
-    turns = [(each, runner(each, "s1", corpus)) for each in running]
-    for _ in take_turns(turns, args.rounds, CPU, measure_limits):
+    turns = [(each, contenders.runner(each, "s1", corpus)) for each in running]
+    for _ in contenders.take_turns(turns, args.rounds, CPU, measure_limits):
         pass
     single_calls = latency(running, folder) if args.latency else None
     shared = {"model": args.model, "threads": args.threads, "seed": args.seed, "onnx": onnx}

@@ -22,13 +22,12 @@ from numpy.typing import NDArray
 
 from benchmarks.common import models, products, tables
 from benchmarks.common.corpora import length_stats, load_corpus
-from benchmarks.common.gate import Gates, check, cosines, ratios
 from benchmarks.common.models import ModelFolder
 from benchmarks.common.provenance import provenance
 from benchmarks.common.results import Row, append, latest, write_json
 from benchmarks.common.text import COMPILED, OURS, OURS_CUDA, REFERENCE, message, say
 from benchmarks.encode import contenders
-from benchmarks.encode.contenders import Contender, Corpus, Sizes, embed, runner, take_turns
+from benchmarks.encode.contenders import Contender, Corpus, Gates, Sizes
 from benchmarks.encode.peers import Setting
 from benchmarks.encode.systems import SYSTEMS, cuda_ops
 
@@ -63,7 +62,7 @@ class Benchmark:
         checked = self.corpus.first(CHECKED_TEXTS)
         reference = Contender(REFERENCE, FULL, setting=Setting(128))
         reference.system = SYSTEMS[REFERENCE](self.folder, self.device, torch.float32)
-        truth = embed(reference, scope, checked)
+        truth = contenders.embed(reference, scope, checked)
         del reference
         running: list[Contender] = []
         for precision in self.args.dtype:
@@ -75,12 +74,12 @@ class Benchmark:
                     self.store("error", self._row(each, scope) | {"error": message(error)})
                 else:
                     running.append(each)
-        turns = [(each, runner(each, scope, self.corpus)) for each in running]
+        turns = [(each, contenders.runner(each, scope, self.corpus)) for each in running]
         for each, run in turns:
             seconds = contenders.seconds_of(run, self.device)
             each.times = max(1, round(_SAMPLE_SECONDS / seconds))
         try:
-            for done in take_turns(turns, self.args.rounds, self.device):
+            for done in contenders.take_turns(turns, self.args.rounds, self.device):
                 if done == 1 < self.args.rounds:
                     self._store(scope, running, truth)
         finally:
@@ -98,7 +97,7 @@ class Benchmark:
         for each in running:
             del each.seconds[rounds:]
         embeddings = {(each.name, each.precision): each.embeddings for each in running}
-        gates = check({(REFERENCE, FULL): truth} | embeddings)
+        gates = contenders.check({(REFERENCE, FULL): truth} | embeddings)
         for each in running:
             self.store("row", self._figures(each, scope, running, truth, gates))
 
@@ -133,7 +132,7 @@ class Benchmark:
         if on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
-        each.embeddings = embed(each, scope, checked)
+        each.embeddings = contenders.embed(each, scope, checked)
         peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else None
         each.more["peak_bytes"] = peak
 
@@ -157,14 +156,14 @@ class Benchmark:
             "tokens_per_s": tokens / median,
             "seconds": each.seconds,
             "sweep_seconds": {s.batch_size: seconds for s, seconds in each.sweep.items()},
-            "loss": float((1 - cosines(each.embeddings, truth)).max()),
+            "loss": float((1 - contenders.cosines(each.embeddings, truth)).max()),
             # What a peer is compared with first.
             "gate": gates.get((each.name if each.name == OURS_CUDA else OURS, each.precision)),
             **each.more,
-            "ratios": ratios(OURS, each, running, gates),
+            "ratios": contenders.ratios(OURS, each, running, gates),
         }
         if any(other.name == OURS_CUDA for other in running):
-            row["ratios_cuda"] = ratios(OURS_CUDA, each, running, gates)
+            row["ratios_cuda"] = contenders.ratios(OURS_CUDA, each, running, gates)
         if each.staged is not None:
             row["real_token_share"] = tokens / sum(each.staged.batch_tokens)
             if each.name in (OURS, OURS_CUDA):

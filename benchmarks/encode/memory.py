@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ROOT
 from benchmarks.common.arguments import pin
 from benchmarks.encode.peers import Setting
 
@@ -34,12 +33,11 @@ def memory_of(name: str, precision: str, setting: Setting, **what: Any) -> dict[
     Raises:
         RuntimeError: the process failed.
     """
-    if Path(what["corpus"]).is_file():
-        what["corpus"] = str(Path(what["corpus"]).resolve())
-    what |= {path: str(Path(what[path]).resolve()) for path in ("model", "onnx")}
-    asked = json.dumps(what | {"name": name, "precision": precision, "setting": setting})
+    what |= {"name": name, "precision": precision, "setting": setting}
+    asked = json.dumps(what, default=str)
+    # Like this process from the root of the source tree.
     command = [sys.executable, "-m", "benchmarks.encode.memory", asked]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{name} {precision}: its process ended with {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])

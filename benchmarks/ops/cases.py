@@ -79,8 +79,9 @@ class Case:
         """What the checked rows are in fp64, and what plain torch makes of them."""
         return oracle(self.op, *self.checked), PEERS[self.op](*self.checked)
 
-    def wrong(self, out: Tensor) -> str | None:
-        """Why `out`, a result on the first set, is wrong by the 2x rule; None where it is right."""
+    def wrong(self, result: Any) -> str | None:
+        """Why a result on the first set is wrong by the 2x rule; None where it is right."""
+        out = op_peers.as_packed(result)
         try:
             assert torch.isfinite(out).all(), "the result holds NaN or infinity, or was not written"
             few = out[self.rows.to(out.device)]

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.common import arguments, gate, models, products, provenance, results, stopwatch
+from benchmarks.common import arguments, models, products, provenance, results, stopwatch
 from benchmarks.common.models import ModelFolder
 from benchmarks.common.text import OURS, OURS_CUDA, PEERS, REFERENCE, UNPADDED
-from benchmarks.encode import peers
+from benchmarks.encode import contenders, peers
 from benchmarks.encode.__main__ import main, parse_args
 from benchmarks.ops.peers import within
 
@@ -122,7 +122,7 @@ TRUTH = np.array([[1.0, 0.0], [1.0, 0.0]])
 def test_the_gate(ours: float, reference: float, green: set[str]) -> None:
     embeddings = {(REFERENCE, "float32"): TRUTH, (REFERENCE, "bfloat16"): turned(reference)}
     embeddings |= {(OURS, p): turned(ours) for p in ("float32", "bfloat16", "float16")}
-    gates = gate.check(embeddings)
+    gates = contenders.check(embeddings)
     assert {precision for (_, precision), each in gates.items() if each["green"]} == green
     assert (OURS, "float16") not in gates, "there is nothing to hold it to"
 
@@ -136,7 +136,7 @@ def test_a_red_gate_has_no_ratios(red: str | None) -> None:
     gates = {key: {"green": key != (red, "float16")} for key in paces if key[0] != REFERENCE}
 
     def found(name: str, each: SimpleNamespace) -> dict[str, float]:
-        return gate.ratios(name, each, running, gates)
+        return contenders.ratios(name, each, running, gates)
 
     half = {} if red == OURS else {"float16": 3.0}
     assert found(OURS, peer) == half | {"float32": 2.0}

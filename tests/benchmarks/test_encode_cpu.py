@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from benchmarks import ROOT
-from benchmarks.common import gate, provenance
+from benchmarks.common import provenance
 from benchmarks.common.models import ModelFolder
 from benchmarks.common.text import OURS, REFERENCE
 from benchmarks.encode import breakdown, cpu, peers
-from benchmarks.encode.contenders import Contender, Corpus
+from benchmarks.encode.contenders import FLOAT32_LOSS, Contender, Corpus
 from benchmarks.encode.peers import NotAvailable, Setting, System
 from benchmarks.report import render
 
@@ -60,7 +60,7 @@ def test_a_run(tmp_path: Path) -> None:
         assert row["status"] == "measured" and len(row["seconds"]) == 2
         low, high = row["iqr_tokens_per_s"]
         assert 0 < low <= row["tokens_per_s"] <= high
-        assert 1 - row["mean_cosine"] <= 1 - row["worst_cosine"] <= gate.FLOAT32_LOSS
+        assert 1 - row["mean_cosine"] <= 1 - row["worst_cosine"] <= FLOAT32_LOSS
         assert row["peak_rss_mb"] >= row["loaded_rss_mb"] > 0
         assert (row["batch"] == "auto") == (row["real_token_share"] is None) == (name == OURS)
         assert set(row["ratios"]) == (set() if name == OURS else {"float32"})

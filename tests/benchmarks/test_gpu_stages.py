@@ -72,7 +72,7 @@ import torch
 lost = False
 torch.cuda.is_initialized = lambda: True
 
-def synchronize():
+def synchronize(device):
     if lost:
         raise RuntimeError("an illegal memory access\\nmore")
 

@@ -16,8 +16,7 @@ from benchmarks.common import results, stopwatch, tables
 from benchmarks.common.text import COPY, OURS, OURS_CUDA
 from benchmarks.ops import cases, ground, peers
 from benchmarks.ops.peers import CUDNN, EAGER, FA3, FLEX, SDPA, VARLEN
-from benchmarks.ops.rows import check, measure
-from benchmarks.ops.test_speed import ROW_OPS
+from benchmarks.ops.test_speed import ROW_OPS, check, measure
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LENGTHS = [5, 40, 1, 16, 33, 130, 17]

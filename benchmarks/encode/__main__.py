@@ -2,10 +2,8 @@
 
     python -m benchmarks.encode --corpus short --dtype float32,bfloat16 --json result.json
 
-One process holds all systems and times them in turn, round after round; peak memory is measured in
-a process per system. Correctness comes first: every row carries its cosines with unpatched
-sentence-transformers in float32, and no ratio is shown for a precision whose check fails (then the
-exit code is 1). See benchmarks/README.md.
+Every row carries its cosines with unpatched sentence-transformers in float32; no ratio is shown for
+a precision whose check fails, and the exit code is then 1. See benchmarks/README.md.
 """
 
 from __future__ import annotations

@@ -56,7 +56,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     texts = load_corpus(args.corpus, args.texts, args.seed, count)
     for inputs in ([TEXT], texts):
         encoder.encode(inputs)
-    alone = [_seconds(lambda: encoder.packed_pipeline) for _ in range(CALLS * args.rounds)]
     settings = ("threads", "rounds", "texts", "corpus")
     return provenance(args.threads) | {
         "benchmark": "checks",
@@ -64,7 +63,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "settings": {name: getattr(args, name) for name in settings},
         "one_text": _in_turn(encoder, lambda: encoder.encode(TEXT), CALLS * args.rounds),
         "corpus": _in_turn(encoder, lambda: encoder.encode(texts), args.rounds),
-        "comparison_alone": statistics.median(alone),
     }
 
 

@@ -75,16 +75,8 @@ def prepare(each: Contender, corpus: Corpus, sweep_texts: int) -> None:
 def row_of(
     each: Contender, running: list[Contender], truth: Any, corpus: Corpus, swept: int, gates: Gates
 ) -> dict[str, Any]:
-    """The row of a system, measured or not.
-
-    Args:
-        each: the system.
-        running: all that are measured.
-        truth: float32 embeddings of the reference, `[N, E]`.
-        corpus: what was encoded.
-        swept: tokens of the texts that settings were found on.
-        gates: a red one yields no ratios.
-    """
+    """The row of a system beside all that are `running`, measured or not; `truth` are float32
+    embeddings of the reference, `[N, E]`, and settings were found on `swept` tokens."""
     row = {"system": each.name, "precision": each.precision, "status": each.status}
     if each.system is None:
         return row

@@ -1,11 +1,7 @@
-"""Encoding on a GPU beside sentence-transformers, padded and unpadded.
+"""Encoding on a GPU beside sentence-transformers, padded and unpadded: see benchmarks/README.md.
 
-Two scopes: s1, strings to numpy, and s3, prepared ids on the device to embeddings on the device.
-In each, every system finds its best batch size, its embeddings are compared with those of unpatched
-sentence-transformers in float32, and all take turns, round after round. Ours runs twice in half
-precision: on the ops that it chooses, and on those in CUDA C++. The rows of a scope are stored
-after the first round, and again after the last or when interrupted: the last row of a system
-counts. A system that fails leaves its row, and the others run.
+The rows of a scope are stored after the first round, and again after the last or when interrupted:
+the last row of a system counts. A system that fails leaves its row, and the others run.
 """
 
 from __future__ import annotations

@@ -21,9 +21,7 @@ def memory_of(name: str, precision: str, setting: Setting, **what: Any) -> dict[
     """Encode a corpus in a new process.
 
     Args:
-        name: of the system.
-        precision: its precision.
-        setting: how it is run.
+        name, precision, setting: of the system.
         what: `model`: its folder; `corpus`: name or path; `texts`: how many; `seed`: of the corpus;
             `threads`: CPU threads; `onnx`: the ONNX export, if the system needs it.
 

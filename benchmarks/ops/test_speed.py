@@ -2,10 +2,9 @@
 
     pytest benchmarks/ops -k attention --rows rows.jsonl
 
-A cold row has at least 64k tokens on a GPU, in sets of inputs that together exceed its L2 cache
-four times; a hot row has one set that fits. What pytest-benchmark reports are the samples of ours
-(on a GPU, in Triton), taken in turn with those of the CUDA op and the peers; the rest of the row is
-in `extra_info`. The rows that tell most come first: a run may be cut short.
+What pytest-benchmark reports are the samples of ours (on a GPU, in Triton), taken in turn with
+those of the CUDA op and the peers; the rest of the row is in `extra_info`. The rows that tell most
+come first: a run may be cut short. See benchmarks/README.md.
 """
 
 from __future__ import annotations

@@ -145,7 +145,6 @@ def test_breakdown(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_cost_of_comparisons(tmp_path: Path) -> None:
     document = run("encode.comparison", tmp_path / "checks.json")
-    assert document["comparison_alone"] > 0
     for name, calls in (("one_text", 200), ("corpus", 2)):
         samples = document[name]["samples"]
         assert len(samples["checked"]) == len(samples["unchecked"]) == calls

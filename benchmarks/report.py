@@ -1,13 +1,12 @@
 """Results of the benchmarks: how they are stored and shown.
 
-    python -m benchmarks.report benchmarks/results/cpu-2core/*.json
+    python -m benchmarks.report benchmarks/results/cpu-2core/*.json  # their tables
     python -m benchmarks.report --readme [--check]
     python -m benchmarks.report --collect results-tmp/gpu benchmarks/results/h200
 
-print the tables of stored results; put them into README.md (one sentence, one table) and into
-benchmarks/README.md (all of them) between their marks, or fail where that would change a page; and
-make documents, one a benchmark (and model and corpus), of the
-rows that a check on a GPU has left. What was measured on other sources is said to be.
+--readme puts them between the marks of README.md (a sentence, a table) and of benchmarks/README.md
+(all of them), or fails where that would change a page; --collect makes documents of the rows that a
+check on a GPU has left. What was measured on other sources is said to be.
 """
 
 from __future__ import annotations

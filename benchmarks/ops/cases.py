@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from benchmarks.common.corpora import CORPORA, target_lengths
 from benchmarks.common.stopwatch import Call, copies
 from benchmarks.common.text import COPY, OURS, OURS_CUDA, message
 from benchmarks.ops import peers as op_peers
-from benchmarks.ops.peers import Maker, within
+from benchmarks.ops.peers import within
 from sbert_fast import ops
 from sbert_fast.packing import plan_tiles
 from sbert_fast.testing import PEERS, assert_close_to_oracle, oracle, pack_lengths
@@ -135,12 +135,6 @@ def randn(device: torch.device, dtype: torch.dtype, *shape: int, seed: int = 0) 
     return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
 
-def _ours(op: str, device: torch.device, dtype: torch.dtype, name: str) -> Maker:
-    of_device = "triton" if device.type == "cuda" else "auto"
-    kernel = ops.bind(op, device, dtype, "cuda" if name == OURS_CUDA else of_device)
-    return lambda *arguments: lambda: kernel(*arguments)
-
-
 def _expect_cuda(case: Case, device: torch.device, dtype: torch.dtype, dim: int | None) -> None:
     """Note whether the CUDA op is to run on a case, or why it cannot."""
     if device.type != "cuda" and not ops.extension.CUDA.emulated:
@@ -162,12 +156,17 @@ def _finish(
 ) -> Case:
     """Add what runs a case: ours, `peers`, and a copy of as many bytes."""
     _expect_cuda(case, device, dtype, dim)
+    of_device = "triton" if device.type == "cuda" else "auto"
+
+    def bound(implementation: str, *arguments: Any) -> Callable[[], Tensor]:
+        kernel = ops.bind(case.op, device, dtype, implementation)
+        return lambda: kernel(*arguments)
+
     makers = op_peers.makers(case.op, lengths)
+    makers |= {OURS: partial(bound, of_device), OURS_CUDA: partial(bound, "cuda")}
     for name in (*case.ours, *peers):
         try:
-            ours = name in case.ours
-            make = _ours(case.op, device, dtype, name) if ours else makers[name]
-            calls = [make(*arguments) for arguments in case.sets]
+            calls = [makers[name](*arguments) for arguments in case.sets]
             context = getattr(calls[0], "context", nullcontext)
             case.systems[name] = within(context, lambda i, calls=calls: calls[i]())
         except Exception as error:

@@ -210,10 +210,8 @@ def test_both_of_ours_are_compared(scale: float, run: Any, monkeypatch: pytest.M
             staged.run = lambda: true() * torch.linspace(1, scale, WIDTH)
             return staged
 
-    def reason(device: torch.device, dtype: torch.dtype) -> str | None:
-        return "" if dtype == torch.float32 else None
-
-    monkeypatch.setattr(gpu, "cuda_ops", reason)
+    reason = {torch.float32: "", torch.bfloat16: None}
+    monkeypatch.setattr(gpu, "cuda_ops", lambda device, dtype: reason[dtype])
     monkeypatch.setitem(systems.SYSTEMS, OURS_CUDA, Pretended)
     code, lines = run("float32", "bfloat16", peers=[])
     found, right = by_system(lines), scale == 1
@@ -231,13 +229,13 @@ def test_both_of_ours_are_compared(scale: float, run: Any, monkeypatch: pytest.M
 @pytest.mark.slow
 @pytest.mark.usefixtures("emulated")
 def test_the_cuda_ops_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Narrow(systems.PackedCuda):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
-            # On a CPU tables in float32 stay so, and the op of a GPU takes no such.
-            self.encoder.to(torch.bfloat16)
+    def narrow(*arguments: Any) -> System:
+        made = systems.Packed(*arguments, impl="cuda")
+        # On a CPU tables in float32 stay so, and the op of a GPU takes no such.
+        made.encoder.to(torch.bfloat16)
+        return made
 
-    monkeypatch.setitem(systems.SYSTEMS, OURS_CUDA, Narrow)
+    monkeypatch.setitem(systems.SYSTEMS, OURS_CUDA, narrow)
     ops.reset_launches()
     code, lines = run("bfloat16", peers=[], texts=12)
     found = by_system(lines)

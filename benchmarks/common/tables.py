@@ -10,8 +10,6 @@ from benchmarks.common.text import COPY, OURS, OURS_CUDA, RATIOS, SHORT, markdow
 
 Document = dict[str, Any]
 
-# Encoding on a CPU.
-
 
 def _head(document: Document, told: str) -> list[str]:
     corpus = document["corpus"]
@@ -159,9 +157,6 @@ def comparison(document: Document) -> str:
     )
 
 
-# Encoding on a GPU.
-
-
 def encode_on_gpu(rows: list[Row]) -> list[str]:
     """A row a scope and system on a GPU, the last one: rates, the fraction of the GEMM roofline,
     and ratios."""
@@ -189,9 +184,6 @@ def encode_on_gpu(rows: list[Row]) -> list[str]:
             )
         )
     return markdown(header, table) if table else []
-
-
-# Ops.
 
 
 def _us(figures: Row) -> str:

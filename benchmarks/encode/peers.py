@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common.models import ModelFolder, Tokens
+from benchmarks.common.models import ModelFolder
 from benchmarks.common.text import COMPILED, OURS, REFERENCE
 
 Inputs = dict[str, NDArray[np.int64]]
@@ -59,10 +59,6 @@ class System:
 
     def encode(self, texts: list[str], setting: Setting) -> NDArray[np.float32]:
         """L2-normalised float32 `[N, E]` in the order of `texts`."""
-        raise NotImplementedError
-
-    def stage(self, tokens: Tokens, batch_size: int) -> Any:
-        """Prepared ids on the device, as :func:`sbert_fast.staging.stage` makes them."""
         raise NotImplementedError
 
     def computed_tokens(self, texts: list[str], setting: Setting) -> int | None:

@@ -23,9 +23,6 @@ from benchmarks.ops.peers import within
 CPU = torch.device("cpu")
 
 
-# The clock.
-
-
 def test_systems_are_timed_in_turn_and_a_failing_one_is_left_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -95,9 +92,6 @@ def test_the_time_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
     assert products.flops_per_token(config) == 2 * 3 * (24 + 8 + 32 + 32) * 8
 
 
-# The gate.
-
-
 def turned(loss: float) -> np.ndarray:
     """Two unit vectors, the second turned so that 1 - cosine is as given."""
     cosine = 1 - loss
@@ -144,9 +138,6 @@ def test_a_red_gate_has_no_ratios(red: str | None) -> None:
     assert found(OURS, ours) == {}
     assert found(OURS_CUDA, ours) == ({} if red else {"float16": 2.0})
     assert ("float16" in found(OURS, cuda)) == (red is None)
-
-
-# Where results come from, and where they go.
 
 
 def test_a_result_is_stored_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -218,9 +209,6 @@ def test_a_model_is_narrowed_and_widened(tiny: ModelFolder, tmp_path: Path) -> N
         assert torch.equal(after[name], value.half().float())
     assert json.loads((wide / "config.json").read_text())["dtype"] == "float32"
     assert models.main(["narrow"]) == 2
-
-
-# Arguments.
 
 
 def test_arguments_by_device() -> None:

@@ -195,9 +195,6 @@ def test_a_system_that_fails_leaves_its_row(run: Any, monkeypatch: pytest.Monkey
     assert "no kernel image" in "\n".join(tables.encode_on_gpu(lines))
 
 
-# Ours in CUDA C++ beside ours.
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 9.0], ids=["right", "wrong"])
 def test_both_of_ours_are_compared(scale: float, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,9 +119,6 @@ def test_rows_become_stored_documents(tmp_path: Path) -> None:
     assert "add_norm" in text and "base" in text and "benchmarks/results/gpu" in text
 
 
-# The table that `auto` follows on a GPU.
-
-
 def faults(choice: Choice, root: Path = ROOT) -> list[str]:
     """What is wrong with a choice: each is justified by a committed, green result.
 

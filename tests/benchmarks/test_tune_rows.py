@@ -96,9 +96,6 @@ def test_fields_are_tuned_once_and_never_those_that_decide_about_bits() -> None:
     assert BLOCK.inputs(ROW) == ["64", "mixed", "passages"]
 
 
-# Kernels, in the interpreter or on a GPU.
-
-
 @pytest.fixture
 def lab(triton_device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tune_lab.Lab]:
     monkeypatch.setattr(tune_lab, "cold_sets", lambda device, size: 2)

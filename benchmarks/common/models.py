@@ -194,12 +194,10 @@ def make_random(name: str, tokenizer: Path, target: Path, sizes: dict[str, int])
     for file in _TOKENIZER:
         if (tokenizer / file).is_file():
             shutil.copy(tokenizer / file, target / file)
-    kinds = ("Transformer", "Pooling", "Normalize")
-    paths = ("", "1_Pooling", "2_Normalize")
-    package = "sentence_transformers.models"
+    places = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
     modules = [
-        {"idx": i, "name": str(i), "path": path, "type": f"{package}.{kind}"}
-        for i, (kind, path) in enumerate(zip(kinds, paths, strict=True))
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(places.items())
     ]
     _write(target / "modules.json", modules)
     limits = {"max_seq_length": config.max_position_embeddings, "do_lower_case": False}

@@ -68,14 +68,12 @@ def systems(
     a precision. `brief` leaves out why a system was not measured."""
 
     def cell(document: Document, system: str, precision: str) -> str:
-        for row in document["rows"]:
-            if _names(row) == (system, precision):
-                if row["status"] != "measured":
-                    return "not measured" if brief else row["status"]
-                ratio = row["ratios"].get(precision)
-                rate = f"{row['sentences_per_s']:,.0f}"
-                return rate if ratio is None else f"{rate} ({ratio:.2f}x)"
-        return "not measured"
+        row = next((r for r in document["rows"] if _names(r) == (system, precision)), None)
+        if row is None or row["status"] != "measured":
+            return "not measured" if brief or row is None else row["status"]
+        ratio = row["ratios"].get(precision)
+        rate = f"{row['sentences_per_s']:,.0f}"
+        return rate if ratio is None else f"{rate} ({ratio:.2f}x)"
 
     every = [(document, *_names(row)) for document in documents for row in document["rows"]]
     columns = {(id(d), precision): (d, precision) for d, _, precision in every}.values()

@@ -149,23 +149,20 @@ def _measure(args: argparse.Namespace, program: Path | None) -> dict[str, Any]:
 
 
 def _row(
-    precision: str,
-    passes: list[dict[str, float]],
-    peaks: list[float],
-    tokens: int,
-    flops: int,
+    precision: str, passes: list[dict[str, float]], peaks: list[float], tokens: int, flops: int
 ) -> dict[str, Any]:
     def median_share(part: str) -> float:
         return statistics.median(times[part] / times["all"] for times in passes)
 
+    def median_rate(part: str) -> float:
+        return statistics.median(tokens / times[part] for times in passes)
+
     peak = statistics.median(peaks) if peaks else None
-    rate = statistics.median(tokens / times["all"] for times in passes)
-    linear = statistics.median(tokens * flops / times["linear layers"] for times in passes)
     return {
         "precision": precision,
-        "tokens_per_s": rate,
+        "tokens_per_s": median_rate("all"),
         "shares": {part: median_share(part) for part in (*PARTS, REST)},
-        "linear_gflops": linear / 1e9,
+        "linear_gflops": median_rate("linear layers") * flops / 1e9,
         "fma_peak_gflops": peak,
         "fma_peak_tokens_per_s": None if peak is None else peak * 1e9 / flops,
         "passes": passes,

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from benchmarks.common import models, products, tables
 from benchmarks.common.corpora import length_stats, load_corpus
@@ -51,6 +50,7 @@ class Benchmark:
         self.what = {"benchmark": "encode", "model": args.model_name}
         self.what |= {"corpus": Path(args.corpus).name, "texts": len(lengths)}
         self.what |= {"tokens": int(lengths.sum()), "lengths": length_stats(lengths)}
+        self.running: list[Contender] = []
         self.gemm: dict[tuple[str, tuple[int, ...]], float] = {}
 
     def run(self, scope: str) -> None:
@@ -58,14 +58,14 @@ class Benchmark:
         checked = self.corpus.first(CHECKED_TEXTS)
         reference = Contender(REFERENCE, FULL, setting=Setting(128))
         reference.system = SYSTEMS[REFERENCE](self.folder, self.device, torch.float32)
-        truth = contenders.embed(reference, scope, checked)
+        self.truth = contenders.embed(reference, scope, checked)
         del reference
-        running: list[Contender] = []
+        running = self.running = []
         for precision in self.args.dtype:
             for name in self._names(scope, precision):
                 each = Contender(name, precision)
                 try:
-                    self._prepare(each, scope, checked, running)
+                    self._prepare(each, scope, checked)
                 except Exception as error:
                     self.store("error", self._row(each, scope) | {"error": message(error)})
                 else:
@@ -77,25 +77,26 @@ class Benchmark:
         try:
             for done in contenders.take_turns(turns, self.args.rounds, self.device):
                 if done == 1 < self.args.rounds:
-                    self._store(scope, running, truth)
+                    self._store(scope)
         finally:
-            self._store(scope, running, truth)
+            self._store(scope)
         del turns, running
+        self.running = []
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _store(self, scope: str, running: list[Contender], truth: NDArray[np.float32]) -> None:
+    def _store(self, scope: str) -> None:
         """Store a row a system, of the rounds that all have finished."""
-        rounds = min((len(each.seconds) for each in running), default=0)
+        rounds = min((len(each.seconds) for each in self.running), default=0)
         if rounds == 0:
             return
-        for each in running:
+        for each in self.running:
             del each.seconds[rounds:]
-        embeddings = {(each.name, each.precision): each.embeddings for each in running}
-        gates = contenders.check({(REFERENCE, FULL): truth} | embeddings)
-        for each in running:
-            self.store("row", self._figures(each, scope, running, truth, gates))
+        embeddings = {(each.name, each.precision): each.embeddings for each in self.running}
+        gates = contenders.check({(REFERENCE, FULL): self.truth} | embeddings)
+        for each in self.running:
+            self.store("row", self._figures(each, scope, gates))
 
     def _names(self, scope: str, precision: str) -> list[str]:
         """The systems that run; a row is left for ours where it cannot."""
@@ -110,15 +111,13 @@ class Benchmark:
             self.store("row", row | {"status": f"not measured: {reason}"})
         return list(names)
 
-    def _prepare(
-        self, each: Contender, scope: str, checked: Corpus, known: list[Contender]
-    ) -> None:
+    def _prepare(self, each: Contender, scope: str, checked: Corpus) -> None:
         say(f"{scope}: preparing {each}")
         dtype = getattr(torch, each.precision)
         each.system = SYSTEMS[each.name](self.folder, self.device, dtype)
         if each.system.batch_sizes:
             # Both half precisions cost the same: what is best for one is best for the other.
-            halves = [k for k in known if k.name == each.name and k.precision != FULL]
+            halves = [k for k in self.running if k.name == each.name and k.precision != FULL]
             if halves and each.precision != FULL:
                 each.setting, each.sweep = halves[0].setting, halves[0].sweep
             else:
@@ -136,14 +135,7 @@ class Benchmark:
         named = {"scope": scope, "system": each.name, "precision": each.precision}
         return self.what | named
 
-    def _figures(
-        self,
-        each: Contender,
-        scope: str,
-        running: list[Contender],
-        truth: NDArray[np.float32],
-        gates: Gates,
-    ) -> Row:
+    def _figures(self, each: Contender, scope: str, gates: Gates) -> Row:
         texts, tokens = self.what["texts"], self.what["tokens"]
         median = float(np.median(each.seconds))
         row = self._row(each, scope) | {
@@ -152,14 +144,14 @@ class Benchmark:
             "tokens_per_s": tokens / median,
             "seconds": each.seconds,
             "sweep_seconds": {s.batch_size: seconds for s, seconds in each.sweep.items()},
-            "loss": float((1 - contenders.cosines(each.embeddings, truth)).max()),
+            "loss": float((1 - contenders.cosines(each.embeddings, self.truth)).max()),
             # What a peer is compared with first.
             "gate": gates.get((each.name if each.name == OURS_CUDA else OURS, each.precision)),
             **each.more,
-            "ratios": contenders.ratios(OURS, each, running, gates),
+            "ratios": contenders.ratios(OURS, each, self.running, gates),
         }
-        if any(other.name == OURS_CUDA for other in running):
-            row["ratios_cuda"] = contenders.ratios(OURS_CUDA, each, running, gates)
+        if any(other.name == OURS_CUDA for other in self.running):
+            row["ratios_cuda"] = contenders.ratios(OURS_CUDA, each, self.running, gates)
         if each.staged is not None:
             row["real_token_share"] = tokens / sum(each.staged.batch_tokens)
             if each.name in (OURS, OURS_CUDA):

@@ -54,7 +54,7 @@ class Case:
         missing: other systems that do not run here, and why.
         sets: the arguments of the op's schema, several times.
         moved_bytes: the least that the op reads and writes.
-        tokens, sequences: of one set.
+        lengths: tokens of the packed sequences of one set.
         rows: from a result, and which of its rows, to compare with :attr:`checked`.
         checked: arguments of the op, on the CPU, that make those rows.
         heads: of attention, the heads to compare; None is all.
@@ -63,8 +63,7 @@ class Case:
     op: str
     sets: list[tuple[Any, ...]]
     moved_bytes: int
-    tokens: int
-    sequences: int
+    lengths: list[int]
     rows: Tensor
     checked: tuple[Any, ...]
     eps_dtype: torch.dtype
@@ -151,7 +150,6 @@ def _finish(
     device: torch.device,
     dtype: torch.dtype,
     peers: tuple[str, ...],
-    lengths: list[int],
     dim: int | None = None,
 ) -> Case:
     """Add what runs a case: ours, `peers`, and a copy of as many bytes."""
@@ -162,7 +160,7 @@ def _finish(
         kernel = ops.bind(case.op, device, dtype, implementation)
         return lambda: kernel(*arguments)
 
-    makers = op_peers.makers(case.op, lengths)
+    makers = op_peers.makers(case.op, case.lengths)
     makers |= {OURS: partial(bound, of_device), OURS_CUDA: partial(bound, "cuda")}
     for name in (*case.ours, *peers):
         try:
@@ -200,14 +198,13 @@ def attention_case(
         op="varlen_attention",
         sets=made,
         moved_bytes=tokens * 4 * HEADS * dim * itemsize,
-        tokens=tokens,
-        sequences=len(lengths),
+        lengths=lengths,
         rows=rows,
         checked=checked,
         eps_dtype=dtype,
         heads=heads,
     )
-    return _finish(case, device, dtype, peers, lengths, dim)
+    return _finish(case, device, dtype, peers, dim)
 
 
 def _row_arguments(
@@ -272,10 +269,9 @@ def row_case(
         op=op,
         sets=made,
         moved_bytes=moved,
-        tokens=tokens,
-        sequences=len(lengths),
+        lengths=lengths,
         rows=rows,
         checked=tuple(a.cpu() if isinstance(a, Tensor) else a for a in few),
         eps_dtype=torch.float32 if "pool" in op else dtype,
     )
-    return _finish(case, device, dtype, peers, lengths)
+    return _finish(case, device, dtype, peers)

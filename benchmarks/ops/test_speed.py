@@ -104,8 +104,8 @@ def measure(
 
     return {
         "op": case.op,
-        "tokens": case.tokens,
-        "sequences": case.sequences,
+        "tokens": sum(case.lengths),
+        "sequences": len(case.lengths),
         "moved_bytes": case.moved_bytes,
         "floor_us": floor * 1e6,
         "copy_bytes_per_s": copy_rate,
@@ -120,7 +120,7 @@ def _figures(timing: Timing, case: Case, floor: float) -> dict[str, Any]:
     return {
         "us": timing.median * 1e6,
         "iqr_us": (1e6 * np.percentile(timing.seconds, (25, 75))).tolist(),
-        "tokens_per_s": case.tokens / timing.median,
+        "tokens_per_s": sum(case.lengths) / timing.median,
         "floor_fraction": floor / timing.median,
         "launch_bound": timing.launch_bound,
         "samples_us": [s * 1e6 for s in timing.seconds],

@@ -97,12 +97,11 @@ def test_the_sweep_goes_on_while_it_gains(
     best: Setting,
     tried: int,
     monkeypatch: pytest.MonkeyPatch,
-    corpus: Corpus,
 ) -> None:
     system = Paced(paces)
     monkeypatch.setattr(contenders.time, "perf_counter", lambda: system.clock)
     each = Contender("openvino", "float32", system=system)
-    some = Corpus(["text"] * texts, corpus.tokens)
+    some = Corpus(["text"] * texts, None)
     contenders.find_setting(each, "s1", some, CPU, Sizes(8, 128, times=2))
     assert each.setting == best and len(each.sweep) == tried and not system.remembered
     assert each.sweep.items() <= system.pace.items()

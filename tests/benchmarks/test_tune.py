@@ -189,7 +189,7 @@ TABLE = tune_rows.TABLE.read_text(encoding="utf-8")
 
 
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`main` on a machine that is not there, with a copy of the table."""
     path = tmp_path / "kernels.py"
     path.write_text(TABLE)
@@ -201,7 +201,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., in
 
 
 def test_the_command_rewrites_the_table_unless_it_runs_dry(
-    command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command("--row", "16,32", "--dry-run") == 0
     assert "| block_q=32 warps=" in capsys.readouterr().out
@@ -219,11 +219,7 @@ def test_the_command_rewrites_the_table_unless_it_runs_dry(
 
 
 def test_without_a_gpu_it_says_so(
-    command: Callable[..., int],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    command: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert command() == 2 and not (tmp_path / "out").exists()
-    assert "torch finds no NVIDIA GPU" in capsys.readouterr().err
+    assert command() == 2 and "torch finds no NVIDIA GPU" in capsys.readouterr().err

@@ -115,9 +115,7 @@ def latency(running: list[Contender], folder: ModelFolder) -> dict[str, Any]:
     return {"tokens": int(lengths[nearest]), "calls": LATENCY_CALLS, "rows": rows}
 
 
-def memory_of_many(
-    running: list[Contender], shared: dict[str, Any], dimension: int
-) -> dict[str, Any]:
+def memory_of_many(running: list[Contender], shared: dict[str, Any], width: int) -> dict[str, Any]:
     """Peak memory of ours and the reference over many short texts, a process each."""
     rows, many = [], {"corpus": MEMORY_CORPUS, "texts": MEMORY_TEXTS}
     for each in running:
@@ -125,7 +123,7 @@ def memory_of_many(
             say(f"memory of {each} over {MEMORY_TEXTS:,} texts")
             held = memory_of(each.name, each.precision, each.setting, **shared | many)
             rows.append({"system": each.name, "precision": each.precision} | held)
-    return many | {"output_mb": MEMORY_TEXTS * dimension * 4 / 1e6, "rows": rows}
+    return many | {"output_mb": MEMORY_TEXTS * width * 4 / 1e6, "rows": rows}
 
 
 def measure(args: argparse.Namespace, onnx: Path) -> dict[str, Any]:

@@ -123,8 +123,7 @@ class Benchmark:
             else:
                 few = self.corpus.first(self.args.sweep_texts)
                 contenders.find_setting(each, scope, few, self.device, SIZES[scope])
-        on_gpu = self.device.type == "cuda"
-        if on_gpu:
+        if on_gpu := self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
         each.embeddings = contenders.embed(each, scope, checked)
@@ -132,8 +131,7 @@ class Benchmark:
         each.more["peak_bytes"] = peak
 
     def _row(self, each: Contender, scope: str) -> Row:
-        named = {"scope": scope, "system": each.name, "precision": each.precision}
-        return self.what | named
+        return self.what | {"scope": scope, "system": each.name, "precision": each.precision}
 
     def _figures(self, each: Contender, scope: str, gates: Gates) -> Row:
         texts, tokens = self.what["texts"], self.what["tokens"]

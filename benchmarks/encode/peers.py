@@ -196,9 +196,8 @@ def _onnxruntime(folder: ModelFolder, precision: str, onnx: Path) -> MakeForward
 def _openvino(folder: ModelFolder, precision: str, onnx: Path) -> MakeForward:
     core = _require("openvino").Core()
     hint = {"float32": "f32", "bfloat16": "bf16"}[precision]
-    if precision == "bfloat16" and "BF16" not in core.get_property(
-        "CPU", "OPTIMIZATION_CAPABILITIES"
-    ):
+    capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if precision == "bfloat16" and "BF16" not in capabilities:
         raise NotAvailable("this CPU has no bfloat16 instructions it could use")
 
     def make(workers: int) -> Forward:

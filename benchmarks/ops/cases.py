@@ -92,13 +92,10 @@ class Case:
 
 
 def lengths_of(name: str, tokens: int, seed: int = 0) -> list[int]:
-    """Lengths of sequences with about `tokens` tokens, in random order.
+    """Lengths of sequences with about `tokens` tokens in all, in an order by `seed`.
 
-    Args:
-        name: a corpus of `corpora.CORPORA`, "uniform" (10 to 500 tokens), or a number: the length
-            of every sequence.
-        tokens: their sum, to a sequence.
-        seed: of the order.
+    The `name` is a corpus of `corpora.CORPORA`, "uniform" (10 to 500 tokens), or a number: the
+    length of every sequence.
     """
     if name.isdecimal():
         return [int(name)] * max(1, tokens // int(name))

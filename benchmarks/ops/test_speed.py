@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from benchmarks.common import stopwatch
-from benchmarks.common.stopwatch import Timing, cache_bytes, cold_sets
+from benchmarks.common.stopwatch import cache_bytes, cold_sets
 from benchmarks.common.text import COPY, OURS, OURS_CUDA, message
 from benchmarks.ops.cases import Case, attention_case, lengths_of, row_case
 from benchmarks.ops.peers import CUDNN, EAGER, FA3, FA4, FLEX, MMA, ROW_PEERS, SDPA, VARLEN
@@ -83,14 +83,21 @@ def measure(
     wrong = check(case)
     timings = stopwatch.take_turns(case.systems, len(case.sets), device, samples)
     floor = case.moved_bytes / copy_rate
-    systems: dict[str, dict[str, Any]] = {
-        name: {"error": why} for name, why in case.missing.items()
-    } | {name: {"missing": why} for name, why in case.absent.items()}
+    systems: dict[str, Any] = {name: {"error": why} for name, why in case.missing.items()}
+    systems |= {name: {"missing": why} for name, why in case.absent.items()}
     for name, timing in timings.items():
         if timing.error is not None:
             systems[name] = {"error": timing.error}
             continue
-        systems[name] = _figures(timing, case, floor) | {"wrong": wrong.get(name)}
+        systems[name] = {
+            "us": timing.median * 1e6,
+            "iqr_us": (1e6 * np.percentile(timing.seconds, (25, 75))).tolist(),
+            "tokens_per_s": sum(case.lengths) / timing.median,
+            "floor_fraction": floor / timing.median,
+            "launch_bound": timing.launch_bound,
+            "samples_us": [s * 1e6 for s in timing.seconds],
+            "wrong": wrong.get(name),
+        }
     ran = {name: timing for name, timing in timings.items() if timing.error is None}
     right = [n for n in case.ours if n in ran and wrong.get(n, "did not run") is None]
     # Ours that is wrong is no peer either.
@@ -114,17 +121,6 @@ def measure(
         "systems": systems,
         "ratios": ratios(OURS),
     } | ({"ratios_cuda": ratios(OURS_CUDA)} if OURS_CUDA in case.ours else {})
-
-
-def _figures(timing: Timing, case: Case, floor: float) -> dict[str, Any]:
-    return {
-        "us": timing.median * 1e6,
-        "iqr_us": (1e6 * np.percentile(timing.seconds, (25, 75))).tolist(),
-        "tokens_per_s": sum(case.lengths) / timing.median,
-        "floor_fraction": floor / timing.median,
-        "launch_bound": timing.launch_bound,
-        "samples_us": [s * 1e6 for s in timing.seconds],
-    }
 
 
 def replay() -> float:

@@ -8,6 +8,7 @@ a time, rows in order of value; what a step has found is written at once. See be
 
 from __future__ import annotations
 
+import ast
 import shutil
 import sys
 import time
@@ -203,18 +204,12 @@ def tune(
     return found
 
 
-def row_key(text: str) -> Key:
-    """A key as it is written on the command line."""
-    bits, width = map(int, text.split(","))
-    return bits, width
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = plain_parser(__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the results")
     add("--dry-run", action="store_true", help="only print what would change")
-    add("--row", type=row_key, action="append", metavar="BITS,WIDTH", help="only this one")
+    add("--row", type=ast.literal_eval, action="append", metavar="BITS,WIDTH", help="only this one")
     add("--seconds", type=float, default=SECONDS, help="for everything (%(default)s)")
     args = parser.parse_args(argv)
     import torch

@@ -191,8 +191,7 @@ def test_threads_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: chosen.append(cpus))
     monkeypatch.setattr(os, "environ", {})
     arguments.pin(2)
-    assert chosen == [[3, 5]]
-    assert os.environ["OMP_NUM_THREADS"] == "2"
+    assert chosen == [[3, 5]] and os.environ["OMP_NUM_THREADS"] == "2"
     with pytest.raises(ValueError, match="threads must be at most 3 here, got 4"):
         arguments.pin(4)
 

@@ -1,13 +1,12 @@
 """Results of the benchmarks: how they are stored and shown.
 
-    python -m benchmarks.report benchmarks/results/cpu-2core/*.json
+    python -m benchmarks.report benchmarks/results/cpu-2core/*.json  # their tables
     python -m benchmarks.report --readme [--check]
     python -m benchmarks.report --collect results-tmp/gpu benchmarks/results/h200
 
-print the tables of stored results; put them into README.md (one sentence, one table) and into
-benchmarks/README.md (all of them) between their marks, or fail where that would change a page; and
-make documents, one a benchmark (and model and corpus), of the
-rows that a check on a GPU has left. What was measured on other sources is said to be.
+--readme puts them between the marks of README.md (a sentence, a table) and of benchmarks/README.md
+(all of them), or fails where that would change a page; --collect makes documents of the rows that a
+check on a GPU has left. What was measured on other sources is said to be.
 """
 
 from __future__ import annotations
@@ -16,25 +15,21 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks import ROOT
-from benchmarks.common import results
+from benchmarks.common import results, tables
 from benchmarks.common.arguments import plain_parser
-from benchmarks.common.names import OURS, REFERENCE
 from benchmarks.common.provenance import commit, source_hash
-from benchmarks.encode import report as encoding
-from benchmarks.ops import report as ops
+from benchmarks.common.tables import Document
+from benchmarks.common.text import OURS, REFERENCE
 
 RESULTS = ROOT / "benchmarks" / "results"
 HEADLINE_CORPUS = "mixed"
 NOT_MEASURED = "not measured yet"
 OLDER = "Measured on an older commit."
 # Benchmarks on a GPU, whose documents are rows.
-TABLES = {"ops": ops.table, "encode": encoding.gpu_table, "ground": ops.ground}
-ON_CPU = {"breakdown": encoding.render_breakdown, "checks": encoding.render_comparison}
-
-Document = dict[str, Any]
+TABLES = {"ops": tables.ops, "encode": tables.encode_on_gpu, "ground": tables.ground}
+ON_CPU = {"breakdown": tables.breakdown, "checks": tables.comparison}
 
 
 def load(path: Path) -> Document:
@@ -46,7 +41,7 @@ def render(document: Document) -> str:
     if document["benchmark"] in ON_CPU:
         return ON_CPU[document["benchmark"]](document)
     if "gates" in document:
-        return encoding.render(document)
+        return tables.encode_on_cpu(document)
     versions = ", ".join(f"{n} {v}" for n, v in document["versions"].items() if v)
     head = f"{document['device']['name']} | {document['date']} | {versions}"
     return "\n".join([head, "", *TABLES[document["benchmark"]](document["rows"])])
@@ -57,6 +52,31 @@ def is_current(document: Document) -> bool:
     return document["source_sha256"] == source_hash(kind=document["device"]["kind"])
 
 
+def _origin(documents: Sequence[Document], of: str = "") -> str:
+    """The device, what the figures are `of`, and torch, date and commits of some results."""
+    first = documents[0]
+    told = (first["device"]["name"], of, f"torch {first['versions']['torch']}", first["date"][:10])
+    commits = ", ".join(dict.fromkeys(str(d["commit"])[:9] for d in documents))
+    return "; ".join((*filter(None, told), f"commit {commits}"))
+
+
+def _cpu_section(folder: str, documents: list[Document], breakdowns: list[Document]) -> str:
+    """The results of one CPU, stored in `folder` of benchmarks/results, as README quotes them."""
+
+    def label(document: Document, precision: str) -> str:
+        corpus = document["corpus"]
+        return f"{corpus['name']} ({corpus['lengths']['mean']:.0f} tokens), {precision}"
+
+    told = _origin([*documents, *breakdowns], documents[0]["model"]["name"])
+    asides = tables.asides(documents)
+    for document in breakdowns:
+        shares = ". ".join(map(tables.shares, document["rows"]))
+        asides.append(f"Where the time goes, {document['corpus']['name']}: {shares}.")
+    first = f"{told} (benchmarks/results/{folder})"
+    parts = (first, "\n".join(tables.systems(documents, label)), "\n".join(asides))
+    return "\n\n".join(filter(None, parts))
+
+
 def _gpu_section(folder: str, documents: list[Document]) -> str:
     """The results of one GPU as README quotes them: encoding, then attention and the other ops."""
 
@@ -64,9 +84,9 @@ def _gpu_section(folder: str, documents: list[Document]) -> str:
         return [r for d in documents if d["benchmark"] == benchmark for r in d["rows"]]
 
     parts = [
-        f"{encoding.origin(documents)} (benchmarks/results/{folder})",
-        "\n".join(encoding.gpu_table(rows("encode"))),
-        "\n".join(ops.table(rows("ops"), short=True)),
+        f"{_origin(documents)} (benchmarks/results/{folder})",
+        "\n".join(tables.encode_on_gpu(rows("encode"))),
+        "\n".join(tables.ops(rows("ops"), short=True)),
     ]
     return "\n\n".join(filter(None, parts))
 
@@ -83,12 +103,11 @@ def headline(stored: Path) -> str:
         rows = {(row["system"], row["precision"]): row for row in document["rows"]}
         told = []
         for precision in dict.fromkeys(precision for _, precision in rows):
-            peer = rows[REFERENCE, precision]
-            ratio = peer.get("ratios", {}).get(precision)
-            if ratio is not None:
-                each = (rows[OURS, precision]["sentences_per_s"], peer["sentences_per_s"])
-                rates = "{:,.0f} sentences/s against {:,.0f}".format(*each)
-                told.append(f"{rates} in {precision} (**{ratio:.2f}x**)")
+            ours, peer = rows[OURS, precision], rows[REFERENCE, precision]
+            if (ratio := peer.get("ratios", {}).get(precision)) is not None:
+                rates = f"{ours['sentences_per_s']:,.0f} sentences/s against "
+                rates += f"{peer['sentences_per_s']:,.0f} in {precision}"
+                told.append(f"{rates} (**{ratio:.2f}x**)")
         if told:
             return (
                 f"{' and '.join(told)}: all-MiniLM-L6-v2 on {document['device']['name']}, beside "
@@ -106,8 +125,8 @@ def headline_table(stored: Path) -> str:
     def label(document: Document, precision: str) -> str:
         return f"{precision} ({documents.index(document) + 1})"
 
-    notes = [f"({i}) {encoding.origin([d])}" for i, d in enumerate(documents, 1)]
-    table = encoding.systems_table(documents, label, brief=True)
+    notes = [f"({i}) {_origin([d])}" for i, d in enumerate(documents, 1)]
+    table = tables.systems(documents, label, brief=True)
     return "\n".join([*table, "", ".\n".join(notes) + "."])
 
 
@@ -121,7 +140,7 @@ def readme_figures(stored: Path = RESULTS) -> str:
         if any("gates" not in document for document in runs):
             sections.append(_gpu_section(folder.name, runs))
         elif runs:
-            sections.append(encoding.readme_section(folder.name, runs, breakdowns))
+            sections.append(_cpu_section(folder.name, runs, breakdowns))
     return "\n\n".join(sections) or NOT_MEASURED
 
 
@@ -168,13 +187,12 @@ def collect(folder: Path) -> dict[str, Document]:
         newest = [line["source_sha256"] for line in lines if line["kind"] == "run"][-1:]
         run: Document = {}
         for line in lines:
-            if line["kind"] == "run":
+            if line.pop("kind") == "run":
                 run = line
             elif [run.get("source_sha256")] == newest:
                 named = benchmark == "encode"
                 name = f"encode-{line['model']}-{line['corpus']}" if named else benchmark
-                rows = documents.setdefault(name, _head(run, benchmark))["rows"]
-                rows.append({k: v for k, v in line.items() if k != "kind"})
+                documents.setdefault(name, _head(run, benchmark))["rows"].append(line)
     for document in documents.values():
         if document["benchmark"] == "encode":
             document["rows"] = results.latest(document["rows"])
@@ -182,11 +200,9 @@ def collect(folder: Path) -> dict[str, Document]:
 
 
 def _head(run: Document, benchmark: str) -> Document:
-    head = {k: v for k, v in run.items() if k != "kind"}
     # A tree without its repository does not know its commit; the same sources have the same.
-    if head["commit"] is None and is_current(head):
-        head["commit"] = commit()
-    return head | {"benchmark": benchmark, "rows": []}
+    known = {"commit": commit()} if run["commit"] is None and is_current(run) else {}
+    return run | known | {"benchmark": benchmark, "rows": []}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

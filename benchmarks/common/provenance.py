@@ -68,16 +68,12 @@ def _version(package: str) -> str | None:
 
 def commit() -> str | None:
     """The commit of the sources, with "+" behind it where files differ from it."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*"]
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+" if changed else "")
+        told = subprocess.check_output([*command, "--dirty=+"], stderr=subprocess.DEVNULL)
     except (OSError, subprocess.CalledProcessError):
         return None
+    return told.decode().strip()
 
 
 def _cpu(threads: int) -> dict[str, Any]:

@@ -31,12 +31,9 @@ def write_text(text: str, path: Path) -> None:
 
 
 def append(path: Path | None, kind: str, line: Row) -> None:
-    """Append a line; what was there before stays whole whatever happens.
+    """Append a line of a `kind`: "run" (where the rows after it come from), "row" or "error".
 
-    Args:
-        path: the file, made where it is missing; None keeps nothing.
-        kind: "run" (where the rows after it come from), "row" or "error".
-        line: its content.
+    What was there before stays whole whatever happens; where `path` is None nothing is kept.
     """
     if path is None:
         return

@@ -1,10 +1,8 @@
 """Seconds a call takes on a device, in turn with the calls it is compared with.
 
 On a GPU a sample is a number of calls between two events, queued behind a delay, so that the device
-never waits for a launch; a sample during which it did is taken again, and a system that is launched
-more slowly than it runs is marked. Input sets that together exceed the L2 cache several times make
-calls cold, one set makes them hot. On a CPU a sample is a number of calls between two readings of
-the clock.
+never waits for a launch; a sample during which it did is taken again. On a CPU it is a number of
+calls between two readings of the clock.
 """
 
 from __future__ import annotations
@@ -44,9 +42,6 @@ class Timing:
     @property
     def median(self) -> float:
         return float(np.median(self.seconds))
-
-    def quartiles(self) -> list[float]:
-        return np.percentile(self.seconds, (25, 75)).tolist()
 
 
 def context_of(call: Any) -> AbstractContextManager[Any]:

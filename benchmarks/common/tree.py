@@ -19,10 +19,9 @@ class _Tree:
     @staticmethod
     def find_spec(name, path=None, target=None):
         if name in _FOLDERS:
+            folder = _FOLDERS[name]
             return importlib.util.spec_from_file_location(
-                name,
-                _FOLDERS[name] + "/__init__.py",
-                submodule_search_locations=[_FOLDERS[name]],
+                name, folder + "/__init__.py", submodule_search_locations=[folder]
             )
 
 sys.meta_path.insert(0, _Tree)

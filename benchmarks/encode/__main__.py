@@ -2,10 +2,8 @@
 
     python -m benchmarks.encode --corpus short --dtype float32,bfloat16 --json result.json
 
-One process holds all systems and times them in turn, round after round; peak memory is measured in
-a process per system. Correctness comes first: every row carries its cosines with unpatched
-sentence-transformers in float32, and no ratio is shown for a precision whose check fails (then the
-exit code is 1). See benchmarks/README.md.
+Every row carries its cosines with unpatched sentence-transformers in float32; no ratio is shown for
+a precision whose check fails, and the exit code is then 1. See benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -16,10 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common import arguments
-from benchmarks.common.arguments import some_of
-from benchmarks.common.folders import bundled_model
-from benchmarks.common.names import COMPILED, PEERS, PRECISIONS, REFERENCE, UNPADDED
-from benchmarks.common.process import pin
+from benchmarks.common.arguments import pin, some_of
+from benchmarks.common.models import bundled_model
+from benchmarks.common.text import COMPILED, PEERS, PRECISIONS, REFERENCE, UNPADDED
 
 SCOPES = ("s3", "s1")
 # By device: peers that run there, those that run by default, and the precisions.

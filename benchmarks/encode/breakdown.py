@@ -17,12 +17,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from benchmarks.common import arguments
-from benchmarks.common.names import PRECISIONS
-from benchmarks.common.process import pin
 from benchmarks.common.provenance import provenance
-from benchmarks.common.text import say
+from benchmarks.common.text import PRECISIONS, say
+from benchmarks.encode.peers import NotAvailable
 
 # By what torch's profiler calls them: linear layers in panels, in oneDNN, in plain torch.
 PARTS = {
@@ -39,42 +39,37 @@ REST = "everything else"
 _NO_INSTRUCTIONS = 3
 
 
-class FmaPeak:
-    """Multiply-adds of all threads at once, in registers alone, by a program put into `folder`.
+def build_fma_peak(folder: Path) -> Path:
+    """The program that multiplies and adds in registers alone, put into `folder`.
 
-    Attributes:
-        reason: why there is no program; None where there is one.
+    Raises:
+        NotAvailable: it cannot be compiled here.
     """
-
-    def __init__(self, folder: Path, threads: int) -> None:
-        self._program, self._threads = folder / "fma_peak", threads
-        self.reason = self._build()
-
-    def _build(self) -> str | None:
-        if platform.machine() not in ("x86_64", "AMD64"):
-            return f"it is written for x86, not for {platform.machine()}"
-        compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-        if compiler is None:
-            return "there is no C++ compiler"
-        source = Path(__file__).with_name("fma_peak.cpp")
-        flags = ("-std=c++20", "-O3", "-march=native", "-pthread")
-        command = [compiler, *flags, str(source), "-o", str(self._program)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        return None if done.returncode == 0 else f"{compiler} refused it:\n{done.stderr}"
-
-    def measure(self, precision: str) -> float | None:
-        """GFLOP/s in `precision`; None where the CPU has no instructions for it."""
-        if self.reason is not None:
-            return None
-        command = [str(self._program), precision, str(self._threads)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode == _NO_INSTRUCTIONS:
-            return None
-        done.check_returncode()
-        return float(done.stdout)
+    if platform.machine() not in ("x86_64", "AMD64"):
+        raise NotAvailable(f"it is written for x86, not for {platform.machine()}")
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise NotAvailable("there is no C++ compiler")
+    source, program = Path(__file__).with_name("fma_peak.cpp"), folder / "fma_peak"
+    flags = ("-std=c++20", "-O3", "-march=native", "-pthread")
+    command = [compiler, *flags, str(source), "-o", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise NotAvailable(f"{compiler} refused it:\n{done.stderr}")
+    return program
 
 
-def profile(encoder: Any, texts: list[str]) -> dict[str, float]:  # noqa: ANN401
+def fma_peak(program: Path, precision: str, threads: int) -> float | None:
+    """GFLOP/s of all threads at once; None where the CPU has no instructions for `precision`."""
+    command = [str(program), precision, str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == _NO_INSTRUCTIONS:
+        return None
+    done.check_returncode()
+    return float(done.stdout)
+
+
+def profile(encoder: Any, texts: list[str]) -> dict[str, float]:
     """Seconds of one pass: of the parts, of the rest, and in total.
 
     Args:
@@ -91,16 +86,16 @@ def profile(encoder: Any, texts: list[str]) -> dict[str, float]:  # noqa: ANN401
 
     tokenise = TextTokenizer.__call__
 
-    def recorded(self: TextTokenizer, window: Sequence[str]) -> Any:  # noqa: ANN401
+    def recorded(self: TextTokenizer, window: Sequence[str]) -> Any:
         with record_function("tokenising"):
             return tokenise(self, window)
 
-    TextTokenizer.__call__ = recorded  # type: ignore[method-assign]
-    try:
-        with torch_profile(activities=[ProfilerActivity.CPU]) as found, record_function("all"):
-            encoder.encode(texts)
-    finally:
-        TextTokenizer.__call__ = tokenise  # type: ignore[method-assign]
+    with (
+        mock.patch.object(TextTokenizer, "__call__", recorded),
+        torch_profile(activities=[ProfilerActivity.CPU]) as found,
+        record_function("all"),
+    ):
+        encoder.encode(texts)
     seconds = {event.key: event.cpu_time_total / 1e6 for event in found.key_averages()}
     missing = [part for part, names in PARTS.items() if seconds.keys().isdisjoint(names)]
     if missing:
@@ -110,20 +105,27 @@ def profile(encoder: Any, texts: list[str]) -> dict[str, float]:  # noqa: ANN401
     return parts | {REST: total - sum(parts.values()), "all": total}
 
 
-def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything the arguments ask for, as the document that report.py shows."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            program = build_fma_peak(Path(folder))
+        except NotAvailable as reason:
+            say(f"the multiply-add peak is not measured: {reason}")
+            program = None
+        return _measure(args, program)
+
+
+def _measure(args: argparse.Namespace, program: Path | None) -> dict[str, Any]:
     from benchmarks.common.corpora import describe, load_corpus
-    from benchmarks.common.folders import ModelFolder
+    from benchmarks.common.models import ModelFolder
     from benchmarks.common.products import flops_per_token
     from sbert_fast import FastEncoder
 
     document = provenance(args.threads)
     model = ModelFolder(args.model, args.threads)
-    texts = load_corpus(args.corpus, args.texts, args.seed)
+    texts = load_corpus(args.corpus, args.texts, args.seed, model.count)
     lengths = model.tokenize(texts).lengths
-    peak = FmaPeak(folder, args.threads)
-    if peak.reason is not None:
-        say(f"the multiply-add peak is not measured: {peak.reason}")
     encoders = {p: FastEncoder(str(args.model), device="cpu", dtype=p) for p in args.dtype}
     passes: dict[str, list[dict[str, float]]] = {p: [] for p in args.dtype}
     peaks: dict[str, list[float]] = {p: [] for p in args.dtype}
@@ -132,9 +134,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for number in range(args.rounds):
         say(f"round {number + 1} of {args.rounds}")
         for precision, encoder in encoders.items():
-            reached = peak.measure(precision)
-            if reached is not None:
-                peaks[precision].append(reached)
+            reached = program and fma_peak(program, precision, args.threads)
+            peaks[precision] += [reached] if reached else []
             passes[precision].append(profile(encoder, texts))
     tokens, flops = int(lengths.sum()), flops_per_token(model.config)
     return document | {
@@ -148,23 +149,20 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _row(
-    precision: str,
-    passes: list[dict[str, float]],
-    peaks: list[float],
-    tokens: int,
-    flops: int,
+    precision: str, passes: list[dict[str, float]], peaks: list[float], tokens: int, flops: int
 ) -> dict[str, Any]:
     def median_share(part: str) -> float:
         return statistics.median(times[part] / times["all"] for times in passes)
 
+    def median_rate(part: str) -> float:
+        return statistics.median(tokens / times[part] for times in passes)
+
     peak = statistics.median(peaks) if peaks else None
-    rate = statistics.median(tokens / times["all"] for times in passes)
-    linear = statistics.median(tokens * flops / times["linear layers"] for times in passes)
     return {
         "precision": precision,
-        "tokens_per_s": rate,
+        "tokens_per_s": median_rate("all"),
         "shares": {part: median_share(part) for part in (*PARTS, REST)},
-        "linear_gflops": linear / 1e9,
+        "linear_gflops": median_rate("linear layers") * flops / 1e9,
         "fma_peak_gflops": peak,
         "fma_peak_tokens_per_s": None if peak is None else peak * 1e9 / flops,
         "passes": passes,
@@ -172,17 +170,5 @@ def _row(
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, store and print."""
-    parser = arguments.make_parser(__doc__, *PRECISIONS)
-    args = parser.parse_args(argv)
-    arguments.finish(args, parser)
-    pin(args.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        document = measure(args, Path(folder))
-    arguments.conclude(document, args.json)
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(arguments.run(__doc__, PRECISIONS, measure))

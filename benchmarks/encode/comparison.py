@@ -10,12 +10,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 from benchmarks.common import arguments
-from benchmarks.common.process import pin
 from benchmarks.common.provenance import provenance
 
 TEXT = "A text of about sixteen tokens, such as people send to a search engine."
@@ -49,13 +48,14 @@ def _in_turn(encoder: Any, call: Callable[[], Any], rounds: int) -> dict[str, An
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything the arguments ask for, as the document that report.py shows."""
     from benchmarks.common.corpora import load_corpus
+    from benchmarks.common.models import ModelFolder
     from sbert_fast import FastEncoder
 
     encoder = FastEncoder(str(args.model), device="cpu")
-    texts = load_corpus(args.corpus, args.texts, args.seed)
+    count = ModelFolder(args.model, args.threads).count
+    texts = load_corpus(args.corpus, args.texts, args.seed, count)
     for inputs in ([TEXT], texts):
         encoder.encode(inputs)
-    alone = [_seconds(lambda: encoder.packed_pipeline) for _ in range(CALLS * args.rounds)]
     settings = ("threads", "rounds", "texts", "corpus")
     return provenance(args.threads) | {
         "benchmark": "checks",
@@ -63,19 +63,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "settings": {name: getattr(args, name) for name in settings},
         "one_text": _in_turn(encoder, lambda: encoder.encode(TEXT), CALLS * args.rounds),
         "corpus": _in_turn(encoder, lambda: encoder.encode(texts), args.rounds),
-        "comparison_alone": statistics.median(alone),
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, store and print."""
-    parser = arguments.make_parser(__doc__, "float32")
-    args = parser.parse_args(argv)
-    arguments.finish(args, parser)
-    pin(args.threads)
-    arguments.conclude(measure(args), args.json)
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(arguments.run(__doc__, ["float32"], measure))

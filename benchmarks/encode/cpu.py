@@ -11,24 +11,14 @@ import numpy as np
 import torch
 
 from benchmarks.common.corpora import describe, load_corpus
-from benchmarks.common.folders import ModelFolder
-from benchmarks.common.gate import Gates, check, cosines, ratios
-from benchmarks.common.names import OURS, REFERENCE
+from benchmarks.common.models import ModelFolder
 from benchmarks.common.products import LinearLayers
 from benchmarks.common.provenance import provenance
-from benchmarks.common.text import say
-from benchmarks.encode import peers
-from benchmarks.encode.base import NotAvailable, Setting
-from benchmarks.encode.contenders import (
-    Contender,
-    Corpus,
-    Sizes,
-    embed,
-    find_setting,
-    runner,
-    take_turns,
-)
+from benchmarks.common.text import OURS, REFERENCE, message, say
+from benchmarks.encode import contenders, peers
+from benchmarks.encode.contenders import Contender, Corpus, Gates, Sizes
 from benchmarks.encode.memory import memory_of
+from benchmarks.encode.peers import NotAvailable, Setting
 
 SCOPE = "strings to L2-normalised float32 numpy rows in input order, tokenisation included"
 SIZES = Sizes(first=8, reached=128, times=2)
@@ -70,36 +60,27 @@ def prepare(each: Contender, corpus: Corpus, sweep_texts: int) -> None:
     say(f"preparing {each}")
     try:
         if each.system.batch_sizes:
-            find_setting(each, "s1", corpus.first(sweep_texts), CPU, SIZES)
-        each.embeddings = embed(each, "s1", corpus)
+            contenders.find_setting(each, "s1", corpus.first(sweep_texts), CPU, SIZES)
+        each.embeddings = contenders.embed(each, "s1", corpus)
         computed = each.system.computed_tokens(corpus.texts, each.setting)
         share = computed and int(corpus.tokens.lengths.sum()) / computed
         each.more["real_token_share"] = share
     except Exception as error:
         if each.name in (OURS, REFERENCE):
             raise
-        told = str(error).strip().partition("\n")[0]
-        each.status = f"not measured (failed: {type(error).__name__}: {told})"
+        each.status = f"not measured (failed: {message(error)})"
         each.system = None
 
 
 def row_of(
     each: Contender, running: list[Contender], truth: Any, corpus: Corpus, swept: int, gates: Gates
 ) -> dict[str, Any]:
-    """The row of a system, measured or not.
-
-    Args:
-        each: the system.
-        running: all that are measured.
-        truth: float32 embeddings of the reference, `[N, E]`.
-        corpus: what was encoded.
-        swept: tokens of the texts that settings were found on.
-        gates: a red one yields no ratios.
-    """
+    """The row of a system beside all that are `running`, measured or not; `truth` are float32
+    embeddings of the reference, `[N, E]`, and settings were found on `swept` tokens."""
     row = {"system": each.name, "precision": each.precision, "status": each.status}
     if each.system is None:
         return row
-    match = cosines(each.embeddings, truth)
+    match = contenders.cosines(each.embeddings, truth)
     rates = int(corpus.tokens.lengths.sum()) / np.array(each.seconds)
     return row | {
         "batch": str(each.setting) if each.system.batch_sizes else "auto",
@@ -111,13 +92,13 @@ def row_of(
         **each.more,
         "sweep_tokens_per_s": {str(s): swept / seconds for s, seconds in each.sweep.items()},
         "seconds": each.seconds,
-        "ratios": ratios(OURS, each, running, gates),
+        "ratios": contenders.ratios(OURS, each, running, gates),
     }
 
 
 def latency(running: list[Contender], folder: ModelFolder) -> dict[str, Any]:
     """Milliseconds of single calls with one short text, systems in turn."""
-    texts = load_corpus("short", 200)
+    texts = load_corpus("short", 200, 0, folder.count)
     lengths = folder.tokenize(texts).lengths
     nearest = int(np.abs(lengths - LATENCY_TOKENS).argmin())
     calls = [(each, []) for each in running if each.name in (OURS, REFERENCE)]
@@ -134,9 +115,7 @@ def latency(running: list[Contender], folder: ModelFolder) -> dict[str, Any]:
     return {"tokens": int(lengths[nearest]), "calls": LATENCY_CALLS, "rows": rows}
 
 
-def memory_of_many(
-    running: list[Contender], shared: dict[str, Any], dimension: int
-) -> dict[str, Any]:
+def memory_of_many(running: list[Contender], shared: dict[str, Any], width: int) -> dict[str, Any]:
     """Peak memory of ours and the reference over many short texts, a process each."""
     rows, many = [], {"corpus": MEMORY_CORPUS, "texts": MEMORY_TEXTS}
     for each in running:
@@ -144,7 +123,7 @@ def memory_of_many(
             say(f"memory of {each} over {MEMORY_TEXTS:,} texts")
             held = memory_of(each.name, each.precision, each.setting, **shared | many)
             rows.append({"system": each.name, "precision": each.precision} | held)
-    return many | {"output_mb": MEMORY_TEXTS * dimension * 4 / 1e6, "rows": rows}
+    return many | {"output_mb": MEMORY_TEXTS * width * 4 / 1e6, "rows": rows}
 
 
 def measure(args: argparse.Namespace, onnx: Path) -> dict[str, Any]:
@@ -154,7 +133,7 @@ def measure(args: argparse.Namespace, onnx: Path) -> dict[str, Any]:
     if load > BUSY * args.threads:
         say(f"this machine is busy (load average {load:.2f}): the figures will be doubtful")
     folder = ModelFolder(args.model, args.threads)
-    texts = load_corpus(args.corpus, args.texts, args.seed)
+    texts = load_corpus(args.corpus, args.texts, args.seed, folder.count)
     corpus = Corpus(texts, folder.tokenize(texts))
     lengths = corpus.tokens.lengths
     entries = build_all(args.peers, args.dtype, folder, onnx)
@@ -163,7 +142,7 @@ def measure(args: argparse.Namespace, onnx: Path) -> dict[str, Any]:
             prepare(each, corpus, args.sweep_texts)
     running = [each for each in entries if each.system is not None]
     embeddings = {(each.name, each.precision): each.embeddings for each in running}
-    truth, gates = embeddings[REFERENCE, "float32"], check(embeddings)
+    truth, gates = embeddings[REFERENCE, "float32"], contenders.check(embeddings)
     limits = {p: LinearLayers(folder.config, p) for p in args.dtype if LinearLayers.available(p)}
 
     def measure_limits() -> None:
@@ -171,8 +150,8 @@ def measure(args: argparse.Namespace, onnx: Path) -> dict[str, Any]:
             for _ in range(LIMIT_RUNS):
                 limit.measure()
 
-    turns = [(each, runner(each, "s1", corpus)) for each in running]
-    for _ in take_turns(turns, args.rounds, CPU, measure_limits):
+    turns = [(each, contenders.runner(each, "s1", corpus)) for each in running]
+    for _ in contenders.take_turns(turns, args.rounds, CPU, measure_limits):
         pass
     single_calls = latency(running, folder) if args.latency else None
     shared = {"model": args.model, "threads": args.threads, "seed": args.seed, "onnx": onnx}

@@ -1,11 +1,7 @@
-"""Encoding on a GPU beside sentence-transformers, padded and unpadded.
+"""Encoding on a GPU beside sentence-transformers, padded and unpadded: see benchmarks/README.md.
 
-Two scopes: s1, strings to numpy, and s3, prepared ids on the device to embeddings on the device.
-In each, every system finds its best batch size, its embeddings are compared with those of unpatched
-sentence-transformers in float32, and all take turns, round after round. Ours runs twice in half
-precision: on the ops that it chooses, and on those in CUDA C++. The rows of a scope are stored
-after the first round, and again after the last or when interrupted: the last row of a system
-counts. A system that fails leaves its row, and the others run.
+The rows of a scope are stored after the first round, and again after the last or when interrupted:
+the last row of a system counts. A system that fails leaves its row, and the others run.
 """
 
 from __future__ import annotations
@@ -18,19 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from benchmarks.common import models, products
+from benchmarks.common import models, products, tables
 from benchmarks.common.corpora import length_stats, load_corpus
-from benchmarks.common.folders import ModelFolder
-from benchmarks.common.gate import Gates, check, cosines, ratios
-from benchmarks.common.names import COMPILED, OURS, OURS_CUDA, REFERENCE
+from benchmarks.common.models import ModelFolder
 from benchmarks.common.provenance import provenance
 from benchmarks.common.results import Row, append, latest, write_json
-from benchmarks.common.text import message, say
-from benchmarks.encode import contenders, report
-from benchmarks.encode.base import Setting
-from benchmarks.encode.contenders import Contender, Corpus, Sizes, embed, runner, take_turns
+from benchmarks.common.text import COMPILED, OURS, OURS_CUDA, REFERENCE, message, say
+from benchmarks.encode import contenders
+from benchmarks.encode.contenders import Contender, Corpus, Gates, Sizes
+from benchmarks.encode.peers import Setting
 from benchmarks.encode.systems import SYSTEMS, cuda_ops
 
 FULL = "float32"
@@ -57,6 +50,7 @@ class Benchmark:
         self.what = {"benchmark": "encode", "model": args.model_name}
         self.what |= {"corpus": Path(args.corpus).name, "texts": len(lengths)}
         self.what |= {"tokens": int(lengths.sum()), "lengths": length_stats(lengths)}
+        self.running: list[Contender] = []
         self.gemm: dict[tuple[str, tuple[int, ...]], float] = {}
 
     def run(self, scope: str) -> None:
@@ -64,44 +58,45 @@ class Benchmark:
         checked = self.corpus.first(CHECKED_TEXTS)
         reference = Contender(REFERENCE, FULL, setting=Setting(128))
         reference.system = SYSTEMS[REFERENCE](self.folder, self.device, torch.float32)
-        truth = embed(reference, scope, checked)
+        self.truth = contenders.embed(reference, scope, checked)
         del reference
-        running: list[Contender] = []
+        running = self.running = []
         for precision in self.args.dtype:
             for name in self._names(scope, precision):
                 each = Contender(name, precision)
                 try:
-                    self._prepare(each, scope, checked, running)
+                    self._prepare(each, scope, checked)
                 except Exception as error:
                     self.store("error", self._row(each, scope) | {"error": message(error)})
                 else:
                     running.append(each)
-        turns = [(each, runner(each, scope, self.corpus)) for each in running]
+        turns = [(each, contenders.runner(each, scope, self.corpus)) for each in running]
         for each, run in turns:
             seconds = contenders.seconds_of(run, self.device)
             each.times = max(1, round(_SAMPLE_SECONDS / seconds))
         try:
-            for done in take_turns(turns, self.args.rounds, self.device):
+            for done in contenders.take_turns(turns, self.args.rounds, self.device):
                 if done == 1 < self.args.rounds:
-                    self._store(scope, running, truth)
+                    self._store(scope)
         finally:
-            self._store(scope, running, truth)
+            self._store(scope)
         del turns, running
+        self.running = []
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _store(self, scope: str, running: list[Contender], truth: NDArray[np.float32]) -> None:
+    def _store(self, scope: str) -> None:
         """Store a row a system, of the rounds that all have finished."""
-        rounds = min((len(each.seconds) for each in running), default=0)
+        rounds = min((len(each.seconds) for each in self.running), default=0)
         if rounds == 0:
             return
-        for each in running:
+        for each in self.running:
             del each.seconds[rounds:]
-        embeddings = {(each.name, each.precision): each.embeddings for each in running}
-        gates = check({(REFERENCE, FULL): truth} | embeddings)
-        for each in running:
-            self.store("row", self._figures(each, scope, running, truth, gates))
+        embeddings = {(each.name, each.precision): each.embeddings for each in self.running}
+        gates = contenders.check({(REFERENCE, FULL): self.truth} | embeddings)
+        for each in self.running:
+            self.store("row", self._figures(each, scope, gates))
 
     def _names(self, scope: str, precision: str) -> list[str]:
         """The systems that run; a row is left for ours where it cannot."""
@@ -116,40 +111,29 @@ class Benchmark:
             self.store("row", row | {"status": f"not measured: {reason}"})
         return list(names)
 
-    def _prepare(
-        self, each: Contender, scope: str, checked: Corpus, known: list[Contender]
-    ) -> None:
+    def _prepare(self, each: Contender, scope: str, checked: Corpus) -> None:
         say(f"{scope}: preparing {each}")
         dtype = getattr(torch, each.precision)
         each.system = SYSTEMS[each.name](self.folder, self.device, dtype)
         if each.system.batch_sizes:
             # Both half precisions cost the same: what is best for one is best for the other.
-            halves = [k for k in known if k.name == each.name and k.precision != FULL]
+            halves = [k for k in self.running if k.name == each.name and k.precision != FULL]
             if halves and each.precision != FULL:
                 each.setting, each.sweep = halves[0].setting, halves[0].sweep
             else:
                 few = self.corpus.first(self.args.sweep_texts)
                 contenders.find_setting(each, scope, few, self.device, SIZES[scope])
-        on_gpu = self.device.type == "cuda"
-        if on_gpu:
+        if on_gpu := self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
-        each.embeddings = embed(each, scope, checked)
+        each.embeddings = contenders.embed(each, scope, checked)
         peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else None
         each.more["peak_bytes"] = peak
 
     def _row(self, each: Contender, scope: str) -> Row:
-        named = {"scope": scope, "system": each.name, "precision": each.precision}
-        return self.what | named
+        return self.what | {"scope": scope, "system": each.name, "precision": each.precision}
 
-    def _figures(
-        self,
-        each: Contender,
-        scope: str,
-        running: list[Contender],
-        truth: NDArray[np.float32],
-        gates: Gates,
-    ) -> Row:
+    def _figures(self, each: Contender, scope: str, gates: Gates) -> Row:
         texts, tokens = self.what["texts"], self.what["tokens"]
         median = float(np.median(each.seconds))
         row = self._row(each, scope) | {
@@ -158,14 +142,14 @@ class Benchmark:
             "tokens_per_s": tokens / median,
             "seconds": each.seconds,
             "sweep_seconds": {s.batch_size: seconds for s, seconds in each.sweep.items()},
-            "loss": float((1 - cosines(each.embeddings, truth)).max()),
+            "loss": float((1 - contenders.cosines(each.embeddings, self.truth)).max()),
             # What a peer is compared with first.
             "gate": gates.get((each.name if each.name == OURS_CUDA else OURS, each.precision)),
             **each.more,
-            "ratios": ratios(OURS, each, running, gates),
+            "ratios": contenders.ratios(OURS, each, self.running, gates),
         }
-        if any(other.name == OURS_CUDA for other in running):
-            row["ratios_cuda"] = ratios(OURS_CUDA, each, running, gates)
+        if any(other.name == OURS_CUDA for other in self.running):
+            row["ratios_cuda"] = contenders.ratios(OURS_CUDA, each, self.running, gates)
         if each.staged is not None:
             row["real_token_share"] = tokens / sum(each.staged.batch_tokens)
             if each.name in (OURS, OURS_CUDA):
@@ -217,5 +201,5 @@ def main(args: argparse.Namespace) -> int:
             benchmark.run(scope)
     if args.json:
         write_json(run | {"rows": latest(rows)}, args.json)
-    print("\n".join(report.gpu_table(rows)))
+    print("\n".join(tables.encode_on_gpu(rows)))
     return int(bool(bad) or not rows)

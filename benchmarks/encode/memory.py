@@ -13,18 +13,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ROOT
-from benchmarks.common.process import pin
-from benchmarks.encode.base import Setting
+from benchmarks.common.arguments import pin
+from benchmarks.encode.peers import Setting
 
 
 def memory_of(name: str, precision: str, setting: Setting, **what: Any) -> dict[str, float]:
     """Encode a corpus in a new process.
 
     Args:
-        name: of the system.
-        precision: its precision.
-        setting: how it is run.
+        name, precision, setting: of the system.
         what: `model`: its folder; `corpus`: name or path; `texts`: how many; `seed`: of the corpus;
             `threads`: CPU threads; `onnx`: the ONNX export, if the system needs it.
 
@@ -34,12 +31,11 @@ def memory_of(name: str, precision: str, setting: Setting, **what: Any) -> dict[
     Raises:
         RuntimeError: the process failed.
     """
-    if Path(what["corpus"]).is_file():
-        what["corpus"] = str(Path(what["corpus"]).resolve())
-    what |= {path: str(Path(what[path]).resolve()) for path in ("model", "onnx")}
-    asked = json.dumps(what | {"name": name, "precision": precision, "setting": setting})
+    what |= {"name": name, "precision": precision, "setting": setting}
+    asked = json.dumps(what, default=str)
+    # Like this process from the root of the source tree.
     command = [sys.executable, "-m", "benchmarks.encode.memory", asked]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{name} {precision}: its process ended with {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -54,12 +50,14 @@ def _resident_mb(field: str) -> float:
 def _main(asked: dict[str, Any]) -> None:
     pin(asked["threads"])
     from benchmarks.common.corpora import load_corpus
-    from benchmarks.common.folders import ModelFolder
+    from benchmarks.common.models import ModelFolder
     from benchmarks.encode import peers
 
     folder = ModelFolder(Path(asked["model"]), asked["threads"])
     built = peers.build(asked["name"], asked["precision"], folder, Path(asked["onnx"]))
-    lines = load_corpus(asked["corpus"], asked["texts"], asked["seed"])
+    # By a tokenizer of its own, so that no system finds one that is loaded already.
+    count = ModelFolder(folder.path, asked["threads"]).count
+    lines = load_corpus(asked["corpus"], asked["texts"], asked["seed"], count)
     loaded = _resident_mb("VmRSS")
     start = time.perf_counter()
     built.encode(lines, Setting(*asked["setting"]))

@@ -1,8 +1,8 @@
-"""The runtimes beside torch on a CPU, all behind one driver: the Rust tokenizer, batches sorted by
-length and padded, masked mean and L2 in numpy.
+"""What a system of the encode benchmark is; and the runtimes beside torch on a CPU, all behind one
+driver: the Rust tokenizer, batches sorted by length and padded, masked mean and L2 in numpy.
 
-`build` makes a system, or raises :class:`NotAvailable` with the reason why it cannot be measured.
-Nothing heavy is imported before a system needs it.
+Nothing heavy is imported before a system needs it, so that a process which runs one system shows
+that system's memory and no other's.
 """
 
 from __future__ import annotations
@@ -18,19 +18,55 @@ from contextlib import redirect_stdout
 from functools import cache, partial
 from pathlib import Path
 from sys import stderr
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common.folders import ModelFolder
-from benchmarks.common.names import COMPILED, OURS, REFERENCE
-from benchmarks.encode.base import NotAvailable, Setting, System
+from benchmarks.common.models import ModelFolder
+from benchmarks.common.text import COMPILED, OURS, REFERENCE
 
 Inputs = dict[str, NDArray[np.int64]]
 Forward = Callable[[Inputs], NDArray[np.float32]]
 MakeForward = Callable[[int], Forward]
 _INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
+
+
+class NotAvailable(Exception):
+    """A system that cannot be measured here; the message says why."""
+
+
+class Setting(NamedTuple):
+    """How a system is run: rows of a batch, and batches computed at the same time."""
+
+    batch_size: int = 0
+    workers: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.batch_size}" + (f" x {self.workers}" if self.workers > 1 else "")
+
+
+class System:
+    """Something that embeds texts: strings to L2-normalised float32 rows.
+
+    Attributes:
+        batch_sizes: whether it takes batch sizes; False where it plans its batches itself.
+        workers: how many batches it can compute at the same time.
+    """
+
+    batch_sizes = True
+    workers: tuple[int, ...] = (1,)
+
+    def encode(self, texts: list[str], setting: Setting) -> NDArray[np.float32]:
+        """L2-normalised float32 `[N, E]` in the order of `texts`."""
+        raise NotImplementedError
+
+    def computed_tokens(self, texts: list[str], setting: Setting) -> int | None:
+        """Tokens computed, padding included; None where there is no padding."""
+        return None
+
+    def forget(self) -> None:
+        """Drop what is kept for the shapes of earlier batches."""
 
 
 class Padded(System):
@@ -160,9 +196,8 @@ def _onnxruntime(folder: ModelFolder, precision: str, onnx: Path) -> MakeForward
 def _openvino(folder: ModelFolder, precision: str, onnx: Path) -> MakeForward:
     core = _require("openvino").Core()
     hint = {"float32": "f32", "bfloat16": "bf16"}[precision]
-    if precision == "bfloat16" and "BF16" not in core.get_property(
-        "CPU", "OPTIMIZATION_CAPABILITIES"
-    ):
+    capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if precision == "bfloat16" and "BF16" not in capabilities:
         raise NotAvailable("this CPU has no bfloat16 instructions it could use")
 
     def make(workers: int) -> Forward:

@@ -7,6 +7,8 @@ batches). On a CPU all of them run too, for checks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,10 +17,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.common.folders import ModelFolder, Tokens
-from benchmarks.common.names import COMPILED, OURS, OURS_CUDA, REFERENCE, UNPADDED
+from benchmarks.common.models import ModelFolder, Tokens
+from benchmarks.common.text import COMPILED, OURS, OURS_CUDA, REFERENCE, UNPADDED
 from benchmarks.encode import unpadded
-from benchmarks.encode.base import NotAvailable, Setting, System
+from benchmarks.encode.peers import NotAvailable, Setting, System
 
 if TYPE_CHECKING:
     from sbert_fast.staging import Staged
@@ -28,14 +30,13 @@ class Packed(System):
     """FastEncoder with its default settings."""
 
     batch_sizes = False
-    implementation = "auto"
 
-    def __init__(self, folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, folder: ModelFolder, device: torch.device, dtype: torch.dtype, impl: str = "auto"
+    ) -> None:
         from sbert_fast import FastEncoder
 
-        self.encoder = FastEncoder(
-            str(folder.path), device=str(device), dtype=dtype, impl=self.implementation
-        )
+        self.encoder = FastEncoder(str(folder.path), device=str(device), dtype=dtype, impl=impl)
         if self.encoder.unsupported_reason:
             raise NotAvailable(f"unaccelerated: {self.encoder.unsupported_reason}")
         self.normalize = not folder.normalizes
@@ -53,12 +54,6 @@ class Packed(System):
 
         pipeline = self.encoder.packed_pipeline
         return stage(pipeline, tokens.ids, tokens.lengths, normalize=self.normalize)
-
-
-class PackedCuda(Packed):
-    """FastEncoder on the ops in CUDA C++."""
-
-    implementation = "cuda"
 
 
 class SentenceTransformers(System):
@@ -158,9 +153,9 @@ class Compiled(SentenceTransformers):
         return self._compiled(**features)
 
 
-SYSTEMS: dict[str, type[System]] = {
+SYSTEMS: dict[str, Callable[..., System]] = {
     OURS: Packed,
-    OURS_CUDA: PackedCuda,
+    OURS_CUDA: partial(Packed, impl="cuda"),
     REFERENCE: SentenceTransformers,
     UNPADDED: Unpadded,
     COMPILED: Compiled,

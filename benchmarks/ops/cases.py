@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.corpora import CORPORA, target_lengths
-from benchmarks.common.names import COPY, OURS, OURS_CUDA
 from benchmarks.common.stopwatch import Call, copies
-from benchmarks.common.text import message
+from benchmarks.common.text import COPY, OURS, OURS_CUDA, message
 from benchmarks.ops import peers as op_peers
-from benchmarks.ops.peers import Maker, within
+from benchmarks.ops.peers import within
 from sbert_fast import ops
 from sbert_fast.packing import plan_tiles
 from sbert_fast.testing import PEERS, assert_close_to_oracle, oracle, pack_lengths
@@ -55,7 +54,7 @@ class Case:
         missing: other systems that do not run here, and why.
         sets: the arguments of the op's schema, several times.
         moved_bytes: the least that the op reads and writes.
-        tokens, sequences: of one set.
+        lengths: tokens of the packed sequences of one set.
         rows: from a result, and which of its rows, to compare with :attr:`checked`.
         checked: arguments of the op, on the CPU, that make those rows.
         heads: of attention, the heads to compare; None is all.
@@ -64,8 +63,7 @@ class Case:
     op: str
     sets: list[tuple[Any, ...]]
     moved_bytes: int
-    tokens: int
-    sequences: int
+    lengths: list[int]
     rows: Tensor
     checked: tuple[Any, ...]
     eps_dtype: torch.dtype
@@ -80,8 +78,9 @@ class Case:
         """What the checked rows are in fp64, and what plain torch makes of them."""
         return oracle(self.op, *self.checked), PEERS[self.op](*self.checked)
 
-    def wrong(self, out: Tensor) -> str | None:
-        """Why `out`, a result on the first set, is wrong by the 2x rule; None where it is right."""
+    def wrong(self, result: Any) -> str | None:
+        """Why a result on the first set is wrong by the 2x rule; None where it is right."""
+        out = op_peers.as_packed(result)
         try:
             assert torch.isfinite(out).all(), "the result holds NaN or infinity, or was not written"
             few = out[self.rows.to(out.device)]
@@ -93,13 +92,10 @@ class Case:
 
 
 def lengths_of(name: str, tokens: int, seed: int = 0) -> list[int]:
-    """Lengths of sequences with about `tokens` tokens, in random order.
+    """Lengths of sequences with about `tokens` tokens in all, in an order by `seed`.
 
-    Args:
-        name: a corpus of `corpora.CORPORA`, "uniform" (10 to 500 tokens), or a number: the length
-            of every sequence.
-        tokens: their sum, to a sequence.
-        seed: of the order.
+    The `name` is a corpus of `corpora.CORPORA`, "uniform" (10 to 500 tokens), or a number: the
+    length of every sequence.
     """
     if name.isdecimal():
         return [int(name)] * max(1, tokens // int(name))
@@ -135,12 +131,6 @@ def randn(device: torch.device, dtype: torch.dtype, *shape: int, seed: int = 0) 
     return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
 
-def _ours(op: str, device: torch.device, dtype: torch.dtype, name: str) -> Maker:
-    of_device = "triton" if device.type == "cuda" else "auto"
-    kernel = ops.bind(op, device, dtype, "cuda" if name == OURS_CUDA else of_device)
-    return lambda *arguments: lambda: kernel(*arguments)
-
-
 def _expect_cuda(case: Case, device: torch.device, dtype: torch.dtype, dim: int | None) -> None:
     """Note whether the CUDA op is to run on a case, or why it cannot."""
     if device.type != "cuda" and not ops.extension.CUDA.emulated:
@@ -157,17 +147,21 @@ def _finish(
     device: torch.device,
     dtype: torch.dtype,
     peers: tuple[str, ...],
-    lengths: list[int],
     dim: int | None = None,
 ) -> Case:
     """Add what runs a case: ours, `peers`, and a copy of as many bytes."""
     _expect_cuda(case, device, dtype, dim)
-    makers = op_peers.makers(case.op, lengths)
+    of_device = "triton" if device.type == "cuda" else "auto"
+
+    def bound(implementation: str, *arguments: Any) -> Callable[[], Tensor]:
+        kernel = ops.bind(case.op, device, dtype, implementation)
+        return lambda: kernel(*arguments)
+
+    makers = op_peers.makers(case.op, case.lengths)
+    makers |= {OURS: partial(bound, of_device), OURS_CUDA: partial(bound, "cuda")}
     for name in (*case.ours, *peers):
         try:
-            ours = name in case.ours
-            make = _ours(case.op, device, dtype, name) if ours else makers[name]
-            calls = [make(*arguments) for arguments in case.sets]
+            calls = [makers[name](*arguments) for arguments in case.sets]
             context = getattr(calls[0], "context", nullcontext)
             case.systems[name] = within(context, lambda i, calls=calls: calls[i]())
         except Exception as error:
@@ -201,14 +195,13 @@ def attention_case(
         op="varlen_attention",
         sets=made,
         moved_bytes=tokens * 4 * HEADS * dim * itemsize,
-        tokens=tokens,
-        sequences=len(lengths),
+        lengths=lengths,
         rows=rows,
         checked=checked,
         eps_dtype=dtype,
         heads=heads,
     )
-    return _finish(case, device, dtype, peers, lengths, dim)
+    return _finish(case, device, dtype, peers, dim)
 
 
 def _row_arguments(
@@ -273,10 +266,9 @@ def row_case(
         op=op,
         sets=made,
         moved_bytes=moved,
-        tokens=tokens,
-        sequences=len(lengths),
+        lengths=lengths,
         rows=rows,
         checked=tuple(a.cpu() if isinstance(a, Tensor) else a for a in few),
         eps_dtype=torch.float32 if "pool" in op else dtype,
     )
-    return _finish(case, device, dtype, peers, lengths)
+    return _finish(case, device, dtype, peers)

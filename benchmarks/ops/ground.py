@@ -1,34 +1,26 @@
 """What the hardware does alone: the ground that floors and fractions stand on.
 
-    python -m benchmarks.ops.ground --rows ground.jsonl [--model folder] [--only copy,gemm]
+    python -m benchmarks.ops.ground --rows ground.jsonl
 
-Bandwidth of a copy within the device's memory; matrix products at the shapes of BERT layers;
-attention by torch's kernel for packed sequences; what a launch and a node of a CUDA graph cost; and
-sentence-transformers over batch sizes. Every figure is a row, stored at once; one that fails is
-stored as an error. Runs on a CPU too, with small sizes, as a check.
+Bandwidth of a copy within the device's memory; matrix products at the shapes of BERT layers; and
+what a launch and a node of a CUDA graph cost. Every figure is a row, stored at once; one that fails
+is stored as an error. Runs on a CPU too, with small sizes, as a check.
 """
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import products, results, stopwatch
-from benchmarks.common.arguments import plain_parser, some_of
-from benchmarks.common.corpora import load_corpus
-from benchmarks.common.folders import ModelFolder
-from benchmarks.common.names import REFERENCE, UNPADDED
+from benchmarks.common import products, results, stopwatch, tables
+from benchmarks.common.arguments import plain_parser
 from benchmarks.common.provenance import provenance
 from benchmarks.common.text import message, say
-from benchmarks.ops import report
-from benchmarks.ops.cases import attention_case, lengths_of
-from benchmarks.ops.peers import VARLEN
 
 HIDDEN = (384, 768, 1024)
 HALVES = (torch.float16, torch.bfloat16)
@@ -38,57 +30,37 @@ Figure = tuple[str, str, float, str]
 class Ground:
     """Measures on one device; sizes for a check where `small`."""
 
-    def __init__(self, device: torch.device, model: Path | None, small: bool) -> None:
-        self.device, self.model, self.small = device, model, small
+    def __init__(self, device: torch.device, small: bool) -> None:
+        self.device, self.small = device, small
 
-    def copy(self) -> Iterator[Callable[[], Figure]]:
-        """Copies of several sizes."""
-        for size in (1 << 20,) if self.small else (1 << 24, 1 << 26, 1 << 28, 1 << 30, 1 << 32):
-            yield partial(self._copy, size)
+    def figures(self) -> Iterator[tuple[str, Callable[[], Figure]]]:
+        """What there is to measure: its part, and a call that makes the figure."""
+        small = self.small
+        for size in (1 << 20,) if small else (1 << 24, 1 << 26, 1 << 28, 1 << 30, 1 << 32):
+            yield "copy", partial(self._copy, size)
+        # The four products of a layer, by hidden size and tokens; and a large square.
+        square, token_counts = (64, (64,)) if small else (8192, (4096, 16_384, 65_536, 131_072))
+        for dtype in HALVES:
+            yield "gemm", partial(self._product, "square", square, square, square, dtype)
+            for hidden in (32,) if small else HIDDEN:
+                for name, (n, k) in products.layer_shapes(hidden, 4 * hidden).items():
+                    for tokens in token_counts:
+                        what = (f"{name} h={hidden}", tokens, n, k, dtype)
+                        yield "gemm", partial(self._product, *what)
+        yield "launches", lambda: self._host("torch add_", lambda x: x.add_(1))
+        yield "launches", lambda: self._host("Triton add_norm", self._triton_add_norm())
+        if self.device.type == "cuda":
+            yield "launches", partial(self._node, 200)
+            yield "launches", partial(self._node, 1000)
 
     def _copy(self, size: int) -> Figure:
         rate = stopwatch.copy_bandwidth(self.device, size)
         return "copy", f"{size >> 20} MiB", rate / 1e12, "TB/s"
 
-    def gemm(self) -> Iterator[Callable[[], Figure]]:
-        """The four products of a layer, by hidden size and tokens; and a large square."""
-        token_counts = (64,) if self.small else (4096, 16_384, 65_536, 131_072)
-        square = 64 if self.small else 8192
-        for dtype in HALVES:
-            yield partial(self._product, "square", square, square, square, dtype)
-            for hidden in (32,) if self.small else HIDDEN:
-                for name, (n, k) in products.layer_shapes(hidden, 4 * hidden).items():
-                    for tokens in token_counts:
-                        yield partial(self._product, f"{name} h={hidden}", tokens, n, k, dtype)
-
     def _product(self, name: str, m: int, n: int, k: int, dtype: torch.dtype) -> Figure:
         found = products.product(m, n, k, dtype, self.device)
         which = f"{name} M={m} N={n} K={k} {str(dtype)[6:]} ({found['way']})"
         return "gemm", which, 2 * m * n * k / found["seconds"] / 1e12, "TFLOP/s"
-
-    def varlen(self) -> Iterator[Callable[[], Figure]]:
-        """torch's attention for packed sequences, cold; the share of the copy's bandwidth."""
-        rate = stopwatch.copy_bandwidth(self.device, 1 << 20 if self.small else 1 << 30)
-        lengths = ("16", "64") if self.small else ("16", "32", "64", "128", "256", "512")
-        for dim, length, dtype in itertools.product((32, 64), lengths, HALVES):
-            yield partial(self._varlen, rate, dim, length, dtype)
-
-    def _varlen(self, rate: float, dim: int, length: str, dtype: torch.dtype) -> Figure:
-        tokens = 256 if self.small else 65_536
-        sets = stopwatch.cold_sets(self.device, tokens * 48 * dim * dtype.itemsize)
-        drawn = lengths_of(length, tokens)
-        case = attention_case(self.device, dtype, drawn, dim, sets, (VARLEN,))
-        median = stopwatch.median_seconds(case.systems[VARLEN], sets, self.device)
-        share = f"{case.moved_bytes / rate / median:.0%} of floor"
-        return "varlen_attn", f"L={length} D={dim} {str(dtype)[6:]} ({share})", median * 1e6, "us"
-
-    def launches(self) -> Iterator[Callable[[], Figure]]:
-        """Host microseconds of a launch, device microseconds of a node of a graph."""
-        yield lambda: self._host("torch add_", lambda x: x.add_(1))
-        yield lambda: self._host("Triton add_norm", self._triton_add_norm())
-        if self.device.type == "cuda":
-            yield partial(self._node, 200)
-            yield partial(self._node, 1000)
 
     def _triton_add_norm(self) -> Callable[[torch.Tensor], Any]:
         from sbert_fast import ops
@@ -123,74 +95,27 @@ class Ground:
         median = stopwatch.median_seconds(lambda _: graph.replay(), 1, self.device)
         return "graph", f"{nodes} nodes", median / nodes * 1e6, "us a node"
 
-    def sentence_transformers(self) -> Iterator[Callable[[], Figure]]:
-        """Prepared ids to embeddings, padded and not, over batch sizes."""
-        if self.model is None:
-            raise ValueError("--model is needed")
-        from benchmarks.encode.contenders import seconds_of
-        from benchmarks.encode.systems import SYSTEMS
-
-        folder = ModelFolder(self.model, torch.get_num_threads())
-        texts = load_corpus("short", 64 if self.small else 16_384, 0, folder.count)
-        tokens = folder.tokenize(texts)
-        dtype = torch.float32 if self.small else torch.bfloat16
-        sizes = (16, 64) if self.small else (32, 128, 512, 1024, 2048, 4096, 8192, 16_384)
-        make = lru_cache(1)(lambda name: SYSTEMS[name](folder, self.device, dtype))
-
-        def run(name: str, size: int) -> Figure:
-            staged = make(name).stage(tokens, size)
-            staged.run()
-            seconds = min(seconds_of(staged.run, self.device) for _ in range(3))
-            share = tokens.lengths.sum() / sum(staged.batch_tokens)
-            which = f"{name} s3 short batch {size} ({share:.0%} real tokens)"
-            return "encode", which, float(tokens.lengths.sum() / seconds / 1e6), "Mtok/s"
-
-        for name, size in itertools.product((REFERENCE, UNPADDED), sizes):
-            yield partial(run, name, size)
-
-
-PARTS = ("copy", "gemm", "varlen", "launches", "sentence_transformers")
-
-
-def measure(
-    ground: Ground, parts: Sequence[str], store: Callable[[str, dict[str, Any]], None]
-) -> list[dict[str, Any]]:
-    """Every figure of the parts; what fails is stored as an error, and the next one is measured."""
-    kept: list[dict[str, Any]] = []
-
-    def keep(kind: str, row: dict[str, Any]) -> None:
-        kept.append(row)
-        store(kind, row)
-
-    def attempt(part: str, run: Callable[[], Any]) -> Any:
-        try:
-            return run()
-        except Exception as error:
-            keep("error", {"what": part, "error": message(error)})
-
-    for part in parts:
-        say(f"measuring {part}")
-        for run in attempt(part, lambda part=part: [*getattr(ground, part)()]) or ():
-            if (found := attempt(part, run)) is not None:
-                keep("row", dict(zip(("what", "which", "value", "unit"), found, strict=True)))
-    return kept
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = plain_parser(__doc__)
     parser.add_argument("--rows", type=Path, metavar="FILE", help="append each row at once")
-    parser.add_argument("--model", type=Path, help="model folder for sentence-transformers")
-    parser.add_argument("--only", type=some_of(*PARTS), default=PARTS, help=",".join(PARTS))
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kept = []
 
     def store(kind: str, row: dict[str, Any]) -> None:
         results.append(args.rows, kind, {"benchmark": "ground"} | row)
 
     store("run", provenance(torch.get_num_threads(), device.type))
-    ground = Ground(device, args.model, small=device.type == "cpu")
-    kept = measure(ground, args.only, store)
-    print("\n".join(report.ground(kept)))
+    for part, figure in Ground(device, small=device.type == "cpu").figures():
+        try:
+            row = dict(zip(("what", "which", "value", "unit"), figure(), strict=True))
+        except Exception as error:
+            row = {"what": part, "error": message(error)}
+        say(f"{part}: {row.get('which', row.get('error'))}")
+        kept.append(row)
+        store("error" if "error" in row else "row", row)
+    print("\n".join(tables.ground(kept)))
     return int(any("error" in row for row in kept))
 
 

@@ -2,28 +2,27 @@
 
     pytest benchmarks/ops -k attention --rows rows.jsonl
 
-A cold row has at least 64k tokens on a GPU, in sets of inputs that together exceed its L2 cache
-four times; a hot row has one set that fits. What pytest-benchmark reports are the samples of ours
-(on a GPU, in Triton), taken in turn with those of the CUDA op and the peers; the rest of the row is
-in `extra_info`. The rows that tell most come first: a run may be cut short.
+What pytest-benchmark reports are the samples of ours (on a GPU, in Triton), taken in turn with
+those of the CUDA op and the peers; the rest of the row is in `extra_info`. The rows that tell most
+come first: a run may be cut short. See benchmarks/README.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks.common.names import OURS, OURS_CUDA
+from benchmarks.common import stopwatch
 from benchmarks.common.stopwatch import cache_bytes, cold_sets
-from benchmarks.common.text import message
+from benchmarks.common.text import COPY, OURS, OURS_CUDA, message
 from benchmarks.ops.cases import Case, attention_case, lengths_of, row_case
 from benchmarks.ops.peers import CUDNN, EAGER, FA3, FA4, FLEX, MMA, ROW_PEERS, SDPA, VARLEN
-from benchmarks.ops.rows import measure
-from sbert_fast.transfer import device_error
 
 COLD_TOKENS = {"cuda": 65_536, "cpu": 4096}
 FIXED = ("16", "32", "64", "128", "256", "512")
@@ -34,6 +33,94 @@ FLEX_LENGTHS = ("64", "512", "short")
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 ROW_OPS = ("embed_norm", "add_norm", "bias_gelu", "segment_pool", "norm_pool")
 _clock = SimpleNamespace(now=0.0)
+
+
+@contextmanager
+def _poisoned() -> Iterator[None]:
+    """Fresh memory holds NaN, so that no unwritten result passes."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def check(case: Case) -> dict[str, str | None]:
+    """What is wrong with the first result of each system; None where nothing is.
+
+    A system that cannot be run is moved to the missing ones.
+    """
+    found: dict[str, str | None] = {}
+    for name, call in list(case.systems.items()):
+        if name == COPY:
+            continue
+        try:
+            ours = name in case.ours
+            with stopwatch.context_of(call), _poisoned() if ours else nullcontext():
+                out = call(0)
+            found[name] = case.wrong(out)
+            if ours:
+                out.fill_(float("nan"))  # the next result may be given this memory
+        except Exception as error:
+            case.missing[name] = message(error)
+            del case.systems[name]
+    return found
+
+
+def measure(
+    case: Case, device: torch.device, copy_rate: float, samples: int = stopwatch.SAMPLES
+) -> dict[str, Any]:
+    """Check and time a case; `copy_rate` is that of a large copy, in bytes a second.
+
+    Returns:
+        `ok`: whether every result of ours is right; `systems`: for each its figures, its `error`,
+        or, of ours that this device cannot run, what is `missing`; `ratios`: how many times faster
+        ours is than each other system, and `ratios_cuda`, where the CUDA op was to run, how many
+        times it is. What is wrong has none.
+    """
+    wrong = check(case)
+    timings = stopwatch.take_turns(case.systems, len(case.sets), device, samples)
+    floor = case.moved_bytes / copy_rate
+    systems: dict[str, Any] = {name: {"error": why} for name, why in case.missing.items()}
+    systems |= {name: {"missing": why} for name, why in case.absent.items()}
+    for name, timing in timings.items():
+        if timing.error is not None:
+            systems[name] = {"error": timing.error}
+            continue
+        systems[name] = {
+            "us": timing.median * 1e6,
+            "iqr_us": (1e6 * np.percentile(timing.seconds, (25, 75))).tolist(),
+            "tokens_per_s": sum(case.lengths) / timing.median,
+            "floor_fraction": floor / timing.median,
+            "launch_bound": timing.launch_bound,
+            "samples_us": [s * 1e6 for s in timing.seconds],
+            "wrong": wrong.get(name),
+        }
+    ran = {name: timing for name, timing in timings.items() if timing.error is None}
+    right = [n for n in case.ours if n in ran and wrong.get(n, "did not run") is None]
+    # Ours that is wrong is no peer either.
+    peers = {name: t for name, t in ran.items() if name in right or name not in case.ours}
+
+    def ratios(ours: str) -> dict[str, float]:
+        others = {name: timing for name, timing in peers.items() if name != ours}
+        if ours not in right:
+            return {}
+        return {name: stopwatch.paired_ratio(t, ran[ours]) for name, t in others.items()}
+
+    return {
+        "op": case.op,
+        "tokens": sum(case.lengths),
+        "sequences": len(case.lengths),
+        "moved_bytes": case.moved_bytes,
+        "floor_us": floor * 1e6,
+        "copy_bytes_per_s": copy_rate,
+        "sets": len(case.sets),
+        "ok": len(right) == len(case.ours),
+        "systems": systems,
+        "ratios": ratios(OURS),
+    } | ({"ratios_cuda": ratios(OURS_CUDA)} if OURS_CUDA in case.ours else {})
 
 
 def replay() -> float:
@@ -59,7 +146,6 @@ class Bench:
             figures = measure(make(), self.device, self.options.copy_rate)
         except Exception as error:
             self.options.record("error", what | {"error": message(error)})
-            self._stop_if_lost()
             raise
         self.options.record("row", what | figures)
         systems = figures["systems"]
@@ -72,15 +158,9 @@ class Bench:
                 _clock.now += next(left) / 1e6
 
             self.benchmark.pedantic(step, rounds=len(samples))
-        self._stop_if_lost()
         ours = {name: systems[name] for name in (OURS, OURS_CUDA) if name in systems}
         faults = {name: each.get("error") or each.get("wrong") for name, each in ours.items()}
         assert figures["ok"], faults
-
-    def _stop_if_lost(self) -> None:
-        """After some errors nothing runs on a GPU until its process ends."""
-        if (why := device_error(self.device)) is not None:
-            pytest.exit(f"the device is lost: {why}", returncode=3)
 
     def size(self, state: str, bytes_of_a_token: int) -> tuple[int, int]:
         """Tokens of a set, and the number of sets."""

@@ -3,18 +3,12 @@
     python -m benchmarks.tune --out results-tmp/tune [--dry-run] [--row 16,32] [--seconds 480]
 
 On a GPU, with the python3 that has torch and triton for it. The fields of a row are tuned a few at
-a time, rows in order of value; what a step has found is written at once. A candidate is used when
-
-* on what is timed its kernels spill nothing and it gives the bits of the present row,
-* it gains MARGIN in a second measurement, more than the present row differs from itself there,
-* with every option of attention, too, it gives the bits of the present row, and its kernels spill
-  no more on any architecture that is tested.
-
-OUT gets tune.json, what was tried, and tuning.py, the table as it then is.
+a time, rows in order of value; what a step has found is written at once. See benchmarks/README.md.
 """
 
 from __future__ import annotations
 
+import ast
 import shutil
 import sys
 import time
@@ -52,7 +46,7 @@ class Found:
 
     Attributes:
         best: the row that is to be used; the present one where nothing is better.
-        gain: of the best row over the present one, as a share; 0 where they are the same.
+        gain: of the best row over the present one, as a share.
         noise: how far the present row was from itself, as a share.
         inputs: the gain on each input.
         tried: of every candidate, its gain at first sight, or why it was refused.
@@ -73,7 +67,8 @@ class Found:
         """For a file of results."""
         told = {"present": self.step.told(self.present), "best": self.step.told(self.best)}
         made = {"row": list(self.key), "step": self.step.name} | told
-        return made | {name: getattr(self, name) for name in _FIGURES}
+        figures = ("gain", "noise", "inputs", "tried", "finished")
+        return made | {name: getattr(self, name) for name in figures}
 
     def line(self) -> tuple[str, ...]:
         """A row of the table for people."""
@@ -86,7 +81,6 @@ class Found:
         return (f"{bits} bits, D {width}", self.step.told(self.present), told, gain, noise, counts)
 
 
-_FIGURES = ("gain", "noise", "inputs", "tried", "finished")
 HEADER = ("row", "present", "best", "gain", "noise", "candidates")
 
 
@@ -142,15 +136,7 @@ def winners(
 def tune_step(
     rows: Lab, key: Key, step: Step, present: Attention, over: Callable[[], bool]
 ) -> Found:
-    """Try the candidates of one step.
-
-    Args:
-        rows: what tells their bits and their times.
-        key: of the row.
-        step: the fields that change.
-        present: the row as it is.
-        over: whether the time is.
-    """
+    """Try the candidates of one step in place of the `present` row, until the time is `over`."""
     found = Found(key, step, present, present)
     candidates = step.candidates(present, rows.capability)
     rows.prepare(step, candidates)
@@ -197,7 +183,7 @@ def tune(
     Args:
         table: rows by key, changed in place.
         keys: which, the most valuable first.
-        steps: in which order their fields are tuned.
+        steps: of each row, in this order.
         make: the device's side for a key and its original row.
         keep: called after every step.
         seconds: no candidate is begun after them.
@@ -218,18 +204,12 @@ def tune(
     return found
 
 
-def row_key(text: str) -> Key:
-    """A key as it is written on the command line."""
-    bits, width = map(int, text.split(","))
-    return bits, width
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = plain_parser(__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the results")
     add("--dry-run", action="store_true", help="only print what would change")
-    add("--row", type=row_key, action="append", metavar="BITS,WIDTH", help="only this one")
+    add("--row", type=ast.literal_eval, action="append", metavar="BITS,WIDTH", help="only this one")
     add("--seconds", type=float, default=SECONDS, help="for everything (%(default)s)")
     args = parser.parse_args(argv)
     import torch

@@ -62,9 +62,7 @@ class Lab:
     """Rows under one key, on a device.
 
     Args:
-        key: of the row.
-        original: the row whose bits all others must give.
-        device: where kernels run.
+        key, original: the row whose bits all others must give.
         tokens: of a batch that is timed.
         heads: of all batches.
         ragged: lengths of the batch that is not timed.

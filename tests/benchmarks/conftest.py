@@ -19,7 +19,7 @@ for package in ("tools", "benchmarks"):
     importlib.import_module(package)
 
 from benchmarks.common import models, tree  # noqa: E402
-from benchmarks.common.folders import ModelFolder  # noqa: E402
+from benchmarks.common.models import ModelFolder  # noqa: E402
 
 SIZES = {
     "hidden_size": 64,

@@ -13,16 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.common import gate, models, process, products, provenance, results, stopwatch
-from benchmarks.common.folders import ModelFolder
-from benchmarks.common.names import OURS, OURS_CUDA, PEERS, REFERENCE, UNPADDED
-from benchmarks.encode import peers
+from benchmarks.common import arguments, models, products, provenance, results, stopwatch
+from benchmarks.common.models import ModelFolder
+from benchmarks.common.text import OURS, OURS_CUDA, PEERS, REFERENCE, UNPADDED
+from benchmarks.encode import contenders, peers
 from benchmarks.encode.__main__ import main, parse_args
+from benchmarks.ops.peers import within
 
 CPU = torch.device("cpu")
-
-
-# The clock.
 
 
 def test_systems_are_timed_in_turn_and_a_failing_one_is_left_out(
@@ -52,25 +50,24 @@ def test_systems_are_timed_in_turn_and_a_failing_one_is_left_out(
 
 
 def test_a_call_runs_inside_its_context() -> None:
-    seen: list[str] = []
+    inside: list[bool] = []
 
-    class Inside:
-        def __init__(self, name: str) -> None:
-            self.name = name
+    @contextmanager
+    def context() -> Any:
+        inside.append(True)
+        yield
+        inside.append(False)
 
-        @contextmanager
-        def context(self) -> Any:
-            seen.append(f"into {self.name}")
-            yield
-            seen.append(f"out of {self.name}")
+    def within_it(i: int) -> None:
+        assert inside[-1]
 
-        def __call__(self, i: int) -> None:
-            assert seen[-1] == f"into {self.name}"
+    def outside(i: int) -> None:
+        assert not inside[-1]
 
-    systems = {"a": Inside("a"), "b": Inside("b")}
-    timings = stopwatch.take_turns(systems, 2, CPU, samples=3)
+    calls = {"a": within(context, within_it), "b": outside}
+    timings = stopwatch.take_turns(calls, 2, CPU, samples=3)
     assert not any(timing.error for timing in timings.values())
-    assert seen == ["into a", "out of a", "into b", "out of b"] * 4, "warm-up and three samples"
+    assert inside == [True, False] * 4, "warm-up and three samples"
 
 
 def test_sets_of_inputs_exceed_the_cache() -> None:
@@ -93,9 +90,6 @@ def test_the_time_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seconds == pytest.approx(3 * 365 * (24 + 8 + 32 + 32) * 8 * 1e-12)
     assert len(asked) == 3 * 4 - 4, "160 and 165 are measured once"
     assert products.flops_per_token(config) == 2 * 3 * (24 + 8 + 32 + 32) * 8
-
-
-# The gate.
 
 
 def turned(loss: float) -> np.ndarray:
@@ -122,24 +116,21 @@ TRUTH = np.array([[1.0, 0.0], [1.0, 0.0]])
 def test_the_gate(ours: float, reference: float, green: set[str]) -> None:
     embeddings = {(REFERENCE, "float32"): TRUTH, (REFERENCE, "bfloat16"): turned(reference)}
     embeddings |= {(OURS, p): turned(ours) for p in ("float32", "bfloat16", "float16")}
-    gates = gate.check(embeddings)
+    gates = contenders.check(embeddings)
     assert {precision for (_, precision), each in gates.items() if each["green"]} == green
     assert (OURS, "float16") not in gates, "there is nothing to hold it to"
 
 
 @pytest.mark.parametrize("red", [None, OURS, OURS_CUDA])
 def test_a_red_gate_has_no_ratios(red: str | None) -> None:
-    def system(name: str, precision: str, *seconds: float) -> SimpleNamespace:
-        return SimpleNamespace(name=name, precision=precision, seconds=seconds)
-
-    ours, cuda = system(OURS, "float16", 2.0, 2.0, 2.0), system(OURS_CUDA, "float16", 1.0, 1.0, 1.0)
-    peer, wide = system(REFERENCE, "float16", 4.0, 8.0, 6.0), system(OURS, "float32", 3.0, 3.0, 3.0)
-    running = [ours, cuda, peer, wide]
-    names = [(each.name, each.precision) for each in (ours, cuda, wide)]
-    gates = {key: {"green": key != (red, "float16")} for key in names}
+    paces = {(OURS, "float16"): [2, 2, 2], (OURS_CUDA, "float16"): [1, 1, 1]}
+    paces |= {(REFERENCE, "float16"): [4, 8, 6], (OURS, "float32"): [3, 3, 3]}
+    running = [SimpleNamespace(name=n, precision=p, seconds=s) for (n, p), s in paces.items()]
+    ours, cuda, peer, _ = running
+    gates = {key: {"green": key != (red, "float16")} for key in paces if key[0] != REFERENCE}
 
     def found(name: str, each: SimpleNamespace) -> dict[str, float]:
-        return gate.ratios(name, each, running, gates)
+        return contenders.ratios(name, each, running, gates)
 
     half = {} if red == OURS else {"float16": 3.0}
     assert found(OURS, peer) == half | {"float32": 2.0}
@@ -147,9 +138,6 @@ def test_a_red_gate_has_no_ratios(red: str | None) -> None:
     assert found(OURS, ours) == {}
     assert found(OURS_CUDA, ours) == ({} if red else {"float16": 2.0})
     assert ("float16" in found(OURS, cuda)) == (red is None)
-
-
-# Where results come from, and where they go.
 
 
 def test_a_result_is_stored_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -163,16 +151,13 @@ def test_a_result_is_stored_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_rows_are_appended_and_read(tmp_path: Path) -> None:
     path = tmp_path / "new" / "rows.jsonl"
-    results.append(None, "row", {})
-    results.append(path, "run", {"benchmark": "ops"})
-    results.append(path, "row", {"op": "add_norm"})
-    with path.open("a") as stream:
-        stream.write('{"kind": "row", "op')
-    assert results.read(path) == [
-        {"kind": "run", "benchmark": "ops"},
-        {"kind": "row", "op": "add_norm"},
-    ]
-    assert results.read(tmp_path / "absent") == []
+    assert results.read(path) == []
+    for row in ({"op": "add_norm"}, {"op": "bias_gelu"}):
+        results.append(None, "row", row)
+        results.append(path, "row", row)
+    whole = path.read_text()
+    path.write_text(whole + '{"kind": "row", "op')
+    assert results.read(path) == [json.loads(line) for line in whole.splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -186,20 +171,18 @@ def test_rows_are_appended_and_read(tmp_path: Path) -> None:
 def test_the_source_hash_follows_the_timed_sources(
     tmp_path: Path, kind: str, names: tuple[str, ...]
 ) -> None:
+    def written(name: str, content: str) -> str:
+        tmp_path.joinpath(name).parent.mkdir(parents=True, exist_ok=True)
+        tmp_path.joinpath(name).write_text(content)
+        return provenance.source_hash(tmp_path, kind)
+
     seen = [provenance.source_hash(tmp_path, kind)]
-    for name in names:
-        source = tmp_path / name
-        source.parent.mkdir(parents=True, exist_ok=True)
-        for content in ("a = 1", "a = 2"):
-            source.write_text(content)
-            seen.append(provenance.source_hash(tmp_path, kind))
+    seen += [written(name, content) for name in names for content in ("a = 1", "a = 2")]
+    source = tmp_path / names[-1]
     source.rename(source.with_stem("y"))
-    seen.append(provenance.source_hash(tmp_path, kind))
-    assert len(set(seen)) == len(seen) == 2 + 2 * len(names)
     for name in ("sbert_fast/_build_info.py", "README.md"):
-        tmp_path.joinpath(name).parent.mkdir(exist_ok=True)
-        tmp_path.joinpath(name).write_text("words")
-    assert provenance.source_hash(tmp_path, kind) == seen[-1]
+        seen.append(written(name, "words"))
+    assert len(set(seen)) == len(seen) - 1 == 2 + 2 * len(names)
 
 
 def test_threads_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,11 +190,10 @@ def test_threads_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 7})
     monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: chosen.append(cpus))
     monkeypatch.setattr(os, "environ", {})
-    process.pin(2)
-    assert chosen == [[3, 5]]
-    assert os.environ["OMP_NUM_THREADS"] == "2"
+    arguments.pin(2)
+    assert chosen == [[3, 5]] and os.environ["OMP_NUM_THREADS"] == "2"
     with pytest.raises(ValueError, match="threads must be at most 3 here, got 4"):
-        process.pin(4)
+        arguments.pin(4)
 
 
 def test_a_model_is_narrowed_and_widened(tiny: ModelFolder, tmp_path: Path) -> None:
@@ -226,9 +208,6 @@ def test_a_model_is_narrowed_and_widened(tiny: ModelFolder, tmp_path: Path) -> N
         assert torch.equal(after[name], value.half().float())
     assert json.loads((wide / "config.json").read_text())["dtype"] == "float32"
     assert models.main(["narrow"]) == 2
-
-
-# Arguments.
 
 
 def test_arguments_by_device() -> None:

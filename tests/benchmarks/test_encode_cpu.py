@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from benchmarks import ROOT
-from benchmarks.common import gate, provenance
-from benchmarks.common.folders import ModelFolder
-from benchmarks.common.names import OURS, REFERENCE
+from benchmarks.common import provenance
+from benchmarks.common.models import ModelFolder
+from benchmarks.common.text import OURS, REFERENCE
 from benchmarks.encode import breakdown, cpu, peers
-from benchmarks.encode.base import NotAvailable, Setting, System
-from benchmarks.encode.contenders import Contender, Corpus
+from benchmarks.encode.contenders import FLOAT32_LOSS, Contender, Corpus
+from benchmarks.encode.peers import NotAvailable, Setting, System
 from benchmarks.report import render
 
 TEXTS = ["A cat.", "Rain is expected in the north for most of the week.", "", "Why?"]
@@ -45,13 +45,10 @@ def test_a_run(tmp_path: Path) -> None:
     needs |= {name: (name, "onnx", "onnxscript") for name in ("onnxruntime", "openvino")}
     chosen = ("--sweep-texts", "8", "--latency", "--peers", ",".join([*needs][1:]))
     document = run("encode", tmp_path / "new" / "tiny.json", *chosen)
-    assert document["schema"] == provenance.SCHEMA
     assert document["device"]["threads"] == document["settings"]["threads"] == 1
-    assert len(document["load_average_before"]) == 3
     assert set(document["versions"]) == {"python", *provenance.PACKAGES}
     assert document["model"]["sha256"].startswith("53aa5117")
     corpus = document["corpus"]
-    assert corpus["texts"] == 24 and corpus["lengths"].keys() >= {"mean", "p50", "max", "Le"}
     assert corpus["tokens"] == round(24 * corpus["lengths"]["mean"])
     assert document["gates"]["float32"]["green"]
     rows = {row["system"]: row for row in document["rows"]}
@@ -63,7 +60,7 @@ def test_a_run(tmp_path: Path) -> None:
         assert row["status"] == "measured" and len(row["seconds"]) == 2
         low, high = row["iqr_tokens_per_s"]
         assert 0 < low <= row["tokens_per_s"] <= high
-        assert 1 - row["mean_cosine"] <= 1 - row["worst_cosine"] <= gate.FLOAT32_LOSS
+        assert 1 - row["mean_cosine"] <= 1 - row["worst_cosine"] <= FLOAT32_LOSS
         assert row["peak_rss_mb"] >= row["loaded_rss_mb"] > 0
         assert (row["batch"] == "auto") == (row["real_token_share"] is None) == (name == OURS)
         assert set(row["ratios"]) == (set() if name == OURS else {"float32"})
@@ -73,16 +70,7 @@ def test_a_run(tmp_path: Path) -> None:
     assert all(0 < row["p50_ms"] <= row["p95_ms"] for row in latency["rows"])
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "zentorch"])
-def test_an_absent_peer_is_named(
-    name: str, minilm: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
-    with pytest.raises(NotAvailable, match="^not installed$"):
-        peers.build(name, "float32", minilm, tmp_path / "onnx")
-
-
-def test_a_peer_that_does_not_load_is_named(
+def test_a_peer_that_is_absent_or_does_not_load_is_named(
     minilm: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "zentorch.py").write_text("raise OSError('wrong torch')")
@@ -90,6 +78,10 @@ def test_a_peer_that_does_not_load_is_named(
     monkeypatch.delitem(sys.modules, "zentorch", raising=False)
     with pytest.raises(NotAvailable, match="does not load: OSError: wrong torch"):
         peers.build("zentorch", "float32", minilm, tmp_path / "onnx")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
+    for name in ("onnxruntime", "openvino", "zentorch"):
+        with pytest.raises(NotAvailable, match="^not installed$"):
+            peers.build(name, "float32", minilm, tmp_path / "onnx")
 
 
 class Broken(System):
@@ -143,14 +135,16 @@ def test_breakdown(tmp_path: Path) -> None:
     # The rest is what is left of the whole: less than nothing where a part is counted twice.
     for times in row["passes"]:
         assert all(times[part] > 0 for part in (*breakdown.PARTS, breakdown.REST))
+    shares = [times["attention"] / times["all"] for times in row["passes"]]
+    assert row["shares"]["attention"] == pytest.approx(np.median(shares))
     has_peak = platform.machine() == "x86_64" and shutil.which("c++") is not None
     assert len(row["peaks"]) == (2 if has_peak else 0)
+    assert (row["fma_peak_gflops"] is not None) == has_peak
 
 
 @pytest.mark.slow
 def test_the_cost_of_comparisons(tmp_path: Path) -> None:
     document = run("encode.comparison", tmp_path / "checks.json")
-    assert document["comparison_alone"] > 0
     for name, calls in (("one_text", 200), ("corpus", 2)):
         samples = document[name]["samples"]
         assert len(samples["checked"]) == len(samples["unchecked"]) == calls
@@ -160,21 +154,3 @@ def test_breakdown_refuses_a_model_that_does_not_run_packed() -> None:
     encoder = SimpleNamespace(encode=lambda texts: None)
     with pytest.raises(RuntimeError, match=r"no linear layers, attention, .*, tokenising: "):
         breakdown.profile(encoder, TEXTS)
-
-
-def test_rates_of_a_breakdown() -> None:
-    parts = dict.fromkeys((*breakdown.PARTS, breakdown.REST), 0.5)
-    passes = [parts | {"linear layers": 2.0 * slower, "all": 4.0 * slower} for slower in (1, 3, 2)]
-    row = breakdown._row("float32", passes, [9.0, 8.0, 10.0], tokens=800, flops=10_000_000)
-    assert (row["tokens_per_s"], row["linear_gflops"]) == (100.0, 2.0)
-    assert (row["shares"]["linear layers"], row["shares"]["attention"]) == (0.5, 0.0625)
-    assert (row["fma_peak_gflops"], row["fma_peak_tokens_per_s"]) == (9.0, 900.0)
-    assert breakdown._row("float32", passes, [], tokens=800, flops=1)["fma_peak_gflops"] is None
-
-
-def test_breakdown_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    peak = breakdown.FmaPeak(tmp_path, threads=1)
-    assert peak.reason == "there is no C++ compiler"
-    assert peak.measure("float32") is None

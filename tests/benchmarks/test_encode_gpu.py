@@ -14,14 +14,13 @@ import pytest
 import torch
 
 import families
-from benchmarks.common import results
-from benchmarks.common.folders import ModelFolder
-from benchmarks.common.names import OURS, OURS_CUDA, REFERENCE, UNPADDED
-from benchmarks.encode import contenders, gpu, report, systems
+from benchmarks.common import results, tables
+from benchmarks.common.models import ModelFolder
+from benchmarks.common.text import OURS, OURS_CUDA, REFERENCE, UNPADDED
+from benchmarks.encode import contenders, gpu, systems
 from benchmarks.encode.__main__ import parse_args
-from benchmarks.encode.base import Setting, System
 from benchmarks.encode.contenders import Contender, Corpus, Sizes
-from benchmarks.ops import ground
+from benchmarks.encode.peers import Setting, System
 from benchmarks.report import render
 from sbert_fast import ops
 from sbert_fast.ops import extension
@@ -75,36 +74,37 @@ class Paced(System):
         self.remembered.clear()
 
 
-BEST_IN_THE_MIDDLE = {8: 4.0, 16: 3.0, 32: 2.0, 64: 3.0, 128: 4.0}
-BEST_BEYOND = {8: 9.0, 16: 8.0, 32: 7.0, 64: 6.0, 128: 5.0, 256: 1.0, 512: 4.5}
-BEST_IS_THE_LAST_THAT_FITS = {size: pace for size, pace in BEST_BEYOND.items() if size < 512}
+MIDDLE = {8: 4.0, 16: 3.0, 32: 2.0, 64: 3.0, 128: 4.0}
+BEYOND = {8: 9.0, 16: 8.0, 32: 7.0, 64: 6.0, 128: 5.0, 256: 1.0, 512: 4.5}
+LAST_THAT_FITS = {size: pace for size, pace in BEYOND.items() if size < 512}
 
 
 @pytest.mark.parametrize(
-    ("paces", "best"),
+    ("paces", "texts", "best", "tried"),
     [
-        ([BEST_IN_THE_MIDDLE], Setting(32)),
-        ([BEST_BEYOND], Setting(256)),
-        ([BEST_IN_THE_MIDDLE, BEST_BEYOND], Setting(256, 2)),
-        ([BEST_BEYOND, BEST_IN_THE_MIDDLE], Setting(256)),
-        ([BEST_IS_THE_LAST_THAT_FITS], Setting(256)),
+        ([MIDDLE], 1000, Setting(32), 5),
+        ([BEYOND], 1000, Setting(256), 7),
+        ([MIDDLE, BEYOND], 1000, Setting(256, 2), 12),
+        ([BEYOND, MIDDLE], 1000, Setting(256), 12),
+        ([LAST_THAT_FITS], 1000, Setting(256), 6),
+        # A batch holds all texts.
+        ([BEYOND], 40, Setting(64), 4),
     ],
 )
 def test_the_sweep_goes_on_while_it_gains(
-    paces: list[dict[int, float]], best: Setting, monkeypatch: pytest.MonkeyPatch, corpus: Corpus
+    paces: list[dict[int, float]],
+    texts: int,
+    best: Setting,
+    tried: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     system = Paced(paces)
     monkeypatch.setattr(contenders.time, "perf_counter", lambda: system.clock)
     each = Contender("openvino", "float32", system=system)
-    many = Corpus(["text"] * 1000, corpus.tokens)
-    contenders.find_setting(each, "s1", many, CPU, Sizes(8, 128, times=2))
-    assert each.setting == best and each.sweep == system.pace and not system.remembered
-
-
-def test_the_sweep_ends_with_all_texts_in_a_batch(corpus: Corpus) -> None:
-    each = Contender("openvino", "float32", system=Paced([BEST_BEYOND]))
-    contenders.find_setting(each, "s1", corpus, CPU, Sizes(8, 256))
-    assert max(each.sweep) == Setting(64)
+    some = Corpus(["text"] * texts, None)
+    contenders.find_setting(each, "s1", some, CPU, Sizes(8, 128, times=2))
+    assert each.setting == best and len(each.sweep) == tried and not system.remembered
+    assert each.sweep.items() <= system.pace.items()
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_a_row_a_system(run: Any, tmp_path: Path) -> None:
     assert lines[0]["gemm_seconds"] > 0 and lines[0]["batches"]
     document = json.loads(out.read_text())
     assert OURS in render(document) and len(document["rows"]) == len(lines)
-    assert len(report.gpu_table(every)) == 2 + len(lines), "the last row of a system counts"
+    assert len(tables.encode_on_gpu(every)) == 2 + len(lines), "the last row of a system counts"
 
 
 @pytest.mark.slow
@@ -191,10 +191,7 @@ def test_a_system_that_fails_leaves_its_row(run: Any, monkeypatch: pytest.Monkey
     code, lines = run("bfloat16")
     errors = {line["error"] for line in lines if line["kind"] == "error"}
     assert code == 1 and errors == {"RuntimeError: no kernel image"}
-    assert "no kernel image" in "\n".join(report.gpu_table(lines))
-
-
-# Ours in CUDA C++ beside ours.
+    assert "no kernel image" in "\n".join(tables.encode_on_gpu(lines))
 
 
 @pytest.mark.slow
@@ -209,10 +206,8 @@ def test_both_of_ours_are_compared(scale: float, run: Any, monkeypatch: pytest.M
             staged.run = lambda: true() * torch.linspace(1, scale, WIDTH)
             return staged
 
-    def reason(device: torch.device, dtype: torch.dtype) -> str | None:
-        return "" if dtype == torch.float32 else None
-
-    monkeypatch.setattr(gpu, "cuda_ops", reason)
+    reason = {torch.float32: "", torch.bfloat16: None}
+    monkeypatch.setattr(gpu, "cuda_ops", lambda device, dtype: reason[dtype])
     monkeypatch.setitem(systems.SYSTEMS, OURS_CUDA, Pretended)
     code, lines = run("float32", "bfloat16", peers=[])
     found, right = by_system(lines), scale == 1
@@ -224,19 +219,19 @@ def test_both_of_ours_are_compared(scale: float, run: Any, monkeypatch: pytest.M
     assert set(cuda["ratios"]) == (set(peer["ratios"]) if right else set())
     for row in (peer, ours):
         assert set(row["ratios_cuda"]) == ({"bfloat16"} if right else set())
-    assert f"{OURS_CUDA} is faster by" in "\n".join(report.gpu_table(lines))
+    assert f"{OURS_CUDA} is faster by" in "\n".join(tables.encode_on_gpu(lines))
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("emulated")
 def test_the_cuda_ops_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Narrow(systems.PackedCuda):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
-            # On a CPU tables in float32 stay so, and the op of a GPU takes no such.
-            self.encoder.to(torch.bfloat16)
+    def narrow(*arguments: Any) -> System:
+        made = systems.Packed(*arguments, impl="cuda")
+        # On a CPU tables in float32 stay so, and the op of a GPU takes no such.
+        made.encoder.to(torch.bfloat16)
+        return made
 
-    monkeypatch.setitem(systems.SYSTEMS, OURS_CUDA, Narrow)
+    monkeypatch.setitem(systems.SYSTEMS, OURS_CUDA, narrow)
     ops.reset_launches()
     code, lines = run("bfloat16", peers=[], texts=12)
     found = by_system(lines)
@@ -254,17 +249,4 @@ def test_without_the_library(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     code, lines = run("bfloat16", peers=[])
     assert code == 0
     assert by_system(lines)[OURS_CUDA, "bfloat16"]["status"] == "not measured: was not built"
-    assert "not measured: was not built" in "\n".join(report.gpu_table(lines))
-
-
-@pytest.mark.slow
-def test_ground_keeps_figures_and_errors(tiny: ModelFolder, tmp_path: Path) -> None:
-    stored = tmp_path / "ground.jsonl"
-    # Attention for packed sequences has no kernel on a CPU: its rows are errors.
-    assert ground.main(["--rows", str(stored), "--model", str(tiny.path)]) == 1
-    first, *lines = results.read(stored)
-    assert first["benchmark"] == "ground"
-    kinds = {(line["what"], line["kind"]) for line in lines}
-    measured = {(what, "row") for what in ("copy", "gemm", "launch", "encode")}
-    assert kinds == measured | {("varlen", "error")}
-    assert all(line["value"] > 0 for line in lines if line["kind"] == "row")
+    assert "not measured: was not built" in "\n".join(tables.encode_on_gpu(lines))

@@ -6,16 +6,17 @@ Some run on the emulated CUDA ops; where only their place counts, other ops stan
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.common import stopwatch
-from benchmarks.common.names import COPY, OURS, OURS_CUDA
-from benchmarks.ops import cases, peers, report, test_speed
-from benchmarks.ops.peers import CUDNN, EAGER, FA3, FA4, FLEX, SDPA, VARLEN
-from benchmarks.ops.rows import check, measure
+from benchmarks.common import results, stopwatch, tables
+from benchmarks.common.text import COPY, OURS, OURS_CUDA
+from benchmarks.ops import cases, ground, peers
+from benchmarks.ops.peers import CUDNN, EAGER, FA3, FLEX, SDPA, VARLEN
+from benchmarks.ops.test_speed import ROW_OPS, check, measure
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LENGTHS = [5, 40, 1, 16, 33, 130, 17]
@@ -27,7 +28,7 @@ def add_norm(*others: str) -> cases.Case:
 
 
 def shown(row: dict[str, Any]) -> str:
-    return "\n".join(report.table([ATTENTION | row]))
+    return "\n".join(tables.ops([ATTENTION | row]))
 
 
 @pytest.mark.parametrize("name", ["16", "512", "short", "passages", "wiki", "mixed", "uniform"])
@@ -60,7 +61,7 @@ def test_documents_are_masked_block_by_block() -> None:
     assert torch.equal(mask.to_dense()[0, 0].bool(), needed)
 
 
-@pytest.mark.parametrize("op", test_speed.ROW_OPS)
+@pytest.mark.parametrize("op", ROW_OPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_ops_and_their_peers_agree(op: str, dtype: torch.dtype) -> None:
     case = cases.row_case(op, CPU, dtype, LENGTHS, 64, 2, (EAGER,))
@@ -73,7 +74,7 @@ def test_ops_and_their_peers_agree(op: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("op", ["varlen_attention", *test_speed.ROW_OPS])
+@pytest.mark.parametrize("op", ["varlen_attention", *ROW_OPS])
 def test_both_of_ours_are_checked_timed_and_compared(op: str) -> None:
     dtype, few = torch.bfloat16, LENGTHS[:5]
     peer = SDPA if op == "varlen_attention" else EAGER
@@ -124,6 +125,7 @@ def test_what_is_wrong_has_no_ratios(fault: Any, told: str, both: bool) -> None:
     assert not both or set(row["ratios"]) == {EAGER, COPY}
     assert ("| NO " in shown(row)) == (both or "wrong" in figures)
     assert " !" in shown(row) or told in shown(row)
+    assert "ERROR no case" in shown({"error": "no case"})
 
 
 def test_an_unwritten_result_is_wrong_even_in_reused_memory() -> None:
@@ -155,33 +157,21 @@ def figures(us: float) -> dict[str, Any]:
 
 def test_the_table_has_both_within_200_columns() -> None:
     peers = {"varlen_attn": 2, "padded SDPA": 3, CUDNN: 4, "FlexAttention": 5, COPY: 1}
+    paces = {OURS: 2, OURS_CUDA: 1} | peers
     row = ATTENTION | {"op": "varlen_attention", "lengths": "passages", "ok": True}
-    row["systems"] = {OURS: figures(2000.0), OURS_CUDA: figures(1000.0)}
-    row["systems"] |= {name: figures(1000.0 * times) for name, times in peers.items()}
+    row["systems"] = {name: figures(1000.0 * pace) for name, pace in paces.items()}
     row["systems"][FA3] = {"error": "No module named 'flash_attn_interface'"}
-    row["ratios"] = {name: times / 2 for name, times in peers.items()} | {OURS_CUDA: 0.5}
-    row["ratios_cuda"] = peers | {OURS: 2.0}
-    other = row | {"op": "add_norm", "width": 384, "lengths": "short"}
-    del other["dim"]
-    table, second = "\n".join(report.table([row, other])).split("\n\n| op ")
+    for name, ours in (("ratios", OURS), ("ratios_cuda", OURS_CUDA)):
+        row[name] = {peer: pace / paces[ours] for peer, pace in paces.items() if peer != ours}
+    other = {key: value for key, value in row.items() if key != "dim"} | {"op": "add_norm"}
+    table, second = "\n".join(tables.ops([row, other])).split("\n\n| op ")
     header, _, cells, *told = table.splitlines()
-    columns = dict(zip(header.split(" | "), cells.split(" | "), strict=True))
-    assert columns["cuda us"].strip() == "1000" and columns["cuda is"].strip() == "2.00x"
-    assert columns["varlen_attn".ljust(18)].strip() == "2000 (1.00x 2.00x)"
-    assert max(map(len, [header, cells])) <= 200 and "add_norm" in second
+    names, values = ([c.strip() for c in line.split(" | ")] for line in (header, cells))
+    columns = dict(zip(names, values, strict=True))
+    assert columns["cuda us"] == "1000" and columns["cuda is"] == "2.00x"
+    assert columns["varlen_attn"] == "2000 (1.00x 2.00x)" and "add_norm" in second
+    assert max(map(len, [header, cells])) <= 200
     assert f"{FA3}: error: No module named 'flash_attn_interface'" in told
-
-
-def test_the_rows_of_attention() -> None:
-    made = [row.values for row in test_speed._attention_rows()]
-    assert len({row.id for row in test_speed._attention_rows()}) == len(made)
-    first = [row[0] == "cold" and row[1] == torch.float16 for row in made]
-    assert first == sorted(first, reverse=True), "what tells most comes first"
-    lengths = {(state, dim): set() for state in ("cold", "hot") for dim in (32, 64)}
-    for state, _, name, dim in made:
-        lengths[state, dim].add(name)
-    assert {"16", "1024", "2048", "4096", "wiki"} <= lengths["cold", 64] == lengths["cold", 32]
-    assert lengths["hot", 32] - lengths["hot", 64] == {"1024", "2048", "4096"}
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -205,16 +195,19 @@ def test_flash_attention_is_switched_for_a_while(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(attention, "restore_flash_attention_impl", restore, raising=False)
     monkeypatch.setattr(peers, "_varlen", lambda *_: lambda: "packed")
     call = peers.makers("varlen_attention", [4])[FA3]()
-    assert done == ["FA3", "default"]
     with stopwatch.context_of(call):
-        assert done[2:] == ["FA3"] and call() == "packed"
-    assert done[2:] == ["FA3", "default"]
-
-
-def test_optional_peers_say_why_they_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = cases.attention_case(CPU, torch.float32, [4], 8, 1, (FA3, FA4, CUDNN))
-    assert set(case.missing) == {FA3, FA4, CUDNN} and all(case.missing.values())
-    assert "cuDNN has no attention for a CPU" in case.missing[CUDNN]
-    monkeypatch.delattr(torch.nn.attention, "activate_flash_attention_impl", raising=False)
-    case = cases.attention_case(CPU, torch.float32, [4], 8, 1, (FA3,))
+        assert done == ["FA3", "default", "FA3"] and call() == "packed"
+    assert done[3:] == ["default"]
+    monkeypatch.delattr(attention, "activate_flash_attention_impl")
+    case = cases.attention_case(CPU, torch.float32, [4], 8, 1, (FA3, CUDNN))
     assert "has no activate_flash_attention_impl" in case.missing[FA3]
+    assert "cuDNN has no attention for a CPU" in case.missing[CUDNN]
+
+
+def test_ground_keeps_figures_and_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ground.Ground, "_copy", lambda *_: 1 / 0)
+    assert ground.main(["--rows", str(tmp_path / "rows")]) == 1
+    first, failed, *rows = results.read(tmp_path / "rows")
+    assert first["benchmark"] == "ground" and failed["error"].startswith("ZeroDivisionError")
+    assert {row["what"] for row in rows} == {"gemm", "launch"}
+    assert all(row["value"] > 0 for row in rows)

@@ -1,17 +1,21 @@
-"""Stored results: shown, quoted by README, and made of the rows of a GPU check."""
+"""Stored results: shown, quoted, made of the rows of a GPU check, and followed by `auto`."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import report
+from benchmarks import ROOT, report
 from benchmarks.common import provenance
-from benchmarks.common.names import OURS, REFERENCE
 from benchmarks.common.results import append, write_json
+from benchmarks.common.text import OURS, OURS_CUDA, REFERENCE
 from benchmarks.report import load, main, readme_figures, render
+from sbert_fast.ops import schemas
+from sbert_fast.ops.choices import CHOICES, Choice
 
 
 def test_stored_results_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,6 +71,7 @@ def cells(lines: list[str]) -> list[list[str]]:
 def test_headline_of_results(tmp_path: Path) -> None:
     """One sentence and one table: red gates bare, absent systems named, GPUs elsewhere."""
     assert report.headline(tmp_path) == report.headline_table(tmp_path) == report.NOT_MEASURED
+    assert readme_figures(tmp_path) == report.NOT_MEASURED
     write_json(DOCUMENT, tmp_path / "cpu" / "mixed.json")
     on_gpu = {"device": {"name": "a GPU", "kind": "cuda"}}
     write_json(DOCUMENT | on_gpu, tmp_path / "a-gpu" / "mixed.json")
@@ -87,75 +92,92 @@ def test_headline_of_results(tmp_path: Path) -> None:
     assert "x)" not in report.headline_table(tmp_path)
 
 
-def test_figures_of_results(tmp_path: Path) -> None:
-    """What the benchmarks page shows: a row a system, absent peers named, and asides."""
-    folder = tmp_path / "cpu-2core"
-    assert readme_figures(tmp_path) == report.NOT_MEASURED
-    write_json(DOCUMENT, folder / "mixed.json")
-    first, _, *lines = readme_figures(tmp_path).splitlines()
-    told = "a cpu; a model; torch 2.13.0; 2026-01-02; commit 012345678"
-    assert first == f"{told} (benchmarks/results/cpu-2core)"
-    assert cells(lines) == [
-        ["sentences/s", "mixed (30 tokens), float32"],
-        [OURS, "3,000"],
-        [REFERENCE, "1,200 (2.50x)"],
-        ["openvino", "not measured (absent)"],
-    ]
-
-    ours = ROW | {"system": OURS, "ratios": {}, "tokens_per_s": 15_000.0, "p50_ms": 4.25}
-    measured = DOCUMENT | {"linear_layers_alone": {"float32": 20_000.0}, "rows": [ours]}
-    measured |= {"latency": {"tokens": 16, "rows": [ours]}}
-    held = {"texts": 100_000, "corpus": "short", "rows": [ours | {"peak_rss_mb": 1_017.0}]}
-    for name, memory in (("mixed", None), ("passages", held)):
-        corpus = {"name": name, "lengths": {"mean": 30.0}}
-        write_json(measured | {"corpus": corpus, "memory": memory}, folder / f"{name}.json")
-    reached = "20,000 tokens/s in float32 (sbert-fast: 15,000, 75%)"
-    call = "4.25 ms sbert-fast float32"
-    assert readme_figures(tmp_path).splitlines()[-3:] == [
-        f"The linear layers alone, mixed: {reached}; passages: {reached}.",
-        f"One text of 16 tokens, median call: {call}; another run: {call}.",
-        "Peak memory over 100,000 short texts: 1,017 MB sbert-fast float32.",
-    ]
-    shares = {"linear layers": 0.896, "attention": 0.074, "pooling": 0.004}
-    speed = {"fma_peak_gflops": 200.0, "linear_gflops": 180.0, "fma_peak_tokens_per_s": 9_000.0}
-    bare = dict.fromkeys(speed) | {"linear_gflops": 180.0}
-    rows = [{"precision": "float32", "shares": shares} | speed]
-    rows += [{"precision": "bfloat16", "shares": shares} | bare]
-    found = {"benchmark": "breakdown", "commit": "fedcba9876543210", "rows": rows}
-    write_json(DOCUMENT | found, folder / "breakdown.json")
-    first, *_, last = readme_figures(tmp_path).splitlines()
-    assert "; commit 012345678, fedcba987 (" in first
-    assert last == (
-        "Where the time goes, mixed: float32: linear layers 90%, attention 7%; linear layers at "
-        "90% of the multiply-add peak, which is 9,000 tokens/s. bfloat16: linear layers 90%, "
-        "attention 7%."
-    )
-
-
 def test_rows_become_stored_documents(tmp_path: Path) -> None:
     run = {"date": DOCUMENT["date"], "commit": None, "source_sha256": "old"}
     run |= {"device": {"name": "a GPU", "kind": "cuda"}, "versions": {"torch": "2", "onnx": None}}
-    ours = {"us": 2.0, "floor_fraction": 0.5, "tokens_per_s": 1e6, "launch_bound": False}
+    ours = {"us": 2.0, "floor_fraction": 0.5, "launch_bound": False, "wrong": None}
     op = {"op": "add_norm", "lengths": "short", "state": "cold", "dtype": "float16", "width": 64}
-    op |= {"ok": True, "systems": {OURS: ours | {"wrong": None}}, "ratios": {}}
+    op |= {"ok": True, "systems": {OURS: ours}, "ratios": {}}
     encoded = {"model": "base", "corpus": "wiki", "scope": "s3", "system": OURS}
     encoded |= {"precision": "bfloat16", "batch": "auto", "sentences_per_s": 9, "tokens_per_s": 1e6}
     now = provenance.source_hash(kind="cuda")
-    for file, line in (("ops", op), ("encode", encoded)):
+    for file, lines in (("ops", [op]), ("encode", [encoded | {"tokens_per_s": 1.0}, encoded])):
         path = tmp_path / f"{file}.jsonl"
-        append(path, "run", run | {"benchmark": file})
-        append(path, "row", line | {"benchmark": file, "lengths": "of old sources"})
-        append(path, "run", run | {"benchmark": file, "source_sha256": now})
-        if file == "encode":
-            append(path, "row", line | {"benchmark": file, "tokens_per_s": 1.0})
-        append(path, "row", line | {"benchmark": file})
+        append(path, "run", run)
+        append(path, "row", lines[0] | {"lengths": "of old sources"})
+        append(path, "run", run | {"source_sha256": now})
+        for line in lines:
+            append(path, "row", line)
     stored = tmp_path / "results" / "gpu"
     assert main(["--collect", str(tmp_path), str(stored)]) == 0
     documents: dict[str, Any] = {path.stem: load(path) for path in stored.glob("*.json")}
-    assert set(documents) == {"ops", "encode-base-wiki"}
+    rows = {name: document["rows"] for name, document in documents.items()}
+    assert rows == {"ops": [op], "encode-base-wiki": [encoded]}, "the last row counts"
     for document in documents.values():
-        assert len(document["rows"]) == 1 and document["commit"] == provenance.commit()
-        assert "a GPU" in render(document)
-    assert documents["encode-base-wiki"]["rows"][0]["tokens_per_s"] == 1e6, "the last one counts"
+        assert document["commit"] == provenance.commit() and "a GPU" in render(document)
     text = readme_figures(stored.parent)
     assert "add_norm" in text and "base" in text and "benchmarks/results/gpu" in text
+
+
+def faults(choice: Choice, root: Path = ROOT) -> list[str]:
+    """What is wrong with a choice: each is justified by a committed, green result.
+
+    Its result must be of this GPU and of these kernels; of each op and dtype it must hold rows of
+    the CUDA kernel, every one of them correct.
+    """
+    path = root / "benchmarks" / "results" / choice.result
+    if not path.is_file():
+        return [f"there is no benchmarks/results/{choice.result}"]
+    document = load(path)
+    kernels = {op for op in schemas.SCHEMAS if "cuda" in schemas.implementations(op)}
+    wrong = [f"there is no CUDA op {op}" for op in choice.ops if op not in kernels]
+    capability, measured = ".".join(map(str, choice.capability)), document["device"]["capability"]
+    if measured != capability:
+        wrong.append(f"measured on {measured}, not on {capability}")
+    if document.get("kernels_sha256") != provenance.source_hash(root, "cuda kernels"):
+        wrong.append("measured with other sources in csrc/cuda")
+    for op in choice.ops:
+        for dtype in choice.dtypes:
+            name = str(dtype).removeprefix("torch.")
+            rows = [r for r in document["rows"] if (r.get("op"), r.get("dtype")) == (op, name)]
+            rows = [r for r in rows if "us" in r.get("systems", {}).get(OURS_CUDA, {})]
+            if not rows or not all(row.get("ok") is True for row in rows):
+                wrong.append(f"no green rows of {op} in {name}")
+            dims = {row.get("dim") for row in rows}
+            wrong += [f"no rows of {op} for D = {d}" for d in choice.head_dims if d not in dims]
+    return wrong
+
+
+def test_every_choice_is_justified() -> None:
+    assert {choice: found for choice in CHOICES if (found := faults(choice))} == {}
+
+
+CHOICE = Choice(("varlen_attention",), (9, 0), (torch.float16,), "h200/ops.json", (64,))
+NO_ROWS = "no green rows of varlen_attention in float16"
+NO_DIM = "no rows of varlen_attention for D = 64"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, []),
+        ({"device": {"capability": "8.0"}}, ["measured on 8.0, not on 9.0"]),
+        ({"kernels_sha256": "other"}, ["measured with other sources in csrc/cuda"]),
+        ({"ok": False}, [NO_ROWS]),
+        ({"systems": {}}, [NO_ROWS, NO_DIM]),
+        ({"dim": 32}, [NO_DIM]),
+    ],
+)
+def test_a_choice_without_its_result_is_found(
+    tmp_path: Path, changes: dict[str, Any], expected: list[str]
+) -> None:
+    """Beside a result that justifies `CHOICE`, but for the changes."""
+    assert faults(CHOICE, tmp_path) == ["there is no benchmarks/results/h200/ops.json"]
+    row = {"op": CHOICE.ops[0], "dtype": "float16", "dim": 64, "ok": True}
+    row |= {"systems": {OURS_CUDA: {"us": 1.0, "wrong": None}}} | changes
+    kernels = provenance.source_hash(tmp_path, "cuda kernels")
+    document = {"device": {"capability": "9.0"}, "kernels_sha256": kernels, "rows": [row]}
+    write_json(document | changes, tmp_path / "benchmarks" / "results" / CHOICE.result)
+    assert faults(CHOICE, tmp_path) == expected
+    unknown = faults(replace(CHOICE, ops=("linear",)), tmp_path)
+    assert "there is no CUDA op linear" in unknown

@@ -12,18 +12,14 @@ import sys
 from benchmarks import ROOT
 
 
-def environment(capability: tuple[int, int] | None) -> dict[str, str]:
-    """What setup.py runs with, for a GPU of this compute capability."""
-    target = {} if capability is None else {"TORCH_CUDA_ARCH_LIST": ".".join(map(str, capability))}
-    return target | os.environ
-
-
 def main() -> int:
     import torch
 
-    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    if torch.cuda.is_available():
+        target = ".".join(map(str, torch.cuda.get_device_capability()))
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", target)
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    built = subprocess.run(command, cwd=ROOT, env=environment(capability), check=False)
+    built = subprocess.run(command, cwd=ROOT, check=False)
     if built.returncode:
         return built.returncode
     told = "from sbert_fast.ops.extension import CUDA; print('CUDA ops:', CUDA.reason or CUDA.path)"

@@ -1,16 +1,11 @@
 """All that needs a GPU, in one command: build, tests, benchmarks; what is known is kept at once.
 
     make gpu-check OUT=results-tmp/gpu [STAGE=build,ops,models,kernels,encode] [MODEL=folder]
-    make gpu-check OUT=results-tmp/gpu STAGE=build,sanitize
     make gpu-check OUT=results-tmp/gpu STAGE=kernels KERNELS="attention and cold and fp16"
 
 Runs with the `python3` that has torch, in the source tree, without network. A stage is a list of
-commands, each with a share of the time: what one leaves, the next may use, and where stages are
-chosen all shares grow. One that fails or is cut short does not stop the next. The exit code is 0
-where all that was asked for has passed.
-
-Files in OUT, appended to: log.txt (what every command printed), stages.jsonl, ops.jsonl,
-encode.jsonl, ground.jsonl (what was measured), and summary.txt, written after each stage.
+commands; one that fails or is cut short does not stop the next. The exit code is 0 where all that
+was asked for has passed. See benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -30,7 +25,7 @@ from pathlib import Path
 from benchmarks import ROOT
 from benchmarks.common import results, tree
 from benchmarks.common.arguments import plain_parser
-from benchmarks.common.folders import minilm
+from benchmarks.common.models import minilm
 from benchmarks.common.text import markdown
 from benchmarks.report import TABLES
 from tools.gpu import stages

@@ -35,11 +35,9 @@ def _device_error() -> str | None:
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return None
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError as error:
-        return str(error).partition("\n")[0]
-    return None
+    from sbert_fast.transfer import device_error
+
+    return device_error(torch.device("cuda"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -101,18 +101,13 @@ def op_rows(out: Path, chosen: str) -> list[str]:
 
 
 def make_stages(out: Path, model: str | None) -> Stages:
-    """What there is to do.
-
-    Args:
-        out: folder of the results.
-        model: folder of MiniLM, weights in any precision; None where there is none.
-    """
+    """What there is to do; results go into the folder `out`, and `model` is a folder of MiniLM,
+    with weights in any precision, or None."""
     op_tests, model_tests = gpu_tests()
-    has_model = ["--model", str(WIDE_MODEL)] if model else []
     found = "import torch; assert torch.cuda.is_available(), 'torch finds no GPU';"
     found += "import sbert_fast.kernels, sbert_fast.ops; print(sbert_fast.ops.explain_ops())"
     widen = _python("benchmarks.common.models", "widen", str(model), WIDE_MODEL)
-    ground = _python("benchmarks.ops.ground", "--rows", out / "ground.jsonl", *has_model)
+    ground = _python("benchmarks.ops.ground", "--rows", out / "ground.jsonl")
     models = pytest_command(model_tests, "-m", "gpu")
     return {
         PREPARE: [Step("model in float32", widen, 15)] if model else [],

@@ -1,0 +1,266 @@
+"""Results as tables and lines: encoding on a CPU and on a GPU, ops, what hardware does alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from benchmarks.common.results import Row, latest
+from benchmarks.common.text import COPY, OURS, OURS_CUDA, RATIOS, SHORT, markdown
+
+Document = dict[str, Any]
+
+
+def _head(document: Document, told: str) -> list[str]:
+    corpus = document["corpus"]
+    mean = corpus["lengths"]["mean"]
+    return [
+        f"{document['device']['name']} | {document['model']['name']} | {document['date']}",
+        f"{corpus['name']}: {corpus['texts']:,} texts, {mean:.1f} tokens each{told}",
+        "",
+    ]
+
+
+def encode_on_cpu(document: Document) -> str:
+    """A run on a CPU: a table, and the lines a reader needs to judge it."""
+    lengths, rounds = document["corpus"]["lengths"], document["settings"]["rounds"]
+    told = f" (p5 {lengths['p5']:.0f}, p95 {lengths['p95']:.0f}); {document['scope']}; "
+    lines = _head(document, f"{told}median of {rounds} interleaved rounds")
+    header = (
+        *("system", "precision", "batch", "sentences/s", "tokens/s", "IQR", "real tokens"),
+        *("worst cosine", "peak RSS MB", "ours is faster by"),
+    )
+    table = [(*_names(row), *_throughput_cells(row)) for row in document["rows"]]
+    lines += [*markdown(header, table), ""]
+    for precision, gate in document["gates"].items():
+        lines.append(
+            f"correctness {precision}: {'green' if gate['green'] else 'RED, so no ratios'}: "
+            f"worst 1 - cosine {gate['loss']:.2e}, limit {gate['limit']:.2e} ({gate['rule']})"
+        )
+    return "\n".join([*lines, *asides([document], full=True)])
+
+
+def _names(row: Row) -> tuple[str, str]:
+    return row["system"], row["precision"]
+
+
+def _throughput_cells(row: Row) -> tuple[str, ...]:
+    if row["status"] != "measured":
+        return (row["status"],)
+    low, high = row["iqr_tokens_per_s"]
+    share = row["real_token_share"]
+    return (
+        row["batch"],
+        f"{row['sentences_per_s']:,.0f}",
+        f"{row['tokens_per_s']:,.0f}",
+        f"{(high - low) / row['tokens_per_s']:.1%}",
+        "no padding" if share is None else f"{share:.0%}",
+        f"{row['worst_cosine']:.8f}",
+        f"{row['peak_rss_mb']:,.0f}" if row["peak_rss_mb"] else "",
+        ", ".join(f"{ratio:.2f}x ({p})" for p, ratio in row["ratios"].items()),
+    )
+
+
+def systems(
+    documents: Sequence[Document], label: Callable[[Document, str], str], brief: bool = False
+) -> list[str]:
+    """Sentences a second on CPUs. A row is a system; a column, titled by `label`, is a document and
+    a precision. `brief` leaves out why a system was not measured."""
+
+    def cell(document: Document, system: str, precision: str) -> str:
+        row = next((r for r in document["rows"] if _names(r) == (system, precision)), None)
+        if row is None or row["status"] != "measured":
+            return "not measured" if brief or row is None else row["status"]
+        ratio = row["ratios"].get(precision)
+        rate = f"{row['sentences_per_s']:,.0f}"
+        return rate if ratio is None else f"{rate} ({ratio:.2f}x)"
+
+    every = [(document, *_names(row)) for document in documents for row in document["rows"]]
+    columns = {(id(d), precision): (d, precision) for d, _, precision in every}.values()
+    header = ("sentences/s", *(label(*column) for column in columns))
+    names = dict.fromkeys(system for _, system, _ in every)
+    return markdown(header, [(s, *(cell(d, s, p) for d, p in columns)) for s in names])
+
+
+def _limit(document: Document) -> str | None:
+    """How near ours comes to the speed of the linear layers alone."""
+    ours = (row for row in document["rows"] if row["system"] == OURS)
+    rates = {row["precision"]: row.get("tokens_per_s") for row in ours}
+    reached = [
+        f"{limit:,.0f} tokens/s in {precision} ({OURS}: {rates[precision]:,.0f}, "
+        f"{rates[precision] / limit:.0%})"
+        for precision, limit in document.get("linear_layers_alone", {}).items()
+        if rates.get(precision)
+    ]
+    return f"{document['corpus']['name']}: {', '.join(reached)}" if reached else None
+
+
+def asides(documents: Sequence[Document], full: bool = False) -> list[str]:
+    """A line on limits, on latency and on memory, each where a document has something to say."""
+
+    def call(row: Row) -> str:
+        told = f"{row['p50_ms']:.2f} ms {' '.join(_names(row))}"
+        return f"{told} (p95 {row['p95_ms']:.2f})" if full else told
+
+    def held(row: Row) -> str:
+        told = f"{row['peak_rss_mb']:,.0f} MB {' '.join(_names(row))}"
+        return f"{told} ({row['loaded_rss_mb']:,.0f} before the first text)" if full else told
+
+    limits = [reached for document in documents if (reached := _limit(document))]
+    lines = [f"The linear layers alone, {'; '.join(limits)}."] if limits else []
+    if latencies := [found for document in documents if (found := document.get("latency"))]:
+        calls = "; another run: ".join(", ".join(map(call, found["rows"])) for found in latencies)
+        lines.append(f"One text of {latencies[0]['tokens']} tokens, median call: {calls}.")
+    for memory in (document["memory"] for document in documents if document.get("memory")):
+        result = f" ({memory['output_mb']:.0f} MB are the result)" if full else ""
+        lines.append(
+            f"Peak memory over {memory['texts']:,} {memory['corpus']} texts{result}: "
+            f"{', '.join(map(held, memory['rows']))}."
+        )
+    return lines
+
+
+def shares(row: Row) -> str:
+    """Where the time of sbert-fast goes in one precision."""
+    told = ", ".join(
+        f"{part} {share:.0%}"
+        for part, share in sorted(row["shares"].items(), key=lambda item: -item[1])
+        if share >= 0.01
+    )
+    if (peak := row["fma_peak_gflops"]) is not None:
+        told += (
+            f"; linear layers at {row['linear_gflops'] / peak:.0%} of the multiply-add peak, "
+            f"which is {row['fma_peak_tokens_per_s']:,.0f} tokens/s"
+        )
+    return f"{row['precision']}: {told}"
+
+
+def breakdown(document: Document) -> str:
+    """Where the time of sbert-fast goes on a CPU."""
+    rounds = document["settings"]["rounds"]
+    lines = _head(document, f"; {OURS} under a profiler, median of {rounds} passes")
+    for row in document["rows"]:
+        rates = f"{row['tokens_per_s']:,.0f} tokens/s, {row['linear_gflops']:,.0f} GFLOP/s"
+        lines.append(f"{shares(row)}; it reaches {rates}")
+    return "\n".join(lines)
+
+
+def comparison(document: Document) -> str:
+    """What it costs to compare a model with what was derived from it."""
+    rows = {name: document[name] for name in ("one_text", "corpus")}
+    return "\n".join(
+        f"{name}: {row['checked'] * 1e3:.3f} ms, of which the comparison takes "
+        f"{row['difference'] * 1e6:.0f} us ({row['difference'] / row['unchecked']:.2%})"
+        for name, row in rows.items()
+    )
+
+
+def encode_on_gpu(rows: list[Row]) -> list[str]:
+    """A row a scope and system on a GPU, the last one: rates, the fraction of the GEMM roofline,
+    and ratios."""
+    has_cuda = any(RATIOS[OURS_CUDA] in row for row in rows)
+    ours = (OURS, OURS_CUDA) if has_cuda else (OURS,)
+    header = (
+        *("model", "corpus", "scope", "system", "precision", "batch", "sentences/s", "Mtok/s"),
+        *("of GEMM", "worst 1-cos", *(f"{name} is faster by" for name in ours)),
+    )
+    table = []
+    for row in latest(rows):
+        left = [str(row.get(name, "")) for name in header[:5]]
+        if "tokens_per_s" not in row:
+            table.append((*left, row.get("status", row.get("error", ""))[:100]))
+            continue
+        fraction, loss = row.get("gemm_fraction"), row.get("loss")
+        ratios = [row.get(RATIOS[name], {}).items() for name in ours]
+        table.append(
+            (
+                *(*left, str(row["batch"]), f"{row['sentences_per_s']:,.0f}"),
+                f"{row['tokens_per_s'] / 1e6:.2f}",
+                "" if fraction is None else f"{fraction:.0%}",
+                "" if loss is None else f"{loss:.1e}",
+                *(", ".join(f"{ratio:.2f}x {SHORT.get(p, p)}" for p, ratio in r) for r in ratios),
+            )
+        )
+    return markdown(header, table) if table else []
+
+
+def _us(figures: Row) -> str:
+    """Microseconds, marked where they are wrong or those of launches; or that there are none."""
+    if "us" not in figures:
+        return "error" if "error" in figures else ""
+    us, bound = figures["us"], " (launches)" if figures["launch_bound"] else ""
+    return f"{us:.{0 if us >= 1000 else 1}f}" + (" !" if figures.get("wrong") else "") + bound
+
+
+def _op_cells(row: Row, ours: tuple[str, ...], peers: list[str]) -> tuple[str, ...]:
+    """Of ours microseconds and the fraction of the floor; of peers also how many times faster each
+    of `ours` is."""
+    systems = row.get("systems", {})
+    found = [systems.get(name, {}) for name in ours]
+    if not any("us" in figures for figures in found):
+        return (f"ERROR {found[0].get('error', row.get('error', 'no figures'))[:60]}",)
+    cells = ["yes" if row["ok"] else "NO"]
+    for figures in found:
+        cells += [_us(figures), f"{figures['floor_fraction']:.0%}" if "us" in figures else ""]
+    if OURS_CUDA in ours:
+        ratio = row.get(RATIOS[OURS_CUDA], {}).get(OURS)
+        cells.append("" if ratio is None else f"{ratio:.2f}x")
+    for name in peers:
+        ratios = [row.get(RATIOS[each], {}).get(name) for each in ours]
+        told = " ".join("-" if ratio is None else f"{ratio:.2f}x" for ratio in ratios)
+        bare = name == COPY or not any(ratios)
+        cells.append(_us(systems.get(name, {})) + ("" if bare else f" ({told})"))
+    return tuple(cells)
+
+
+def _op_table(rows: list[Row]) -> list[str]:
+    """A table of ops with the same peers, and what there is to say of it."""
+    every = [(n, figures) for row in rows for n, figures in row.get("systems", {}).items()]
+    ran = dict.fromkeys(name for name, figures in every if "us" in figures)
+    tried = {name for name, figures in every if "missing" not in figures}
+    ours = (OURS, OURS_CUDA) if OURS_CUDA in tried else (OURS,)
+    peers = [name for name in ran if name not in ours]
+    header = ("op", "lengths", "state", "dtype", "size", "correct", "us", "of floor")
+    header += ("cuda us", "of floor", "cuda is") if OURS_CUDA in ours else ()
+    header += tuple("copy" if name == COPY else name for name in peers)
+    table = []
+    for row in rows:
+        size = f"D={row['dim']}" if "dim" in row else f"E={row.get('width')}"
+        left = (_op(row).removeprefix("varlen_"), row["lengths"], row["state"])
+        left += (SHORT.get(row["dtype"], row["dtype"]), size)
+        table.append((*left, *_op_cells(row, ours, peers)))
+    told = {
+        f"{name}: {'not measured' if 'missing' in figures else 'error'}: {why}": None
+        for name, figures in every
+        if (why := figures.get("missing") or figures.get("error"))
+        and (name not in ran or name in ours)
+    }
+    legend = [f"In brackets: how many times faster {' and '.join(ours)} is."] if peers else []
+    return [*markdown(header, table), "", *legend, *told]
+
+
+def _op(row: Row) -> str:
+    return row.get("op", "varlen_attention")
+
+
+def ops(rows: list[Row], short: bool = False) -> list[str]:
+    """A row an op and input: microseconds, the fraction of the floor, and ratios to the peers, of
+    ours and, where it was measured, of ours in CUDA C++; attention has a table of its own. Where
+    `short`, float16 on cold inputs only."""
+    if short:
+        rows = [r for r in rows if r["state"] == "cold" and r["dtype"] == "float16"]
+    attention = [row for row in rows if _op(row) == "varlen_attention"]
+    others = [row for row in rows if _op(row) != "varlen_attention"]
+    tables = [_op_table(each) for each in (attention, others) if each]
+    return [line for i, table in enumerate(tables) for line in ([""] if i else []) + table]
+
+
+def ground(rows: list[Row]) -> list[str]:
+    """What the hardware and the peers do alone."""
+    table = [
+        (row["what"], row["which"], f"{row['value']:,.4g}", row["unit"])
+        if "value" in row
+        else (row.get("what", ""), "", f"error: {row.get('error', '')[:80]}")
+        for row in rows
+    ]
+    return markdown(("what", "which", "figure", "unit"), table) if table else []

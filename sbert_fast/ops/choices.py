@@ -1,7 +1,7 @@
 """Where `auto` picks a CUDA kernel instead of the Triton one: a static table of what was measured.
 
 A row is added when a check on a GPU has shown, for these sources, that the CUDA kernel is right and
-the faster one; `result` is the file that shows it, and tests/benchmarks/test_choices.py holds the
+the faster one; `result` is the file that shows it, and tests/benchmarks/test_report.py holds the
 row to it. Without a row `auto` stays with Triton.
 
 Length is deliberately not a key: a sequence would change its bits with the batch it is in.

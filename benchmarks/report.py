@@ -29,7 +29,11 @@ NOT_MEASURED = "not measured yet"
 OLDER = "Measured on an older commit."
 # Benchmarks on a GPU, whose documents are rows.
 TABLES = {"ops": tables.ops, "encode": tables.encode_on_gpu, "ground": tables.ground}
-ON_CPU = {"breakdown": tables.breakdown, "checks": tables.comparison}
+ON_CPU = {
+    "breakdown": tables.breakdown,
+    "checks": tables.comparison,
+    "rerank": tables.rerank,
+}
 
 
 def load(path: Path) -> Document:
@@ -60,18 +64,27 @@ def _origin(documents: Sequence[Document], of: str = "") -> str:
     return "; ".join((*filter(None, told), f"commit {commits}"))
 
 
-def _cpu_section(folder: str, documents: list[Document], breakdowns: list[Document]) -> str:
+def _aside(document: Document) -> str:
+    """What the page tells of a run that has no table."""
+    kind = document["benchmark"]
+    if kind == "checks":
+        return f"What the comparison of every call costs: {tables.comparison(document)}."
+    rows, name = document["rows"], document["corpus"]["name"]
+    if kind == "breakdown":
+        return f"Where the time goes, {name}: {'. '.join(map(tables.shares, rows))}."
+    pairs = document["settings"]["texts"]
+    return f"Reranking {pairs} {name} of one query: {'; '.join(map(tables.reranking, rows))}."
+
+
+def _cpu_section(folder: str, documents: list[Document], others: list[Document]) -> str:
     """The results of one CPU, stored in `folder` of benchmarks/results, as README quotes them."""
 
     def label(document: Document, precision: str) -> str:
         corpus = document["corpus"]
         return f"{corpus['name']} ({corpus['lengths']['mean']:.0f} tokens), {precision}"
 
-    told = _origin([*documents, *breakdowns], documents[0]["model"]["name"])
-    asides = tables.asides(documents)
-    for document in breakdowns:
-        shares = ". ".join(map(tables.shares, document["rows"]))
-        asides.append(f"Where the time goes, {document['corpus']['name']}: {shares}.")
+    told = _origin([*documents, *others], documents[0]["model"]["name"])
+    asides = [*tables.asides(documents), *map(_aside, others)]
     first = f"{told} (benchmarks/results/{folder})"
     parts = (first, "\n".join(tables.systems(documents, label)), "\n".join(asides))
     return "\n\n".join(filter(None, parts))
@@ -135,12 +148,12 @@ def readme_figures(stored: Path = RESULTS) -> str:
     sections = []
     for folder in sorted(path for path in stored.glob("*") if path.is_dir()):
         documents = [load(path) for path in sorted(folder.glob("*.json"))]
-        breakdowns = [d for d in documents if d.get("benchmark") == "breakdown"]
-        runs = [document for document in documents if document not in breakdowns]
+        others = [d for d in documents if d.get("benchmark") in ON_CPU]
+        runs = [document for document in documents if document not in others]
         if any("gates" not in document for document in runs):
             sections.append(_gpu_section(folder.name, runs))
         elif runs:
-            sections.append(_cpu_section(folder.name, runs, breakdowns))
+            sections.append(_cpu_section(folder.name, runs, others))
     return "\n\n".join(sections) or NOT_MEASURED
 
 

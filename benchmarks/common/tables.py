@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.common.results import Row, latest
-from benchmarks.common.text import COPY, OURS, OURS_CUDA, RATIOS, SHORT, markdown
+from benchmarks.common.text import COPY, OURS, OURS_CUDA, RATIOS, REFERENCE, SHORT, markdown
 
 Document = dict[str, Any]
 
@@ -145,10 +145,25 @@ def breakdown(document: Document) -> str:
     return "\n".join(lines)
 
 
+def reranking(row: Row) -> str:
+    """How fast a cross-encoder scores in one precision, ours or that of sentence-transformers."""
+    told = f"{row['pairs_per_s']:,.0f} pairs/s, {row['short_ms']:.1f} ms a short call"
+    for precision, ratio in row.get("ratios", {}).items():
+        told += f", {ratio['all']:.2f}x and {ratio['short']:.2f}x {REFERENCE} {precision}"
+    return f"{row['system']} {row['precision']}: {told}"
+
+
+def rerank(document: Document) -> str:
+    """How fast cross-encoders score on a CPU."""
+    lines = _head(document, f"; median of {document['settings']['rounds']} rounds")
+    lines += [f"{reranking(row)}; worst error {row['loss']:.1e}" for row in document["rows"]]
+    return "\n".join(lines)
+
+
 def comparison(document: Document) -> str:
     """What it costs to compare a model with what was derived from it."""
     rows = {name: document[name] for name in ("one_text", "corpus")}
-    return "\n".join(
+    return "; ".join(
         f"{name}: {row['checked'] * 1e3:.3f} ms, of which the comparison takes "
         f"{row['difference'] * 1e6:.0f} us ({row['difference'] / row['unchecked']:.2%})"
         for name, row in rows.items()

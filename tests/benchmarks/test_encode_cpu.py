@@ -150,6 +150,14 @@ def test_the_cost_of_comparisons(tmp_path: Path) -> None:
         assert len(samples["checked"]) == len(samples["unchecked"]) == calls
 
 
+@pytest.mark.slow
+def test_reranking(tmp_path: Path) -> None:
+    rows = run("encode.rerank", tmp_path / "rerank.json")["rows"]
+    assert [row["system"] for row in rows] == [REFERENCE, OURS]
+    assert all(len(row["samples"]["short"]) == 2 for row in rows)
+    assert rows[0]["batch_size"] and rows[1]["ratios"]["float32"]["all"] > 0
+
+
 def test_breakdown_refuses_a_model_that_does_not_run_packed() -> None:
     encoder = SimpleNamespace(encode=lambda texts: None)
     with pytest.raises(RuntimeError, match=r"no linear layers, attention, .*, tokenising: "):

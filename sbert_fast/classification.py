@@ -18,7 +18,7 @@ from sbert_fast.packing import ROW_ALIGNMENT, PackedBatch
 # mean of all where the config says so.
 CLASSIFIERS = frozenset(
     f"{family}ForSequenceClassification"
-    for family in "Bert Camembert DistilBert Electra ModernBert Roberta XLMRoberta".split()
+    for family in "Bert Camembert DistilBert Electra MPNet ModernBert Roberta XLMRoberta".split()
 )
 
 

@@ -76,6 +76,7 @@ FAMILIES: dict[str, Family] = {
     "camembert": Family(is_like_roberta=True),
     "distilbert": Family(names=_DISTILBERT_NAMES, walk="distilbert"),
     "electra": Family({"embedding_size": 64}, has_types=True, walk="electra-projection"),
+    "mpnet": Family(is_like_roberta=True, measures_distances=True),
     "modernbert": Family({"local_attention": 16}, measures_distances=True, walk="modernbert"),
 }
 ROBERTA_LIKE = [name for name, family in FAMILIES.items() if family.is_like_roberta]
@@ -230,14 +231,12 @@ def make_sentence_transformer(
     return SentenceTransformer(modules=modules, device="cpu", **arguments).eval()
 
 
-def make_mpnet() -> SentenceTransformer:
+def make_xlnet() -> SentenceTransformer:
     """A model that the packed engine does not run."""
-    sizes = make_config("roberta").to_dict()
-    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-    names += ("intermediate_size", "pad_token_id", "max_position_embeddings")
-    config = transformers.MPNetConfig(**{name: sizes[name] for name in names})
+    sizes = {"d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 128}
+    config = transformers.XLNetConfig(vocab_size=len(_vocabulary("roberta")), **sizes)
     with tempfile.TemporaryDirectory() as folder:
-        randomize(transformers.MPNetModel(config)).save_pretrained(folder)
+        randomize(transformers.XLNetModel(config)).save_pretrained(folder)
         make_tokenizer("roberta").save_pretrained(folder)
         modules = [Transformer(folder), Pooling(config.hidden_size)]
     return SentenceTransformer(modules=modules, device="cpu").eval()

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from transformers import BertModel, MPNetConfig, MPNetModel
+from transformers import BertModel, XLNetConfig, XLNetModel
 
 import families
 from packed import assert_same, packed_states, reference_states
@@ -213,9 +213,9 @@ def _with_relative_positions() -> nn.Module:
     return model
 
 
-def _mpnet() -> nn.Module:
-    sizes = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96}
-    return MPNetModel(MPNetConfig(num_hidden_layers=1, vocab_size=99, **sizes))
+def _xlnet() -> nn.Module:
+    sizes = {"d_model": 64, "n_layer": 1, "n_head": 4, "d_inner": 96}
+    return XLNetModel(XLNetConfig(vocab_size=99, **sizes))
 
 
 REFUSED = {
@@ -236,7 +236,7 @@ REFUSED = {
     "own tensor": (_with_quantised_linear, "encoder.layer.0.output.dense.weight.*_OwnTensor"),
     "own linear": (_with_linear_subclass, "NonDynamicallyQuantizableLinear"),
     "meta device": (_on_meta, "meta device"),
-    "other family": (_mpnet, "MPNetModel.*BertModel"),
+    "other family": (_xlnet, "XLNetModel.*BertModel"),
     "no transformer": (lambda: nn.Linear(4, 4), "Linear.*BertModel"),
 }
 

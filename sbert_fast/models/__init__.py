@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from sbert_fast.errors import UnsupportedModelError
-from sbert_fast.models import bert, distilbert, modernbert
+from sbert_fast.models import bert, distilbert, modernbert, mpnet
 from sbert_fast.models.base import Architecture, EncoderWeights
 from sbert_fast.models.checks import check
 from sbert_fast.models.twin import check_attributes
@@ -45,6 +45,7 @@ FAMILIES: dict[str, Family] = {
     "XLMRobertaModel": _ROBERTA,
     "CamembertModel": _ROBERTA,
     "DistilBertModel": Family(distilbert.architecture, distilbert.weights),
+    "MPNetModel": Family(mpnet.architecture, mpnet.weights),
     "ModernBertModel": Family(modernbert.architecture, modernbert.weights),
 }
 

@@ -89,34 +89,37 @@ def peer_varlen_attention(
     return out
 
 
+def peer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, rms: bool = False) -> Tensor:
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    if rms:
+        return F.rms_norm(x, x.shape[-1:], weight, eps) + bias
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
 def peer_embed_norm(
     ids: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     types: Tensor | None,
     word: Tensor,
-    position_table: Tensor,
+    position_table: Tensor | None,
     type_table: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float,
     out_dtype: torch.dtype,
+    rms: bool = False,
 ) -> Tensor:
-    x = F.embedding(ids, word.to(out_dtype)) + F.embedding(positions, position_table.to(out_dtype))
+    x = F.embedding(ids, word.to(out_dtype))
+    if positions is not None and position_table is not None:
+        x = x + F.embedding(positions, position_table.to(out_dtype))
     if type_table is not None:
         table = type_table.to(out_dtype)
         x = x + (table[0] if types is None else F.embedding(types, table))
-    return F.layer_norm(x, x.shape[-1:], weight.to(out_dtype), bias.to(out_dtype), eps)
+    return x if weight is None or bias is None else peer_norm(x, weight, bias, eps, rms=rms)
 
 
-def peer_add_norm(
-    x: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    weight: Tensor,
-    ln_bias: Tensor,
-    eps: float,
-) -> Tensor:
-    return peer_add_norm_sum(x, bias, residual, weight, ln_bias, eps)[0]
+def peer_add_norm(x: Tensor, *args: Any) -> Tensor:
+    return peer_add_norm_sum(x, *args)[0]
 
 
 def peer_add_norm_sum(
@@ -126,10 +129,11 @@ def peer_add_norm_sum(
     weight: Tensor,
     ln_bias: Tensor,
     eps: float,
+    rms: bool = False,
 ) -> tuple[Tensor, Tensor]:
     for term in (bias, residual):
         x = x if term is None else x + term.to(x.dtype)
-    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), ln_bias.to(x.dtype), eps), x
+    return peer_norm(x, weight, ln_bias, eps, rms=rms), x
 
 
 def peer_bias_gelu(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:

@@ -21,6 +21,7 @@ from op_cases import (
     randn,
 )
 from sbert_fast.ops import POOLING_MODES, extension
+from sbert_fast.ops.reference import Activation
 from sbert_fast.testing import check_op, pack_lengths
 
 OPS = torch.ops.sbert_fast
@@ -44,6 +45,12 @@ def test_embed_norm(isa: str, T: int, E: int, dtype: torch.dtype, out_dtype: tor
     for types in ("given", "type 0", "no table"):
         args = embed_args(T, E, dtype, out_dtype, types)
         check_op("embed_norm", OPS.embed_norm.cpu(*args), args, out_dtype)
+        for place in (1, 4):  # no positions
+            args[place] = None
+        check_op("embed_norm", OPS.embed_norm.cpu(*args), args, out_dtype)
+        for place in (6, 7):  # no norm
+            args[place] = None
+        check_op("embed_norm", OPS.embed_norm.cpu(*args), args, out_dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -51,8 +58,10 @@ def test_embed_norm(isa: str, T: int, E: int, dtype: torch.dtype, out_dtype: tor
 def test_add_norm(isa: str, T: int, E: int, dtype: torch.dtype) -> None:
     x, bias, residual, *norm = add_norm_args(T, E, dtype)
     for optional in ([bias, residual], [bias, None], [None, residual], [None, None]):
-        args = [x, *optional, *norm]
-        check_op("add_norm", OPS.add_norm.cpu(*args), args, dtype)
+        for rms in (False, True):
+            args = [x, *optional, *norm, rms]
+            check_op("add_norm", OPS.add_norm.cpu(*args), args, dtype)
+            check_op("add_norm_sum", OPS.add_norm_sum.cpu(*args), args, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -70,6 +79,24 @@ def test_bias_gelu(isa: str, T: int, F: int, dtype: torch.dtype, tanh: bool) -> 
         x = randn(T, F, dtype=dtype, scale=scale)
         for args in ([x, randn(F, scale=scale), tanh], [x, None, tanh]):
             check_op("bias_gelu", OPS.bias_gelu.cpu(*args), args, dtype)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "F"), SHAPES)
+def test_gated_activation(isa: str, T: int, F: int, dtype: torch.dtype, first: bool) -> None:
+    for activation in Activation:
+        for bias in (randn(2 * F), None):
+            args = [randn(T, 2 * F, dtype=dtype, scale=3.0), bias, activation, first]
+            check_op("gated_activation", OPS.gated_activation.cpu(*args), args, dtype)
+
+
+def test_gates_of_special_values(isa: str) -> None:
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor([[0.0, inf, nan, 1e30, -1e30, -200.0, 1.0, 1.0, 1.0, 2.0, 1.0, 1.0]])
+    out = OPS.gated_activation.cpu(x, None, Activation.SILU, True)[0]
+    assert out[:2].tolist() == [0.0, inf] and out[2].isnan()
+    assert out[3] == 2e30 and out[4:].abs().max() == 0.0
 
 
 @pytest.mark.parametrize("tanh", [True, False])
@@ -154,11 +181,12 @@ def row_ops(dtype: torch.dtype, T: int, E: int) -> dict[str, tuple[list[Any], in
     return {
         "add_norm": (add_norm_args(T, E, dtype), 0),
         "bias_gelu": ([randn(T, E, dtype=dtype), randn(E), False], 0),
+        "gated_activation": ([randn(T, 2 * E, dtype=dtype), randn(2 * E), 1, True], 0),
     }
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", ["add_norm", "bias_gelu"])
+@pytest.mark.parametrize("op", ["add_norm", "bias_gelu", "gated_activation"])
 def test_rows_are_isolated(isa: str, op: str, dtype: torch.dtype) -> None:
     args, rows = row_ops(dtype, 9, 37)[op]
     kernel = getattr(OPS, op).cpu
@@ -193,6 +221,7 @@ def large_calls(dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
         "embed_norm": lambda: OPS.embed_norm.cpu(*embed),
         "add_norm": lambda: OPS.add_norm.cpu(*rows["add_norm"][0]),
         "bias_gelu": lambda: OPS.bias_gelu.cpu(*rows["bias_gelu"][0]),
+        "gated_activation": lambda: OPS.gated_activation.cpu(*rows["gated_activation"][0]),
         "segment_pool": lambda: OPS.segment_pool.cpu(x, cu_seqlens, 0, True, 0, None),
         "varlen_attention": lambda: OPS.varlen_attention.cpu(*attention),
     }

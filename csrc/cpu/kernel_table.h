@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention_kernel.h"
+#include "gated_kernel.h"
 #include "gelu_kernel.h"
 #include "linear_kernel.h"
 #include "linear_norm_kernel.h"
@@ -40,6 +41,7 @@ constexpr KernelTable kTable{
                    {nullptr, embed_norm<bf16, bf16>}},
     .add_norm = {{add_norm<float, float>, add_norm<float, bf16>}, {nullptr, add_norm<bf16, bf16>}},
     .bias_gelu = {bias_gelu<float>, bias_gelu<bf16>},
+    .gated_activation = {gated_activation<float>, gated_activation<bf16>},
     .linear = {{linear<float, float>, nullptr}, {LinearBf16::kToFloat, LinearBf16::kToBf16}},
     .linear_norm = {linear_norm<float>, LinearBf16::kNorm},
     .segment_pool = {segment_pool<float>, segment_pool<bf16>},

@@ -28,16 +28,17 @@ struct AttentionParams {
 
 struct EmbedNormParams {
   const int32_t* ids;          // [T]
-  const int32_t* positions;    // [T]
+  const int32_t* positions;    // [T], or null
   const int32_t* types;        // [T], or null: type 0
   const void* word;            // [V, E]
-  const void* position_table;  // [P, E]
+  const void* position_table;  // [P, E], null where positions are
   const void* type_table;      // [Y, E], or null
-  const float* weight;         // [E]
-  const float* bias;           // [E]
+  const float* weight;         // [E], or null: no norm
+  const float* bias;           // [E], null where weight is
   void* out;                   // [T, E]
   int64_t E;
   float eps;
+  bool rms;  // RMSNorm
 };
 
 struct AddNormParams {
@@ -49,6 +50,8 @@ struct AddNormParams {
   void* out;             // [T, E]
   int64_t E;
   float eps;
+  bool rms = false;     // RMSNorm
+  void* sum = nullptr;  // [T, E], or null: of x, bias and residual
 };
 
 struct BiasGeluParams {
@@ -59,13 +62,24 @@ struct BiasGeluParams {
   bool tanh;
 };
 
+// Activation functions, by their numbers in the schemas.
+enum class Activation : int64_t { kNone, kGelu, kGeluTanh, kSilu };
+inline constexpr int64_t kNumLinearActivations = 3;  // without kSilu
+inline constexpr int64_t kNumActivations = 4;
+
+struct GatedParams {
+  const void* x;      // [T, 2F]
+  const float* bias;  // [2F], or null
+  void* out;          // [T, F]
+  int64_t F;
+  Activation activation;
+  bool first;  // whether the first half is the one that is activated
+};
+
 /// Columns of a panel. The weights of a linear layer lie as fp32 [panels, K, 48] or bf16
 /// [panels, K / 2, 48, 2], zeros beyond column N: the order in which they are read, on every
 /// instruction set.
 inline constexpr int64_t kPanelColumns = 48;
-
-enum class Activation : int64_t { kNone, kGelu, kGeluTanh };
-inline constexpr int64_t kNumActivations = 3;
 
 // Work items are item_rows x item_panels parts of the result, those of the same rows together.
 struct LinearParams {
@@ -128,6 +142,7 @@ struct KernelTable {
   RangeKernel<EmbedNormParams> embed_norm[kNumDtypes][kNumDtypes];  // rows; [tables][out]
   RangeKernel<AddNormParams> add_norm[kNumDtypes][kNumDtypes];      // rows; [x][residual and out]
   RangeKernel<BiasGeluParams> bias_gelu[kNumDtypes];                // rows
+  RangeKernel<GatedParams> gated_activation[kNumDtypes];            // rows
   RangeKernel<LinearParams> linear[kNumDtypes][kNumDtypes];         // items; [x and weights][out]
   RangeKernel<LinearNormParams> linear_norm[kNumDtypes];            // items
   RangeKernel<SegmentPoolParams> segment_pool[kNumDtypes];          // segments

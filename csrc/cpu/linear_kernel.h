@@ -211,6 +211,8 @@ void linear(const LinearParams& p, int64_t begin, int64_t end) {
       return linear_items<T, Out>(p, begin, end, [](VecF v) { return gelu<ErfTail<Out>>(v); });
     case Activation::kGeluTanh:
       return linear_items<T, Out>(p, begin, end, [](VecF v) { return gelu<TanhTail<Out>>(v); });
+    case Activation::kSilu:
+      return;  // refused by the op
   }
 }
 

@@ -36,19 +36,21 @@ struct AddRow {
 };
 
 /// Elements v[0, E) of one row of embed_norm.
-template <class T, bool kHasType>
+template <class T, bool kHasPosition, bool kHasType>
 struct EmbedRow {
   const T* word;
   const T* position;
   const T* type;
 
   SBF_INLINE VecF load(int64_t e) const {
-    VecF v = load_as<T>(word + e) + load_as<T>(position + e);
+    VecF v = load_as<T>(word + e);
+    if constexpr (kHasPosition) v = v + load_as<T>(position + e);
     if constexpr (kHasType) v = v + load_as<T>(type + e);
     return v;
   }
   SBF_INLINE VecF load_partial(int64_t e, int n) const {
-    VecF v = load_as_partial<T>(word + e, n) + load_as_partial<T>(position + e, n);
+    VecF v = load_as_partial<T>(word + e, n);
+    if constexpr (kHasPosition) v = v + load_as_partial<T>(position + e, n);
     if constexpr (kHasType) v = v + load_as_partial<T>(type + e, n);
     return v;
   }
@@ -125,19 +127,32 @@ SBF_INLINE void normalize_row(const Row& row, float mean, const float* weight, c
   store_normalized(row, mean, rstd, weight, bias, E, out);
 }
 
+// RMSNorm is the same with a mean of zero.
 template <class Out, class Row>
-SBF_INLINE void layer_norm_row(const Row& row, const float* weight, const float* bias, int64_t E,
-                               float eps, Out* out) {
+SBF_INLINE void norm_row(const Row& row, const float* weight, const float* bias, int64_t E,
+                         float eps, bool rms, Out* out) {
   const auto value = [](VecF v) { return v; };
   const float size = static_cast<float>(E);
   if (E > kMaxSummed) {  // summed anew in each pass
-    const float mean = sum_row(row, E, value, [](int64_t, VecF) {}) / size;
+    const float mean = rms ? 0.0f : sum_row(row, E, value, [](int64_t, VecF) {}) / size;
     return normalize_row(row, mean, weight, bias, E, eps, out);
   }
   alignas(64) float summed[kMaxSummed + VecF::N];
   const auto keep = [&summed](int64_t e, VecF v) { v.store(summed + e); };
-  const float mean = sum_row(row, E, value, keep) / size;
+  const float sum = sum_row(row, E, value, keep);
+  const float mean = rms ? 0.0f : sum / size;
   normalize_row(SummedRow{summed}, mean, weight, bias, E, eps, out);
+}
+
+/// The row itself, rounded.
+template <class Out, class Row>
+SBF_INLINE void store_row(const Row& row, int64_t E, Out* out) {
+  int64_t e = 0;
+  for (; e + VecF::N <= E; e += VecF::N) store_as<Out>(out + e, row.load(e));
+  if (e < E) {
+    const int n = static_cast<int>(E - e);
+    store_as_partial<Out>(out + e, row.load_partial(e, n), n);
+  }
 }
 
 template <class X, class T, bool kHasBias, bool kHasResidual>
@@ -147,7 +162,8 @@ void add_norm_rows(const AddNormParams& p, int64_t begin, int64_t end) {
     const AddRow<X, T, kHasBias, kHasResidual> row{
         static_cast<const X*>(p.x) + offset, p.bias,
         kHasResidual ? static_cast<const T*>(p.residual) + offset : nullptr};
-    layer_norm_row(row, p.weight, p.ln_bias, p.E, p.eps, static_cast<T*>(p.out) + offset);
+    norm_row(row, p.weight, p.ln_bias, p.E, p.eps, p.rms, static_cast<T*>(p.out) + offset);
+    if (p.sum != nullptr) store_row(row, p.E, static_cast<T*>(p.sum) + offset);
   }
 }
 
@@ -160,23 +176,32 @@ void add_norm(const AddNormParams& p, int64_t begin, int64_t end) {
   add_norm_rows<X, T, false, false>(p, begin, end);
 }
 
-template <class T, class Out, bool kHasType>
+template <class T, class Out, bool kHasPosition, bool kHasType>
 void embed_norm_rows(const EmbedNormParams& p, int64_t begin, int64_t end) {
   const auto* word = static_cast<const T*>(p.word);
   const auto* position_table = static_cast<const T*>(p.position_table);
   const auto* type_table = static_cast<const T*>(p.type_table);
   for (int64_t t = begin; t < end; ++t) {
     const int64_t type = p.types != nullptr ? p.types[t] : 0;
-    const EmbedRow<T, kHasType> row{word + p.ids[t] * p.E, position_table + p.positions[t] * p.E,
-                                    kHasType ? type_table + type * p.E : nullptr};
-    layer_norm_row(row, p.weight, p.bias, p.E, p.eps, static_cast<Out*>(p.out) + t * p.E);
+    const EmbedRow<T, kHasPosition, kHasType> row{
+        word + p.ids[t] * p.E, kHasPosition ? position_table + p.positions[t] * p.E : nullptr,
+        kHasType ? type_table + type * p.E : nullptr};
+    Out* const out = static_cast<Out*>(p.out) + t * p.E;
+    if (p.weight == nullptr) {
+      store_row(row, p.E, out);
+    } else {
+      norm_row(row, p.weight, p.bias, p.E, p.eps, p.rms, out);
+    }
   }
 }
 
 template <class T, class Out>
 void embed_norm(const EmbedNormParams& p, int64_t begin, int64_t end) {
-  if (p.type_table != nullptr) return embed_norm_rows<T, Out, true>(p, begin, end);
-  embed_norm_rows<T, Out, false>(p, begin, end);
+  const bool has_position = p.position_table != nullptr, has_type = p.type_table != nullptr;
+  if (has_position && has_type) return embed_norm_rows<T, Out, true, true>(p, begin, end);
+  if (has_position) return embed_norm_rows<T, Out, true, false>(p, begin, end);
+  if (has_type) return embed_norm_rows<T, Out, false, true>(p, begin, end);
+  embed_norm_rows<T, Out, false, false>(p, begin, end);
 }
 
 }  // namespace sbert_fast::cpu::SBF_ISA

@@ -79,6 +79,8 @@ STABLE_TORCH_LIBRARY_IMPL(sbert_fast, CPU, m) {
   m.impl("varlen_attention.cpu", TORCH_BOX(&sbert_fast::cpu::varlen_attention));
   m.impl("embed_norm.cpu", TORCH_BOX(&sbert_fast::cpu::embed_norm));
   m.impl("add_norm.cpu", TORCH_BOX(&sbert_fast::cpu::add_norm));
+  m.impl("add_norm_sum.cpu", TORCH_BOX(&sbert_fast::cpu::add_norm_sum));
+  m.impl("gated_activation.cpu", TORCH_BOX(&sbert_fast::cpu::gated_activation));
   m.impl("bias_gelu.cpu", TORCH_BOX(&sbert_fast::cpu::bias_gelu));
   m.impl("linear.cpu", TORCH_BOX(&sbert_fast::cpu::linear));
   m.impl("linear_norm.cpu", TORCH_BOX(&sbert_fast::cpu::linear_norm));

@@ -18,22 +18,34 @@ Tensor varlen_attention(const Tensor& qkv,                        // [T, 3, H, D
                         const std::optional<Tensor>& rotary_sin,  // [T, D / 2] fp32
                         const std::optional<Tensor>& tiles);      // [n, 4] int32
 
-Tensor embed_norm(const Tensor& ids,                        // [T] int32
-                  const Tensor& positions,                  // [T] int32
-                  const std::optional<Tensor>& types,       // [T] int32
-                  const Tensor& word,                       // [V, E]
-                  const Tensor& position_table,             // [P, E]
-                  const std::optional<Tensor>& type_table,  // [Y, E]
-                  const Tensor& weight,                     // [E] fp32
-                  const Tensor& bias,                       // [E] fp32
-                  double eps, ScalarType out_dtype);
+Tensor embed_norm(const Tensor& ids,                            // [T] int32
+                  const std::optional<Tensor>& positions,       // [T] int32
+                  const std::optional<Tensor>& types,           // [T] int32
+                  const Tensor& word,                           // [V, E]
+                  const std::optional<Tensor>& position_table,  // [P, E]
+                  const std::optional<Tensor>& type_table,      // [Y, E]
+                  const std::optional<Tensor>& weight,          // [E] fp32
+                  const std::optional<Tensor>& bias,            // [E] fp32
+                  double eps, ScalarType out_dtype, bool rms);
 
 Tensor add_norm(const Tensor& x,                        // [T, E]
                 const std::optional<Tensor>& bias,      // [E] fp32
                 const std::optional<Tensor>& residual,  // [T, E]
                 const Tensor& weight,                   // [E] fp32
                 const Tensor& ln_bias,                  // [E] fp32
-                double eps);
+                double eps, bool rms);
+
+// The norm, and the sum.
+std::tuple<Tensor, Tensor> add_norm_sum(const Tensor& x,                        // [T, E]
+                                        const std::optional<Tensor>& bias,      // [E] fp32
+                                        const std::optional<Tensor>& residual,  // [T, E]
+                                        const Tensor& weight,                   // [E] fp32
+                                        const Tensor& ln_bias,                  // [E] fp32
+                                        double eps, bool rms);
+
+Tensor gated_activation(const Tensor& x,                    // [T, 2F]
+                        const std::optional<Tensor>& bias,  // [2F] fp32
+                        int64_t activation, bool first);
 
 Tensor bias_gelu(const Tensor& x,                    // [T, F]
                  const std::optional<Tensor>& bias,  // [F] fp32

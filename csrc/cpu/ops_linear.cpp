@@ -105,8 +105,8 @@ Tensor linear(const Tensor& x, const Tensor& panels, const std::optional<Tensor>
   constexpr const char* op = "linear";
   const KernelTable& table = kernels();
   const LinearShape shape = check_linear(table, op, x, panels, bias, features);
-  SBF_CHECK(0 <= activation && activation < kNumActivations, op, "activation must be in [0, ",
-            kNumActivations, "), got ", activation);
+  SBF_CHECK(0 <= activation && activation < kNumLinearActivations, op, "activation must be in [0, ",
+            kNumLinearActivations, "), got ", activation);
   Tensor out = new_output({shape.T, shape.N}, shape.dtype);
   run_linear(table.linear[shape.dtype][shape.dtype],
              linear_params(shape, x, panels, bias, out.mutable_data_ptr(),

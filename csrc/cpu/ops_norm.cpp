@@ -1,4 +1,4 @@
-// API layer of embed_norm and add_norm.
+// API layer of embed_norm, add_norm and add_norm_sum.
 #include "dispatch.h"
 #include "ops.h"
 #include "parallel.h"
@@ -6,10 +6,11 @@
 
 namespace sbert_fast::cpu {
 
-Tensor embed_norm(const Tensor& ids, const Tensor& positions, const std::optional<Tensor>& types,
-                  const Tensor& word, const Tensor& position_table,
-                  const std::optional<Tensor>& type_table, const Tensor& weight, const Tensor& bias,
-                  double eps, ScalarType out_dtype) {
+Tensor embed_norm(const Tensor& ids, const std::optional<Tensor>& positions,
+                  const std::optional<Tensor>& types, const Tensor& word,
+                  const std::optional<Tensor>& position_table,
+                  const std::optional<Tensor>& type_table, const std::optional<Tensor>& weight,
+                  const std::optional<Tensor>& bias, double eps, ScalarType out_dtype, bool rms) {
   constexpr const char* op = "embed_norm";
   check_tensor(op, "ids", ids, ScalarType::Int, "[T]", {kAnySize});
   const int64_t T = ids.size(0);
@@ -31,10 +32,16 @@ Tensor embed_norm(const Tensor& ids, const Tensor& positions, const std::optiona
             "types must be None where there is no type_table, got ", describe(*types));
 
   const auto* id = ids.const_data_ptr<int32_t>();
-  const auto* position = positions.const_data_ptr<int32_t>();
+  SBF_CHECK(position_table.has_value() == positions.has_value(), op,
+            "positions and position_table must come together, got one of them");
+  SBF_CHECK(weight.has_value() == bias.has_value(), op,
+            "weight and bias must come together, got one of them");
+  const auto* position = data_or_null<int32_t>(positions);
   const auto* type = data_or_null<int32_t>(types);
   check_indices(op, "ids", id, T, word.size(0), "word");
-  check_indices(op, "positions", position, T, position_table.size(0), "position_table");
+  if (position != nullptr) {
+    check_indices(op, "positions", position, T, position_table->size(0), "position_table");
+  }
   if (type != nullptr) {
     check_indices(op, "types", type, T, type_table->size(0), "type_table");
   } else {
@@ -48,30 +55,32 @@ Tensor embed_norm(const Tensor& ids, const Tensor& positions, const std::optiona
       .positions = position,
       .types = type,
       .word = word.const_data_ptr(),
-      .position_table = position_table.const_data_ptr(),
+      .position_table = data_or_null<void>(position_table),
       .type_table = data_or_null<void>(type_table),
-      .weight = weight.const_data_ptr<float>(),
-      .bias = bias.const_data_ptr<float>(),
+      .weight = data_or_null<float>(weight),
+      .bias = data_or_null<float>(bias),
       .out = out.mutable_data_ptr(),
       .E = E,
       .eps = static_cast<float>(eps),
+      .rms = rms,
   };
   parallel_rows(kernel, params, T, E);
   return out;
 }
 
-Tensor add_norm(const Tensor& x, const std::optional<Tensor>& bias,
-                const std::optional<Tensor>& residual, const Tensor& weight, const Tensor& ln_bias,
-                double eps) {
-  constexpr const char* op = "add_norm";
-  const Dtype dtype = check_activation(op, "x", x, "[T, E]", {kAnySize, kAnySize});
+namespace {
+
+// The norm, written to `out`, of x + bias + residual, which goes to `sum` where there is one.
+void run_add_norm(const char* op, const Tensor& x, const std::optional<Tensor>& bias,
+                  const std::optional<Tensor>& residual, const Tensor& weight,
+                  const Tensor& ln_bias, double eps, bool rms, Tensor out,
+                  std::optional<Tensor> sum) {
   const int64_t T = x.size(0), E = x.size(1);
   check_tensor(op, "bias", bias, ScalarType::Float, "[E]", {E});
   check_tensor(op, "residual", residual, x.scalar_type(), "[T, E]", {T, E});
   check_tensor(op, "weight", weight, ScalarType::Float, "[E]", {E});
   check_tensor(op, "ln_bias", ln_bias, ScalarType::Float, "[E]", {E});
-
-  Tensor out = new_output({T, E}, dtype);
+  const Dtype dtype = kernel_dtype(op, "x", x.scalar_type());
   const AddNormParams params{
       .x = x.const_data_ptr(),
       .bias = data_or_null<float>(bias),
@@ -81,9 +90,33 @@ Tensor add_norm(const Tensor& x, const std::optional<Tensor>& bias,
       .out = out.mutable_data_ptr(),
       .E = E,
       .eps = static_cast<float>(eps),
+      .rms = rms,
+      .sum = sum.has_value() ? sum->mutable_data_ptr() : nullptr,
   };
   parallel_rows(kernels().add_norm[dtype][dtype], params, T, E);
+}
+
+}  // namespace
+
+Tensor add_norm(const Tensor& x, const std::optional<Tensor>& bias,
+                const std::optional<Tensor>& residual, const Tensor& weight, const Tensor& ln_bias,
+                double eps, bool rms) {
+  constexpr const char* op = "add_norm";
+  const Dtype dtype = check_activation(op, "x", x, "[T, E]", {kAnySize, kAnySize});
+  Tensor out = new_output({x.size(0), x.size(1)}, dtype);
+  run_add_norm(op, x, bias, residual, weight, ln_bias, eps, rms, out, std::nullopt);
   return out;
+}
+
+std::tuple<Tensor, Tensor> add_norm_sum(const Tensor& x, const std::optional<Tensor>& bias,
+                                        const std::optional<Tensor>& residual, const Tensor& weight,
+                                        const Tensor& ln_bias, double eps, bool rms) {
+  constexpr const char* op = "add_norm_sum";
+  const Dtype dtype = check_activation(op, "x", x, "[T, E]", {kAnySize, kAnySize});
+  Tensor out = new_output({x.size(0), x.size(1)}, dtype);
+  Tensor sum = new_output({x.size(0), x.size(1)}, dtype);
+  run_add_norm(op, x, bias, residual, weight, ln_bias, eps, rms, out, sum);
+  return {out, sum};
 }
 
 }  // namespace sbert_fast::cpu

@@ -108,6 +108,8 @@ void tile_linear(const LinearParams& p, int64_t begin, int64_t end) {
       return tile_linear_items<Out>(p, begin, end, [](VecF v) { return gelu<ErfTail<Out>>(v); });
     case Activation::kGeluTanh:
       return tile_linear_items<Out>(p, begin, end, [](VecF v) { return gelu<TanhTail<Out>>(v); });
+    case Activation::kSilu:
+      return;  // refused by the op
   }
 }
 

@@ -50,19 +50,19 @@ SCHEMAS = {
 
 # Other devices have GEMMs of their own.
 CPU_ONLY = frozenset({"linear", "linear_norm"})
-# Ops that no kernel of ours computes yet.
-TORCH_ONLY = frozenset({"add_norm_sum", "gated_activation"})
+# Ops for which there is no kernel for GPUs yet.
+WITHOUT_GPU_KERNEL = frozenset({"add_norm_sum", "gated_activation"})
 
 # What implementations lack of an op: options, and tensors that they cannot do without.
-_LACKED_BY_ALL = {
+_LACKED_ON_GPU = {
     "varlen_attention": ("causal", "kv_heads"),
     "embed_norm": ("rms", "without position_table", "without weight"),
     **dict.fromkeys(("add_norm", "norm_pool", "norm_pool_out"), ("rms",)),
 }
 LACKED = {
-    "cpu": _LACKED_BY_ALL,
-    "triton": _LACKED_BY_ALL,
-    "cuda": _LACKED_BY_ALL | {"varlen_attention": ("causal", "kv_heads", "rotary")},
+    "cpu": {"varlen_attention": ("causal", "kv_heads")},
+    "triton": _LACKED_ON_GPU,
+    "cuda": _LACKED_ON_GPU | {"varlen_attention": ("causal", "kv_heads", "rotary")},
 }
 _COMPANIONS = {"position_table": "positions", "weight": "bias"}
 
@@ -154,14 +154,14 @@ def _torch_varlen_attention(*args: Any) -> Tensor:
 
 
 def _cpu_norm_pool(x: Tensor, *args: Any) -> Tensor:
-    normalized = torch.ops.sbert_fast.add_norm.cpu(x, *args[:5])
-    pooled: Tensor = torch.ops.sbert_fast.segment_pool.cpu(normalized, *args[5:])
+    normalized = torch.ops.sbert_fast.add_norm.cpu(x, *args[:5], *args[10:])
+    pooled: Tensor = torch.ops.sbert_fast.segment_pool.cpu(normalized, *args[5:10])
     return pooled
 
 
 def _cpu_norm_pool_out(x: Tensor, *args: Any) -> None:
-    normalized = torch.ops.sbert_fast.add_norm.cpu(x, *args[:5])
-    torch.ops.sbert_fast.segment_pool_out.cpu(normalized, *args[5:])
+    normalized = torch.ops.sbert_fast.add_norm.cpu(x, *args[:5], *args[12:])
+    torch.ops.sbert_fast.segment_pool_out.cpu(normalized, *args[5:12])
 
 
 # On a CPU, two C++ kernels in a row.
@@ -178,7 +178,7 @@ def implementations(op: str) -> tuple[str, ...]:
     """The implementations that `op` has."""
     if op in CPU_ONLY:
         return ("reference", "cpu")
-    return ("reference", "torch") if op in TORCH_ONLY else IMPLEMENTATIONS
+    return ("reference", "cpu", "torch") if op in WITHOUT_GPU_KERNEL else IMPLEMENTATIONS
 
 
 def schema_of(op: str, implementation: str) -> str:
@@ -192,9 +192,19 @@ def schema_of(op: str, implementation: str) -> str:
     return schema
 
 
+def _in_order_of_definition(op: str) -> list[str]:
+    """The implementations of `op`, those with its whole schema behind the others but one.
+
+    When Python ends, torch 2.13 aborts over overloads of one schema that are defined before one of
+    another: https://github.com/pytorch/pytorch, torch/csrc/jit/runtime/operator.cpp.
+    """
+    first, *others = implementations(op)
+    return [first, *sorted(others, key=lambda each: schema_of(op, each) == SCHEMAS[op])]
+
+
 def _register() -> None:
     for op in SCHEMAS:
-        for implementation in implementations(op):
+        for implementation in _in_order_of_definition(op):
             name = f"{op}.{implementation}"
             schema = schema_of(op, implementation)
             _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))

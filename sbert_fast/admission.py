@@ -48,7 +48,7 @@ class Admission:
             return
         self.identity = (self.architecture, self.weights.identity())
         self.inside, self.around = bypass.reason(inner), bypass.reason([model, *pooler])
-        self.drops = bypass.drops([*inner, model])
+        self.drops = bypass.drops([*inner, model], self._originals.names)
         self.records = any(map(bypass.records_gradients, inner))
 
     def _read_kinds(self) -> list[tuple[torch.dtype, torch.device]]:

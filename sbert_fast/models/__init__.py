@@ -91,6 +91,12 @@ def read(model: nn.Module) -> tuple[Architecture, EncoderWeights]:
         raise UnsupportedModelError(
             f"{type(model).__name__} lacks a module this version expects: {error}"
         ) from error
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, UnsupportedModelError):
+            raise
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has a setting that this version cannot read: {error!r}"
+        ) from error
     check(model, architecture, weights)
     check_attributes(model, cls, found.names, weights)
     return architecture, weights

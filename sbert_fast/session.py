@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from tqdm.autonotebook import tqdm
 
 from sbert_fast import bypass, forking, ops, results
 from sbert_fast.arguments import DEFAULT_BATCH_SIZE, Chunk, DefaultBatchSize
-from sbert_fast.assembly import Assembly, Unsupported, Where
+from sbert_fast.assembly import DEVICES, Assembly, Unsupported, Where
 from sbert_fast.call import Call
 from sbert_fast.errors import DeviceLostError, SbertFastError
 from sbert_fast.inference import Pipeline, Request
@@ -65,6 +65,10 @@ class Session:
 
     def pipeline(self, model: SentenceTransformer) -> Pipeline | Unsupported:
         """What runs the model as it is now."""
+        with _without_autocast(model.device.type):
+            return self._pipeline(model)
+
+    def _pipeline(self, model: SentenceTransformer) -> Pipeline | Unsupported:
         where, assembly = partial(self._where, model), self.assembly
         found = None if assembly is None else assembly.prepare(where)
         for _ in range(_TRIES):
@@ -149,7 +153,7 @@ class Session:
             level = logging.getLogger("sentence_transformers").getEffectiveLevel()
             shows = level in (logging.INFO, logging.DEBUG)
         bar = tqdm(total=len(texts), unit="text", desc="Encoding", disable=not shows)
-        with self._on_device(model), bar:
+        with self._on_device(model), bar, _without_autocast(pipeline.engine.device.type):
             arguments = (texts, pipeline, request, self.counters, bar.update)
             if call.is_of_sentences:
                 return results.sentence_embeddings(*arguments, on_host=call.on_host)
@@ -221,6 +225,13 @@ class Session:
                 self.lost, cause = lost, error
         told = f"{model.device} is unusable in this process; restart the process: {self.lost}"
         raise DeviceLostError(told) from cause
+
+
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    """Autocast off: what is prepared and computed has the dtype of the encoder, not another."""
+    if device in DEVICES and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 @torch.inference_mode(False)

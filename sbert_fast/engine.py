@@ -214,8 +214,9 @@ class PackedEncoder:
 
     @property
     def admitted(self) -> Admission:
-        """The latest :meth:`admission`, not looked at again."""
-        return self.admission() if self._admission is None else self._admission
+        """The latest :meth:`admission`, not looked at again; one that was refused is."""
+        known = self._admission
+        return self.admission() if known is None or known.reason is not None else known
 
     def refresh(self) -> None:
         """Forget prepared weights: needed after writes that no check sees (`p.data[0, 0] = x`)."""

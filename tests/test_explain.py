@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import families
 from patched import LENGTHS
@@ -124,6 +128,45 @@ def test_explain_a_model() -> None:
     assert "accelerated (bert): float32 on cpu, ops: reference (asked for by impl" in text
     assert "packed calls: 1" in text
     assert "1 x gradients are recorded" in text
+
+
+def _cast_a_part(model: Any) -> None:
+    model.encoder.layer[0].output.dense.bfloat16()
+
+
+def _hook(model: Any) -> None:
+    model.encoder.layer[1].register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: setattr(m.config, "is_decoder", True), "config.is_decoder is set"),
+        (lambda m: m.register_parameter("own", nn.Parameter(torch.ones(1))), "parameter 'own'"),
+        (_cast_a_part, "parameters have several dtypes"),
+        (_hook, "BertLayer has forward hooks"),
+        (lambda m: m.train(), "training mode with dropout"),
+    ],
+    ids=["config", "adapter", "dtypes", "hook", "training"],
+)
+@pytest.mark.parametrize("called", [False, True])
+def test_explain_an_accelerated_model_that_runs_packed_no_more(
+    change: Callable[[Any], object], reason: str, called: bool
+) -> None:
+    model = accelerate(families.make_model("bert"))
+    batch = families.make_batch("bert", LENGTHS)
+    with torch.inference_mode():
+        model(**batch)
+        change(model)
+        if called:
+            with contextlib.suppress(RuntimeError):
+                model(**batch)
+    told = explain(model)
+    (line,) = (line for line in told.splitlines() if "every call runs the original" in line)
+    assert "accelerated (bert)" in told
+    assert reason in line
+    assert "packed calls: 1" in told
+    assert f"calls of the original forward: {int(called)}" in told
 
 
 def test_explain_tells_the_kernels_of_linear_layers() -> None:

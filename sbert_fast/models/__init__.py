@@ -12,6 +12,7 @@ from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.models import bert, distilbert, modernbert
 from sbert_fast.models.base import Architecture, EncoderWeights
 from sbert_fast.models.checks import check
+from sbert_fast.models.shapes import check_shapes
 from sbert_fast.models.twin import check_attributes
 from sbert_fast.originals import SYNTAX, Originals, originals
 
@@ -98,6 +99,7 @@ def read(model: nn.Module) -> tuple[Architecture, EncoderWeights]:
             f"{type(model).__name__} has a setting that this version cannot read: {error!r}"
         ) from error
     check(model, architecture, weights)
+    check_shapes(model, architecture, weights)
     check_attributes(model, cls, found.names, weights)
     return architecture, weights
 

@@ -293,7 +293,7 @@ class PackedEncoder:
             token_type=table(embeddings.token_type),
             embedding_norm=None if norm is None else PreparedNorm.of(norm),
             projection=None if projection is None else prepare_linear((projection,), target),
-            stack=prepare_stack(weights, target, self.architecture.max_tokens),
+            stack=prepare_stack(weights, target),
             embed=embed,
             pooling=PoolKernels(
                 self.bind("segment_pool_out"),

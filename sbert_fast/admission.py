@@ -51,6 +51,11 @@ class Admission:
         self.drops = bypass.drops([*inner, model], self._originals.names)
         self.records = any(map(bypass.records_gradients, inner))
 
+    @property
+    def bypassed(self) -> str | None:
+        """Why what replaces the whole model and its pooler cannot run now; None if it can."""
+        return self.inside or self.around or bypass.global_reason()
+
     def _read_kinds(self) -> list[tuple[torch.dtype, torch.device]]:
         return [(tensor.dtype, tensor.device) for tensor in self.tensors]
 

@@ -82,6 +82,8 @@ def _fast_encoder(model: FastEncoder) -> list[str]:
             lines = [f"encode: sentence-transformers: {model.unsupported_reason}"]
         else:
             lines = [f"encode: packed, {_engine(engine)}"]
+            if (reason := engine.admitted.bypassed) is not None:
+                lines = [f"encode: sentence-transformers now: {reason}"]
     lines.append(
         f"so far: {stats.texts} texts, {stats.tokens} tokens, {stats.batches} batches, "
         f"{stats.truncated} texts truncated"

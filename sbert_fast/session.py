@@ -101,8 +101,7 @@ class Session:
             found = self._placed(model, place)
         if isinstance(found, Unsupported):
             return found
-        admitted = found.engine.admitted
-        reason = admitted.inside or admitted.around or bypass.global_reason()
+        reason = found.engine.admitted.bypassed
         return found if reason is None else Unsupported(reason)
 
     def _placed(self, model: SentenceTransformer, place: torch.device) -> Pipeline | Unsupported:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import families
 from patched import LENGTHS
@@ -191,6 +192,38 @@ def test_explain_a_fast_encoder() -> None:
     assert "encode: packed, float32 on cpu" in text
     assert "2 texts" in text
     assert "accelerate(model)" not in text
+
+
+def _replace_forward(model: Any) -> None:
+    model.encoder.forward = lambda *args, **how: type(model.encoder).forward(
+        model.encoder, *args, **how
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_hook, "BertLayer has forward hooks"),
+        (lambda m: m.register_forward_hook(lambda *_: None), "BertModel has forward hooks"),
+        (_replace_forward, "forward of BertEncoder was replaced on an instance"),
+        (lambda _: register_module_forward_hook(lambda *_: None), "registered on all modules"),
+    ],
+    ids=["inside", "around", "forward", "all modules"],
+)
+def test_explain_a_fast_encoder_whose_modules_must_be_called(
+    change: Callable[[Any], Any], reason: str
+) -> None:
+    encoder = FastEncoder(families.make_sentence_transformer("bert"))
+    handle = change(encoder[0].auto_model)
+    try:
+        encoder.encode(["one"])
+        told = explain(encoder)
+    finally:
+        if handle is not None:
+            handle.remove()
+    (line,) = (line for line in told.splitlines() if "encode: " in line)
+    assert line.startswith("  encode: sentence-transformers now: ") and reason in line
+    assert f"1 x {encoder.stats.fallbacks.popitem()[0]}" in told
 
 
 @pytest.mark.parametrize("length", [0, families.MAX_TOKENS + 1, "many"])

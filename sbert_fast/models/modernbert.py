@@ -40,9 +40,11 @@ def weights(model: Any) -> EncoderWeights:
 
 
 def _rotary(module: Any, kind: str) -> Rotary:
-    name = module.rope_type[kind]
-    if name != "default" or getattr(module, f"{kind}_attention_scaling") != 1.0:
+    name, scaling = module.rope_type[kind], f"{kind}_attention_scaling"
+    if name != "default":
         raise UnsupportedModelError(f"rotary positions must be of type 'default', got {name!r}")
+    if getattr(module, scaling) != 1.0:
+        raise UnsupportedModelError(f"{scaling} must be 1, got {getattr(module, scaling)!r}")
     return Rotary(getattr(module, f"{kind}_inv_freq"))
 
 

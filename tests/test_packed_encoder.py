@@ -309,6 +309,33 @@ def test_live_weights_are_never_copied(name: str) -> None:
     assert_same(packed_states(encoder, batch), reference_states(model, batch))
 
 
-def test_live_weights_have_the_dtype_of_the_model() -> None:
-    with pytest.raises(ValueError, match="dtype must be torch.float32, that of live weights"):
-        PackedEncoder(families.make_model("bert"), dtype=torch.bfloat16, live=True)
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize(
+    ("cast", "dtype", "message"),
+    [
+        (nn.Module.float, torch.bfloat16, "must be torch.float32, .*, got torch.bfloat16$"),
+        (nn.Module.bfloat16, torch.float32, "must be torch.bfloat16, .*, got torch.float32$"),
+        (nn.Module.half, torch.float32, "must be torch.float16, .*, got torch.float32$"),
+        (nn.Module.half, None, "got torch.float32, the default for torch.float16 on a CPU$"),
+    ],
+    ids=["other", "cast", "half", "default"],
+)
+def test_live_weights_have_the_dtype_of_the_model(
+    cast: Callable[[nn.Module], nn.Module], dtype: torch.dtype | None, message: str, later: bool
+) -> None:
+    model = families.make_model("bert")
+    if not later:
+        with pytest.raises(ValueError, match=message):
+            PackedEncoder(cast(model), dtype=dtype, live=True)
+        return
+    before = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    encoder = PackedEncoder(model.to(before), dtype=dtype, live=True)
+    encoder.prepared()
+    cast(model)
+    with pytest.raises(ValueError, match=message):
+        encoder.prepared()
+
+
+def test_live_weights_may_compute_in_float16_on_a_cpu() -> None:
+    model = families.make_model("bert").half()
+    assert PackedEncoder(model, dtype=torch.float16, live=True).prepared().dtype == torch.float16

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from sentence_transformers import SentenceTransformer
-from torch import nn
+from torch import Tensor, nn
 from tqdm.autonotebook import tqdm
 
 from sbert_fast import bypass, forking, ops, results
@@ -249,19 +249,40 @@ def _undone_if_refused(model: nn.Module) -> Iterator[None]:
             for module in model.modules()
         ]
         parameters = list(model.parameters())
-        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        contents = [(tensor, tensor.data) for tensor in (*parameters, *grads)]
+        grads = [parameter.grad for parameter in parameters]
+        tensors = [tensor for tensor in (*grads, *parameters) if tensor is not None]
+        contents = [(tensor, tensor.data) for tensor in tensors]
     try:
         yield
-    except (SbertFastError, ValueError, torch.OutOfMemoryError):
+    except (SbertFastError, ValueError, torch.OutOfMemoryError) as error:
         for module, training, own_parameters, own_buffers in modules:
             module.training = training
             module._parameters.update(own_parameters)
             module._buffers.update(own_buffers)
-        with torch.inference_mode(False):
-            for tensor, data in contents:
-                tensor.data = data
+        try:
+            with torch.inference_mode(False):
+                # What holds a gradient, or is one, cannot be swapped.
+                for parameter in parameters:
+                    parameter.grad = None
+                for tensor, data in contents:
+                    _give_back(tensor, data)
+                for parameter, grad in zip(parameters, grads, strict=True):
+                    parameter.grad = grad
+        except RuntimeError as failure:
+            error.add_note(f"the model could not be given its tensors of before: {failure}")
         raise
+
+
+def _give_back(tensor: Tensor, data: Tensor) -> None:
+    """Let `tensor` hold `data` again, which was its own."""
+    try:
+        tensor.data = data
+    except RuntimeError:
+        # Moved by torch.__future__.set_swap_module_params_on_conversion, it is of another kind.
+        fresh = data.detach()
+        if isinstance(tensor, nn.Parameter):
+            fresh = nn.Parameter(fresh, tensor.requires_grad)
+        torch.utils.swap_tensors(tensor, fresh)
 
 
 def _prompt_tokens(model: SentenceTransformer, pipeline: Pipeline, prompt: str) -> int:

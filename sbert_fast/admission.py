@@ -48,8 +48,13 @@ class Admission:
             return
         self.identity = (self.architecture, self.weights.identity())
         self.inside, self.around = bypass.reason(inner), bypass.reason([model, *pooler])
-        self.drops = bypass.drops([*inner, model])
+        self.drops = bypass.drops([*inner, model], self._originals.names)
         self.records = any(map(bypass.records_gradients, inner))
+
+    @property
+    def bypassed(self) -> str | None:
+        """Why what replaces the whole model and its pooler cannot run now; None if it can."""
+        return self.inside or self.around or bypass.global_reason()
 
     def _read_kinds(self) -> list[tuple[torch.dtype, torch.device]]:
         return [(tensor.dtype, tensor.device) for tensor in self.tensors]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from types import MethodType
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
+from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
@@ -69,12 +70,28 @@ def reason(modules: Iterable[nn.Module]) -> str | None:
     return None
 
 
-def drops(modules: Sequence[nn.Module]) -> bool:
-    """Whether any of `modules` is in training mode and any of them drops values."""
+def drops(modules: Sequence[nn.Module], names: Set[str]) -> bool:
+    """Whether any of `modules` is in training mode and any of them drops values.
+
+    Args:
+        modules: of a model.
+        names: what the code of the modules mentions; other attributes are never read.
+    """
     # Slicing a ModuleList makes a new one in training mode; it does nothing with that flag.
     return any(m.training for m in modules if type(m) is not nn.ModuleList) and any(
-        isinstance(module, nn.Dropout) and module.p > 0 for module in modules
+        rate != 0 for module in modules for rate in _dropout_rates(module, names)
     )
+
+
+def _dropout_rates(module: nn.Module, names: Set[str]) -> Iterator[float]:
+    """The rate of a dropout module, and those that `module` or its config has under a name of its
+    own and hands to a function."""
+    if isinstance(module, _DropoutNd):
+        yield module.p
+    for holder in (module, getattr(module, "config", None)):
+        for name, value in getattr(holder, "__dict__", {}).items():
+            if "drop" in name and name in names and isinstance(value, (int, float)):
+                yield value
 
 
 def is_replaced(instance: object, name: str) -> bool:

@@ -110,9 +110,6 @@ class PackedEncoder:
         self.live = live
         self._start()
         self.architecture = self.admission().architecture
-        weights = next(model.parameters()).dtype
-        if live and self.compute_dtype != weights:
-            raise ValueError(f"dtype must be {weights}, that of live weights, got {dtype}")
         self.check(self.device if device is None else device)
 
     def check(self, device: torch.device) -> str:
@@ -122,13 +119,21 @@ class PackedEncoder:
             The :attr:`implementation` there.
 
         Raises:
-            ValueError, ImplementationError: `impl` is unknown, or cannot run this model there.
+            ValueError, ImplementationError: as the constructor.
         """
+        self._check_live(device)
         dtype = compute_dtype(self.model, self.requested_dtype, device)
         implementation = ops.resolve(device, dtype, self.impl)
         for op, how in self.required_ops():
             ops.bind(op, device, dtype, self.impl, **how)
         return implementation
+
+    def _check_live(self, device: torch.device) -> None:
+        weights, requested = next(self.model.parameters()).dtype, self.requested_dtype
+        dtype = compute_dtype(self.model, requested, device)
+        if self.live and dtype != weights:
+            why = "" if requested else f", the default for {weights} on a CPU"
+            raise ValueError(f"dtype must be {weights}, that of live weights, got {dtype}{why}")
 
     def _start(self) -> None:
         self._admission: Admission | None = None
@@ -212,8 +217,9 @@ class PackedEncoder:
 
     @property
     def admitted(self) -> Admission:
-        """The latest :meth:`admission`, not looked at again."""
-        return self.admission() if self._admission is None else self._admission
+        """The latest :meth:`admission`, not looked at again; one that was refused is."""
+        known = self._admission
+        return self.admission() if known is None or known.reason is not None else known
 
     def refresh(self) -> None:
         """Forget prepared weights: needed after writes that no check sees (`p.data[0, 0] = x`)."""
@@ -243,6 +249,7 @@ class PackedEncoder:
     def _prepared_anew(self) -> Prepared:
         with self._lock:
             admission, current = self.admission(), self._current
+            self._check_live(self.device)
             if (
                 current is None
                 or current.admission.identity != admission.identity
@@ -290,7 +297,7 @@ class PackedEncoder:
             token_type=table(embeddings.token_type),
             embedding_norm=None if norm is None else PreparedNorm.of(norm),
             projection=None if projection is None else prepare_linear((projection,), target),
-            stack=prepare_stack(weights, target, self.architecture.max_tokens),
+            stack=prepare_stack(weights, target),
             embed=embed,
             pooling=PoolKernels(
                 self.bind("segment_pool_out"),

@@ -9,7 +9,7 @@ from torch import nn
 
 from sbert_fast import ops, packing
 from sbert_fast.engine import PackedEncoder
-from sbert_fast.errors import SbertFastError
+from sbert_fast.errors import ImplementationError, SbertFastError, UnsupportedModelError
 from sbert_fast.ops import choices, limits
 from sbert_fast.ops.dispatch import preference
 from sbert_fast.packed_forward import PACKED
@@ -82,6 +82,8 @@ def _packed_model(model: PackedModel) -> list[str]:
             lines = [f"{method}: sentence-transformers: {model.unsupported_reason}"]
         else:
             lines = [f"{method}: packed, {_engine(engine)}"]
+            if (reason := engine.admitted.bypassed) is not None:
+                lines = [f"{method}: sentence-transformers now: {reason}"]
     lines.append(
         f"so far: {stats.texts} texts, {stats.tokens} tokens, {stats.batches} batches, "
         f"{stats.truncated} texts truncated"
@@ -95,8 +97,18 @@ def _base_model(module: nn.Module) -> list[str]:
     lines = [] if reason is None else [f"not supported: {reason}"]
     if forward is None:
         return lines or ["supported, not accelerated: sbert_fast.accelerate(model) does that"]
+    engine, obstacle = "", None
+    try:
+        engine = f": {_engine(forward.engine)}"
+        obstacle = forward.obstacle()
+    except UnsupportedModelError as error:
+        engine, obstacle = "", str(error)
+    except ImplementationError:
+        pass  # the line about the engine tells it
+    lines.append(f"accelerated ({forward.engine.architecture.family}){engine}")
+    if obstacle is not None:
+        lines.append(f"every call runs the original forward now: {obstacle}")
     counts = forward.counts
-    lines.append(f"accelerated ({forward.engine.architecture.family}): {_engine(forward.engine)}")
     lines.append(f"packed calls: {counts.pop(PACKED, 0)}")
     return lines + _tally("calls of the original forward", counts)
 

@@ -19,6 +19,7 @@ from sbert_fast.linears import PreparedLinear, PreparedNorm, Target, prepare_lin
 from sbert_fast.models import base
 from sbert_fast.ops.reference import Activation
 from sbert_fast.packing import PackedBatch
+from sbert_fast.rotary import RotaryTable
 
 # Cosines and sines fp32 `[T, D / 2]` of every kind of rotary positions of a model.
 Turns = tuple[tuple[Tensor, Tensor], ...]
@@ -112,13 +113,13 @@ class Stack:
     Attributes:
         first_norm: before the first layer, or None.
         norm: the kernel for it.
-        rotary: cosines and sines fp32 `[positions, D / 2]` of every kind of rotary positions.
+        rotary: one for every kind of rotary positions.
     """
 
     layers: tuple[PreparedLayer, ...]
     first_norm: PreparedNorm | None
     norm: ops.Kernel
-    rotary: Turns
+    rotary: tuple[RotaryTable, ...]
 
     def states(self, x: Tensor, batch: PackedBatch, kept: Tensor | None = None) -> Iterator[Tensor]:
         """The embeddings `x` `[T, E]`, and what every layer makes of them, the last one normed.
@@ -158,7 +159,8 @@ class Stack:
 
     def _turns(self, batch: PackedBatch) -> Turns:
         rows = batch.position_ids
-        return tuple((cos[rows], sin[rows]) for cos, sin in self.rotary)
+        tables = (table.first(batch.num_positions) for table in self.rotary)
+        return tuple((cos[rows], sin[rows]) for cos, sin in tables)
 
 
 def _attend(
@@ -234,14 +236,8 @@ def _own_norms(layer: base.Layer, following: base.Norm | None) -> tuple[base.Nor
     return between, after
 
 
-def prepare_stack(weights: base.EncoderWeights, target: Target, positions: int) -> Stack:
-    """Prepare the layers of a model.
-
-    Args:
-        weights: of the model.
-        target: what to prepare them for.
-        positions: how many there are.
-    """
+def prepare_stack(weights: base.EncoderWeights, target: Target) -> Stack:
+    """Prepare the layers of a model for `target`."""
     kinds = {id(r.frequencies): r.frequencies for r in _rotary(weights)}
     first = weights.layers[0]
     first_norm = first.attention_norm if first.norm_first else None
@@ -252,23 +248,12 @@ def prepare_stack(weights: base.EncoderWeights, target: Target, positions: int) 
         ),
         first_norm=None if first_norm is None else PreparedNorm.of(first_norm),
         norm=target.bind("add_norm", width=first.attention.output.weight.shape[0], options=options),
-        rotary=tuple(_tables(frequencies, positions) for frequencies in kinds.values()),
+        rotary=tuple(map(RotaryTable, kinds.values())),
     )
 
 
 def _rotary(weights: base.EncoderWeights) -> list[base.Rotary]:
     return [r for layer in weights.layers if (r := layer.attention.rotary) is not None]
-
-
-def _tables(frequencies: Tensor, positions: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of all positions.
-
-    Made once, and not of the positions of a batch: there their last bits would depend on where in
-    the batch a position is.
-    """
-    rows = torch.arange(positions, dtype=torch.float32, device=frequencies.device)
-    angles = rows[:, None] * frequencies.float()
-    return angles.cos(), angles.sin()
 
 
 def _prepare_layer(

@@ -123,19 +123,29 @@ class PackedForward:
         if first:
             logger.log(level, "%s, forward: %s", type(self.engine.model).__name__, outcome)
 
-    def _check_modes(self) -> Admission:
+    def obstacle(self) -> str | None:
+        """Why every call runs the original forward now, whatever it asks for; None where that
+        depends on the call.
+
+        Raises:
+            UnsupportedModelError: the model is no longer supported; the message says why.
+        """
         device = self.engine.device.type
         if device != "cpu" and self.engine.implementation == "reference":
-            raise _UseOriginalError(f"the model is on {device}: no kernels run there")
+            return f"the model is on {device}: no kernels run there"
         if torch.is_autocast_enabled(device):
-            raise _UseOriginalError("torch.autocast is on")
+            return "torch.autocast is on"
         if (reason := bypass.global_reason()) is not None:
-            raise _UseOriginalError(reason)
+            return reason
         admission = self.engine.admission()
         if admission.inside is not None:
-            raise _UseOriginalError(admission.inside)
-        if admission.drops:
-            raise _UseOriginalError("training mode with dropout")
+            return admission.inside
+        return "training mode with dropout" if admission.drops else None
+
+    def _check_modes(self) -> Admission:
+        if (reason := self.obstacle()) is not None:
+            raise _UseOriginalError(reason)
+        admission = self.engine.admitted
         if torch.is_grad_enabled():
             # The model's own pooler runs as it is, gradients included.
             if admission.records or any(t.requires_grad for t in admission.tensors):

@@ -135,6 +135,7 @@ class PackedBatch:
         lengths: int32 `[B]`, on the host.
         num_tokens: tokens that belong to a sequence.
         max_seqlen: tokens of the longest sequence.
+        num_positions: one more than the largest of the positions.
     """
 
     input_ids: Tensor
@@ -145,6 +146,7 @@ class PackedBatch:
     lengths: NDArray[np.int32]
     num_tokens: int
     max_seqlen: int
+    num_positions: int
 
     @property
     def num_sequences(self) -> int:
@@ -294,4 +296,5 @@ def _batch(
         lengths=lengths,
         num_tokens=int(cu_seqlens[-1]),
         max_seqlen=int(lengths.max(initial=0)),
+        num_positions=int(packed[1].max()) + 1,
     )

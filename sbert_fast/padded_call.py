@@ -52,6 +52,8 @@ _READ_NO_PADDING = {
     "SpladePooling",
     "Transformer",
 }
+# Of models without a table of positions: positions beyond the length of a text take memory, too.
+_MOST_POSITIONS = 1 << 17
 # Models of transformers that do so, by the end of their names. Answers to questions are the best of
 # all columns, the masked ones among them.
 _HEADS = (
@@ -132,6 +134,8 @@ def read(engine: PackedEncoder, arguments: dict[str, Any], padding: str) -> Call
     room = architecture.max_tokens + offset
     positions: NDArray[Any]
     if arguments.get("position_ids") is not None:
+        if engine.admitted.weights.embeddings.position is None:
+            room = min(room, max(_MOST_POSITIONS, shape[1]))
         positions = _integers("position_ids", arguments["position_ids"], shape, room)
     else:
         positions = padded_positions(ids, position_offset=offset, uncounted_id=uncounted)

@@ -5,18 +5,18 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from sentence_transformers import SentenceTransformer
-from torch import nn
+from torch import Tensor, nn
 from tqdm.autonotebook import tqdm
 
 from sbert_fast import bypass, forking, ops, results
 from sbert_fast.arguments import DEFAULT_BATCH_SIZE, Chunk, DefaultBatchSize
-from sbert_fast.assembly import Assembly, Unsupported, Where
+from sbert_fast.assembly import DEVICES, Assembly, Unsupported, Where
 from sbert_fast.call import Call
 from sbert_fast.errors import DeviceLostError, SbertFastError
 from sbert_fast.inference import Pipeline, Request
@@ -65,6 +65,10 @@ class Session:
 
     def pipeline(self, model: SentenceTransformer) -> Pipeline | Unsupported:
         """What runs the model as it is now."""
+        with _without_autocast(model.device.type):
+            return self._pipeline(model)
+
+    def _pipeline(self, model: SentenceTransformer) -> Pipeline | Unsupported:
         where, assembly = partial(self._where, model), self.assembly
         found = None if assembly is None else assembly.prepare(where)
         for _ in range(_TRIES):
@@ -97,8 +101,7 @@ class Session:
             found = self._placed(model, place)
         if isinstance(found, Unsupported):
             return found
-        admitted = found.engine.admitted
-        reason = admitted.inside or admitted.around or bypass.global_reason()
+        reason = found.engine.admitted.bypassed
         return found if reason is None else Unsupported(reason)
 
     def _placed(self, model: SentenceTransformer, place: torch.device) -> Pipeline | Unsupported:
@@ -149,7 +152,7 @@ class Session:
             level = logging.getLogger("sentence_transformers").getEffectiveLevel()
             shows = level in (logging.INFO, logging.DEBUG)
         bar = tqdm(total=len(texts), unit="text", desc="Encoding", disable=not shows)
-        with self._on_device(model), bar:
+        with self._on_device(model), bar, _without_autocast(pipeline.engine.device.type):
             arguments = (texts, pipeline, request, self.counters, bar.update)
             if call.is_of_sentences:
                 return results.sentence_embeddings(*arguments, on_host=call.on_host)
@@ -223,6 +226,13 @@ class Session:
         raise DeviceLostError(told) from cause
 
 
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    """Autocast off: what is prepared and computed has the dtype of the encoder, not another."""
+    if device in DEVICES and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
 @torch.inference_mode(False)
 def _move(model: SentenceTransformer, device: torch.device) -> None:
     if device != model.device:
@@ -239,19 +249,40 @@ def _undone_if_refused(model: nn.Module) -> Iterator[None]:
             for module in model.modules()
         ]
         parameters = list(model.parameters())
-        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        contents = [(tensor, tensor.data) for tensor in (*parameters, *grads)]
+        grads = [parameter.grad for parameter in parameters]
+        tensors = [tensor for tensor in (*grads, *parameters) if tensor is not None]
+        contents = [(tensor, tensor.data) for tensor in tensors]
     try:
         yield
-    except (SbertFastError, ValueError, torch.OutOfMemoryError):
+    except (SbertFastError, ValueError, torch.OutOfMemoryError) as error:
         for module, training, own_parameters, own_buffers in modules:
             module.training = training
             module._parameters.update(own_parameters)
             module._buffers.update(own_buffers)
-        with torch.inference_mode(False):
-            for tensor, data in contents:
-                tensor.data = data
+        try:
+            with torch.inference_mode(False):
+                # What holds a gradient, or is one, cannot be swapped.
+                for parameter in parameters:
+                    parameter.grad = None
+                for tensor, data in contents:
+                    _give_back(tensor, data)
+                for parameter, grad in zip(parameters, grads, strict=True):
+                    parameter.grad = grad
+        except RuntimeError as failure:
+            error.add_note(f"the model could not be given its tensors of before: {failure}")
         raise
+
+
+def _give_back(tensor: Tensor, data: Tensor) -> None:
+    """Let `tensor` hold `data` again, which was its own."""
+    try:
+        tensor.data = data
+    except RuntimeError:
+        # Moved by torch.__future__.set_swap_module_params_on_conversion, it is of another kind.
+        fresh = data.detach()
+        if isinstance(tensor, nn.Parameter):
+            fresh = nn.Parameter(fresh, tensor.requires_grad)
+        torch.utils.swap_tensors(tensor, fresh)
 
 
 def _prompt_tokens(model: SentenceTransformer, pipeline: Pipeline, prompt: str) -> int:

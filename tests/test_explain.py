@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import families
 from patched import LENGTHS
@@ -126,6 +131,45 @@ def test_explain_a_model() -> None:
     assert "1 x gradients are recorded" in text
 
 
+def _cast_a_part(model: Any) -> None:
+    model.encoder.layer[0].output.dense.bfloat16()
+
+
+def _hook(model: Any) -> None:
+    model.encoder.layer[1].register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: setattr(m.config, "is_decoder", True), "config.is_decoder is set"),
+        (lambda m: m.register_parameter("own", nn.Parameter(torch.ones(1))), "parameter 'own'"),
+        (_cast_a_part, "parameters have several dtypes"),
+        (_hook, "BertLayer has forward hooks"),
+        (lambda m: m.train(), "training mode with dropout"),
+    ],
+    ids=["config", "adapter", "dtypes", "hook", "training"],
+)
+@pytest.mark.parametrize("called", [False, True])
+def test_explain_an_accelerated_model_that_runs_packed_no_more(
+    change: Callable[[Any], object], reason: str, called: bool
+) -> None:
+    model = accelerate(families.make_model("bert"))
+    batch = families.make_batch("bert", LENGTHS)
+    with torch.inference_mode():
+        model(**batch)
+        change(model)
+        if called:
+            with contextlib.suppress(RuntimeError):
+                model(**batch)
+    told = explain(model)
+    (line,) = (line for line in told.splitlines() if "every call runs the original" in line)
+    assert "accelerated (bert)" in told
+    assert reason in line
+    assert "packed calls: 1" in told
+    assert f"calls of the original forward: {int(called)}" in told
+
+
 def test_explain_tells_the_kernels_of_linear_layers() -> None:
     model = families.make_model("bert", hidden_size=52, num_attention_heads=2, intermediate_size=37)
     engine = PackedEncoder(model, dtype=torch.bfloat16)
@@ -148,6 +192,38 @@ def test_explain_a_fast_encoder() -> None:
     assert "encode: packed, float32 on cpu" in text
     assert "2 texts" in text
     assert "accelerate(model)" not in text
+
+
+def _replace_forward(model: Any) -> None:
+    model.encoder.forward = lambda *args, **how: type(model.encoder).forward(
+        model.encoder, *args, **how
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_hook, "BertLayer has forward hooks"),
+        (lambda m: m.register_forward_hook(lambda *_: None), "BertModel has forward hooks"),
+        (_replace_forward, "forward of BertEncoder was replaced on an instance"),
+        (lambda _: register_module_forward_hook(lambda *_: None), "registered on all modules"),
+    ],
+    ids=["inside", "around", "forward", "all modules"],
+)
+def test_explain_a_fast_encoder_whose_modules_must_be_called(
+    change: Callable[[Any], Any], reason: str
+) -> None:
+    encoder = FastEncoder(families.make_sentence_transformer("bert"))
+    handle = change(encoder[0].auto_model)
+    try:
+        encoder.encode(["one"])
+        told = explain(encoder)
+    finally:
+        if handle is not None:
+            handle.remove()
+    (line,) = (line for line in told.splitlines() if "encode: " in line)
+    assert line.startswith("  encode: sentence-transformers now: ") and reason in line
+    assert f"1 x {encoder.stats.fallbacks.popitem()[0]}" in told
 
 
 @pytest.mark.parametrize("length", [0, families.MAX_TOKENS + 1, "many"])

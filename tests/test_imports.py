@@ -22,7 +22,7 @@ LAYERS = (
     {"ops"},
     {"models"},
     {"packing", "linears"},
-    {"layers", "fingerprint"},
+    {"layers", "fingerprint", "rotary"},
     {"admission"},
     {"tokenization", "engine", "transfer", "budget"},
     {"pooling", "classification", "pairs"},

@@ -229,7 +229,7 @@ def assert_as_plain(weights: EncoderWeights, target: Target) -> None:
     batch = make_batch()
     x = torch.randn(batch.input_ids.shape[0], WIDTH)
     with torch.no_grad():
-        stack = prepare_stack(weights, target, max(LENGTHS))
+        stack = prepare_stack(weights, target)
         ours = list(stack.states(x, batch))
         texts = x[: batch.num_tokens].split(LENGTHS)
         exact, peer = (
@@ -285,7 +285,7 @@ def test_layers_of_several_kinds(order: dict[str, Any], how: dict[str, Any]) -> 
 def test_layers_run_no_other_ops_than_they_require(order: dict[str, Any]) -> None:
     weights = make_weights(*(replace(kind, **order) for kind in KINDS.values()))
     batch, required = make_batch(), {op for op, _ in required_ops(weights)}
-    stack = prepare_stack(weights, Target(torch.float32, CPU, "reference", live=True), max(LENGTHS))
+    stack = prepare_stack(weights, Target(torch.float32, CPU, "reference", live=True))
     ops.reset_launches()
     with torch.no_grad():
         list(stack.states(torch.randn(batch.input_ids.shape[0], WIDTH), batch))

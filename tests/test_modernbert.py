@@ -17,6 +17,7 @@ from sbert_fast import FastEncoder, accelerate, explain, ops
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import ImplementationError, UnsupportedModelError
 from sbert_fast.patching import counts
+from surfaces import SURFACES
 
 LENGTHS = [3, 20, 41, 64]
 
@@ -47,6 +48,30 @@ def test_configs(overrides: dict[str, Any]) -> None:
     assert_packed_as_stock(model(**overrides))
 
 
+def _set_window(made: Any, size: int) -> None:
+    made.config.local_attention = size
+    for layer in made.layers:
+        if layer.attn.sliding_window is not None:
+            layer.attn.sliding_window = made.config.sliding_window + 1
+
+
+@pytest.mark.parametrize("surface", SURFACES)
+@pytest.mark.parametrize("size", [-1, -2, -3])
+def test_a_window_that_keeps_nothing_runs_in_the_original(surface: str, size: int) -> None:
+    """-1 is no window to the ops; in the model no two tokens are that near."""
+    st = families.make_sentence_transformer("modernbert")
+    calls = SURFACES[surface](st)
+    whole = calls.check()
+    _set_window(st[0].auto_model, size)
+    before = calls.packed()
+    assert not np.allclose(calls.check(), whole, atol=1e-2)
+    assert calls.packed() == before
+    (reason,) = calls.fallbacks()
+    assert f"the window of attention must be at least 0, got {size // 2}" in reason
+    with pytest.raises(UnsupportedModelError, match="the window of attention"):
+        PackedEncoder(model(local_attention=size))
+
+
 def test_each_kind_of_layer_has_its_own_rotary_base() -> None:
     found = [layer.attention.rotary for layer in PackedEncoder(model()).admitted.weights.layers]
     full, sliding = found[0].frequencies, found[1].frequencies
@@ -71,7 +96,7 @@ def test_another_kind_of_rotary_positions_is_refused() -> None:
         PackedEncoder(made)
     made = model()
     made.rotary_emb.full_attention_attention_scaling = 0.5
-    with pytest.raises(UnsupportedModelError, match="rotary positions"):
+    with pytest.raises(UnsupportedModelError, match="full_attention_attention_scaling .* got 0.5"):
         PackedEncoder(made)
 
 

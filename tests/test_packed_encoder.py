@@ -218,6 +218,19 @@ def _xlnet() -> nn.Module:
     return XLNetModel(XLNetConfig(vocab_size=99, **sizes))
 
 
+def _with(path: str, value: object, family: str = "bert") -> Callable[[], nn.Module]:
+    """Makes a model with a setting, at `path`, that its own constructor may refuse."""
+
+    def make() -> nn.Module:
+        model = families.make_model(family)
+        owner, _, name = path.rpartition(".")
+        # Newer configs check what is assigned.
+        vars(model.config if owner == "config" else model.get_submodule(owner))[name] = value
+        return model
+
+    return make
+
+
 REFUSED = {
     "decoder": (lambda: families.make_model("bert", is_decoder=True), "is_decoder"),
     "causal": (lambda: families.make_model("bert", is_causal=True), "is_causal"),
@@ -229,6 +242,18 @@ REFUSED = {
     "other activation": (lambda: _with_other_activation("bert"), "GELU.*ReLU"),
     "distilbert other activation": (lambda: _with_other_activation("distilbert"), "GELU.*ReLU"),
     "small heads": (lambda: families.make_model("bert", num_attention_heads=16), "head dim.*got 4"),
+    "no heads": (_with("config.num_attention_heads", 0), "0 heads"),
+    "heads of another type": (_with("config.num_attention_heads", "four"), "TypeError"),
+    "no size": (_with("config.hidden_size", None), "TypeError"),
+    "no layers": (lambda: families.make_model("bert", num_hidden_layers=0), "layers .* got 0"),
+    "no token types": (lambda: families.make_model("bert", type_vocab_size=0), "types .* got 0"),
+    "no positions": (_with("config.max_position_embeddings", -1, "modernbert"), "positions .* -1"),
+    "some positions": (_with("config.max_position_embeddings", 8.5, "modernbert"), "8.5"),
+    "a window of another type": (_with("config.local_attention", 8.5, "modernbert"), "window.*4.0"),
+    "no window": (_with("config.local_attention", None, "modernbert"), "TypeError"),
+    "negative padding id": (_with("embeddings.padding_idx", -2, "roberta"), "first token .* -1"),
+    "negative eps": (_with("encoder.layer.1.output.LayerNorm.eps", -1.0), "eps .* got -1.0"),
+    "eps that is no number": (_with("embeddings.LayerNorm.eps", float("nan")), "eps .* got nan"),
     "relative positions": (_with_relative_positions, "'relative_key'"),
     "adapter": (_with_adapter, "query.lora_A"),
     "own forward": (lambda: _OwnForward(families.make_config("bert")), "_OwnForward"),
@@ -284,6 +309,33 @@ def test_live_weights_are_never_copied(name: str) -> None:
     assert_same(packed_states(encoder, batch), reference_states(model, batch))
 
 
-def test_live_weights_have_the_dtype_of_the_model() -> None:
-    with pytest.raises(ValueError, match="dtype must be torch.float32, that of live weights"):
-        PackedEncoder(families.make_model("bert"), dtype=torch.bfloat16, live=True)
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize(
+    ("cast", "dtype", "message"),
+    [
+        (nn.Module.float, torch.bfloat16, "must be torch.float32, .*, got torch.bfloat16$"),
+        (nn.Module.bfloat16, torch.float32, "must be torch.bfloat16, .*, got torch.float32$"),
+        (nn.Module.half, torch.float32, "must be torch.float16, .*, got torch.float32$"),
+        (nn.Module.half, None, "got torch.float32, the default for torch.float16 on a CPU$"),
+    ],
+    ids=["other", "cast", "half", "default"],
+)
+def test_live_weights_have_the_dtype_of_the_model(
+    cast: Callable[[nn.Module], nn.Module], dtype: torch.dtype | None, message: str, later: bool
+) -> None:
+    model = families.make_model("bert")
+    if not later:
+        with pytest.raises(ValueError, match=message):
+            PackedEncoder(cast(model), dtype=dtype, live=True)
+        return
+    before = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    encoder = PackedEncoder(model.to(before), dtype=dtype, live=True)
+    encoder.prepared()
+    cast(model)
+    with pytest.raises(ValueError, match=message):
+        encoder.prepared()
+
+
+def test_live_weights_may_compute_in_float16_on_a_cpu() -> None:
+    model = families.make_model("bert").half()
+    assert PackedEncoder(model, dtype=torch.float16, live=True).prepared().dtype == torch.float16

@@ -116,6 +116,38 @@ def test_training_mode_without_dropout() -> None:
     assert counts(model) == {"packed": 1}
 
 
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("bert", {"attention_probs_dropout_prob": 0.4}),
+        ("roberta", {"attention_probs_dropout_prob": 0.4}),
+        ("electra", {"attention_probs_dropout_prob": 0.4}),
+        ("distilbert", {"attention_dropout": 0.4}),
+        ("modernbert", {"attention_dropout": 0.4}),
+    ],
+)
+@pytest.mark.parametrize("without_modules", [False, True])
+def test_training_that_drops_attention_weights_alone(
+    name: str, overrides: dict[str, float], without_modules: bool
+) -> None:
+    """ModernBERT's rate is an attribute of the attention, which no module of dropout shows."""
+    rates = {"hidden_dropout_prob": 0.0} if "prob" in str(overrides) else {"dropout": 0.0}
+    original, model = pair(name, **rates | overrides)
+    for module in [*original.modules(), *model.modules()] if without_modules else ():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    batch, outputs = families.make_batch(name, LENGTHS), []
+    for m in (original, model):
+        torch.manual_seed(0)
+        outputs.append(run(m.train(), batch))
+    if without_modules and name != "modernbert":
+        assert_same_states(outputs[1], outputs[0], batch["attention_mask"])
+        assert counts(model) == {"packed": 1}
+        return
+    assert_identical(outputs[1], outputs[0])
+    assert counts(model) == {"training mode with dropout": 1}
+
+
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
 def test_hooks_inside_the_model_are_called(register: str) -> None:
     _, model = pair("bert")

@@ -11,7 +11,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from families import make_sentence_transformer, make_texts
-from sbert_fast import FastEncoder, assembly
+from sbert_fast import FastEncoder, assembly, session
 from sbert_fast.errors import ImplementationError, InvalidWeightsError
 from sbert_fast.inference import Pipeline
 from sbert_fast.ops import extension
@@ -131,29 +131,63 @@ def test_a_call_that_its_model_refuses_touches_nothing(
     assert_untouched(encoder)
 
 
+# How torch moves the parameters of a module.
+WAYS_TO_MOVE: dict[str, Callable[[bool], None]] = {
+    "in place": lambda _: None,
+    "new ones": torch.__future__.set_overwrite_module_params_on_conversion,
+    "swapped": torch.__future__.set_swap_module_params_on_conversion,
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_MOVE)
+@pytest.mark.parametrize("records", [False, True])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_what_only_preparing_can_tell_leaves_the_model_as_it_was(
-    device: str, monkeypatch: pytest.MonkeyPatch
+    device: str, records: bool, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline = Session.pipeline
 
-    def prepare(session: Session, model: SentenceTransformer) -> Pipeline | assembly.Unsupported:
+    def prepare(own: Session, model: SentenceTransformer) -> Pipeline | assembly.Unsupported:
         if model.device.type == "cpu" and model.training:
-            return pipeline(session, model)
+            return pipeline(own, model)
         raise InvalidWeightsError("NaN")
 
     monkeypatch.setattr(assembly, "DEVICES", (*assembly.DEVICES, "meta"))
     encoder = FastEncoder(make_sentence_transformer(), impl="reference")
     expected = encoder.encode(TEXTS)
-    sum(parameter.sum() for parameter in encoder.train().parameters()).backward()
-    gradients = [parameter.grad.clone() for parameter in encoder.parameters()]
-    with monkeypatch.context() as patch:
-        patch.setattr(Session, "pipeline", prepare)
-        with pytest.raises(InvalidWeightsError):
-            encoder.encode(TEXTS, device=device)
+    encoder.train()
+    if records:
+        sum(parameter.sum() for parameter in encoder.parameters()).backward()
+    held = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in encoder.parameters()]
+    WAYS_TO_MOVE[way](True)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Session, "pipeline", prepare)
+            with pytest.raises(InvalidWeightsError) as refused:
+                encoder.encode(TEXTS, device=device)
+    finally:
+        WAYS_TO_MOVE[way](False)
+    assert not hasattr(refused.value, "__notes__")
     assert all(module.training for module in encoder.modules())
-    assert all(map(torch.equal, (p.grad for p in encoder.parameters()), gradients))
+    for parameter, (same, grad, values) in zip(encoder.parameters(), held, strict=True):
+        assert parameter is same
+        assert parameter.grad is grad
+        assert grad is None or torch.equal(grad, values)
     assert (encoder.encode(TEXTS) == expected).all()
+
+
+def test_the_refusal_is_told_even_if_the_model_cannot_be_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the tensor cannot be swapped")
+
+    monkeypatch.setattr(session, "_give_back", fail)
+    with pytest.raises(ValueError, match="refused") as error:
+        with session._undone_if_refused(torch.nn.Linear(2, 2)):
+            raise ValueError("refused")
+    (note,) = error.value.__notes__
+    assert note.endswith("tensors of before: the tensor cannot be swapped")
 
 
 def test_a_call_that_workers_run_moves_nothing(

@@ -239,3 +239,38 @@ def test_settings_of_the_real_model(minilm_path: str) -> None:
             texts=texts,
             call="encode_query",
         )
+
+
+def _with_dense() -> SentenceTransformer:
+    torch.manual_seed(0)
+    return SentenceTransformer(modules=[*tiny(), Dense(64, 32)], device="cpu").eval()
+
+
+@pytest.mark.parametrize("output", ["sentence_embedding", "token_embeddings"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("make", "arguments"),
+    [
+        (tiny, {}),
+        (tiny, {"impl": "reference"}),
+        (tiny, {"dtype": "float16"}),
+        (lambda: tiny("modernbert"), {"dtype": "bfloat16", "impl": "reference"}),
+        (_with_dense, {"impl": "reference"}),
+        (lambda: make_sentence_transformer(overrides={"hidden_size": 1024}), {}),
+    ],
+    ids=["auto", "reference", "float16", "modernbert", "dense", "head dim 256"],
+)
+def test_autocast_leaves_the_dtype_of_encode_alone(
+    make: Callable[[], SentenceTransformer],
+    arguments: dict[str, str],
+    dtype: torch.dtype,
+    output: Any,
+) -> None:
+    expected = FastEncoder(make(), **arguments).encode(TEXTS, output_value=output)
+    with torch.autocast("cpu", dtype):
+        encoder = FastEncoder(make(), **arguments)
+        ours = encoder.encode(TEXTS, output_value=output)
+        assert torch.is_autocast_enabled("cpu")
+    assert not encoder.stats.fallbacks
+    for row, other in zip(ours, expected, strict=True):
+        assert (row == other).all()

@@ -12,6 +12,7 @@ from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.models import bert, distilbert, modernbert, mpnet
 from sbert_fast.models.base import Architecture, EncoderWeights
 from sbert_fast.models.checks import check
+from sbert_fast.models.shapes import check_shapes
 from sbert_fast.models.twin import check_attributes
 from sbert_fast.originals import SYNTAX, Originals, originals
 
@@ -92,7 +93,14 @@ def read(model: nn.Module) -> tuple[Architecture, EncoderWeights]:
         raise UnsupportedModelError(
             f"{type(model).__name__} lacks a module this version expects: {error}"
         ) from error
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, UnsupportedModelError):
+            raise
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has a setting that this version cannot read: {error!r}"
+        ) from error
     check(model, architecture, weights)
+    check_shapes(model, architecture, weights)
     check_attributes(model, cls, found.names, weights)
     return architecture, weights
 

@@ -248,7 +248,7 @@ def norm(module: nn.Module, *, bias: bool = True) -> Norm:
 
 def head_dim(hidden_size: int, heads: int) -> int:
     """The head dim of a model whose heads divide its hidden size."""
-    if hidden_size % heads:
+    if heads < 1 or hidden_size % heads:
         raise UnsupportedModelError(f"hidden size {hidden_size} is not a multiple of {heads} heads")
     return hidden_size // heads
 

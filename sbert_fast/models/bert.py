@@ -63,20 +63,20 @@ def _layer(module: Any, heads: int, dim: int, function: Activation) -> Layer:
 
 def _describe(model: Any, first_position: int, uncounted_id: int | None) -> Architecture:
     config = model.config
-    positions = model.embeddings.position_embeddings.num_embeddings
+    positions = model.embeddings.position_embeddings.weight.shape[0]
     return Architecture(
         family=config.model_type,
-        embedding_size=model.embeddings.word_embeddings.embedding_dim,
+        embedding_size=model.embeddings.word_embeddings.weight.shape[1],
         hidden_size=config.hidden_size,
         num_heads=config.num_attention_heads,
         head_dim=head_dim(config.hidden_size, config.num_attention_heads),
         num_layers=config.num_hidden_layers,
         intermediate_size=config.intermediate_size,
-        vocab_size=model.embeddings.word_embeddings.num_embeddings,
+        vocab_size=model.embeddings.word_embeddings.weight.shape[0],
         position_offset=first_position,
         uncounted_id=uncounted_id,
         max_tokens=positions - first_position,
-        type_vocab_size=model.embeddings.token_type_embeddings.num_embeddings,
+        type_vocab_size=model.embeddings.token_type_embeddings.weight.shape[0],
     )
 
 

@@ -34,10 +34,7 @@ def check(model: nn.Module, architecture: Architecture, weights: EncoderWeights)
         raise UnsupportedModelError(
             f"config.position_embedding_type must be 'absolute', got {kind!r}"
         )
-    if not MIN_HEAD_DIM <= architecture.head_dim <= MAX_HEAD_DIM:
-        raise UnsupportedModelError(
-            f"head dim must be {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {architecture.head_dim}"
-        )
+    _check_numbers(architecture, weights)
     _check_norms(weights)
     for name, module in model.named_modules():
         home = type(module).__module__
@@ -62,6 +59,33 @@ def _check_attention(name: str | None, model: nn.Module) -> None:
         kind = str(name).partition("_")[0]
         if not is_genuine(function) or kind not in function.__name__:
             raise UnsupportedModelError(f"the function of the attention {name!r} was replaced")
+
+
+def _check_numbers(architecture: Architecture, weights: EncoderWeights) -> None:
+    """Refuse numbers that mean something else to the engine than to the model, or nothing."""
+    _check_int("the number of layers", len(weights.layers), 1)
+    _check_int("head dim", architecture.head_dim, MIN_HEAD_DIM, MAX_HEAD_DIM)
+    _check_int("the position of the first token", architecture.position_offset, 0)
+    _check_int("the number of positions", architecture.max_tokens, 1)
+    if weights.embeddings.token_type is not None:
+        _check_int("the number of token types", architecture.type_vocab_size, 1)
+    norms = [weights.embeddings.norm, weights.final_norm]
+    for layer in weights.layers:
+        attention = layer.attention
+        _check_int("the number of heads", attention.heads, 1)
+        _check_int("the number of heads of keys", attention.kv_heads, 1, attention.heads)
+        if attention.window is not None:
+            _check_int("the window of attention", attention.window, 0)
+        norms += [layer.attention_norm, layer.feed_forward_norm]
+    for eps in {norm.eps: None for norm in norms if norm is not None}:
+        if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
+            raise UnsupportedModelError(f"eps of a norm must be a number from 0 on, got {eps!r}")
+
+
+def _check_int(what: str, value: object, least: int, most: int = 2**63 - 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        bounds = f"at least {least}" if most == 2**63 - 1 else f"{least} to {most}"
+        raise UnsupportedModelError(f"{what} must be {bounds}, got {value!r}")
 
 
 def _check_norms(weights: EncoderWeights) -> None:

@@ -54,15 +54,15 @@ def architecture(model: Any) -> Architecture:
     config = model.config
     return Architecture(
         family=config.model_type,
-        embedding_size=model.embeddings.word_embeddings.embedding_dim,
+        embedding_size=model.embeddings.word_embeddings.weight.shape[1],
         hidden_size=config.dim,
         num_heads=config.n_heads,
         head_dim=head_dim(config.dim, config.n_heads),
         num_layers=config.n_layers,
         intermediate_size=config.hidden_dim,
-        vocab_size=model.embeddings.word_embeddings.num_embeddings,
+        vocab_size=model.embeddings.word_embeddings.weight.shape[0],
         position_offset=0,
         uncounted_id=None,
-        max_tokens=model.embeddings.position_embeddings.num_embeddings,
+        max_tokens=model.embeddings.position_embeddings.weight.shape[0],
         type_vocab_size=0,
     )

@@ -40,9 +40,11 @@ def weights(model: Any) -> EncoderWeights:
 
 
 def _rotary(module: Any, kind: str) -> Rotary:
-    name = module.rope_type[kind]
-    if name != "default" or getattr(module, f"{kind}_attention_scaling") != 1.0:
+    name, scaling = module.rope_type[kind], f"{kind}_attention_scaling"
+    if name != "default":
         raise UnsupportedModelError(f"rotary positions must be of type 'default', got {name!r}")
+    if getattr(module, scaling) != 1.0:
+        raise UnsupportedModelError(f"{scaling} must be 1, got {getattr(module, scaling)!r}")
     return Rotary(getattr(module, f"{kind}_inv_freq"))
 
 
@@ -74,13 +76,13 @@ def architecture(model: Any) -> Architecture:
     config = model.config
     return Architecture(
         family=config.model_type,
-        embedding_size=model.embeddings.tok_embeddings.embedding_dim,
+        embedding_size=model.embeddings.tok_embeddings.weight.shape[1],
         hidden_size=config.hidden_size,
         num_heads=config.num_attention_heads,
         head_dim=head_dim(config.hidden_size, config.num_attention_heads),
         num_layers=config.num_hidden_layers,
         intermediate_size=config.intermediate_size,
-        vocab_size=model.embeddings.tok_embeddings.num_embeddings,
+        vocab_size=model.embeddings.tok_embeddings.weight.shape[0],
         position_offset=0,
         uncounted_id=None,
         max_tokens=config.max_position_embeddings,

@@ -165,7 +165,9 @@ class Originals:
     def _add_global(self, space: dict[str, Any], name: str) -> set[str]:
         value = space.get(name)
         is_function = isinstance(value, FunctionType) and not _is_from_elsewhere(value)
-        if is_function or _is_foreign(value):
+        # A module may define a class and hold an instance: `silu` of transformers.activations.
+        is_its_own = type(value).__module__ == space.get("__name__")
+        if is_function or (_is_foreign(value) and not is_its_own):
             return self._add(space, name, None)
         # A registry of functions, such as the one for attention.
         if isinstance(value, Mapping) and is_theirs_by_name(type(value).__module__):

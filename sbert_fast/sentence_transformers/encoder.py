@@ -141,6 +141,13 @@ class FastEncoder(SentenceTransformer):
         )
         self._session.announce(self)
 
+    def __copy__(self) -> FastEncoder:
+        """It has the modules of this encoder, but attributes and a session of its own."""
+        copied = object.__new__(type(self))
+        copied.__setstate__(dict(vars(self)))
+        copied._session = copy.copy(self._session)
+        return copied
+
     @property
     def batch_tokens(self) -> int | Literal["auto"]:
         """Most tokens of a batch; "auto" picks by model and device."""

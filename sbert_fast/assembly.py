@@ -237,7 +237,7 @@ class Assembly:
         self, model: SentenceTransformer, where: Where, impl: str, old: Assembly | None
     ) -> None:
         base = base_model(next(model.children(), None))
-        self._where = where
+        self._model, self._where = model, where
         # The engine watches the base model, if there is one.
         self._snapshot = Snapshot(model, without=[base])
         self._originals = originals({*map(type, self._snapshot.objects), BatchEncoding}, _ROOTS)
@@ -262,14 +262,18 @@ class Assembly:
         reason = self._originals.reason
         return pipeline if reason is None else Unsupported(reason)
 
-    def prepare(self, where: Callable[[], Where]) -> Pipeline | Unsupported | None:
-        """What runs the model; None if the assembly is outdated.
+    def prepare(
+        self, model: SentenceTransformer, where: Callable[[], Where]
+    ) -> Pipeline | Unsupported | None:
+        """What runs a model; None if the assembly is outdated, or of another one.
 
         Args:
+            model: a shallow copy shares the assembly of the model that was copied.
             where: gives the dtype to run in now, and the device. It is called only if weights have
                 changed: unchanged weights are where they were.
         """
-        if not (self._snapshot.is_current() and self._originals.is_current()):
+        is_current = self._snapshot.is_current() and self._originals.is_current()
+        if not is_current or self._model is not model:
             return None
         found = self._found
         prepared = found.engine.current() if isinstance(found, Pipeline) else None

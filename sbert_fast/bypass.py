@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from types import MethodType
 from typing import Any
@@ -54,6 +55,15 @@ def _name(hook: Callable[..., Any]) -> str:
 def _is_idle(hook: Callable[..., Any]) -> bool:
     return getattr(hook, "__module__", "") == _IDLE_HOOKS or (
         _GRADIENT_HOOK in _name(hook) and hook.__module__.startswith("transformers.")
+    )
+
+
+def collects_states(module: nn.Module) -> int:
+    """How many hooks of transformers collect what `module` returns among the hidden states."""
+    return sum(
+        getattr(hook, "__module__", "") == _IDLE_HOOKS
+        and inspect.getclosurevars(hook).nonlocals.get("key") == "hidden_states"
+        for hook in module._forward_hooks.values()
     )
 
 

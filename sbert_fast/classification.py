@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sbert_fast import ops
-from sbert_fast.engine import PoolKernels
 from sbert_fast.errors import UnsupportedModelError
+from sbert_fast.layers import PoolKernels
 from sbert_fast.models.twin import fresh_modules
 from sbert_fast.packing import ROW_ALIGNMENT, PackedBatch
 

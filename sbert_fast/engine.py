@@ -16,7 +16,7 @@ from sbert_fast.admission import Admission
 from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.fingerprint import Fingerprint, derive, settle
 from sbert_fast.forking import Lock
-from sbert_fast.layers import Stack, Unfinished, prepare_stack
+from sbert_fast.layers import PoolKernels, Stack, Unfinished, prepare_stack
 from sbert_fast.linears import (
     Choice,
     PreparedLinear,
@@ -29,14 +29,6 @@ from sbert_fast.linears import (
 from sbert_fast.models.checks import check_finite
 from sbert_fast.ops.dispatch import FUSING
 from sbert_fast.packing import ROW_ALIGNMENT, PackedBatch
-
-
-@dataclass(frozen=True, slots=True)
-class PoolKernels:
-    """What pools hidden states; and, where that is one kernel, what normalises and pools them."""
-
-    pool: ops.Kernel
-    norm_pool: ops.Kernel | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sbert_fast import budget, packing
-from sbert_fast.engine import PackedEncoder, PoolKernels, Prepared
+from sbert_fast.engine import PackedEncoder, Prepared
 from sbert_fast.errors import TokenIdError
-from sbert_fast.layers import Unfinished
+from sbert_fast.layers import PoolKernels, Unfinished
 from sbert_fast.packing import PackedBatch
 from sbert_fast.stats import Counters
 from sbert_fast.tokenization import TextTokenizer, TokenizedTexts

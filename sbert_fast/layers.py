@@ -41,6 +41,14 @@ class Unfinished:
 
 
 @dataclass(frozen=True, slots=True)
+class PoolKernels:
+    """What pools hidden states; and, where that is one kernel, what normalises and pools them."""
+
+    pool: ops.Kernel
+    norm_pool: ops.Kernel | None
+
+
+@dataclass(frozen=True, slots=True)
 class PreparedAttention:
     """Attention, its projections, and the kernel for it.
 

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, cached_property
-from types import BuiltinFunctionType, CodeType, FunctionType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -26,6 +26,14 @@ _LIBRARIES = frozenset(
     "PIL datasets filelock httpx huggingface_hub jinja2 numpy packaging regex requests safetensors "
     "scipy sklearn tokenizers tqdm typing_extensions yaml".split()
 )
+# Where the types of other callables are defined that stand under a name in those packages: types
+# of Python, and operators and decorators of torch. What a caller puts there is a partial, a mock, a
+# module or the like.
+_CALLABLES = tuple(
+    f"{home}."
+    for home in "builtins torch._dynamo torch._higher_order_ops torch._ops types typing".split()
+)
+_Cached = type(cache(len))
 # Methods that are called without being named.
 SYNTAX = ("__call__", "__getattr__", "__getattribute__", "__getitem__", "__iter__", "__len__")
 # The defaults of each function when it was first seen.
@@ -56,15 +64,21 @@ def names_in(code: CodeType) -> frozenset[str]:
     return frozenset(names)
 
 
+def _called(value: Any) -> Any:
+    """What is called where a value is read or called."""
+    if isinstance(value, property):
+        return value.fget
+    if isinstance(value, cached_property):
+        return value.func
+    if isinstance(value, (classmethod, staticmethod, MethodType)):
+        return value.__func__
+    return value.__wrapped__ if isinstance(value, _Cached) else value
+
+
 def functions_of(value: object) -> Iterator[FunctionType]:
     """The Python functions behind a value, the innermost last: the getter of a property, what a
     wrapper wraps, and what its closure holds."""
-    if isinstance(value, property):
-        value = value.fget
-    elif isinstance(value, cached_property):
-        value = value.func
-    elif isinstance(value, (classmethod, staticmethod)):
-        value = value.__func__
+    value = _called(value)
     while isinstance(value, FunctionType):
         for cell in value.__closure__ or ():
             if cell != EMPTY and isinstance(cell.cell_contents, FunctionType):
@@ -117,12 +131,13 @@ class Originals:
         if (id(space if cls is None else cls), name) in self._known:
             return set()
         self._known.add((id(space if cls is None else cls), name))
-        if not bodies and not isinstance(value, BuiltinFunctionType):
+        is_builtin = isinstance(value, BuiltinFunctionType)
+        if not (bodies or is_builtin or _is_foreign(value)):
             return set()
         if cls is None:
             self._add_place(space, name)
-        is_builtin = not bodies and value.__name__.strip("_") == name.strip("_")
-        if self.reason is None and not (is_builtin or is_genuine(value, cls)):
+        own = _is_builtin_of(name, value) if is_builtin else is_genuine(value, cls)
+        if self.reason is None and not own:
             where = space.get("__name__", "torch") if cls is None else cls.__qualname__
             self.reason = f"{where}.{name} was replaced"
         return self._follow(bodies, name)
@@ -151,7 +166,10 @@ class Originals:
 
     def _add_global(self, space: dict[str, Any], name: str) -> set[str]:
         value = space.get(name)
-        if isinstance(value, FunctionType) and not _is_from_elsewhere(value):
+        is_function = isinstance(value, FunctionType) and not _is_from_elsewhere(value)
+        # A module may define a class and hold an instance: `silu` of transformers.activations.
+        is_its_own = type(value).__module__ == space.get("__name__")
+        if is_function or (_is_foreign(value) and not is_its_own):
             return self._add(space, name, None)
         # A registry of functions, such as the one for attention.
         if isinstance(value, Mapping) and is_theirs_by_name(type(value).__module__):
@@ -166,11 +184,36 @@ class Originals:
         return set()
 
 
-def _is_from_elsewhere(function: FunctionType) -> bool:
+def _is_from_elsewhere(function: Any) -> bool:
     """Whether the function comes from a library that needs no watching: what a model computes with
     is in transformers, sentence-transformers and torch."""
     package = str(function.__module__).partition(".")[0]
     return package in sys.stdlib_module_names or package in _LIBRARIES
+
+
+def _is_foreign(value: Any) -> bool:
+    """Whether a value that is no Python function is called in place of one, and none of the
+    packages put it there."""
+    called = _called(value)
+    if isinstance(called, FunctionType):
+        replaces = isinstance(value, (MethodType, _Cached)) and not _is_from_elsewhere(called)
+        return replaces and not is_genuine(called)
+    if isinstance(called, BuiltinFunctionType):
+        home = called.__module__
+        return not (home is None or _is_from_elsewhere(called) or _is_of_packages(home))
+    if isinstance(called, type) or not (callable(called) or hasattr(type(called), "__get__")):
+        return False
+    home = f"{type(called).__module__}."
+    known = home.startswith(_CALLABLES) or home.partition(".")[0] in _LIBRARIES
+    return isinstance(called, torch.nn.Module) or not known
+
+
+def _is_builtin_of(name: str, value: Any) -> bool:
+    return not _is_foreign(value) and value.__name__.strip("_") == name.strip("_")
+
+
+def _is_of_packages(home: object) -> bool:
+    return str(home).partition(".")[0] in ("torch", "transformers", "sentence_transformers")
 
 
 def is_genuine(value: Any, cls: type | None = None) -> bool:
@@ -181,9 +224,11 @@ def is_genuine(value: Any, cls: type | None = None) -> bool:
         cls: the class; None for a function of a module.
     """
     bodies = list(functions_of(value))
+    if not bodies or any(map(_holds_foreign, bodies)):
+        return False
     home = cls.__module__ if cls is not None else getattr(bodies[-1], "__module__", None)
     package = str(home).partition(".")[0]
-    if not bodies or package not in ("torch", "transformers", "sentence_transformers"):
+    if not _is_of_packages(home):
         return False
     folders = _folder(package), _folder("torch")
     files = [body.__code__.co_filename for body in bodies]
@@ -193,6 +238,11 @@ def is_genuine(value: Any, cls: type | None = None) -> bool:
         return False
     owner, dot, _ = bodies[-1].__qualname__.partition(".")
     return cls is None or not dot or any(owner == base.__name__ for base in cls.__mro__)
+
+
+def _holds_foreign(body: FunctionType) -> bool:
+    cells = (cell for cell in body.__closure__ or () if cell != EMPTY)
+    return any(_is_foreign(cell.cell_contents) for cell in cells)
 
 
 _known: dict[tuple[frozenset[type], tuple[str, ...]], Originals] = {}

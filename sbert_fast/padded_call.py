@@ -155,6 +155,11 @@ def _states(model: nn.Module, asked: Any) -> Container[int] | None:  # noqa: ANN
     """The states that `output_hidden_states` asks for, by number; None where it asks for none."""
     if not asked:
         return None
+    # Installed once, at the first call that asks; what has come or gone since then stays so.
+    expected = int(getattr(model, "_output_capturing_hooks_installed", False))
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    if any(bypass.collects_states(layer) != expected for layers in lists for layer in layers):
+        raise UseOriginalError("the hooks that collect hidden states are not those of transformers")
     # Newer versions of transformers take a layer's number here, or several.
     select = getattr(output_capturing, "selected_hidden_states", None)
     numbers = None if select is None else select(asked)

@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sbert_fast import ops
-from sbert_fast.engine import PoolKernels
 from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.fingerprint import Fingerprint, derive, settle
-from sbert_fast.layers import Unfinished
+from sbert_fast.layers import PoolKernels, Unfinished
 from sbert_fast.linears import PreparedLinear, Target, prepare_linear
 from sbert_fast.models.base import linear
 from sbert_fast.models.checks import check_finite

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,7 @@ class RotaryTable:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _computed(self, start: int, end: int) -> tuple[Tensor, Tensor]:
-        place = {"dtype": torch.float32, "device": self._frequencies.device}
+        place: dict[str, Any] = {"dtype": torch.float32, "device": self._frequencies.device}
         cos, sin = (torch.empty(end - start, self._frequencies.shape[0], **place) for _ in range(2))
         for first in range(start, end, _BLOCK):
             rows = torch.arange(first, first + _BLOCK, device=self._frequencies.device)

@@ -70,12 +70,12 @@ class Session:
 
     def _pipeline(self, model: SentenceTransformer) -> Pipeline | Unsupported:
         where, assembly = partial(self._where, model), self.assembly
-        found = None if assembly is None else assembly.prepare(where)
+        found = None if assembly is None else assembly.prepare(model, where)
         for _ in range(_TRIES):
             if found is not None:
                 return found
             self.assembly = assembly = Assembly(model, where(), self._impl, assembly)
-            found = assembly.prepare(where)
+            found = assembly.prepare(model, where)
         return found or Unsupported("the model kept changing while it was being read")
 
     def ready(

@@ -158,6 +158,12 @@ class TextTokenizer:
             private.add_tokens([added[index] for index in sorted(added)])
             if repr(private.get_added_tokens_decoder()) != repr(added):
                 raise UnsupportedModelError("the ids of the tokenizer's added tokens have gaps")
+        private.encode_special_tokens = live.encode_special_tokens
+        normalized = [t.content for t in added.values() if t.normalized and live.normalizer]
+        # They are normalised when they are added and when a normalizer is assigned, and stay so
+        # when it is written to.
+        if normalized and _found(live, normalized) != _found(private, normalized):
+            raise UnsupportedModelError("the normalizer was written to after tokens were added")
         private.encode_special_tokens = self._tokenizer.split_special_tokens
         return private
 
@@ -233,6 +239,18 @@ class TextTokenizer:
             types = np.fromiter(chain.from_iterable(encoded["token_type_ids"]), np.int32, total)
         cut = sum(len(a) > len(b) for a, b in zip(whole, kept, strict=True))
         return ids, lengths, types, cut
+
+
+def _found(backend: Any, contents: list[str]) -> set[tuple[Any, ...]]:  # noqa: ANN401
+    """What a backend makes of each of some texts, whatever it cuts and pads: of each token the
+    number of its text, its place there and its id."""
+    first = backend.encode(contents, is_pretokenized=True, add_special_tokens=False)
+    return {
+        token[1:]
+        for part in (first, *first.overflowing)
+        for token in zip(part.attention_mask, part.word_ids, part.offsets, part.ids, strict=True)
+        if token[0]
+    }
 
 
 def _reads_nearby(backend: Any) -> bool:  # noqa: ANN401

@@ -130,7 +130,36 @@ def in_double(call: Call) -> Call:
         tensors = dict(model.named_parameters(remove_duplicate=False))
         tensors |= dict(model.named_buffers(remove_duplicate=False))
         doubles = {n: t.detach().double() for n, t in tensors.items() if t.is_floating_point()}
-        with _reparametrize_module(model, doubles):
+        with _reparametrize_module(model, doubles), _without_eager_attention(model):
             return call(model, texts)
 
     return run
+
+
+def nudged(call: Call, seed: int) -> Call:
+    """The same call of a model nearby: each weight is another one, by about a thousandth of it."""
+
+    def run(model: Any, texts: list[str]) -> Any:
+        draw = torch.Generator().manual_seed(seed)
+        tensors = {n: p.detach() for n, p in model.named_parameters() if p.is_floating_point()}
+        near = {n: t + t * 1e-3 * torch.randn(t.shape, generator=draw) for n, t in tensors.items()}
+        with _reparametrize_module(model, {n: t.to(tensors[n].dtype) for n, t in near.items()}):
+            return call(model, texts)
+
+    return run
+
+
+@contextlib.contextmanager
+def _without_eager_attention(model: Any) -> Iterator[None]:
+    """Its softmax is in fp32, where the mask of fp64 is -inf: NaN where a token sees no other."""
+    config = getattr(getattr(model[0], "auto_model", None), "config", None)
+    name = "_attn_implementation_internal"
+    held = {} if config is None else vars(config)
+    old = held.get(name)
+    if old == "eager":
+        held[name] = "sdpa"
+    try:
+        yield
+    finally:
+        if old == "eager":
+            held[name] = old

@@ -62,7 +62,13 @@ def other_parameters_for_a_while(s: Subject) -> Undo:
     """As torch.func.functional_call does it."""
     base = s.base
     others = {name: p.detach() * 1.3 for name, p in base.named_parameters() if p.dim() == 2}
-    s.contexts[OTHER_PARAMETERS] = lambda: _reparametrize_module(base, others)
+
+    def reparametrized() -> Any:
+        # torch does not put back what has two names, or is computed, by then.
+        named = {name: others[name] for name, _ in base.named_parameters() if name in others}
+        return _reparametrize_module(base, named)
+
+    s.contexts[OTHER_PARAMETERS] = reparametrized
     return lambda s: s.contexts.pop(OTHER_PARAMETERS, None)
 
 

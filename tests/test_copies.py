@@ -67,6 +67,25 @@ def change(model: SentenceTransformer, *, dense: bool = False) -> None:
 # Copies
 
 
+def shares_a_session(encoder: FastEncoder) -> FastEncoder:
+    other = object.__new__(FastEncoder)
+    vars(other).update(vars(encoder))
+    return other
+
+
+@pytest.mark.parametrize("make_copy", [copy.copy, shares_a_session])
+def test_a_shallow_copy_has_attributes_of_its_own(encoder: FastEncoder, make_copy: Copy) -> None:
+    before, copied = encoder.encode(TEXTS), make_copy(encoder)
+    preprocess = copied.preprocess
+    copied.preprocess = lambda texts, *args, **how: preprocess(texts[::-1], *args, **how)
+    for _ in range(2):
+        assert_same_vectors(encoder.encode(TEXTS), before)
+        ours, theirs = copied.encode(TEXTS), SentenceTransformer.encode(copied, TEXTS)
+        assert np.abs(ours - before).max() > 1e-3
+        assert_same_vectors(ours, theirs)
+    assert sum(copied.stats.fallbacks.values()) >= 2
+
+
 @pytest.mark.parametrize("dense", [False, True], ids=["encoder layer", "dense layer"])
 @pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
 def test_a_copy_serves_its_own_weights(

@@ -221,3 +221,38 @@ def test_hidden_states_of_embeddings_a_head_and_fewer_layers() -> None:
     for a, b in zip(ours, theirs, strict=True):
         assert_same_vectors(a[keep], b[keep])
     assert counts(model) == {"packed": 1}
+
+
+def _clear(model: Any) -> None:
+    for module in model.modules():
+        module._forward_hooks.clear()
+
+
+def _append_fresh(model: Any) -> None:
+    model.encoder.layer.append(type(model.encoder.layer[0])(model.config).eval())
+    model.config.num_hidden_layers += 1
+
+
+HOOKS: dict[str, Callable[[Any], Any]] = {
+    "removed": _clear,
+    "installed twice": lambda model: setattr(model, "_output_capturing_hooks_installed", False),
+    "missing in one layer": _append_fresh,
+}
+
+
+@pytest.mark.parametrize("change", HOOKS)
+def test_hooks_that_collect_hidden_states(change: str) -> None:
+    """transformers installs them once, and takes no notice of what becomes of them."""
+    original, model = pair("bert")
+    batch = families.make_batch("bert", LENGTHS) | {"output_hidden_states": True}
+    for m in (original, model):
+        with torch.no_grad():
+            type(m).forward(m, **batch)
+        HOOKS[change](m)
+    if change == "missing in one layer":
+        model.load_state_dict(original.state_dict())
+    ours, theirs = run(model, batch), run(original, batch)
+    assert len(ours.hidden_states) == len(theirs.hidden_states)
+    for a, b in zip(ours.hidden_states, theirs.hidden_states, strict=True):
+        assert torch.equal(a, b)
+    assert "packed" not in counts(model)

@@ -16,9 +16,8 @@ from torch import nn
 from checks import assert_same_result, assert_same_vectors
 from families import make_sentence_transformer, make_texts, randomize
 from sbert_fast import FastEncoder, ops
-from sbert_fast.engine import PoolKernels
 from sbert_fast.errors import InvalidWeightsError
-from sbert_fast.layers import PreparedFeedForward
+from sbert_fast.layers import PoolKernels, PreparedFeedForward
 from sbert_fast.packing import pack
 from sbert_fast.pooling import PoolingHead, read_pooling
 

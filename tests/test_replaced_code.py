@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+import unittest.mock
 from collections.abc import Callable
 from typing import Any
 
@@ -56,8 +57,27 @@ def wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def on(holder: Any, name: str) -> Patch:
-    return lambda patch: patch.setattr(holder, name, wrapped(getattr(holder, name)))
+def on(holder: Any, name: str, wrap: Callable[[Any], Any] = wrapped) -> Patch:
+    return lambda patch: patch.setattr(holder, name, wrap(getattr(holder, name)))
+
+
+def mocked(original: Callable[..., Any]) -> Any:
+    return unittest.mock.MagicMock(side_effect=wrapped(original))
+
+
+def cached(original: Callable[..., Any]) -> Any:
+    call = wrapped(original)
+    return functools.lru_cache(lambda *args, **how: call(*args, **how))
+
+
+class Holder:
+    """A method of it is what takes the place of a function."""
+
+    def __init__(self, original: Callable[..., Any]) -> None:
+        self._original = original
+
+    def call(self, *args: Any, **how: Any) -> Any:
+        return moved(self._original(*args, **how))
 
 
 def registered(patch: pytest.MonkeyPatch) -> None:
@@ -156,6 +176,20 @@ PATCHES: dict[str, Patch] = {
     "functional.layer_norm": on(F, "layer_norm"),
     "functional.embedding": on(F, "embedding"),
     "functional.scaled_dot_product_attention": on(F, "scaled_dot_product_attention"),
+    "functional.linear by a mock": on(F, "linear", mocked),
+    "functional.layer_norm by a partial": on(
+        F, "layer_norm", lambda old: functools.partial(wrapped(old))
+    ),
+    "functional.embedding by a cache": on(F, "embedding", cached),
+    "apply_chunking_to_forward by a method": on(
+        mb, "apply_chunking_to_forward", lambda old: Holder(old).call
+    ),
+    "create_bidirectional_mask by a mock": on(
+        mb, "create_bidirectional_mask", lambda _: unittest.mock.Mock(return_value=None)
+    ),
+    "BertSelfOutput.forward by a partial": on(
+        mb.BertSelfOutput, "forward", lambda old: functools.partialmethod(wrapped(old))
+    ),
     "ModelOutput.__getitem__": on(ModelOutput, "__getitem__"),
     "ModuleList.__iter__": layers_backwards,
     "closure of BertModel.forward": closure,

@@ -83,6 +83,19 @@ def normalizer_behind_an_entry(model: Any) -> None:
     backend(model).normalizer = normalizers.Replace("s", "t")
 
 
+def written_behind_an_entry(*lowercase: bool) -> Callable[[Any], None]:
+    """An entry is added under the first setting of the normalizer, and stays so under others."""
+
+    def change(model: Any) -> None:
+        first, *others = lowercase
+        set_on("normalizer", "lowercase", first)(model)
+        model.tokenizer.add_tokens([AddedToken("[MASK]", normalized=True)])
+        for value in others:
+            set_on("normalizer", "lowercase", value)(model)
+
+    return change
+
+
 def sequence_item(model: Any) -> None:
     backend(model).pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Digits()]
@@ -129,6 +142,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
         "normalizer", normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace("s", "t")])
     ),
     "lowercase, in place": set_on("normalizer", "lowercase", False),
+    "lowercase behind an added entry, in place": written_behind_an_entry(True, False),
+    "lowercase around an added entry, in place": written_behind_an_entry(False, True),
     "accents, in place": set_on("normalizer", "strip_accents", False),
     "pre-tokenizer": replace("pre_tokenizer", pre_tokenizers.WhitespaceSplit()),
     "a pre-tokenizer with a pattern": replace(

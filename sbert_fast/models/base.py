@@ -22,6 +22,18 @@ _GELUS = {
 }
 # And those that one with a gate may have too.
 _GATED = {"silu": Activation.SILU, "swish": Activation.SILU}
+# The classes behind those names.
+_CLASSES = {
+    "AccurateGELUActivation": Activation.GELU_TANH,
+    "FastGELUActivation": Activation.GELU_TANH,
+    "GELUActivation": Activation.GELU,
+    "GELUTanh": Activation.GELU_TANH,
+    "NewGELUActivation": Activation.GELU_TANH,
+    "PytorchGELUTanh": Activation.GELU_TANH,
+    "SiLU": Activation.SILU,
+    "SiLUActivation": Activation.SILU,
+}
+_HOMES = ("torch.nn.modules.activation", "transformers.activations")
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +274,8 @@ def activation(name: object, modules: Iterable[nn.Module], *, gated: bool = Fals
     from transformers.activations import ACT2FN
 
     named = type(ACT2FN[name])
+    if _CLASSES.get(named.__name__) != known[name] or named.__module__ not in _HOMES:
+        raise UnsupportedModelError(f"the activation {name!r} of transformers was replaced")
     for module in modules:
         if type(module) is not named:
             raise UnsupportedModelError(

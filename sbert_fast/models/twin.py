@@ -10,7 +10,7 @@ import copy
 import re
 from collections.abc import Set
 from functools import partial
-from types import MethodType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sbert_fast.bypass import is_replaced
 from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.models.base import EncoderWeights, is_in_pooler
+from sbert_fast.originals import is_genuine, is_theirs_by_name, names_in
 
 # What adapters read themselves, what bypass.py looks at, and what changes nothing without training.
 _FREE = frozenset(
@@ -64,6 +65,14 @@ def fresh_modules(cls: Any, config: Any) -> dict[str, nn.Module]:
     return modules
 
 
+def _check_constructors(model: nn.Module) -> None:
+    """Refuse classes whose constructors were replaced: a twin would be what they make of it."""
+    for cls in {base for module in model.modules() for base in type(module).__mro__}:
+        init = vars(cls).get("__init__")
+        if init is not None and is_theirs_by_name(cls.__module__) and not is_genuine(init, cls):
+            raise UnsupportedModelError(f"{cls.__qualname__}.__init__ was replaced")
+
+
 def check_attributes(model: nn.Module, cls: type, names: Set[str], weights: EncoderWeights) -> None:
     """Refuse a model whose forward would read another value than in a model fresh from `cls`.
 
@@ -76,8 +85,22 @@ def check_attributes(model: nn.Module, cls: type, names: Set[str], weights: Enco
     Raises:
         UnsupportedModelError: naming the module and the attribute.
     """
+    _check_constructors(model)
+    known = _twins.get(cls)
+    twins = fresh_modules(cls, model.config)
+    try:
+        _compare(model, cls, names, twins)
+    except UnsupportedModelError:
+        # What a constructor reads may have been replaced when the twin was made.
+        _twins.pop(cls)
+        if known is None or known[1] is not twins:
+            raise
+        _compare(model, cls, names, fresh_modules(cls, model.config))
+    _check_buffers(model, weights)
+
+
+def _compare(model: nn.Module, cls: type, names: Set[str], twins: dict[str, nn.Module]) -> None:
     config: Any = model.config
-    twins = fresh_modules(cls, config)
     for name, module in model.named_modules():
         if is_in_pooler(name):
             continue
@@ -99,7 +122,6 @@ def check_attributes(model: nn.Module, cls: type, names: Set[str], weights: Enco
         for key in vars(config).keys() & names if other is not config else ():
             if getattr(other, key, _MISSING) != getattr(config, key):
                 raise UnsupportedModelError(f"{name}.config.{key} is not that of the model")
-    _check_buffers(model, weights)
 
 
 def _same(mine: Any, fresh: Any, module: nn.Module, key: str) -> bool:
@@ -109,14 +131,33 @@ def _same(mine: Any, fresh: Any, module: nn.Module, key: str) -> bool:
     if type(mine) is not type(fresh):
         return False
     if isinstance(mine, MethodType):
-        return mine.__func__ is fresh.__func__ and mine.__self__ is module
+        is_own = is_genuine(mine.__func__, type(module))
+        return mine.__func__ is fresh.__func__ and mine.__self__ is module and is_own
     if isinstance(mine, partial):
-        return (mine.func, mine.args, mine.keywords) == (fresh.func, fresh.args, fresh.keywords)
+        made = (mine.func, mine.args, mine.keywords) == (fresh.func, fresh.args, fresh.keywords)
+        return made and _is_own(mine, module)
+    if callable(mine) and not isinstance(mine, (type, nn.Module)):
+        return mine is fresh and _is_own(mine, module)
     if isinstance(mine, dict) and key == "_buffers":
         return mine.keys() == fresh.keys()
     if isinstance(mine, (Tensor, nn.Module)):
         return isinstance(mine, nn.Module)
     return bool(mine is fresh or mine == fresh)
+
+
+def _is_own(function: Any, module: nn.Module) -> bool:
+    """Whether a function that a constructor put into `module` is one that the constructor names:
+    where a name was patched, a twin holds the same function as the model."""
+    makers = (vars(base).get("__init__") for base in type(module).__mro__)
+    codes = (maker.__code__ for maker in makers if isinstance(maker, FunctionType))
+    names = frozenset().union(*map(names_in, codes))
+    if isinstance(function, partial):
+        return partial.__name__ in names and _is_own(function.func, module)
+    if not isinstance(function, BuiltinFunctionType) and not is_genuine(function):
+        return False
+    # Those of transformers may come from a table.
+    package = str(function.__module__).partition(".")[0]
+    return package == "transformers" or (package == "torch" and function.__name__ in names)
 
 
 def _check_buffers(model: nn.Module, weights: EncoderWeights) -> None:

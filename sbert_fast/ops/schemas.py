@@ -54,12 +54,12 @@ CPU_ONLY = frozenset({"linear", "linear_norm"})
 WITHOUT_GPU_KERNEL = frozenset({"add_norm_sum", "gated_activation"})
 
 # What implementations lack of an op: options, and tensors that they cannot do without.
-_LACKED_ON_GPU = {
+_LACKED_ON_GPU: dict[str, tuple[str, ...]] = {
     "varlen_attention": ("causal", "kv_heads"),
     "embed_norm": ("rms", "without position_table", "without weight"),
     **dict.fromkeys(("add_norm", "norm_pool", "norm_pool_out"), ("rms",)),
 }
-LACKED = {
+LACKED: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {"varlen_attention": ("causal", "kv_heads")},
     "triton": _LACKED_ON_GPU,
     "cuda": _LACKED_ON_GPU | {"varlen_attention": ("causal", "kv_heads", "rotary")},

@@ -109,6 +109,13 @@ class PackedModel:
         )
         self._session.announce(self)
 
+    def __copy__(self) -> PackedModel:
+        """It has the modules of this model, but attributes and a session of its own."""
+        copied: Any = object.__new__(type(self))
+        copied.__setstate__(dict(vars(self)))
+        copied._session = copy.copy(self._session)
+        return copied  # type: ignore[no-any-return]
+
     @property
     def batch_tokens(self) -> int | Literal["auto"]:
         """Most tokens of a batch; "auto" picks by model and device."""

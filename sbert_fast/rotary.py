@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -51,10 +49,10 @@ class RotaryTable:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _computed(self, start: int, end: int) -> tuple[Tensor, Tensor]:
-        place: dict[str, Any] = {"dtype": torch.float32, "device": self._frequencies.device}
-        cos, sin = (torch.empty(end - start, self._frequencies.shape[0], **place) for _ in range(2))
+        device, width = self._frequencies.device, self._frequencies.shape[0]
+        cos, sin = torch.empty(2, end - start, width, dtype=torch.float32, device=device)
         for first in range(start, end, _BLOCK):
-            rows = torch.arange(first, first + _BLOCK, device=self._frequencies.device)
+            rows = torch.arange(first, first + _BLOCK, device=device)
             angles = rows.float()[:, None] * self._frequencies
             block = slice(first - start, first - start + _BLOCK)
             cos[block], sin[block] = angles.cos(), angles.sin()

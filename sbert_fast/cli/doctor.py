@@ -220,7 +220,7 @@ def _ops() -> list[dict[str, Any]]:
             except (ImplementationError, ValueError) as error:
                 row |= {"implementation": None, "reason": str(error)}
             reasons = {name: ops.refusal(name, device, dtype) for name in ops.IMPLEMENTATIONS}
-            row["rejected"] = {name: why for name, why in reasons.items() if why is not None}
+            row["refused"] = {name: why for name, why in reasons.items() if why is not None}
             table.append(row)
     return table
 
@@ -236,8 +236,8 @@ def _render(report: dict[str, Any]) -> str:
 
 def _render_op(row: dict[str, Any]) -> str:
     chosen = row["implementation"] or f"none: {row['reason']}"
-    rejected = "; ".join(f"not {name}: {why}" for name, why in row["rejected"].items())
-    return f"{chosen} ({rejected})" if rejected else chosen
+    refused = "; ".join(f"not {name}: {why}" for name, why in row["refused"].items())
+    return f"{chosen} ({refused})" if refused else chosen
 
 
 def _render_value(value: Any, indent: str) -> list[str]:

@@ -61,7 +61,7 @@ def written_as_stock(model: Any) -> Iterator[Any]:  # noqa: ANN401
         card.model = model
 
 
-def refusal(call: Callable[[], object]) -> str | None:
+def stock_error(call: Callable[[], object]) -> str | None:
     """How sentence-transformers refuses a call, "" if it breaks; None if it serves the call."""
     try:
         call()
@@ -82,7 +82,7 @@ def stock_words(call: Callable[[], object]) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        theirs, ours = refusal(call) or "", str(error)
+        theirs, ours = stock_error(call) or "", str(error)
         error.args = (theirs if ours in theirs else f"{theirs} {ours}".lstrip(),)
         raise
 
@@ -193,7 +193,7 @@ def _check_other(model: SentenceTransformer, index: int, element: Any) -> None:
             return
     except (ValueError, TypeError):
         pass
-    theirs = refusal(lambda: model.preprocess([element]))
+    theirs = stock_error(lambda: model.preprocess([element]))
     if theirs is not None:
         told = element is None or isinstance(element, (int, float))
         got = type(element).__name__ + (f" ({shown(element)})" if told else "")
@@ -217,7 +217,7 @@ def check_pairs(model: Any, inputs: list[Any]) -> str | None:  # noqa: ANN401
                 if not (first.isascii() and second.isascii()):
                     check_texts(element, f"inputs[{index}]")
                 continue
-        theirs = refusal(partial(as_stock(model).preprocess, [element]))
+        theirs = stock_error(partial(as_stock(model).preprocess, [element]))
         if theirs is not None:
             raise InputError(f"{theirs} {_no_pair(index, element)}".lstrip())
         other = other or type(element)

@@ -123,13 +123,23 @@ def undisturbed(model: Any) -> Iterator[None]:
                 backend.enable_padding(**padding)
 
 
+def _floats(model: Any) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by name, once for each place that holds them: of a module with two
+    names torch would not put back what it held."""
+    held = {
+        f"{name}.{key}".lstrip("."): tensor
+        for name, module in model.named_modules()
+        for key, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
+    return {name: tensor.detach() for name, tensor in held.items() if tensor.is_floating_point()}
+
+
 def in_double(call: Call) -> Call:
     """The same call, with parameters and buffers in fp64 while it lasts."""
 
     def run(model: Any, texts: list[str]) -> Any:
-        tensors = dict(model.named_parameters(remove_duplicate=False))
-        tensors |= dict(model.named_buffers(remove_duplicate=False))
-        doubles = {n: t.detach().double() for n, t in tensors.items() if t.is_floating_point()}
+        doubles = {name: tensor.double() for name, tensor in _floats(model).items()}
         with _reparametrize_module(model, doubles), _without_eager_attention(model):
             return call(model, texts)
 
@@ -141,7 +151,7 @@ def nudged(call: Call, seed: int) -> Call:
 
     def run(model: Any, texts: list[str]) -> Any:
         draw = torch.Generator().manual_seed(seed)
-        tensors = {n: p.detach() for n, p in model.named_parameters() if p.is_floating_point()}
+        tensors = _floats(model)
         near = {n: t + t * 1e-3 * torch.randn(t.shape, generator=draw) for n, t in tensors.items()}
         with _reparametrize_module(model, {n: t.to(tensors[n].dtype) for n, t in near.items()}):
             return call(model, texts)

@@ -115,3 +115,16 @@ def test_made_while_patched(patch: str, kind: str, monkeypatch: pytest.MonkeyPat
         monkeypatch.undo()
     assert ran_packed(kind, made(activation))
     assert not ran_packed(kind, model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_made_after_something_was_compiled(kind: str) -> None:
+    """Compiling puts another constructor into nn.Module, and leaves it there."""
+    torch.compile(nn.Linear(2, 2), backend="eager")(torch.ones(1, 2))
+    assert ran_packed(kind, made("gelu"))
+
+
+def test_a_patched_constructor_of_all_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = nn.Module.__init__
+    monkeypatch.setattr(nn.Module, "__init__", functools.wraps(make)(lambda self: make(self)))
+    assert not ran_packed("accelerated", made("gelu"))

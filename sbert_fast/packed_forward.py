@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPastAndCrossAttentions,
+    BaseModelOutputWithPooling,
     BaseModelOutputWithPoolingAndCrossAttentions,
 )
 from transformers.utils import ModelOutput
@@ -185,10 +186,14 @@ class PackedForward:
                     states.append(self._padded(x, call, source) if asked else None)
                 hidden = self._padded(x, call, source) if states[-1] is None else states[-1]
         output: ModelOutput
+        decodes = "past_key_values" in self.__signature__.parameters
         if hasattr(model, "pooler"):
             pooled = None if model.pooler is None else model.pooler(hidden)
-            output = BaseModelOutputWithPoolingAndCrossAttentions(hidden, pooled)
-        elif "past_key_values" in self.__signature__.parameters:
+            kind = BaseModelOutputWithPooling
+            if decodes:
+                kind = BaseModelOutputWithPoolingAndCrossAttentions
+            output = kind(hidden, pooled)
+        elif decodes:
             output = BaseModelOutputWithPastAndCrossAttentions(hidden)
         else:
             output = BaseModelOutput(hidden)

@@ -236,8 +236,11 @@ def is_genuine(value: Any, cls: type | None = None) -> bool:
         file.startswith((*folders, *_DECORATORS)) for file in files
     ):
         return False
-    owner, dot, _ = bodies[-1].__qualname__.partition(".")
-    return cls is None or not dot or any(owner == base.__name__ for base in cls.__mro__)
+    if cls is None or "." not in bodies[-1].__qualname__:
+        return True
+    # Where a decorator of theirs has no __wrapped__, its closure holds what it decorates.
+    owners = {body.__qualname__.partition(".")[0] for body in bodies}
+    return any(base.__name__ in owners for base in cls.__mro__)
 
 
 def _holds_foreign(body: FunctionType) -> bool:

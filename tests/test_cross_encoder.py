@@ -210,6 +210,16 @@ def test_other_inputs_run_in_sentence_transformers(
         assert np.array_equal(model.predict(inputs), expected)
 
 
+@pytest.mark.parametrize("inputs", [[], PAIRS[0], PAIRS[:3]], ids=["none", "one", "some"])
+@pytest.mark.parametrize("arguments", list(ARGUMENTS.values())[:3], ids=list(ARGUMENTS)[:3])
+def test_results_of_sentence_transformers(inputs: Any, arguments: dict[str, Any]) -> None:
+    model = FastCrossEncoder(make_cross_encoder())
+    _hook(model)
+    expected = as_stock(model).predict(inputs, **arguments)
+    assert_same_scores(model.predict(inputs, **arguments), expected)
+    assert sum(model.stats.fallbacks.values()) == 1
+
+
 def test_written_weights_are_seen(stock: CrossEncoder) -> None:
     own = copy.deepcopy(stock)
     model = FastCrossEncoder(own)

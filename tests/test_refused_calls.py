@@ -100,16 +100,6 @@ REFUSED_MODELS = {
     "max_seq_length beyond the positions": ("auto", _lengthen, "meta", ValueError),
     "impl": pytest.param("cpu", _leave, "meta", ImplementationError, marks=needs_cpu_ops),
     "weights": ("auto", _spoil, "cpu", InvalidWeightsError),
-    "weights on another device": pytest.param(
-        "auto",
-        _spoil,
-        "cuda",
-        InvalidWeightsError,
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-        ],
-    ),
 }
 
 

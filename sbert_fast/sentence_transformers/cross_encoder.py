@@ -245,8 +245,7 @@ def _listed(inputs: Any, is_single: bool) -> list[Any]:
 
 def _check_finite(scores: Any, is_single: bool, dtype: torch.dtype) -> None:
     """Refuse scores that sentence-transformers has computed in `dtype` and that are not finite."""
-    if isinstance(scores, list):
-        check_embeddings(scores, dtype)
-    else:
+    if not isinstance(scores, list):
         rows = torch.as_tensor(scores)
-        check_embeddings(rows.reshape(1 if is_single else len(rows), -1), dtype)
+        scores = rows[None] if is_single else list(rows)
+    check_embeddings(list(scores), dtype)

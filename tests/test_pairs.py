@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from tokenizers import processors
+from tokenizers import AddedToken, processors
 from transformers import BertTokenizer
 
 from families import FAMILIES, make_texts, make_tokenizer
@@ -63,7 +63,7 @@ def test_what_surrounds_the_texts_may_take_any_form() -> None:
 
 def test_added_tokens() -> None:
     tokenizer = make_tokenizer("bert")
-    tokenizer.add_tokens([f"word{i}" for i in range(80)])
+    tokenizer.add_tokens([AddedToken(f"word{i}", normalized=False) for i in range(80)])
     texts = [("word3 and word4", "some word79 word1 here"), ("the", "word79word3")]
     check(tokenizer, 64, texts)
     reader = PairTokenizer(tokenizer, 64)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import tokenizers
 from sentence_transformers import SentenceTransformer
 from tokenizers import (
     AddedToken,
@@ -170,7 +171,10 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("way", WAYS[:2])
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_tokenizers(change: str, way: str) -> None:
-    assert_as_stock(CHANGES[change], way, texts=TEXTS, matters=change != "cls_token")
+    # Up to 0.22, an added entry stays as it was normalised when it was added.
+    of_entries = tokenizers.__version__ < "0.23" and "around an added entry" in change
+    matters = change != "cls_token" and not of_entries
+    assert_as_stock(CHANGES[change], way, texts=TEXTS, matters=matters)
 
 
 # What stock sets anew for each call, or reads nowhere on the way to ids.

@@ -32,8 +32,7 @@ class ClassificationHead:
         after: the modules that follow it, by name.
 
     Raises:
-        UnsupportedModelError: its head is not what its class makes of the config, or modules
-            follow.
+        UnsupportedModelError: its class or an option is not supported, or modules follow.
     """
 
     include_prompt = True
@@ -50,22 +49,18 @@ class ClassificationHead:
         self._mode = getattr(model.config, "classifier_pooling", "cls")
         if self._mode not in ("cls", "mean"):
             raise UnsupportedModelError(f"config.classifier_pooling is {self._mode!r}")
-        self._check_modules(fresh_modules(cls, model.config))
+        self._kinds = _kinds(self._parts(fresh_modules(cls, model.config)[""]))
         self.dimension = int(model.config.num_labels)
 
-    def _check_modules(self, fresh: dict[str, nn.Module]) -> None:
-        inside = self._prefix, f"{self._prefix}."
-        mine, theirs = (
-            {name: type(m) for name, m in modules if name and not name.startswith(inside[1])}
-            for modules in (self._model.named_modules(), fresh.items())
-        )
-        for name in (mine.keys() | theirs.keys()) - {self._prefix}:
-            if mine.get(name) is not theirs.get(name):
-                found = mine[name].__name__ if name in mine else "nothing"
-                raise UnsupportedModelError(
-                    f"module {name!r} is {found}, which a fresh {type(self._model).__name__} does "
-                    "not have there"
-                )
+    def _parts(self, model: Any) -> dict[str, nn.Module]:  # noqa: ANN401
+        """The modules of `model` that are called: all but the base model, and its pooler."""
+        parts = {name: part for name, part in model.named_children() if name != self._prefix}
+        pooler = getattr(getattr(model, self._prefix), "pooler", None)
+        return parts if pooler is None else parts | {f"{self._prefix}.pooler": pooler}
+
+    @property
+    def is_training(self) -> bool:
+        return any(m.training for part in self._parts(self._model).values() for m in part.modules())
 
     def fuses(self, dimension: int) -> bool:
         return False
@@ -75,16 +70,23 @@ class ClassificationHead:
         return self._mode == "cls"
 
     def prepare(self, dtype: torch.dtype, device: torch.device, impl: str) -> None:
-        """Check the weights as they are now.
+        """Check the modules as they are now.
 
         Raises:
-            UnsupportedModelError: they have another dtype than those of the encoder, `dtype`.
+            UnsupportedModelError: one is not what the class makes of the config: it may read more
+                than one state; or weights have another dtype than those of the encoder, `dtype`.
         """
-        for name, parameter in self._model.named_parameters():
-            if name.startswith(f"{self._prefix}.") and ".pooler." not in name:
-                continue
-            if parameter.dtype != dtype:
-                raise UnsupportedModelError("parameters have several dtypes")
+        parts = self._parts(self._model)
+        mine = _kinds(parts)
+        for name in mine.keys() | self._kinds.keys():
+            if mine.get(name) is not self._kinds.get(name):
+                found = mine[name].__name__ if name in mine else "nothing"
+                raise UnsupportedModelError(
+                    f"module {name!r} is {found}, which a fresh {type(self._model).__name__} does "
+                    "not have there"
+                )
+        if any(p.dtype != dtype for part in parts.values() for p in part.parameters()):
+            raise UnsupportedModelError("parameters have several dtypes")
 
     def __call__(
         self,
@@ -116,8 +118,17 @@ class ClassificationHead:
         padded = F.pad(states.to(model.dtype), (0, 0, 0, -count % ROW_ALIGNMENT))[:, None]
         blocks = padded.split(ROW_ALIGNMENT if states.device.type == "cpu" else len(padded))
         mask = padded.new_ones((len(blocks[0]), 1), dtype=torch.long)
-        logits = [head(inputs_embeds=block, attention_mask=mask).logits for block in blocks]
+        inputs = {"attention_mask": mask, "return_dict": True}
+        logits = [head(inputs_embeds=block, **inputs).logits for block in blocks]
         return torch.cat(logits)[:count]
+
+
+def _kinds(parts: dict[str, nn.Module]) -> dict[str, type]:
+    return {
+        f"{name}.{inner}".rstrip("."): type(module)
+        for name, part in parts.items()
+        for inner, module in part.named_modules()
+    }
 
 
 class _Finished(nn.Module):

@@ -34,6 +34,7 @@ class Head(Protocol):
     Attributes:
         dimension: components of a result, before truncation.
         include_prompt: False leaves out the tokens of the prompt.
+        is_training: whether it must be put into eval mode.
     """
 
     @property
@@ -41,6 +42,9 @@ class Head(Protocol):
 
     @property
     def include_prompt(self) -> bool: ...
+
+    @property
+    def is_training(self) -> bool: ...
 
     def prepare(self, dtype: torch.dtype, device: torch.device, impl: str) -> None:
         """Take over the weights as they are now; see :meth:`PoolingHead.prepare`."""

@@ -219,6 +219,11 @@ class PoolingHead:
     def include_prompt(self) -> bool:
         return self.spec.include_prompt
 
+    @property
+    def is_training(self) -> bool:
+        """Whether it computes something else in training mode, and is in it: nothing here does."""
+        return False
+
     def reads_first(self, skip: int) -> bool:
         """Whether nothing but the first token of each sequence is read."""
         return self.spec.modes == ("cls",) and skip == 0

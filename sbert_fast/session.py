@@ -116,7 +116,9 @@ class Session:
 
     def _in_eval_mode(self, model: SentenceTransformer) -> Pipeline | Unsupported:
         found = self.pipeline(model)
-        if isinstance(found, Pipeline) and (model.training or found.engine.admitted.drops):
+        if isinstance(found, Pipeline) and (
+            model.training or found.engine.admitted.drops or found.head.is_training
+        ):
             with _undone_if_refused(model):
                 model.eval()
                 return self.pipeline(model)

@@ -188,13 +188,55 @@ def _module_behind(model: CrossEncoder) -> None:
     model.append(nn.Identity())
 
 
-@pytest.mark.parametrize("change", [_hook, _other_classifier, _forward, _module_behind])
+class MeanPooler(nn.Module):
+    """A user's own: it reads every state."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return states.mean(dim=1)
+
+
+def _other_pooler(model: CrossEncoder) -> None:
+    model[0].auto_model.bert.pooler = MeanPooler()
+
+
+@pytest.mark.parametrize(
+    "change", [_hook, _other_classifier, _forward, _module_behind, _other_pooler]
+)
 def test_changed_models_run_in_sentence_transformers(change: Callable[[Any], None]) -> None:
     model = FastCrossEncoder(make_cross_encoder())
     model.predict(PAIRS)
     change(model)
     assert np.array_equal(model.predict(PAIRS), as_stock(model).predict(PAIRS))
     assert sum(model.stats.fallbacks.values()) == 1
+
+
+def _tuples(model: CrossEncoder) -> None:
+    model[0].auto_model.config.return_dict = False
+
+
+def _dropout_in_training(model: CrossEncoder) -> None:
+    model[0].auto_model.dropout.train()
+
+
+def _head_in_training(model: CrossEncoder) -> None:
+    model.train()
+
+
+@pytest.mark.parametrize("change", [_tuples, _dropout_in_training, _head_in_training])
+def test_what_changes_no_score(change: Callable[[Any], None], launches: Launches) -> None:
+    model = FastCrossEncoder(make_cross_encoder())
+    expected = model.predict(PAIRS)
+    change(model)
+    launches()
+    assert_same_scores(model.predict(PAIRS), expected)
+    assert not model.training
+
+
+def test_the_mean_of_all_states_after_loading() -> None:
+    model = FastCrossEncoder(make_cross_encoder("modernbert"))
+    model.predict(PAIRS)
+    model.config.classifier_pooling = "mean"
+    assert_same_scores(model.predict(PAIRS), as_stock(model).predict(PAIRS))
 
 
 @pytest.mark.parametrize("inputs", ["a text", ["a", "b"], [["a"], ["b"]]], ids=str)

@@ -46,7 +46,7 @@ FAMILIES: dict[str, Family] = {
     "XLMRobertaModel": _ROBERTA,
     "CamembertModel": _ROBERTA,
     "DistilBertModel": Family(distilbert.architecture, distilbert.weights),
-    "MPNetModel": Family(mpnet.architecture, mpnet.weights),
+    "MPNetModel": Family(bert.offset_architecture, mpnet.weights),
     "ModernBertModel": Family(modernbert.architecture, modernbert.weights),
 }
 

@@ -64,6 +64,7 @@ def _layer(module: Any, heads: int, dim: int, function: Activation) -> Layer:
 def _describe(model: Any, first_position: int, uncounted_id: int | None) -> Architecture:
     config = model.config
     positions = model.embeddings.position_embeddings.weight.shape[0]
+    types = getattr(model.embeddings, "token_type_embeddings", None)
     return Architecture(
         family=config.model_type,
         embedding_size=model.embeddings.word_embeddings.weight.shape[1],
@@ -76,7 +77,7 @@ def _describe(model: Any, first_position: int, uncounted_id: int | None) -> Arch
         position_offset=first_position,
         uncounted_id=uncounted_id,
         max_tokens=positions - first_position,
-        type_vocab_size=model.embeddings.token_type_embeddings.weight.shape[0],
+        type_vocab_size=0 if types is None else types.weight.shape[0],
     )
 
 
@@ -86,6 +87,6 @@ def architecture(model: Any) -> Architecture:
 
 
 def offset_architecture(model: Any) -> Architecture:
-    """RoBERTa, XLM-R, CamemBERT: positions start after the padding id, which they do not count."""
+    """RoBERTa, XLM-R, CamemBERT, MPNet: positions start after the padding id, uncounted."""
     padding = model.embeddings.padding_idx
     return _describe(model, padding + 1, padding)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from sbert_fast.models.base import (
-    Architecture,
     Attention,
     Embeddings,
     EncoderWeights,
@@ -63,24 +62,4 @@ def _layer(module: Any, heads: int, dim: int, function: Activation, bias: Relati
             (linear(module.intermediate.dense),), linear(output.dense), function
         ),
         feed_forward_norm=norm(output.LayerNorm),
-    )
-
-
-def architecture(model: Any) -> Architecture:
-    """Positions start after the padding id, which they do not count, as in RoBERTa."""
-    config, table = model.config, model.embeddings
-    padding = table.padding_idx
-    return Architecture(
-        family=config.model_type,
-        embedding_size=table.word_embeddings.embedding_dim,
-        hidden_size=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        head_dim=head_dim(config.hidden_size, config.num_attention_heads),
-        num_layers=config.num_hidden_layers,
-        intermediate_size=config.intermediate_size,
-        vocab_size=table.word_embeddings.num_embeddings,
-        position_offset=padding + 1,
-        uncounted_id=padding,
-        max_tokens=table.position_embeddings.num_embeddings - padding - 1,
-        type_vocab_size=0,
     )

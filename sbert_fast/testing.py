@@ -68,20 +68,30 @@ def peer_varlen_attention(
     rotary_cos: Tensor | None,
     rotary_sin: Tensor | None,
     tiles: Tensor | None,
+    causal: bool = False,
+    kv_heads: int = 0,
+    query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None,
+    norm_eps: float = 0.0,
 ) -> Tensor:
     """Attention as plain torch does it in the dtype of `qkv`, sequence by sequence."""
-    q, k, v = qkv.unbind(1)
+    q, k, v = reference._heads(qkv, kv_heads)
+    if query_norm is not None and key_norm is not None:
+        q, k = (
+            F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), norm_eps)
+            for x, weight in ((q, query_norm), (k, key_norm))
+        )
     if rotary_cos is not None and rotary_sin is not None:
         q = reference._rotate(q, rotary_cos, rotary_sin)
         k = reference._rotate(k, rotary_cos, rotary_sin)
-    out = qkv.new_zeros(qkv.shape[0], *qkv.shape[2:])
+    out = qkv.new_zeros(q.shape)
     bounds = cu_seqlens.tolist()
     for start, end in zip(bounds[:-1], bounds[1:], strict=True):
         if end == start:
             continue
         qs, ks, vs = (t[start:end].transpose(0, 1) for t in (q, k, v))
         positions = torch.arange(end - start)
-        terms = reference._position_terms(positions, end - start, bias, window, False, qkv.dtype)
+        terms = reference._position_terms(positions, end - start, bias, window, causal, qkv.dtype)
         scores = (qs @ ks.transpose(-1, -2)) * scale
         if terms is not None:
             scores = scores + terms

@@ -25,7 +25,10 @@ HEADS = 2
 
 @dataclass(frozen=True)
 class Case:
-    """Random arguments of the op; `reach` is the R of a relative bias, `kind` see `adversarial`."""
+    """Random arguments of the op; `reach` is the R of a relative bias, `kind` see `adversarial`.
+
+    Arguments that not every implementation takes are there only where one is not its default.
+    """
 
     lengths: tuple[int, ...]
     dim: int
@@ -36,18 +39,28 @@ class Case:
     window: int = -1
     rotary: bool = False
     kind: str = "normal"
+    causal: bool = False
+    kv_heads: int = 0
+    normed: bool = False
 
     def args(self) -> list[Any]:
         """Arguments in schema order, with a dead tail."""
         torch.manual_seed(0)
         tokens = sum(self.lengths) + DEAD_TAIL
-        qkv = adversarial(self.kind, torch.randn(tokens, 3, self.heads, self.dim)).to(self.dtype)
+        shape = (3, self.heads) if self.kv_heads == 0 else (self.heads + 2 * self.kv_heads,)
+        qkv = adversarial(self.kind, torch.randn(tokens, *shape, self.dim)).to(self.dtype)
         bias = None if self.reach is None else torch.randn(self.heads, 2 * self.reach + 1)
         angles = torch.rand(tokens, self.dim // 2) * 6.28
         rotary = (angles.cos(), angles.sin()) if self.rotary else (None, None)
         scale = self.dim**-0.5 if self.scale is None else self.scale
         longest = max(self.lengths, default=0)
-        return [qkv, pack_lengths(self.lengths), longest, scale, bias, self.window, *rotary, None]
+        plain = [qkv, pack_lengths(self.lengths), longest, scale, bias, self.window, *rotary, None]
+        if not (self.causal or self.kv_heads or self.normed):
+            return plain
+        norms = [None, None, 0.0]
+        if self.normed:
+            norms = [*torch.randn(2, self.dim), 1e-6]
+        return [*plain, self.causal, self.kv_heads, *norms]
 
 
 @lru_cache(maxsize=4)
@@ -62,7 +75,7 @@ def check(case: Case, attend: Attend, tile: int | None = None) -> None:
     that size."""
     args = case.args()
     if tile is not None:
-        args[-1] = tiles_of(args[1], tile)
+        args[8] = tiles_of(args[1], tile)
     assert_close_to_oracle(attend(args), *figures(case), case.dtype)
 
 
@@ -71,6 +84,8 @@ def adversarial(kind: str, qkv: Tensor) -> Tensor:
 
     Every problem stays well conditioned: near ties of large rounded logits would measure luck.
     """
+    if kind == "normal":
+        return qkv
     q, k, v = qkv.unbind(1)
     if kind == "huge logits":  # sums of products of integers, exact in fp32
         qkv[:, :2] = (8 * qkv[:, :2]).round() * 8
@@ -86,7 +101,7 @@ def adversarial(kind: str, qkv: Tensor) -> Tensor:
     elif kind == "tiny":  # subnormal
         qkv[..., ::3] *= 1e-39
     else:
-        assert kind == "normal", f"kind must name an adversarial input, got {kind!r}"
+        raise AssertionError(f"kind must name an adversarial input, got {kind!r}")
     return qkv
 
 

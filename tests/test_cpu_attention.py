@@ -27,7 +27,7 @@ from sbert_fast.testing import pack_lengths
 OPS = torch.ops.sbert_fast
 ISAS = OPS.cpu_isas().split(",") if extension.CPU.available else []
 DTYPES = [torch.float32, torch.bfloat16]
-DIMS = (8, 26, 32, 37, 64, 80, 96, 128)
+DIMS = (8, 26, 32, 37, 64, 80, 96, 128, 136, 256)
 
 pytestmark = [
     pytest.mark.skipif(not extension.CPU.available, reason=str(extension.CPU.reason)),
@@ -77,8 +77,33 @@ def test_rotary(isa: str, dim: int, dtype: torch.dtype) -> None:
 
 @every_isa
 @every_dtype
-def test_all_options_at_once(isa: str, dtype: torch.dtype) -> None:
-    check(Case((*SHORT, 300), 32, dtype, reach=9, window=40, rotary=True))
+@pytest.mark.parametrize("dim", [26, 64, 256])
+@pytest.mark.parametrize("heads", [(6, 0), (6, 1), (4, 2)], ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+def test_causal_and_grouped_heads(
+    isa: str, causal: bool, heads: tuple[int, int], dim: int, dtype: torch.dtype
+) -> None:
+    lengths = (*SHORT, 300) if dim < 256 else (5, 0, 33, 140)
+    check(Case(lengths, dim, dtype, heads=heads[0], kv_heads=heads[1], causal=causal))
+
+
+@every_isa
+@every_dtype
+@pytest.mark.parametrize("rotary", [True, False])
+@pytest.mark.parametrize("dim", [8, 26, 64, 128, 256])
+def test_norm_of_heads(isa: str, dim: int, rotary: bool, dtype: torch.dtype) -> None:
+    check(Case(SHORT, dim, dtype, rotary=rotary, normed=True))
+
+
+@every_isa
+@every_dtype
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"causal": True}, {"kv_heads": 1}, {"causal": True, "kv_heads": 2, "normed": True}],
+    ids=str,
+)
+def test_options_together(isa: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+    check(Case((*SHORT, 300), 32, dtype, reach=9, window=40, rotary=True, **options))
 
 
 @every_isa
@@ -148,12 +173,14 @@ def test_nan_spreads_through_its_own_sequence_only(isa: str, dtype: torch.dtype)
 @every_isa
 @every_dtype
 @pytest.mark.parametrize("dim", [32, 37])
-@pytest.mark.parametrize("window", [-1, 30])
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 30}, {"causal": True, "kv_heads": 1, "normed": True}], ids=str
+)
 def test_place_in_the_batch_changes_no_bit(
-    isa: str, window: int, dim: int, dtype: torch.dtype
+    isa: str, options: dict[str, Any], dim: int, dtype: torch.dtype
 ) -> None:
     """Permuted or alone, a sequence keeps its bits."""
-    args = Case((*SHORT, 300), dim, dtype, reach=7, window=window).args()
+    args = Case((*SHORT, 300), dim, dtype, reach=7, **options).args()
     qkv, cu_seqlens = args[0], args[1]
     expected = attention(args)
     pieces = [sequence_rows(cu_seqlens, index) for index in range(len(SHORT) + 1)]
@@ -196,10 +223,10 @@ def test_adversarial_inputs(isa: str, kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dim", DIMS)
 def test_reads_end_with_the_last_element(isa: str, dim: int, dtype: torch.dtype) -> None:
     lengths = (3, 17, 130)
-    args = Case(lengths, dim, dtype, reach=2, rotary=dim % 2 == 0).args()
+    args = Case(lengths, dim, dtype, reach=2, rotary=dim % 2 == 0, normed=True).args()
     for position in (0, 6, 7):  # no dead tail behind the last sequence
         args[position] = None if args[position] is None else args[position][: sum(lengths)]
     expected = attention(args)
-    for position in (0, 4, 6, 7):
+    for position in (0, 4, 6, 7, 11, 12):
         args[position] = None if args[position] is None else before_a_guard(args[position])
     assert_same_bits(attention(args), expected)

@@ -29,7 +29,7 @@ struct alignas(64) AttentionScratch {
   float keys[kPanel];                        // [key][slots]
   float values[kPanel];                      // [chunk][slots][kLanes]
   float out[kPanel];                         // [query][chunk * kLanes]
-  float scores[kMaxBlock * kLanes];          // [key][kLanes]
+  float scores[kMaxHeadDim * kLanes];        // [key][kLanes]; and rows of queries to transpose
   float maxima[kMaxBlock], sums[kMaxBlock];  // [query]
   float previous[kLanes], decay[kLanes];     // [query of the tile]
   float terms[2 * kMaxBlock + kLanes];       // by distance, see fill_terms
@@ -45,22 +45,25 @@ class HeadAttention {
       : p_(params), s_(scratch), D_(params.D) {
     const int64_t first = p_.cu_seqlens[sequence];
     length_ = p_.cu_seqlens[sequence + 1] - first;
-    stride_ = 3 * p_.H * D_;
-    q_ = static_cast<const T*>(p_.qkv) + first * stride_ + head * D_;
-    k_ = q_ + p_.H * D_;
-    v_ = k_ + p_.H * D_;
+    stride_ = (p_.H + 2 * p_.kv_heads) * D_;
+    const T* token = static_cast<const T*>(p_.qkv) + first * stride_;
+    q_ = token + head * D_;
+    k_ = token + (p_.H + head / (p_.H / p_.kv_heads)) * D_;
+    v_ = k_ + p_.kv_heads * D_;
     out_ = static_cast<T*>(p_.out) + (first * p_.H + head) * D_;
     if (p_.rotary_cos != nullptr) {
       rotary_ = {p_.rotary_cos + first * (D_ / 2), p_.rotary_sin + first * (D_ / 2)};
     }
     if (p_.bias != nullptr) bias_ = p_.bias + head * (2 * p_.R + 1) + p_.R;
-    reach_ = p_.window < 0 ? length_ : smaller(p_.window, length_);
-    has_terms_ = bias_ != nullptr || reach_ < length_ || !(p_.scale > 0.0f);
+    before_ = p_.window < 0 ? length_ : smaller(p_.window, length_);
+    after_ = p_.causal ? 0 : before_;
+    has_terms_ = bias_ != nullptr || after_ < length_ || !(p_.scale > 0.0f);
 
     slots_ = ceil_div(D_, Operand::kValuesPerSlot);
     chunks_ = ceil_div(D_, kLanes);
     row_ = chunks_ * kLanes;
-    block_ = row_ <= kPanel / kMaxBlock ? kMaxBlock : kMaxBlock / 2;
+    block_ = kMaxBlock;
+    while (block_ * row_ > kPanel) block_ /= 2;
   }
 
   // Asks for the first block of q, k, v and out. Always inline: GCC takes a function that only
@@ -95,16 +98,16 @@ class HeadAttention {
       }
       s_.started[i / kLanes] = false;
     }
-    const int64_t last = smaller(length_, q0 + queries + reach_);
-    for (int64_t k0 = larger(0, q0 - reach_) / block_ * block_; k0 < last; k0 += block_) {
+    const int64_t last = smaller(length_, q0 + queries + after_);
+    for (int64_t k0 = larger(0, q0 - before_) / block_ * block_; k0 < last; k0 += block_) {
       const int64_t keys = smaller(block_, last - k0);
       pack_keys(k0, keys);
       if (has_terms_) fill_terms(q0 - (k0 + keys - 1), round_up(queries, kLanes) + keys);
       for (int64_t i = 0; i < queries; i += kLanes) {
         const int64_t some = smaller(kLanes, queries - i);
         // Only the keys that a query of the tile can see; the first one shares no slot with others.
-        const int64_t from = larger(0, q0 + i - reach_ - k0) / 2 * 2;
-        const int64_t to = smaller(keys, q0 + i + some + reach_ - k0);
+        const int64_t from = larger(0, q0 + i - before_ - k0) / 2 * 2;
+        const int64_t to = smaller(keys, q0 + i + some + after_ - k0);
         if (from < to) attend_tile(i, some, from, to, s_.terms + i + keys - 1 - from);
       }
     }
@@ -152,14 +155,16 @@ class HeadAttention {
     for (int64_t i = 0; i < count; i += kLanes) {
       const int64_t some = smaller(kLanes, count - i);
       float* rows = s_.scores;  // free until the first tile
-      pack_rows<Operand>(q_ + (q0 + i) * stride_, stride_, some, D_, rotary_at(q0 + i), rows, row_);
+      pack_rows<Operand>(q_ + (q0 + i) * stride_, stride_, some, D_, {p_.query_norm, p_.norm_eps},
+                         rotary_at(q0 + i), rows, row_);
       transpose_rows(rows, row_, some, slots_, s_.queries + i * row_);
     }
   }
 
   void pack_keys(int64_t k0, int64_t count) {
     constexpr int kPerSlot = Operand::kValuesPerSlot;
-    pack_rows<Operand>(k_ + k0 * stride_, stride_, count, D_, rotary_at(k0), s_.keys, row_);
+    pack_rows<Operand>(k_ + k0 * stride_, stride_, count, D_, {p_.key_norm, p_.norm_eps},
+                       rotary_at(k0), s_.keys, row_);
     for (int64_t key = 0; key < count; key += kPerSlot) {
       pack_values(Operand{}, v_ + (k0 + key) * stride_, stride_, count - key, D_,
                   s_.values + key / kPerSlot * kLanes, block_ / kPerSlot * kLanes);
@@ -170,7 +175,7 @@ class HeadAttention {
   void fill_terms(int64_t first, int64_t count) {
     for (int64_t x = 0; x < count; ++x) {
       const int64_t ahead = -(x + first);
-      const bool hidden = ahead > reach_ || ahead < -reach_;
+      const bool hidden = ahead > after_ || ahead < -before_;
       float term = 0.0f;
       if (bias_ != nullptr) term = bias_[larger(-p_.R, smaller(p_.R, ahead))];
       s_.terms[x] = hidden ? -__builtin_inff() : term;
@@ -196,13 +201,13 @@ class HeadAttention {
   Rotary rotary_{};
   const float* bias_ = nullptr;  // at distance 0
   int64_t D_, length_;
-  int64_t stride_;  // between tokens of qkv
-  int64_t reach_;   // a query sees keys this far away
-  bool has_terms_;  // scores are scaled and get something added before the softmax
-  int64_t slots_;   // of 32 bits that hold the D elements of a row
-  int64_t chunks_;  // of kLanes elements that hold D
-  int64_t row_;     // elements of these chunks
-  int64_t block_;   // queries or keys
+  int64_t stride_;          // between tokens of qkv
+  int64_t before_, after_;  // a query sees keys this far away
+  bool has_terms_;          // scores are scaled and get something added before the softmax
+  int64_t slots_;           // of 32 bits that hold the D elements of a row
+  int64_t chunks_;          // of kLanes elements that hold D
+  int64_t row_;             // elements of these chunks
+  int64_t block_;           // queries or keys
 };
 
 /// Items are sequence * H + head. The next item is on its way from memory while one is computed:

@@ -8,7 +8,7 @@
 
 namespace sbert_fast::cpu::SBF_ISA {
 
-constexpr int64_t kMaxHeadDim = 128;
+constexpr int64_t kMaxHeadDim = 256;
 
 SBF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 SBF_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -19,6 +19,12 @@ SBF_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 struct Rotary {
   const float* cos;  // [:, D / 2]
   const float* sin;  // [:, D / 2]
+};
+
+// RMSNorm of a row of q or k; no weight is no norm.
+struct HeadNorm {
+  const float* weight;  // [D]
+  float eps;
 };
 
 // Elements [d, d + N) of a row of D; zeros beyond it.
@@ -38,6 +44,23 @@ SBF_INLINE void rotate_row(const T* row, int64_t D, const float* cos, const floa
     const VecF c = load_dims(cos, d, half), s = load_dims(sin, d, half);
     fma(x1, c, VecF::zero() - x2 * s).store_partial(to + d, n);
     fma(x2, c, x1 * s).store_partial(to + half + d, n);
+  }
+}
+
+// to[0, D) = row / sqrt(mean(row^2) + eps) * weight.
+template <class T>
+SBF_INLINE void norm_row(const T* row, int64_t D, HeadNorm norm, float* to) {
+  VecF squares = VecF::zero();
+  for (int64_t d = 0; d < D; d += VecF::N) {
+    const VecF x = load_dims(row, d, D);
+    squares = fma(x, x, squares);
+  }
+  const float mean = reduce_add(squares) / static_cast<float>(D);
+  const VecF factor = VecF::set1(1.0f / __builtin_sqrtf(mean + norm.eps));
+  for (int64_t d = 0; d < D; d += VecF::N) {
+    const int n = static_cast<int>(smaller(VecF::N, D - d));
+    const VecF x = load_dims(row, d, D) * factor;
+    (x * load_dims(norm.weight, d, D)).store_partial(to + d, n);
   }
 }
 
@@ -77,19 +100,26 @@ SBF_INLINE void pack_values(Bf16Pairs, const bf16* rows, int64_t stride, int64_t
 }
 #endif
 
-// Rows of q or k, rotated if asked: panel[r][slots], panel_stride apart.
+// Rows of q or k, normed and rotated if asked: panel[r][slots], panel_stride apart.
 template <class Operand, class T>
-void pack_rows(const T* rows, int64_t stride, int64_t count, int64_t D, Rotary rotary, float* panel,
-               int64_t panel_stride) {
+void pack_rows(const T* rows, int64_t stride, int64_t count, int64_t D, HeadNorm norm,
+               Rotary rotary, float* panel, int64_t panel_stride) {
+  const bool rotates = rotary.cos != nullptr;
+  float normed[kMaxHeadDim], rotated[kMaxHeadDim];
   for (int64_t r = 0; r < count; ++r) {
-    if (rotary.cos == nullptr) {
-      pack_row(Operand{}, rows + r * stride, D, panel + r * panel_stride);
-      continue;
-    }
-    float rotated[kMaxHeadDim];
+    const T* row = rows + r * stride;
+    float* to = panel + r * panel_stride;
     const int64_t at = r * (D / 2);
-    rotate_row(rows + r * stride, D, rotary.cos + at, rotary.sin + at, rotated);
-    pack_row(Operand{}, rotated, D, panel + r * panel_stride);
+    if (norm.weight != nullptr) {
+      norm_row(row, D, norm, normed);
+      if (rotates) rotate_row(normed, D, rotary.cos + at, rotary.sin + at, rotated);
+      pack_row(Operand{}, rotates ? rotated : normed, D, to);
+    } else if (rotates) {
+      rotate_row(row, D, rotary.cos + at, rotary.sin + at, rotated);
+      pack_row(Operand{}, rotated, D, to);
+    } else {
+      pack_row(Operand{}, row, D, to);
+    }
   }
 }
 

@@ -14,16 +14,21 @@ namespace sbert_fast::cpu {
 enum Dtype { kFloat32 = 0, kBFloat16 = 1, kNumDtypes = 2 };
 
 struct AttentionParams {
-  const void* qkv;            // [T, 3, H, D]
+  const void* qkv;            // [T, H + 2 * kv_heads, D]
   void* out;                  // [T, H, D]
   const int32_t* cu_seqlens;  // [B + 1]
   int64_t T, B, H, D;
+  int64_t kv_heads;  // divides H
   float scale;
+  bool causal;
   const float* bias;        // [H, 2R + 1], or null
   int64_t R;                // reach of the bias
   int64_t window;           // -1: none
   const float* rotary_cos;  // [T, D / 2], or null
   const float* rotary_sin;  // [T, D / 2], or null
+  const float* query_norm;  // [D], or null: no RMSNorm of heads
+  const float* key_norm;    // [D], null where query_norm is
+  float norm_eps;
 };
 
 struct EmbedNormParams {

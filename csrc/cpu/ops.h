@@ -9,14 +9,19 @@
 
 namespace sbert_fast::cpu {
 
-Tensor varlen_attention(const Tensor& qkv,                        // [T, 3, H, D]
-                        const Tensor& cu_seqlens,                 // [B + 1] int32
-                        int64_t max_seqlen, double scale,         //
+Tensor varlen_attention(const Tensor& qkv,                 // [T, 3, H, D], or, where there
+                                                           // are kv_heads, [T, H + 2 * kv_heads, D]
+                        const Tensor& cu_seqlens,          // [B + 1] int32
+                        int64_t max_seqlen, double scale,  //
                         const std::optional<Tensor>& bias,        // [H, 2R + 1] fp32
                         int64_t window,                           // -1: none
                         const std::optional<Tensor>& rotary_cos,  // [T, D / 2] fp32
                         const std::optional<Tensor>& rotary_sin,  // [T, D / 2] fp32
-                        const std::optional<Tensor>& tiles);      // [n, 4] int32
+                        const std::optional<Tensor>& tiles,       // [n, 4] int32
+                        bool causal, int64_t kv_heads,            // 0: one a head
+                        const std::optional<Tensor>& query_norm,  // [D] fp32
+                        const std::optional<Tensor>& key_norm,    // [D] fp32
+                        double norm_eps);
 
 Tensor embed_norm(const Tensor& ids,                            // [T] int32
                   const std::optional<Tensor>& positions,       // [T] int32

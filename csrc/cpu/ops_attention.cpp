@@ -12,7 +12,7 @@ namespace {
 
 constexpr const char* op = "varlen_attention";
 constexpr int64_t kMinHeadDim = 8;
-constexpr int64_t kMaxHeadDim = 128;
+constexpr int64_t kMaxHeadDim = 256;
 
 void check_optional_inputs(int64_t T, int64_t H, int64_t D, const std::optional<Tensor>& bias,
                            int64_t window, const std::optional<Tensor>& rotary_cos,
@@ -31,26 +31,52 @@ void check_optional_inputs(int64_t T, int64_t H, int64_t D, const std::optional<
   check_tensor(op, "tiles", tiles, ScalarType::Int, "[n, 4]", {kAnySize, 4});
 }
 
+struct Heads {
+  Dtype dtype;
+  int64_t queries, keys, D;
+};
+
+/// Heads of queries and of keys: as many in [T, 3, H, D], fewer in [T, H + 2 * kv_heads, D].
+Heads check_heads(const Tensor& qkv, int64_t kv_heads) {
+  if (kv_heads == 0) {
+    const Dtype dtype =
+        check_activation(op, "qkv", qkv, "[T, 3, H, D]", {kAnySize, 3, kAnySize, kAnySize});
+    return {dtype, qkv.size(2), qkv.size(2), qkv.size(3)};
+  }
+  const Dtype dtype =
+      check_activation(op, "qkv", qkv, "[T, H + 2 * kv_heads, D]", {kAnySize, kAnySize, kAnySize});
+  const int64_t queries = qkv.size(1) - 2 * kv_heads;
+  SBF_CHECK(kv_heads > 0 && queries > 0 && queries % kv_heads == 0, op,
+            "kv_heads must divide the heads H of qkv [T, H + 2 * kv_heads, D], got ", kv_heads,
+            " and ", describe(qkv));
+  return {dtype, queries, kv_heads, qkv.size(2)};
+}
+
 }  // namespace
 
 Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t max_seqlen,
                         double scale, const std::optional<Tensor>& bias, int64_t window,
                         const std::optional<Tensor>& rotary_cos,
-                        const std::optional<Tensor>& rotary_sin,
-                        const std::optional<Tensor>& tiles) {
-  const Dtype dtype =
-      check_activation(op, "qkv", qkv, "[T, 3, H, D]", {kAnySize, 3, kAnySize, kAnySize});
-  const int64_t T = qkv.size(0), H = qkv.size(2), D = qkv.size(3);
+                        const std::optional<Tensor>& rotary_sin, const std::optional<Tensor>& tiles,
+                        bool causal, int64_t kv_heads, const std::optional<Tensor>& query_norm,
+                        const std::optional<Tensor>& key_norm, double norm_eps) {
+  const Heads heads = check_heads(qkv, kv_heads);
+  const int64_t T = qkv.size(0), H = heads.queries, D = heads.D;
   SBF_CHECK(kMinHeadDim <= D && D <= kMaxHeadDim, op, "D must be in [", kMinHeadDim, ", ",
             kMaxHeadDim, "], got ", D);
   check_optional_inputs(T, H, D, bias, window, rotary_cos, rotary_sin, tiles);
+  check_tensor(op, "query_norm", query_norm, ScalarType::Float, "[D]", {D});
+  check_tensor(op, "key_norm", key_norm, ScalarType::Float, "[D]", {D});
+  SBF_CHECK(query_norm.has_value() == key_norm.has_value(), op,
+            "query_norm and key_norm must both be given or both be None, got only ",
+            query_norm.has_value() ? "query_norm" : "key_norm");
   const Sequences sequences = check_cu_seqlens(op, cu_seqlens, T);
   const int32_t* cu = sequences.cu;
   const int64_t B = sequences.B;
   SBF_CHECK(sequences.longest <= max_seqlen, op, "max_seqlen must be at least ", sequences.longest,
             ", the longest sequence, got ", max_seqlen);
 
-  Tensor out = new_output({T, H, D}, dtype);
+  Tensor out = new_output({T, H, D}, heads.dtype);
   const AttentionParams params{
       .qkv = qkv.const_data_ptr(),
       .out = out.mutable_data_ptr(),
@@ -59,23 +85,28 @@ Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t max
       .B = B,
       .H = H,
       .D = D,
+      .kv_heads = heads.keys,
       .scale = static_cast<float>(scale),
+      .causal = causal,
       .bias = data_or_null<float>(bias),
       .R = bias.has_value() ? bias->size(1) / 2 : 0,
       .window = std::min(window, T),
       .rotary_cos = data_or_null<float>(rotary_cos),
       .rotary_sin = data_or_null<float>(rotary_sin),
+      .query_norm = data_or_null<float>(query_norm),
+      .key_norm = data_or_null<float>(key_norm),
+      .norm_eps = static_cast<float>(norm_eps),
   };
   if (cu[B] < T) {
     const size_t row_bytes = static_cast<size_t>(H * D) * out.element_size();
     std::memset(static_cast<char*>(params.out) + cu[B] * row_bytes, 0, (T - cu[B]) * row_bytes);
   }
-  const auto heads = [&](int64_t sequence) {
+  const auto items = [&](int64_t sequence) {
     const int64_t length = cu[sequence + 1] - cu[sequence];
     const int64_t keys = window < 0 ? length : std::min(length, 2 * params.window + 1);
-    return ItemGroup{.items = H, .cost = length * (keys + 16) * D / 16};
+    return ItemGroup{.items = H, .cost = length * ((causal ? keys / 2 : keys) + 16) * D / 16};
   };
-  parallel_items(kernels().varlen_attention[dtype], params, B, heads);
+  parallel_items(kernels().varlen_attention[heads.dtype], params, B, items);
   return out;
 }
 

@@ -76,12 +76,13 @@ def varlen_attention(
     tiles: Tensor | None = None,
     causal: bool = False,
     kv_heads: int | None = None,
+    head_norm: tuple[Tensor, Tensor, float] | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Attention of every token over the tokens of its own sequence.
 
     Args:
-        qkv: `[T, 3, H, D]`, activations; H >= 1, 8 <= D <= 256 (the kernels: up to 128). With
+        qkv: `[T, 3, H, D]`, activations; H >= 1, 8 <= D <= 256 (GPU kernels: to 128). With
             `kv_heads`: `[T, H + 2 * kv_heads, D]`, queries, then keys, then values.
         cu_seqlens: int32 `[B + 1]`, in tokens, see the module docstring.
         max_seqlen: int (in a graph, SymInt), at least the longest sequence, in tokens.
@@ -95,6 +96,8 @@ def varlen_attention(
         causal: bool: keep keys j <= i only.
         kv_heads: int >= 1, heads of keys and values, a divisor of H: query head h reads head
             `h // (H / kv_heads)`. None is one for every query head.
+        head_norm: `(query_weight, key_weight, eps)`, the weights fp32 `[D]`: RMSNorm of every head
+            of queries and of keys, before `rotary`.
         impl: see the module docstring.
 
     Returns:
@@ -121,6 +124,6 @@ def varlen_attention(
     cos, sin = (None, None) if rotary is None else contracts.rotary(rotary, qkv)
     validation.flag("causal", causal)
     args = qkv, cu_seqlens, longest, scale, bias, reach, cos, sin, tiles
-    options = {"causal": causal, "kv_heads": grouped}
+    options = {"causal": causal, "kv_heads": grouped} | contracts.head_norm(head_norm, qkv)
     needs = () if rotary is None else ("rotary",)
     return run("varlen_attention", qkv.dtype, impl, args, options, needs, head_dim=dim)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,6 +94,23 @@ def rotary(tables: Sequence[Tensor], qkv: Tensor) -> tuple[Tensor, Tensor]:
     for index, table in enumerate(tables):
         validation.parameter(f"rotary[{index}]", table, (tokens, dim // 2), qkv)
     return tables[0], tables[1]
+
+
+def head_norm(norm: Sequence[Any] | None, qkv: Tensor) -> dict[str, Any]:
+    """Check the norm of the heads of attention; the options of its op come back."""
+    if norm is None:
+        return {}
+    if not isinstance(norm, (tuple, list)) or len(norm) != 3:
+        raise TypeError(
+            "head_norm must be a tuple (query_weight, key_weight, eps) or None, got "
+            f"{validation.describe(norm)}"
+        )
+    for index, weight in enumerate(norm[:2]):
+        validation.parameter(f"head_norm[{index}]", weight, (qkv.shape[-1],), qkv)
+    eps = validation.number("head_norm[2]", norm[2])
+    if eps < 0:
+        raise ValueError(f"head_norm[2] must be at least 0, got {eps}")
+    return {"query_norm": norm[0], "key_norm": norm[1], "norm_eps": eps}
 
 
 def embedding(

@@ -63,9 +63,9 @@ def refusal(
     reason = _refusal_of_place(implementation, device, dtype, head_dim)
     if reason is None and op is not None:
         reason = _refusal_of_op(implementation, op, needs)
-    if reason is None and head_dim is not None and implementation in _NAMES:
-        if head_dim > limits.KERNEL_MAX_HEAD_DIM:
-            reason = f"{_NAMES[implementation]} take head dims up to {limits.KERNEL_MAX_HEAD_DIM}, "
+    if reason is None and head_dim is not None and implementation in ("triton", "cuda"):
+        if head_dim > limits.GPU_MAX_HEAD_DIM:
+            reason = f"{_NAMES[implementation]} take head dims up to {limits.GPU_MAX_HEAD_DIM}, "
             reason += f"not {head_dim}"
     return reason
 
@@ -234,8 +234,9 @@ def bind(
 
 
 def _given(options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The options that are not at their defaults, which all are false."""
-    return {name: value for name, value in (options or {}).items() if value}
+    """The options that are not at their defaults, which all are false or None."""
+    given = (options or {}).items()
+    return {name: value for name, value in given if isinstance(value, torch.Tensor) or value}
 
 
 def run(

@@ -100,8 +100,16 @@ def varlen_attention(
     tiles: Tensor | None,
     causal: bool = False,
     kv_heads: int = 0,
+    query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None,
+    norm_eps: float = 0.0,
 ) -> Tensor:
     q, k, v = _heads(qkv.to(_accumulator(qkv.dtype)), kv_heads)
+    if query_norm is not None and key_norm is not None:
+        q, k = (
+            rms_norm(part, part.shape[-1:], weight.to(part.dtype), norm_eps)
+            for part, weight in ((q, query_norm), (k, key_norm))
+        )
     if rotary_cos is not None and rotary_sin is not None:
         q, k = _rotate(q, rotary_cos, rotary_sin), _rotate(k, rotary_cos, rotary_sin)
     out = qkv.new_zeros(q.shape)

@@ -23,7 +23,8 @@ IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda", "torch")
 SCHEMAS = {
     "varlen_attention": "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale,"
     " Tensor? bias, int window, Tensor? rotary_cos, Tensor? rotary_sin, Tensor? tiles,"
-    " bool causal=False, int kv_heads=0) -> Tensor",
+    " bool causal=False, int kv_heads=0, Tensor? query_norm=None, Tensor? key_norm=None,"
+    " float norm_eps=0.0) -> Tensor",
     "embed_norm": "(Tensor ids, Tensor? positions, Tensor? types, Tensor word,"
     " Tensor? position_table, Tensor? type_table, Tensor? weight, Tensor? bias, float eps,"
     " ScalarType out_dtype, bool rms=False) -> Tensor",
@@ -55,16 +56,19 @@ WITHOUT_GPU_KERNEL = frozenset({"add_norm_sum", "gated_activation"})
 
 # What implementations lack of an op: options, and tensors that they cannot do without.
 _LACKED_ON_GPU: dict[str, tuple[str, ...]] = {
-    "varlen_attention": ("causal", "kv_heads"),
+    "varlen_attention": ("causal", "kv_heads", "query_norm"),
     "embed_norm": ("rms", "without position_table", "without weight"),
     **dict.fromkeys(("add_norm", "norm_pool", "norm_pool_out"), ("rms",)),
 }
 LACKED: dict[str, dict[str, tuple[str, ...]]] = {
-    "cpu": {"varlen_attention": ("causal", "kv_heads")},
     "triton": _LACKED_ON_GPU,
-    "cuda": _LACKED_ON_GPU | {"varlen_attention": ("causal", "kv_heads", "rotary")},
+    "cuda": _LACKED_ON_GPU | {"varlen_attention": ("causal", "kv_heads", "query_norm", "rotary")},
 }
-_COMPANIONS = {"position_table": "positions", "weight": "bias"}
+_COMPANIONS = {
+    "position_table": ("positions",),
+    "query_norm": ("key_norm", "norm_eps"),
+    "weight": ("bias",),
+}
 
 _ATTENTION_ARGUMENTS = 9
 
@@ -185,9 +189,10 @@ def schema_of(op: str, implementation: str) -> str:
     """The schema of an overload: that of the op, less what the implementation lacks."""
     schema = SCHEMAS[op]
     for lacked in LACKED.get(implementation, {}).get(op, ()):
-        schema = re.sub(rf", \w+ {lacked}=\w+", "", schema)
-        if (tensor := lacked.removeprefix("without ")) in _COMPANIONS:
-            for name in (tensor, _COMPANIONS[tensor]):
+        tensor = lacked.removeprefix("without ")
+        for name in (tensor, *_COMPANIONS.get(tensor, ())):
+            schema = re.sub(rf", [\w?]+ {name}=[\w.]+", "", schema)
+            if tensor != lacked:
                 schema = schema.replace(f"Tensor? {name},", f"Tensor {name},")
     return schema
 

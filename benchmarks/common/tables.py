@@ -163,7 +163,7 @@ def rerank(document: Document) -> str:
 def comparison(document: Document) -> str:
     """What it costs to compare a model with what was derived from it."""
     rows = {name: document[name] for name in ("one_text", "corpus")}
-    return "; ".join(
+    return f"{OURS}, {document['device']['name']}: " + "; ".join(
         f"{name}: {row['checked'] * 1e3:.3f} ms, of which the comparison takes "
         f"{row['difference'] * 1e6:.0f} us ({row['difference'] / row['unchecked']:.2%})"
         for name, row in rows.items()

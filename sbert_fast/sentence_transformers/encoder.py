@@ -18,6 +18,7 @@ from sbert_fast.assembly import Unsupported
 from sbert_fast.call import Call
 from sbert_fast.finite import check_embeddings
 from sbert_fast.inference import Pipeline
+from sbert_fast.sentence_transformers.chunks import embed_ranges, token_ranges
 from sbert_fast.sentence_transformers.packed_model import PackedModel, shared_arguments
 from sbert_fast.sentence_transformers.stock import checked, read_inputs, reason_of_call
 from sbert_fast.values import Precision
@@ -156,6 +157,56 @@ class FastEncoder(PackedModel, SentenceTransformer):
         if call.is_of_sentences:
             result = call.convert(result)
         return result[0] if is_single else result
+
+    @torch.inference_mode()
+    def encode_chunks(
+        self,
+        documents: str | list[str],
+        spans: Any,  # noqa: ANN401
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        convert_to_tensor: bool = False,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Embed parts of documents by late chunking: a document is read once, as a whole, and the
+        states of the tokens of each part are pooled as the model pools those of a text.
+
+        Args:
+            documents: a document, or a list of them, none longer than the model reads.
+            spans: of each document a list of `(start, end)`, in characters; for a single document,
+                its list. Parts may overlap. A token that has a character in a span belongs to it.
+            prompt_name, prompt: as in :meth:`encode`; a prompt belongs to no part.
+            convert_to_tensor: tensors instead of numpy arrays.
+            normalize_embeddings: L2-normalise.
+            truncate_dim: components to keep.
+            **kwargs: further arguments of :meth:`encode`: `batch_size`, `show_progress_bar`,
+                `device`.
+
+        Returns:
+            Of each document float32 `[len(spans), dimension]`, for a single document not in a list.
+
+        Raises:
+            TypeError, ValueError: a span is no pair, is not within its document, holds no token, or
+                some that are cut off behind `max_seq_length`; names the span.
+            InputError: the tokenizer does not tell where its tokens are.
+
+        Source:
+            Günther et al., arXiv:2409.04701.
+        """
+        is_single = isinstance(documents, str)
+        texts = [documents] if isinstance(documents, str) else list(documents)
+        parts = [spans] if is_single else spans
+        prompt = self._resolve_prompt(prompt, prompt_name) or ""
+        ranges = token_ranges(self, prompt, texts, parts)
+        states = self.encode(texts, prompt=prompt, output_value="token_embeddings", **kwargs)
+        results = embed_ranges(
+            self, states, ranges, normalize=normalize_embeddings, dimension=truncate_dim
+        )
+        out = results if convert_to_tensor else [result.cpu().numpy() for result in results]
+        return out[0] if is_single else out
 
     encode_query = with_default_batch_size(SentenceTransformer.encode_query)
     encode_document = with_default_batch_size(SentenceTransformer.encode_document)

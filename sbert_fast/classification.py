@@ -18,7 +18,10 @@ from sbert_fast.packing import ROW_ALIGNMENT, PackedBatch
 # mean of all where the config says so.
 CLASSIFIERS = frozenset(
     f"{family}ForSequenceClassification"
-    for family in "Bert Camembert DistilBert Electra MPNet ModernBert Roberta XLMRoberta".split()
+    for family in (
+        "Bert Camembert DistilBert Electra EuroBert Gte JinaEmbeddingsV3 MPNet ModernBert "
+        "NomicBert Roberta XLMRoberta"
+    ).split()
 )
 
 
@@ -47,7 +50,7 @@ class ClassificationHead:
             )
         self._model, self._prefix = model, model.base_model_prefix
         self._mode = getattr(model.config, "classifier_pooling", "cls")
-        if self._mode not in ("cls", "mean"):
+        if self._mode not in ("bos", "cls", "mean"):
             raise UnsupportedModelError(f"config.classifier_pooling is {self._mode!r}")
         self._kinds = _kinds(self._parts(fresh_modules(cls, model.config)[""]))
         self.dimension = int(model.config.num_labels)
@@ -67,7 +70,7 @@ class ClassificationHead:
 
     def reads_first(self, skip: int) -> bool:
         """Whether nothing but the first token of each sequence is read."""
-        return self._mode == "cls"
+        return self._mode != "mean"
 
     def prepare(self, dtype: torch.dtype, device: torch.device, impl: str) -> None:
         """Check the modules as they are now.

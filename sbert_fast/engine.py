@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sbert_fast import layers, models, ops
+from sbert_fast import models, ops
 from sbert_fast.admission import Admission
 from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.fingerprint import Fingerprint, derive, settle
 from sbert_fast.forking import Lock
-from sbert_fast.layers import PoolKernels, Stack, Unfinished, prepare_stack
+from sbert_fast.layers import PoolKernels, Stack, Unfinished
 from sbert_fast.linears import (
     Choice,
     PreparedLinear,
@@ -29,6 +29,7 @@ from sbert_fast.linears import (
 from sbert_fast.models.checks import check_finite
 from sbert_fast.ops.dispatch import FUSING
 from sbert_fast.packing import ROW_ALIGNMENT, PackedBatch
+from sbert_fast.preparation import embedding_op, prepare_stack, required_ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class Prepared:
     token_type: Tensor | None
     embedding_norm: PreparedNorm | None
     projection: PreparedLinear | None
+    scale: Tensor | None
     stack: Stack
     embed: ops.Kernel
     pooling: PoolKernels
@@ -164,19 +166,12 @@ class PackedEncoder:
 
         An op comes once for every kind of it; linear layers are in :meth:`linears`.
         """
-        weights, architecture = self.admitted.weights, self.admitted.architecture
-        embeddings, width = weights.embeddings, architecture.hidden_size
+        weights = self.admitted.weights
+        width, found = weights.layers[0].attention.output.weight.shape[0], []
         last = weights.final_norm or weights.layers[-1].feed_forward_norm
-        tables = {"position_table": embeddings.position, "weight": embeddings.norm}
-        embed = {
-            "width": architecture.embedding_size,
-            "options": {"rms": embeddings.norm is not None and embeddings.norm.rms},
-            "needs": tuple(f"without {name}" for name, table in tables.items() if table is None),
-        }
-        found: list[tuple[str, dict[str, Any]]] = []
         for each in (
-            ("embed_norm", embed),
-            *layers.required_ops(weights),
+            embedding_op(weights.embeddings),
+            *required_ops(weights),
             ("norm_pool_out", {"width": width, "options": {"rms": last.rms}}),
             ("segment_pool_out", {"width": width}),
         ):
@@ -289,6 +284,7 @@ class PackedEncoder:
             token_type=table(embeddings.token_type),
             embedding_norm=None if norm is None else PreparedNorm.of(norm),
             projection=None if projection is None else prepare_linear((projection,), target),
+            scale=None if embeddings.scale is None else embeddings.scale.detach().to(dtype),
             stack=prepare_stack(weights, target),
             embed=embed,
             pooling=PoolKernels(
@@ -346,4 +342,6 @@ def _embed(p: Prepared, batch: PackedBatch) -> Tensor:
         0.0 if norm is None else norm.eps,
         p.dtype,
     )
+    if p.scale is not None:
+        x = x * p.scale
     return x if p.projection is None else p.projection(x)

@@ -1,4 +1,4 @@
-"""The layers of the packed engine: prepared from what an adapter has read, and run.
+"""The layers of the packed engine, which run what :mod:`sbert_fast.preparation` makes.
 
 A layer is attention and a feed-forward. Each is added to the residual, and a norm follows. With
 post-norm that norm is the layer's own, and its result is the new residual; with pre-norm it belongs
@@ -9,14 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from sbert_fast import ops
-from sbert_fast.linears import PreparedLinear, PreparedNorm, Target, prepare_linear
-from sbert_fast.models import base
+from sbert_fast.linears import PreparedLinear, PreparedNorm
 from sbert_fast.ops.reference import Activation
 from sbert_fast.packing import PackedBatch
 from sbert_fast.rotary import RotaryTable
@@ -104,6 +101,14 @@ class PreparedFeedForward:
 
 
 @dataclass(frozen=True, slots=True)
+class Exit:
+    """The norm of what half a layer adds to the residual, and the kernel that joins the two."""
+
+    norm: PreparedNorm
+    join: ops.Kernel
+
+
+@dataclass(frozen=True, slots=True)
 class PreparedLayer:
     """A layer, and the norms behind its halves: `between` them, and `after` both."""
 
@@ -112,6 +117,8 @@ class PreparedLayer:
     feed_forward: PreparedFeedForward
     after: PreparedNorm
     norm_first: bool
+    attention_exit: Exit | None
+    feed_forward_exit: Exit | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +149,8 @@ class Stack:
             residual, x = _attend(layer, residual, x, batch, turns, rows)
             keeps_sum = layer.norm_first and layer is not last
             down, inner = layer.feed_forward.down, layer.feed_forward(x)
-            residual, x = _join(down, inner, residual, layer.after, keeps_sum)
+            how = layer.after, keeps_sum, layer.feed_forward_exit
+            residual, x = _join(down, inner, residual, *how)
             yield residual
 
     def unfinished(self, x: Tensor, batch: PackedBatch) -> Unfinished:
@@ -151,11 +159,14 @@ class Stack:
         x = self._enter(x)
         for layer in self.layers:
             residual, x = _attend(layer, residual, x, batch, turns)
-            feed_forward, inner = layer.feed_forward, layer.feed_forward(x)
+            down, inner = layer.feed_forward.down, layer.feed_forward(x)
             if layer is not last:
-                how = layer.after, layer.norm_first
-                residual, x = _join(feed_forward.down, inner, residual, *how)
-        return Unfinished(*feed_forward.down.without_bias(inner), residual, last.after)
+                how = layer.after, layer.norm_first, layer.feed_forward_exit
+                residual, x = _join(down, inner, residual, *how)
+        if last.feed_forward_exit is not None:
+            y = down.normed(inner, last.feed_forward_exit.norm)
+            return Unfinished(y, None, residual, last.after)
+        return Unfinished(*down.without_bias(inner), residual, last.after)
 
     def _enter(self, x: Tensor) -> Tensor:
         """What the first layer reads of the embeddings."""
@@ -184,129 +195,25 @@ def _attend(
     attended = layer.attention(x, batch, turns)
     if kept is not None:
         attended, residual = attended[kept], residual[kept]
-    return _join(layer.attention.output, attended, residual, layer.between, layer.norm_first)
+    how = layer.between, layer.norm_first, layer.attention_exit
+    return _join(layer.attention.output, attended, residual, *how)
 
 
 def _join(
-    linear: PreparedLinear, x: Tensor, residual: Tensor, norm: PreparedNorm, keeps_sum: bool
+    linear: PreparedLinear,
+    x: Tensor,
+    residual: Tensor,
+    norm: PreparedNorm,
+    keeps_sum: bool,
+    leaves: Exit | None,
 ) -> tuple[Tensor, Tensor]:
     """The new residual, and the norm of the output of `linear` plus the old one."""
+    if leaves is not None:
+        y = linear.normed(x, leaves.norm)
+        normed, total = leaves.join(y, None, residual, norm.weight, norm.bias, norm.eps)
+        return total if keeps_sum else normed, normed
     if keeps_sum:
         normed, total = linear.add_norm_sum(x, residual, norm)
         return total, normed
     normed = linear.add_norm(x, residual, norm)
     return normed, normed
-
-
-def attention_options(attention: base.Attention) -> dict[str, Any]:
-    """What attention asks of its kernel, as :func:`ops.bind` takes it."""
-    grouped = attention.kv_heads if attention.kv_heads != attention.heads else 0
-    return {
-        "head_dim": attention.head_dim,
-        "options": {"causal": attention.causal, "kv_heads": grouped},
-        "needs": () if attention.rotary is None else ("rotary",),
-    }
-
-
-def required_ops(weights: base.EncoderWeights) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The ops of all layers, and what they ask of them, as :func:`ops.bind` takes it.
-
-    Linear layers that activate or norm their output themselves run fewer.
-    """
-    first, last = weights.layers[0], weights.layers[-1]
-    if first.norm_first and first.attention_norm is not None:
-        yield "add_norm", _norm_options(first, first.attention_norm)
-    for layer, following in _followed(weights):
-        between, after = _own_norms(layer, following)
-        feed_forward, keeps_sum = layer.feed_forward, layer.norm_first and layer is not last
-        width = feed_forward.down.weight.shape[1]
-        yield "varlen_attention", attention_options(layer.attention)
-        yield "add_norm_sum" if layer.norm_first else "add_norm", _norm_options(layer, between)
-        yield "gated_activation" if feed_forward.gated else "bias_gelu", {"width": width}
-        yield "add_norm_sum" if keeps_sum else "add_norm", _norm_options(layer, after)
-
-
-def _norm_options(layer: base.Layer, norm: base.Norm) -> dict[str, Any]:
-    return {"width": layer.attention.output.weight.shape[0], "options": {"rms": norm.rms}}
-
-
-def _followed(weights: base.EncoderWeights) -> Iterator[tuple[base.Layer, base.Norm | None]]:
-    """Every layer, and the first norm of what comes next."""
-    following = [layer.attention_norm for layer in weights.layers[1:]] + [weights.final_norm]
-    return zip(weights.layers, following, strict=True)
-
-
-def _own_norms(layer: base.Layer, following: base.Norm | None) -> tuple[base.Norm, base.Norm]:
-    """The norms between the halves of a layer and after both; `following` is the next norm."""
-    own = layer.attention_norm, layer.feed_forward_norm
-    between, after = (layer.feed_forward_norm, following) if layer.norm_first else own
-    assert between is not None and after is not None
-    return between, after
-
-
-def prepare_stack(weights: base.EncoderWeights, target: Target) -> Stack:
-    """Prepare the layers of a model for `target`."""
-    kinds = {id(r.frequencies): r.frequencies for r in _rotary(weights)}
-    first = weights.layers[0]
-    first_norm = first.attention_norm if first.norm_first else None
-    options = {"rms": first_norm is not None and first_norm.rms}
-    return Stack(
-        layers=tuple(
-            _prepare_layer(layer, after, list(kinds), target) for layer, after in _followed(weights)
-        ),
-        first_norm=None if first_norm is None else PreparedNorm.of(first_norm),
-        norm=target.bind("add_norm", width=first.attention.output.weight.shape[0], options=options),
-        rotary=tuple(map(RotaryTable, kinds.values())),
-    )
-
-
-def _rotary(weights: base.EncoderWeights) -> list[base.Rotary]:
-    return [r for layer in weights.layers if (r := layer.attention.rotary) is not None]
-
-
-def _prepare_layer(
-    layer: base.Layer, following: base.Norm | None, kinds: list[int], target: Target
-) -> PreparedLayer:
-    between, after = map(PreparedNorm.of, _own_norms(layer, following))
-    return PreparedLayer(
-        attention=_prepare_attention(layer.attention, kinds, target),
-        between=between,
-        feed_forward=_prepare_feed_forward(layer.feed_forward, target),
-        after=after,
-        norm_first=layer.norm_first,
-    )
-
-
-def _prepare_attention(
-    attention: base.Attention, kinds: list[int], target: Target
-) -> PreparedAttention:
-    heads, grouped, dim = attention.heads, attention.kv_heads, attention.head_dim
-    relative, rotary = attention.relative_bias, attention.rotary
-    bias = None
-    if relative is not None:
-        rows = torch.tensor(relative.buckets, device=relative.table.device)
-        bias = relative.table.detach().float()[rows].T.contiguous()
-    return PreparedAttention(
-        qkv=prepare_linear(attention.qkv, target),
-        output=prepare_linear((attention.output,), target),
-        kernel=target.bind("varlen_attention", **attention_options(attention)),
-        shape=(3, heads, dim) if grouped == heads else (heads + 2 * grouped, dim),
-        scale=attention.scale,
-        bias=bias,
-        window=-1 if attention.window is None else attention.window,
-        rotary=None if rotary is None else kinds.index(id(rotary.frequencies)),
-    )
-
-
-def _prepare_feed_forward(feed_forward: base.FeedForward, target: Target) -> PreparedFeedForward:
-    gated, gate = feed_forward.gated, None
-    if gated:
-        gate = target.bind("gated_activation", width=feed_forward.down.weight.shape[1])
-    fused = Activation.NONE if gated else feed_forward.activation
-    return PreparedFeedForward(
-        up=prepare_linear(feed_forward.up, target, fused),
-        down=prepare_linear((feed_forward.down,), target),
-        gate=gate,
-        activation=feed_forward.activation,
-        first=feed_forward.first,
-    )

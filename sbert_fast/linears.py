@@ -58,6 +58,7 @@ class PreparedNorm:
     def of(cls, norm: Norm) -> PreparedNorm:
         bias = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
         weight, bias = (part.detach().float().contiguous() for part in (norm.weight, bias))
+        weight = weight + norm.shift if norm.shift else weight
         return cls(aligned(weight), aligned(bias), norm.eps, norm.rms)
 
 
@@ -74,6 +75,9 @@ class PreparedLinear(Protocol):
         self, x: Tensor, residual: Tensor, norm: PreparedNorm
     ) -> tuple[Tensor, Tensor]:
         """What `add_norm` gives, and the sum."""
+
+    def normed(self, x: Tensor, norm: PreparedNorm) -> Tensor:
+        """The norm of the output."""
 
     def without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The output, and the bias fp32 `[N]` that is still to be added; None where it has been."""
@@ -101,6 +105,11 @@ class _Linear:
             options = {"rms": rms}
             self._kernels[op, rms] = self.target.bind(op, width=self.features, options=options)
         return self._kernels[op, rms]
+
+    def normed(self, x: Tensor, norm: PreparedNorm) -> Tensor:
+        rest = None, norm.weight, norm.bias, norm.eps
+        normed: Tensor = self.kernel("add_norm", norm.rms)(*self.without_bias(x), *rest)
+        return normed
 
     def add_norm(self, x: Tensor, residual: Tensor, norm: PreparedNorm) -> Tensor:
         rest = residual, norm.weight, norm.bias, norm.eps

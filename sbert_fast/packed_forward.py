@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import (
     BaseModelOutput,
+    BaseModelOutputWithPast,
     BaseModelOutputWithPastAndCrossAttentions,
     BaseModelOutputWithPooling,
     BaseModelOutputWithPoolingAndCrossAttentions,
@@ -174,7 +175,7 @@ class PackedForward:
         model: Any = self.engine.model
         if call.embeddings is not None:
             table = aligned(call.embeddings.to(prepared.word.dtype).contiguous())
-            prepared = replace(prepared, word=table)
+            prepared = replace(prepared, word=table, scale=None)
         with torch.inference_mode():
             transfers = Transfers(prepared.device)
             with transfers.current_device():
@@ -193,6 +194,8 @@ class PackedForward:
             if decodes:
                 kind = BaseModelOutputWithPoolingAndCrossAttentions
             output = kind(hidden, pooled)
+        elif self.engine.architecture.is_decoder:
+            output = BaseModelOutputWithPast(hidden)
         elif decodes:
             output = BaseModelOutputWithPastAndCrossAttentions(hidden)
         else:

@@ -119,6 +119,8 @@ def read(engine: PackedEncoder, arguments: dict[str, Any], padding: str) -> Call
     architecture, config = engine.architecture, getattr(engine.model, "config", None)
     if arguments.get("output_attentions", getattr(config, "output_attentions", False)):
         raise UseOriginalError("output_attentions was asked for")
+    if architecture.is_decoder:
+        _check_decoder(arguments, config)
     states = arguments.get("output_hidden_states", getattr(config, "output_hidden_states", False))
     ids, embeddings = _tokens(engine, arguments)
     shape = (ids.shape[0], ids.shape[1])
@@ -149,6 +151,15 @@ def read(engine: PackedEncoder, arguments: dict[str, Any], padding: str) -> Call
     return_dict = arguments.get("return_dict", getattr(config, "return_dict", True)) is not False
     batch, source = pack_padded(ids, keep, positions, types)
     return Call(batch, source, shape, embeddings, _states(engine.model, states), return_dict)
+
+
+def _check_decoder(arguments: dict[str, Any], config: Any) -> None:  # noqa: ANN401
+    cache = arguments.get("use_cache")
+    if getattr(config, "use_cache", False) if cache is None else cache:
+        raise UseOriginalError("use_cache was asked for")
+    # Where there is no mask, transformers cuts rows into the texts that positions show.
+    if arguments.get("position_ids") is not None and arguments.get("attention_mask") is None:
+        raise UseOriginalError("position_ids were given without attention_mask")
 
 
 def _states(model: nn.Module, asked: Any) -> Container[int] | None:  # noqa: ANN401

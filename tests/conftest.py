@@ -25,6 +25,7 @@ import triton_interpreter  # noqa: E402
 from families import make_sentence_transformer  # noqa: E402
 from sbert_fast import FastEncoder, ops  # noqa: E402
 from sbert_fast.engine import PackedEncoder  # noqa: E402
+from sbert_fast.layers import PreparedFeedForward  # noqa: E402
 from sbert_fast.packing import PackedBatch  # noqa: E402
 
 M_PERTURB = -6  # of glibc's mallopt
@@ -131,3 +132,17 @@ def triton_device(request: pytest.FixtureRequest) -> str:
     if (reason := kernels.refusal(torch.device(request.param))) is not None:
         pytest.skip(reason)
     return str(request.param)
+
+
+@pytest.fixture
+def feed_forward_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each feed-forward has computed since."""
+    rows: list[int] = []
+    run = PreparedFeedForward.__call__
+
+    def record(self: PreparedFeedForward, x: torch.Tensor) -> torch.Tensor:
+        rows.append(x.shape[0])
+        return run(self, x)
+
+    monkeypatch.setattr(PreparedFeedForward, "__call__", record)
+    return rows

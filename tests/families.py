@@ -76,8 +76,38 @@ FAMILIES: dict[str, Family] = {
     "camembert": Family(is_like_roberta=True),
     "distilbert": Family(names=_DISTILBERT_NAMES, walk="distilbert"),
     "electra": Family({"embedding_size": 64}, has_types=True, walk="electra-projection"),
-    "mpnet": Family(is_like_roberta=True, measures_distances=True),
+    "mpnet": Family(is_like_roberta=True, measures_distances=True, walk="mpnet"),
     "modernbert": Family({"local_attention": 16}, measures_distances=True, walk="modernbert"),
+    "nomic_bert": Family(has_types=True, walk="nomic_bert"),
+    "gte": Family({"type_vocab_size": 0}),
+    "jina_embeddings_v3": Family(),
+    "eurobert": Family(
+        {
+            "num_key_value_heads": 2,
+            "classifier_pooling": "mean",
+            "bos_token_id": 2,
+            "eos_token_id": 3,
+            "mask_token_id": 4,
+        }
+    ),
+    "gemma3_text": Family(
+        {
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "use_bidirectional_attention": True,
+            "use_cache": False,
+        },
+        {"hidden_act": "hidden_activation"},
+        measures_distances=True,
+    ),
+    "qwen3": Family({"num_key_value_heads": 2, "head_dim": 16, "use_cache": False}, walk="qwen3"),
+}
+# Of these, what the installed version of transformers has.
+FAMILIES = {
+    name: family for name, family in FAMILIES.items() if name in transformers.CONFIG_MAPPING
 }
 ROBERTA_LIKE = [name for name, family in FAMILIES.items() if family.is_like_roberta]
 WITHOUT_DISTANCES = [name for name, family in FAMILIES.items() if not family.measures_distances]
@@ -99,6 +129,8 @@ VARIANTS: dict[str, Variant] = {name: Variant(name) for name in FAMILIES} | {
     "roberta-one-type": Variant("roberta", {"type_vocab_size": 1, "layer_norm_eps": 1e-5}),
     "distilbert-gelu-new": Variant("distilbert", {"hidden_act": "gelu_new"}),
     "electra-projection": Variant("electra", {"embedding_size": 40}),
+    "qwen3-head-dim-24": Variant("qwen3", {"head_dim": 24}),
+    "qwen3-one-head-of-keys": Variant("qwen3", {"num_key_value_heads": 1, "attention_bias": True}),
 }
 
 

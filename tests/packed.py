@@ -52,9 +52,10 @@ def packed_states(encoder: PackedEncoder, batch: dict[str, Tensor]) -> list[Tens
     assert launches["varlen_attention"] == layers
     # The norm is part of the linear before it where that runs on panels.
     norms = launches["add_norm"], launches["linear_norm"], launches["add_norm_sum"]
-    pre_norm = encoder.admitted.weights.final_norm is not None
-    assert sum(norms) == 2 * layers
-    assert norms[2] == (2 * layers - 1 if pre_norm else 0)
+    first, *_ = encoder.admitted.weights.layers
+    enters, leaves = first.attention_norm is not None, first.attention_exit is not None
+    assert sum(norms) == 2 * layers + (first.norm_first and enters) + 2 * layers * leaves
+    assert norms[2] == (2 * layers - (not leaves) if first.norm_first else 0)
     return list(hidden[: packed.num_tokens].float().split(lengths.tolist()))
 
 

@@ -18,7 +18,6 @@ from torch import nn
 from families import FAMILIES, make_cross_encoder, make_texts
 from sbert_fast import FastCrossEncoder, explain
 from sbert_fast.errors import InputError, NonFiniteEmbeddingError
-from sbert_fast.layers import PreparedFeedForward
 from sbert_fast.sentence_transformers.stock import as_stock
 
 TEXTS = [*make_texts(40, max_words=50), "", "a"]
@@ -57,7 +56,10 @@ def test_signatures_are_those_of_sentence_transformers() -> None:
 
 
 @pytest.mark.parametrize("labels", [1, 3])
-@pytest.mark.parametrize("family", FAMILIES)
+# The heads of decoders read the last token that is not padding.
+@pytest.mark.parametrize(
+    "family", [name for name in FAMILIES if name not in ("gemma3_text", "qwen3")]
+)
 def test_scores(family: str, labels: int, launches: Launches) -> None:
     stock = make_cross_encoder(family, num_labels=labels)
     model = FastCrossEncoder(stock)
@@ -144,18 +146,10 @@ def test_a_score_depends_on_its_own_pair_alone(family: str, dtype: str) -> None:
 
 
 def test_the_last_layer_computes_what_the_head_reads(
-    model: FastCrossEncoder, batch_tokens: list[int], monkeypatch: pytest.MonkeyPatch
+    model: FastCrossEncoder, batch_tokens: list[int], feed_forward_rows: list[int]
 ) -> None:
-    rows: list[int] = []
-    run = PreparedFeedForward.__call__
-
-    def record(self: PreparedFeedForward, x: torch.Tensor) -> torch.Tensor:
-        rows.append(x.shape[0])
-        return run(self, x)
-
-    monkeypatch.setattr(PreparedFeedForward, "__call__", record)
     model.predict(PAIRS[:20])
-    layers = model.config.num_hidden_layers
+    rows, layers = feed_forward_rows, model.config.num_hidden_layers
     assert rows[layers - 1 :: layers] == [32]
     assert all(count > 200 for count in rows[::layers])
 

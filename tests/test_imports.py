@@ -23,6 +23,7 @@ LAYERS = (
     {"models"},
     {"packing", "linears"},
     {"layers", "fingerprint", "rotary"},
+    {"preparation"},
     {"admission"},
     {"tokenization", "engine", "transfer", "budget"},
     {"pooling", "classification", "pairs"},

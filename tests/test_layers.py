@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sbert_fast import ops
-from sbert_fast.layers import Stack, prepare_stack, required_ops
+from sbert_fast.layers import Stack
 from sbert_fast.linears import Target
 from sbert_fast.models.base import (
     Attention,
@@ -28,6 +28,7 @@ from sbert_fast.models.base import (
 )
 from sbert_fast.ops.reference import Activation
 from sbert_fast.packing import PackedBatch, pack
+from sbert_fast.preparation import prepare_stack, required_ops
 from sbert_fast.testing import assert_close_to_oracle
 
 CPU = torch.device("cpu")
@@ -50,6 +51,9 @@ class Kind:
     relative: bool = False
     rotary: bool = False
     window: int | None = None
+    norms_heads: bool = False
+    norms_halves: bool = False
+    shift: float = 0.0
     gated: bool = False
     first: bool = True
     activation: Activation = Activation.GELU
@@ -70,11 +74,16 @@ KINDS = {
     "relative bias": replace(PLAIN, relative=True),
     "rotary": replace(PLAIN, rotary=True),
     "window": replace(PLAIN, window=2),
+    "norms of heads": replace(PLAIN, norms_heads=True),
+    "norms of halves": replace(PLAIN, norms_halves=True),
+    "norms with shifted weights": replace(PLAIN, rms=True, shift=1.0, norms_halves=True),
     "SwiGLU": GATED,
     "SwiGLU, gate first": replace(GATED, first=False),
     "GEGLU, joined": replace(GATED, joined=True, activation=Activation.GELU),
     "all": ALL,
-    "all in a window, joined": replace(ALL, window=4, joined=True, biased=True),
+    "all in a window, joined": replace(
+        ALL, window=4, joined=True, biased=True, norms_heads=True, norms_halves=True
+    ),
 }
 
 
@@ -87,7 +96,15 @@ def _linear(outputs: int, inputs: int, bias: bool) -> Linear:
 
 def _norm(kind: Kind) -> Norm:
     bias = torch.randn(WIDTH) if kind.biased and not kind.rms else None
-    return Norm(torch.rand(WIDTH) + 0.5, bias, 1e-5, kind.rms)
+    return Norm(torch.rand(WIDTH) + 0.5, bias, 1e-5, kind.rms, kind.shift)
+
+
+def _head_norm(kind: Kind) -> Norm | None:
+    return Norm(torch.rand(DIM) + 0.5, None, 1e-5, rms=True) if kind.norms_heads else None
+
+
+def _exit(kind: Kind) -> Norm | None:
+    return _norm(kind) if kind.norms_halves and kind.norm_first else None
 
 
 def _layer(kind: Kind, rotary: Rotary) -> Layer:
@@ -111,6 +128,8 @@ def _layer(kind: Kind, rotary: Rotary) -> Layer:
             rotary=rotary if kind.rotary else None,
             window=kind.window,
             causal=kind.causal,
+            query_norm=_head_norm(kind),
+            key_norm=_head_norm(kind),
         ),
         attention_norm=_norm(kind),
         feed_forward=FeedForward(
@@ -122,6 +141,8 @@ def _layer(kind: Kind, rotary: Rotary) -> Layer:
         ),
         feed_forward_norm=_norm(kind),
         norm_first=kind.norm_first,
+        attention_exit=_exit(kind),
+        feed_forward_exit=_exit(kind),
     )
 
 
@@ -149,7 +170,8 @@ def _apply(parts: Sequence[Linear], x: Tensor) -> Tensor:
 def _apply_norm(norm: Norm | None, x: Tensor) -> Tensor:
     if norm is None:
         return x
-    weight, bias = norm.weight.to(x.dtype), None if norm.bias is None else norm.bias.to(x.dtype)
+    weight = norm.weight.to(x.dtype) + norm.shift
+    bias = None if norm.bias is None else norm.bias.to(x.dtype)
     if norm.rms:
         return F.rms_norm(x, x.shape[-1:], weight, norm.eps)
     return F.layer_norm(x, x.shape[-1:], weight, bias, norm.eps)
@@ -172,6 +194,7 @@ def _attend(attention: Attention, x: Tensor) -> Tensor:
         .view(length, -1, dim)
         .split([attention.heads, attention.kv_heads, attention.kv_heads], dim=1)
     )
+    q, k = _apply_norm(attention.query_norm, q), _apply_norm(attention.key_norm, k)
     if attention.rotary is not None:
         q, k = (_turn(part, attention.rotary) for part in (q, k))
     away = torch.arange(length) - torch.arange(length)[:, None]
@@ -210,8 +233,10 @@ def plain_states(weights: EncoderWeights, x: Tensor) -> list[Tensor]:
     states = [x]
     for layer in weights.layers:
         if layer.norm_first:
-            x = x + _attend(layer.attention, _apply_norm(layer.attention_norm, x))
-            x = x + _feed_forward(layer.feed_forward, _apply_norm(layer.feed_forward_norm, x))
+            half = _attend(layer.attention, _apply_norm(layer.attention_norm, x))
+            x = x + _apply_norm(layer.attention_exit, half)
+            half = _feed_forward(layer.feed_forward, _apply_norm(layer.feed_forward_norm, x))
+            x = x + _apply_norm(layer.feed_forward_exit, half)
         else:
             x = _apply_norm(layer.attention_norm, x + _attend(layer.attention, x))
             x = _apply_norm(layer.feed_forward_norm, x + _feed_forward(layer.feed_forward, x))

@@ -89,17 +89,6 @@ def test_frequencies_are_read_live() -> None:
     assert_same(after, reference_states(made, batch))
 
 
-def test_another_kind_of_rotary_positions_is_refused() -> None:
-    made = model()
-    made.rotary_emb.rope_type["full_attention"] = "dynamic"
-    with pytest.raises(UnsupportedModelError, match="type 'default', got 'dynamic'"):
-        PackedEncoder(made)
-    made = model()
-    made.rotary_emb.full_attention_attention_scaling = 0.5
-    with pytest.raises(UnsupportedModelError, match="full_attention_attention_scaling .* got 0.5"):
-        PackedEncoder(made)
-
-
 @pytest.mark.parametrize("gaps", [False, True])
 def test_a_mask_with_gaps_runs_in_the_original(gaps: bool) -> None:
     """There the window is counted in columns of the padded row."""

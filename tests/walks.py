@@ -136,18 +136,20 @@ class Subject:
 
     def attention(self) -> Any:
         layer = self.layer()
-        attention = layer.attn if hasattr(layer, "attn") else layer.attention
+        name = next(n for n in ("attn", "self_attn", "attention") if hasattr(layer, n))
+        attention = getattr(layer, name)
         return getattr(attention, "self", attention)
 
     def module(self, *types: type[nn.Module]) -> Any:
         """A module of one of the types that the vectors depend on."""
-        return self.rng.choice(
-            [
-                module
-                for name, module in self.model.named_modules()
-                if type(module) in types and "pooler" not in name
-            ]
-        )
+        found = [
+            module
+            for name, module in self.model.named_modules()
+            if type(module) in types and "pooler" not in name
+        ]
+        if not found:
+            raise NotNow
+        return self.rng.choice(found)
 
     def part(self, name: str) -> Any:
         """The last module of sentence-transformers of that name."""

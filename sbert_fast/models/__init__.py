@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from sbert_fast.errors import UnsupportedModelError
-from sbert_fast.models import bert, distilbert, modernbert, mpnet
+from sbert_fast.models import bert, distilbert, llama, modernbert, mpnet, rotary_bert
 from sbert_fast.models.base import Architecture, EncoderWeights
 from sbert_fast.models.checks import check
 from sbert_fast.models.shapes import check_shapes
@@ -37,6 +37,8 @@ class Family:
 
 _BERT = Family(bert.architecture, bert.weights)
 _ROBERTA = Family(bert.offset_architecture, bert.weights)
+_LLAMA = Family(llama.architecture, llama.weights)
+_ROTARY_BERT = Family(rotary_bert.architecture, rotary_bert.weights)
 
 # Keyed on the class of the base model in transformers.
 FAMILIES: dict[str, Family] = {
@@ -48,6 +50,12 @@ FAMILIES: dict[str, Family] = {
     "DistilBertModel": Family(distilbert.architecture, distilbert.weights),
     "MPNetModel": Family(bert.offset_architecture, mpnet.weights),
     "ModernBertModel": Family(modernbert.architecture, modernbert.weights),
+    "NomicBertModel": _ROTARY_BERT,
+    "GteModel": _ROTARY_BERT,
+    "JinaEmbeddingsV3Model": _ROTARY_BERT,
+    "EuroBertModel": _LLAMA,
+    "Qwen3Model": _LLAMA,
+    "Gemma3TextModel": _LLAMA,
 }
 
 

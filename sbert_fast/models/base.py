@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -34,6 +35,8 @@ _CLASSES = {
     "SiLUActivation": Activation.SILU,
 }
 _HOMES = ("torch.nn.modules.activation", "transformers.activations")
+# Kinds of rotary positions whose frequencies no call changes.
+_ROTARY = ("default", "linear", "llama3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +50,18 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """LayerNorm over the last dimension, or RMSNorm where `rms` says so."""
+    """LayerNorm over the last dimension, or RMSNorm where `rms` says so.
+
+    Attributes:
+        weight, bias, eps: as usual.
+        shift: what is added to the weight.
+    """
 
     weight: Tensor
     bias: Tensor | None
     eps: float
     rms: bool = False
+    shift: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +100,7 @@ class Attention:
         relative_bias, rotary: None where there is none.
         window: how many tokens a token sees on each side; None is all of them.
         causal: a token sees none to the right.
+        query_norm, key_norm: RMSNorm of every head, before its rotary positions; both or neither.
     """
 
     qkv: tuple[Linear, ...]
@@ -103,6 +113,8 @@ class Attention:
     rotary: Rotary | None = None
     window: int | None = None
     causal: bool = False
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +144,8 @@ class Layer:
         norm_first: whether each half is `x + half(norm(x))` (pre-norm) or `norm(x + half(x))`.
         attention_norm: None is the identity, which only the first layer may have, and only
             where norms come first.
+        attention_exit, feed_forward_exit: norms of what each half adds, where norms come first;
+            both or neither.
     """
 
     attention: Attention
@@ -139,17 +153,21 @@ class Layer:
     feed_forward: FeedForward
     feed_forward_norm: Norm
     norm_first: bool = False
+    attention_exit: Norm | None = None
+    feed_forward_exit: Norm | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Embeddings:
-    """Embedding tables `[rows, E]`, their sum normalised; `projection` widens it (ELECTRA)."""
+    """Embedding tables `[rows, E]`, their sum normalised; `projection` widens it (ELECTRA), or
+    `scale`, of one element, multiplies it (Gemma)."""
 
     word: Tensor
     position: Tensor | None
     token_type: Tensor | None
     norm: Norm | None
     projection: Linear | None = None
+    scale: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +220,8 @@ class Architecture:
         max_tokens: tokens there are positions for.
         type_vocab_size: token types, 0 where the family has none.
         gated: the feed-forward has a gate, and twice `intermediate_size` columns before it.
+        is_decoder: its forward returns a cache if asked to, and takes positions that begin anew for
+            texts in a row.
     """
 
     family: str
@@ -217,6 +237,7 @@ class Architecture:
     max_tokens: int
     type_vocab_size: int
     gated: bool = False
+    is_decoder: bool = False
 
     @property
     def up_size(self) -> int:
@@ -256,6 +277,24 @@ def norm(module: nn.Module, *, bias: bool = True) -> Norm:
         expected = "torch.nn.LayerNorm with weight" + (" and bias" if bias else "")
         raise UnsupportedModelError(f"expected {expected}, got {type(module).__qualname__}")
     return Norm(module.weight, module.bias, module.eps)
+
+
+def rms_norm(module: Any) -> Norm:
+    """What an RMSNorm of transformers holds, one that is laid out like T5's."""
+    return Norm(module.weight, None, module.variance_epsilon, rms=True)
+
+
+def rotary(module: Any, kind: str | None = None) -> Rotary:
+    """The rotary positions of a model, or those of its layers of one kind."""
+    name = module.rope_type if kind is None else module.rope_type[kind]
+    prefix = "" if kind is None else f"{kind}_"
+    if name not in _ROTARY:
+        raise UnsupportedModelError(
+            f"rotary positions must be of type {', '.join(_ROTARY)}, got {name!r}"
+        )
+    if (scaling := getattr(module, f"{prefix}attention_scaling")) != 1.0:
+        raise UnsupportedModelError(f"{prefix}attention_scaling must be 1, got {scaling!r}")
+    return Rotary(getattr(module, f"{prefix}inv_freq"))
 
 
 def head_dim(hidden_size: int, heads: int) -> int:

@@ -77,6 +77,8 @@ def _check_numbers(architecture: Architecture, weights: EncoderWeights) -> None:
         if attention.window is not None:
             _check_int("the window of attention", attention.window, 0)
         norms += [layer.attention_norm, layer.feed_forward_norm]
+        norms += [attention.query_norm, attention.key_norm]
+        norms += [layer.attention_exit, layer.feed_forward_exit]
     for eps in {norm.eps: None for norm in norms if norm is not None}:
         if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
             raise UnsupportedModelError(f"eps of a norm must be a number from 0 on, got {eps!r}")
@@ -94,6 +96,13 @@ def _check_norms(weights: EncoderWeights) -> None:
     following = weights.layers[0 if False in first else 1 :]
     if len(first) > 1 or any(layer.attention_norm is None for layer in following):
         raise UnsupportedModelError("norms must come first in all layers and at the end, or last")
+    for layer in weights.layers:
+        exits = {layer.attention_exit is not None, layer.feed_forward_exit is not None}
+        if len(exits) > 1 or (True in exits and not layer.norm_first):
+            raise UnsupportedModelError("norms of what halves add need norms that come first")
+        query, key = layer.attention.query_norm, layer.attention.key_norm
+        if query is not None and key is not None and query.eps != key.eps:
+            raise UnsupportedModelError(f"eps of the norms of heads differ: {query.eps}, {key.eps}")
 
 
 def _check_parameters(model: nn.Module, weights: EncoderWeights) -> None:

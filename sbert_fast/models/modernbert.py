@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.models.base import (
     Architecture,
     Attention,
@@ -22,6 +21,7 @@ from sbert_fast.models.base import (
     head_dim,
     linear,
     norm,
+    rotary,
 )
 from sbert_fast.ops.reference import Activation
 
@@ -31,24 +31,15 @@ _WINDOWED = "sliding_attention"
 def weights(model: Any) -> EncoderWeights:
     table, config = model.embeddings, model.config
     function = activation(config.hidden_activation, [x.mlp.act for x in model.layers], gated=True)
-    rotary = {kind: _rotary(model.rotary_emb, kind) for kind in set(config.layer_types)}
+    positions = {kind: rotary(model.rotary_emb, kind) for kind in set(config.layer_types)}
     return EncoderWeights(
         Embeddings(table.tok_embeddings.weight, None, None, norm(table.norm, bias=False)),
-        tuple(_layer(layer, config, rotary, function) for layer in model.layers),
+        tuple(_layer(layer, config, positions, function) for layer in model.layers),
         norm(model.final_norm, bias=False),
     )
 
 
-def _rotary(module: Any, kind: str) -> Rotary:
-    name, scaling = module.rope_type[kind], f"{kind}_attention_scaling"
-    if name != "default":
-        raise UnsupportedModelError(f"rotary positions must be of type 'default', got {name!r}")
-    if getattr(module, scaling) != 1.0:
-        raise UnsupportedModelError(f"{scaling} must be 1, got {getattr(module, scaling)!r}")
-    return Rotary(getattr(module, f"{kind}_inv_freq"))
-
-
-def _layer(module: Any, config: Any, rotary: dict[str, Rotary], function: Activation) -> Layer:
+def _layer(module: Any, config: Any, positions: dict[str, Rotary], function: Activation) -> Layer:
     heads, kind = config.num_attention_heads, module.attention_type
     dim = head_dim(config.hidden_size, heads)
     identity = type(module.attn_norm) is nn.Identity
@@ -60,7 +51,7 @@ def _layer(module: Any, config: Any, rotary: dict[str, Rotary], function: Activa
             kv_heads=heads,
             head_dim=dim,
             scale=dim**-0.5,
-            rotary=rotary[kind],
+            rotary=positions[kind],
             window=config.sliding_window if kind == _WINDOWED else None,
         ),
         attention_norm=None if identity else norm(module.attn_norm, bias=False),

@@ -47,6 +47,7 @@ def _shapes(architecture: Architecture, weights: EncoderWeights) -> _Shapes:
     yield embeddings.word, (architecture.vocab_size, size)
     yield embeddings.position, (architecture.position_offset + architecture.max_tokens, size)
     yield embeddings.token_type, (architecture.type_vocab_size, size)
+    yield embeddings.scale, ()
     yield from _norm(embeddings.norm, size)
     if embeddings.projection is not None:
         yield from _linear(embeddings.projection, width, size)
@@ -54,6 +55,8 @@ def _shapes(architecture: Architecture, weights: EncoderWeights) -> _Shapes:
         yield from _norm(layer.attention_norm, width)
         yield from _attention(layer.attention, width)
         yield from _norm(layer.feed_forward_norm, width)
+        yield from _norm(layer.attention_exit, width)
+        yield from _norm(layer.feed_forward_exit, width)
         yield from _feed_forward(layer.feed_forward, width)
     yield from _norm(weights.final_norm, width)
 
@@ -77,6 +80,8 @@ def _attention(attention: Attention, width: int) -> _Shapes:
     for part, outputs in zip(attention.qkv, columns, strict=True):
         yield from _linear(part, outputs, width)
     yield from _linear(attention.output, width, attention.heads * dim)
+    yield from _norm(attention.query_norm, dim)
+    yield from _norm(attention.key_norm, dim)
     if attention.rotary is not None:
         yield attention.rotary.frequencies, (dim // 2,)
     if attention.relative_bias is not None:

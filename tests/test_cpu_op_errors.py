@@ -43,7 +43,7 @@ REFUSALS = [
         "varlen_attention",
         0,
         lambda x: x[:, :, :, :7].contiguous(),
-        r"D must be in \[8, 128\], got 7",
+        r"D must be in \[8, 256\], got 7",
     ),
     (
         "varlen_attention",

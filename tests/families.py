@@ -274,11 +274,13 @@ def make_xlnet() -> SentenceTransformer:
     return SentenceTransformer(modules=modules, device="cpu").eval()
 
 
-def make_cross_encoder(name: str = "bert", *, num_labels: int = 1, seed: int = 0) -> CrossEncoder:
+def make_cross_encoder(
+    name: str = "bert", *, num_labels: int = 1, seed: int = 0, **overrides: Any
+) -> CrossEncoder:
     """A random CrossEncoder on the CPU."""
     with tempfile.TemporaryDirectory() as directory:
         head = "AutoModelForSequenceClassification"
-        save_model(name, directory, seed=seed, head=head, num_labels=num_labels)
+        save_model(name, directory, seed=seed, head=head, num_labels=num_labels, **overrides)
         return CrossEncoder(directory, device="cpu")
 
 

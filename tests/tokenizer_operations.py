@@ -158,11 +158,12 @@ def entry_added_to_the_backend(s: Subject) -> None:
 
 @operation
 def backend_replaced(s: Subject) -> Undo:
-    old = s.backend
-    s.tokenizer._tokenizer = Tokenizer.from_str(
+    # Another tokenizer may have another vocabulary by the time it is undone.
+    old, tokenizer = s.backend, s.tokenizer
+    tokenizer._tokenizer = Tokenizer.from_str(
         old.to_str().replace('"lowercase":true', '"lowercase":false')
     )
-    return lambda s: setattr(s.tokenizer, "_tokenizer", old)
+    return lambda _: setattr(tokenizer, "_tokenizer", old)
 
 
 @operation

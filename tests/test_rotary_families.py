@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import families
-from packed import packed_states, reference_states
+from packed import assert_same, packed_states, reference_states
 from patched import assert_identical, assert_same_states, pair, run
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import UnsupportedModelError
@@ -62,6 +62,18 @@ def test_configs(name: str, overrides: dict[str, Any]) -> None:
 @pytest.mark.parametrize("parameters", [{"rope_type": "default", "rope_theta": 50.0}, LINEAR])
 def test_frequencies(name: str, parameters: dict[str, Any]) -> None:
     assert_packed_as_stock(families.make_model(name, rope_parameters=parameters), name)
+
+
+@every_family
+def test_frequencies_are_read_live(name: str) -> None:
+    made, batch = families.make_model(name), families.make_batch(name, LENGTHS)
+    engine = PackedEncoder(made)
+    before = torch.cat(packed_states(engine, batch))
+    (frequencies, *_) = (b for n, b in made.named_buffers() if n.endswith("inv_freq"))
+    frequencies.data.mul_(0.5)
+    after = packed_states(engine, batch)
+    assert not torch.equal(before, torch.cat(after))
+    assert_same(after, reference_states(made, batch))
 
 
 @every_family

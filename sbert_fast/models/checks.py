@@ -74,6 +74,11 @@ def _check_numbers(architecture: Architecture, weights: EncoderWeights) -> None:
         attention = layer.attention
         _check_int("the number of heads", attention.heads, 1)
         _check_int("the number of heads of keys", attention.kv_heads, 1, attention.heads)
+        if attention.heads % attention.kv_heads:
+            raise UnsupportedModelError(
+                f"the number of heads of keys must divide that of heads, {attention.heads}, got "
+                f"{attention.kv_heads}"
+            )
         if attention.window is not None:
             _check_int("the window of attention", attention.window, 0)
         norms += [layer.attention_norm, layer.feed_forward_norm]

@@ -186,8 +186,8 @@ def peer_segment_pool(
 
 
 def peer_norm_pool(x: Tensor, *args: Any) -> Tensor:
-    """The LayerNorm in the dtype of `x`, pooled in fp32."""
-    return peer_segment_pool(peer_add_norm(x, *args[:5]), *args[5:])
+    """The norm in the dtype of `x`, pooled in fp32."""
+    return peer_segment_pool(peer_add_norm(x, *args[:5], *args[10:]), *args[5:10])
 
 
 PEERS: dict[str, Callable[..., Any]] = {

@@ -19,6 +19,10 @@ DTYPES = [*HALVES, torch.float32]
 NAMES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 # One column, fewer than a chunk, three chunks, chunks and a rest, rows over two and four warps.
 SHAPES = [(1, 1), (9, 37), (33, 384), (5, 1000), (5, 1536), (3, 4096)]
+# Arguments of embed_norm that may be missing, by position.
+POSITIONS, NORM = (1, 4), (6, 7)
+ABSENT = ("positions_ptr", "position_table_ptr", "weight_ptr", "bias_ptr")
+every_norm = pytest.mark.parametrize("rms", [False, True])
 # numpy's, where a power of two stands for infinity.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
 
@@ -35,25 +39,36 @@ def run(op: str, args: list[Any], device: str) -> Tensor:
     return getattr(OPS, op).triton(*there).cpu()
 
 
+@every_norm
 @pytest.mark.parametrize(
     ("dtype", "out_dtype"),
     [*((d, d) for d in DTYPES), (torch.float32, torch.float16), (torch.float16, torch.float32)],
 )
 @pytest.mark.parametrize(("T", "E"), SHAPES)
 def test_embed_norm(
-    triton_device: str, T: int, E: int, dtype: torch.dtype, out_dtype: torch.dtype
+    triton_device: str, T: int, E: int, dtype: torch.dtype, out_dtype: torch.dtype, rms: bool
 ) -> None:
-    for types in ("given", "type 0", "no table"):
-        args = embed_args(T, E, dtype, out_dtype, types)
+    for types, *missing in (
+        ("given",),
+        ("type 0",),
+        ("no table",),
+        ("given", *POSITIONS),
+        ("type 0", *NORM),
+        ("no table", *POSITIONS, *NORM),
+    ):
+        args = [*embed_args(T, E, dtype, out_dtype, types), *[True] * rms]
+        for i in missing:
+            args[i] = None
         check_op("embed_norm", run("embed_norm", args, triton_device), args, out_dtype)
 
 
+@every_norm
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("T", "E"), SHAPES)
-def test_add_norm(triton_device: str, T: int, E: int, dtype: torch.dtype) -> None:
+def test_add_norm(triton_device: str, T: int, E: int, dtype: torch.dtype, rms: bool) -> None:
     x, bias, residual, *norm = add_norm_args(T, E, dtype)
     for optional in ([bias, residual], [bias, None], [None, residual], [None, None]):
-        args = [x, *optional, *norm]
+        args = [x, *optional, *norm, *[True] * rms]
         check_op("add_norm", run("add_norm", args, triton_device), args, dtype)
 
 
@@ -89,11 +104,15 @@ def test_bias_gelu_keeps_its_relative_accuracy(triton_device: str) -> None:
     assert error[x.abs() < 3].max() < 3e-7
 
 
-@pytest.mark.parametrize("op", ["add_norm", "bias_gelu"])
+@pytest.mark.parametrize(
+    ("op", "rms"), [("add_norm", False), ("add_norm", True), ("bias_gelu", False)]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("E", [37, 384])
-def test_rows_are_isolated(triton_device: str, op: str, E: int, dtype: torch.dtype) -> None:
-    args = add_norm_args(21, E, dtype)
+def test_rows_are_isolated(
+    triton_device: str, op: str, rms: bool, E: int, dtype: torch.dtype
+) -> None:
+    args = [*add_norm_args(21, E, dtype), *[True] * rms]
     if op == "bias_gelu":
         args = [args[0], args[1], False]
     rows = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.dim() == 2]
@@ -133,8 +152,11 @@ def test_more_than_2_to_the_31_elements() -> None:
         check_op(op, out, [args[0], *few], torch.float16)
 
 
-def builds(arch: int, dtype: torch.dtype, width: int) -> list[aot.Build]:
-    """The three kernels for rows of `width` columns, four times as many in bias_gelu."""
+def builds(
+    arch: int, dtype: torch.dtype, width: int, rms: bool = False, absent: tuple[str, ...] = ()
+) -> list[aot.Build]:
+    """The three kernels for rows of `width` columns, four times as many in bias_gelu; embed_norm
+    without the arguments `absent`."""
     from sbert_fast.kernels import add_norm, bias_gelu, embed_norm
 
     x, vector, ids = NAMES[dtype], "*fp32", "*i32"
@@ -143,10 +165,13 @@ def builds(arch: int, dtype: torch.dtype, width: int) -> list[aot.Build]:
     embed |= {name: x for name in ("word_ptr", "position_table_ptr", "type_table_ptr")}
     add = {"x_ptr": x, "residual_ptr": x, "ln_bias_ptr": vector}
     gelu = {"x_ptr": x, "bias_ptr": vector, "out_ptr": x, "T": "i32"}
+    options = {"E": width, "RMS": rms}
+    given = {name: kind for name, kind in (embed | norm).items() if name not in absent}
+    without = options | dict.fromkeys(absent)
     made = []
     for module, signature, constants in (
-        (embed_norm, embed | norm, {"E": width} | embed_norm.config(width, dtype)),
-        (add_norm, add | norm, {"E": width} | add_norm.config(width, dtype)),
+        (embed_norm, given, without | embed_norm.config(width, dtype)),
+        (add_norm, add | norm, options | add_norm.config(width, dtype)),
         (bias_gelu, gelu, {"F": 4 * width, "TANH": 0} | bias_gelu.config(4 * width, dtype)),
     ):
         warps = constants.pop("num_warps")
@@ -158,11 +183,12 @@ def builds(arch: int, dtype: torch.dtype, width: int) -> list[aot.Build]:
 
 @pytest.mark.parametrize("arch", aot.ARCHS)
 def test_kernels_compile_and_fit(arch: int) -> None:
-    cases = [(dtype, width) for dtype in HALVES for width in (384, 1024)]
+    cases: list[tuple[Any, ...]] = [(dtype, width) for dtype in HALVES for width in (384, 1024)]
+    cases += [(torch.float16, 1024, True, ABSENT[:2]), (torch.float16, 768, True, ABSENT)]
     if arch == 90:
         cases += [(torch.float16, width) for width in (37, 768, 4096)]
         cases += [(torch.float32, width) for width in (384, 1024)]
-    todo = [build for dtype, width in cases for build in builds(arch, dtype, width)]
+    todo = [build for case in cases for build in builds(arch, *case)]
     usages = aot.compile_all(todo)
     print(aot.table(todo, usages))
     aot.assert_fits(todo, usages)

@@ -21,8 +21,12 @@ NAMES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"
 # Short segments, segments of a program, slices: every border, and neighbours of every kind.
 LENGTHS = [5, 0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 0, 127, 128, 129, 300, 2, 0]
 FEW_LENGTHS = [3, 0, 40, 1, 150, 16]
-OPS_AND_MODES = [(op, mode) for op in ("segment_pool", "norm_pool") for mode in POOLING_MODES]
-every_mode = pytest.mark.parametrize(("op", "mode"), OPS_AND_MODES)
+# The op, and whether its norm is RMSNorm.
+NORMS = [("segment_pool", False), ("norm_pool", False), ("norm_pool", True)]
+every_norm = pytest.mark.parametrize(("op", "rms"), NORMS)
+every_mode = pytest.mark.parametrize(
+    ("op", "rms", "mode"), [(*norm, mode) for norm in NORMS for mode in POOLING_MODES]
+)
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 
 
@@ -32,13 +36,15 @@ def seeded(poisoned: None) -> Iterator[None]:
     yield
 
 
-def arguments(op: str, E: int, dtype: torch.dtype, mode: str, **options: Any) -> list[Any]:
+def arguments(
+    op: str, E: int, dtype: torch.dtype, mode: str, rms: bool = False, **options: Any
+) -> list[Any]:
     """The arguments of `op`, the dead tail NaN."""
     x, *how = pool_args(E, dtype, mode, **options)
     if op == "segment_pool":
         return [x, *how]
     _, bias, residual, *norm = add_norm_args(x.shape[0], E, dtype)
-    return [x, bias, residual, *norm, *how]
+    return [x, bias, residual, *norm, *how, *[True] * rms]
 
 
 def run(op: str, args: list[Any], device: str) -> Any:
@@ -50,9 +56,11 @@ def run(op: str, args: list[Any], device: str) -> Any:
 
 @every_mode
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_length(triton_device: str, op: str, mode: str, dtype: torch.dtype) -> None:
+def test_every_length(
+    triton_device: str, op: str, rms: bool, mode: str, dtype: torch.dtype
+) -> None:
     normalize = dtype != torch.bfloat16
-    args = arguments(op, 37, dtype, mode, lengths=LENGTHS, normalize=normalize)
+    args = arguments(op, 37, dtype, mode, rms, lengths=LENGTHS, normalize=normalize)
     out = run(op, args, triton_device)
     check_op(op, out, args, torch.float32)
     assert not out[[i for i, length in enumerate(LENGTHS) if not length]].any()
@@ -60,20 +68,23 @@ def test_every_length(triton_device: str, op: str, mode: str, dtype: torch.dtype
 
 @every_mode
 @pytest.mark.parametrize("skip", [2, 17, 1000])
-def test_skipped_tokens(triton_device: str, op: str, mode: str, skip: int) -> None:
-    args = arguments(op, 33, torch.float32, mode, lengths=[5, 0, 2, 18, 49, 17, 146], skip=skip)
+def test_skipped_tokens(triton_device: str, op: str, rms: bool, mode: str, skip: int) -> None:
+    lengths = [5, 0, 2, 18, 49, 17, 146]
+    args = arguments(op, 33, torch.float32, mode, rms, lengths=lengths, skip=skip)
     start = 5 + 2
     args[0][start : start + min(skip, 17)] = float("nan") if mode not in ("cls",) else 7.0
     check_op(op, run(op, args, triton_device), args, torch.float32)
 
 
-@pytest.mark.parametrize("op", ["segment_pool", "norm_pool"])
+@every_norm
 @pytest.mark.parametrize("mode", ["mean", "max"])
 @pytest.mark.parametrize(
     ("E", "dtype"), [(1, torch.float16), (384, torch.bfloat16), (1536, torch.float32)]
 )
-def test_widths(triton_device: str, op: str, mode: str, E: int, dtype: torch.dtype) -> None:
-    args = arguments(op, E, dtype, mode, lengths=FEW_LENGTHS)
+def test_widths(
+    triton_device: str, op: str, rms: bool, mode: str, E: int, dtype: torch.dtype
+) -> None:
+    args = arguments(op, E, dtype, mode, rms, lengths=FEW_LENGTHS)
     check_op(op, run(op, args, triton_device), args, torch.float32)
 
 
@@ -102,10 +113,10 @@ def test_optional_terms(triton_device: str, terms: str) -> None:
 
 
 @every_mode
-def test_spans(triton_device: str, op: str, mode: str) -> None:
+def test_spans(triton_device: str, op: str, rms: bool, mode: str) -> None:
     ranges = [[2, 9], [0, 200], [4, 4], [200, 200], [40, 73], [199, 200], [30, 50]]
     spans = torch.tensor(ranges, dtype=torch.int32)
-    args = arguments(op, 48, torch.float32, mode, lengths=[150, 50], spans=spans, skip=1)
+    args = arguments(op, 48, torch.float32, mode, rms, lengths=[150, 50], spans=spans, skip=1)
     check_op(op, run(op, args, triton_device), args, torch.float32)
 
 
@@ -120,32 +131,33 @@ def test_a_strided_view_has_the_same_bits(triton_device: str, mode: str) -> None
     assert torch.equal(OPS.segment_pool.triton(view, *rest).cpu(), expected)
 
 
-@pytest.mark.parametrize("op", ["segment_pool", "norm_pool"])
+@every_norm
 @pytest.mark.parametrize("scattered", [True, False])
-def test_rows_go_to_their_places(triton_device: str, op: str, scattered: bool) -> None:
+def test_rows_go_to_their_places(triton_device: str, op: str, rms: bool, scattered: bool) -> None:
     args = arguments(op, 37, torch.float32, "mean", lengths=FEW_LENGTHS)
     rows = torch.randperm(9)[: len(FEW_LENGTHS)] if scattered else torch.arange(len(FEW_LENGTHS))
     wide = torch.full((9, 50), -7.0)
     expected = wide.clone()
-    expected[rows, 3:40] = run(op, args, triton_device)
+    norm = [True] * rms
+    expected[rows, 3:40] = run(op, [*args, *norm], triton_device)
     there = [a.to(triton_device) if isinstance(a, Tensor) else a for a in args]
     wide = wide.to(triton_device)
     places = rows.int().to(triton_device) if scattered else None
-    assert getattr(OPS, f"{op}_out").triton(*there, wide[:, 3:40], places) is None
+    assert getattr(OPS, f"{op}_out").triton(*there, wide[:, 3:40], places, *norm) is None
     assert torch.equal(wide.cpu(), expected)
 
 
-@pytest.mark.parametrize("op", ["segment_pool", "norm_pool"])
+@every_norm
 @pytest.mark.parametrize("mode", ["mean", "max"])
 @pytest.mark.parametrize(
     ("dtype", "length"),
     [(torch.float16, 16), (torch.float32, 40), (torch.float16, 129), (torch.float32, 300)],
 )
 def test_segments_are_isolated(
-    triton_device: str, op: str, mode: str, dtype: torch.dtype, length: int
+    triton_device: str, op: str, rms: bool, mode: str, dtype: torch.dtype, length: int
 ) -> None:
     lengths = [7, 0, 45, length, 1, 130]
-    args = arguments(op, 37, dtype, mode, lengths=lengths)
+    args = arguments(op, 37, dtype, mode, rms, lengths=lengths)
     expected = run(op, args, triton_device)[3]
     assert expected.isfinite().all()
     whole = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.dim() == 2]
@@ -157,7 +169,7 @@ def test_segments_are_isolated(
     assert torch.equal(run(op, args, triton_device)[3], expected)
     for i, part in zip(whole, alone, strict=True):
         args[i] = part
-    args[-5] = int32(0, length)
+    args[1 if op == "segment_pool" else 6] = int32(0, length)
     assert torch.equal(run(op, args, triton_device)[0], expected)
 
 
@@ -214,7 +226,9 @@ def test_more_than_2_to_the_31_elements() -> None:
     assert not out[0].any()
 
 
-def builds(arch: int, x: torch.dtype, E: int, norm: bool, mode: str) -> list[aot.Build]:
+def builds(
+    arch: int, x: torch.dtype, E: int, norm: bool, mode: str, rms: bool = False
+) -> list[aot.Build]:
     """Both kernels for rows of E columns."""
     from sbert_fast.kernels import pooling
 
@@ -230,7 +244,7 @@ def builds(arch: int, x: torch.dtype, E: int, norm: bool, mode: str) -> list[aot
         first |= {"bias_ptr": vector, "residual_ptr": NAMES[x], **vectors}
         second |= vectors
     modes = {"E": E, "out_stride": E, "NORMALIZE": 1, "POOLING": POOLING_MODES.index(mode)}
-    options = modes | {"x_stride": E, "SPANS": 0} | pooling.config(E, x, norm)
+    options = modes | {"x_stride": E, "SPANS": 0, "RMS": rms} | pooling.config(E, x, norm)
     joining = modes | pooling.join_config(E)
     if not norm:
         options |= absent
@@ -246,6 +260,7 @@ def builds(arch: int, x: torch.dtype, E: int, norm: bool, mode: str) -> list[aot
 def test_kernels_compile_and_fit(arch: int) -> None:
     cases = [(x, 384, norm, "mean") for x in HALVES for norm in (False, True)]
     cases += [(torch.float16, 1024, True, "max")]
+    cases += [(torch.float16, E, True, mode, True) for E, mode in ((384, "mean"), (1024, "max"))]
     if arch == 90:
         cases += [(torch.float16, 768, True, "weighted_mean"), (torch.bfloat16, 37, True, "max")]
         cases += [(torch.float32, 1024, True, "max"), (torch.float16, 4096, True, "max")]

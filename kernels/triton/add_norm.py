@@ -1,4 +1,5 @@
-"""`LayerNorm(x + bias + residual)` of packed rows, one read and one write of every element.
+"""`LayerNorm(x + bias + residual)` or RMSNorm of packed rows, one read and one write of every
+element.
 
 Numerics: fp32 sum and statistics, two passes over registers (mean, then centred variance); one
 rounding. A row is reduced by one warp up to 1,024 columns, in an order that only E and the dtype
@@ -35,6 +36,7 @@ def _add_norm_kernel(
     T,
     eps,
     E: tl.constexpr,
+    RMS: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -54,7 +56,7 @@ def _add_norm_kernel(
         x = slots[slot]
         if bias_ptr is not None:
             x = add_tiles(x, bias)
-        x = standardize(x, eps, E, CHUNK)
+        x = standardize(x, eps, E, CHUNK, RMS)
         if slot == 0:
             weight = load_vector(weight_ptr, E, CHUNK, ROWS)
             ln_bias = load_vector(ln_bias_ptr, E, CHUNK, ROWS)
@@ -76,6 +78,7 @@ def add_norm(
     weight: Tensor,
     ln_bias: Tensor,
     eps: float,
+    rms: bool = False,
 ) -> Tensor:
     """`LayerNorm(x + bias + residual)`; see :func:`sbert_fast.ops.add_norm`.
 
@@ -84,7 +87,8 @@ def add_norm(
         bias: fp32 `[E]` or None.
         residual: `[T, E]`, dtype of `x`, or None.
         weight, ln_bias: fp32 `[E]`.
-        eps: LayerNorm epsilon.
+        eps: added to the variance.
+        rms: RMSNorm instead of LayerNorm.
 
     Returns:
         `[T, E]` in the dtype of `x`.
@@ -97,5 +101,7 @@ def add_norm(
     out = torch.empty_like(x)
     if T:
         grid = (triton.cdiv(T, constants["ROWS"] * constants["SLOTS"]),)
-        _add_norm_kernel[grid](x, bias, residual, weight, ln_bias, out, T, eps, E=E, **constants)
+        _add_norm_kernel[grid](
+            x, bias, residual, weight, ln_bias, out, T, eps, E=E, RMS=rms, **constants
+        )
     return out

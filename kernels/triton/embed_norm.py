@@ -1,5 +1,6 @@
 """`LayerNorm(word[ids] + position_table[positions] + type_table[types])`, gathered and normalised
-in one pass.
+in one pass. RMSNorm may take the place of LayerNorm, and the position table, the type table and
+the norm may be missing.
 
 Numerics: fp32 sum and statistics, two passes over registers (mean, then centred variance); one
 rounding. The order of a row's reduction depends on E and the dtype of the tables only.
@@ -27,17 +28,18 @@ from sbert_fast.kernels.rows import (
 @triton.jit(do_not_specialize=["T"])
 def _embed_norm_kernel(
     ids_ptr,  # [T] int32
-    positions_ptr,  # [T] int32
+    positions_ptr,  # [T] int32 or None
     types_ptr,  # [T] int32, or None: type 0
     word_ptr,  # [V, E]
-    position_table_ptr,  # [P, E]
+    position_table_ptr,  # [P, E] or None
     type_table_ptr,  # [N, E] or None
-    weight_ptr,  # [E] fp32
-    bias_ptr,  # [E] fp32
+    weight_ptr,  # [E] fp32, or None: no norm
+    bias_ptr,  # [E] fp32, or None as well
     out_ptr,  # [T, E]
     T,
     eps,
     E: tl.constexpr,
+    RMS: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -48,9 +50,11 @@ def _embed_norm_kernel(
         rows = first + slot * ROWS
         keep = rows < T
         ids = tl.load(ids_ptr + rows, mask=keep, other=0).to(tl.int64)
-        positions = tl.load(positions_ptr + rows, mask=keep, other=0).to(tl.int64)
+        if position_table_ptr is not None:
+            positions = tl.load(positions_ptr + rows, mask=keep, other=0).to(tl.int64)
         x = load_rows(word_ptr, ids * E, keep, E, CHUNK)
-        x = add_tiles(x, load_rows(position_table_ptr, positions * E, keep, E, CHUNK))
+        if position_table_ptr is not None:
+            x = add_tiles(x, load_rows(position_table_ptr, positions * E, keep, E, CHUNK))
         if type_table_ptr is not None:
             types = tl.zeros((ROWS,), tl.int64)
             if types_ptr is not None:
@@ -59,11 +63,14 @@ def _embed_norm_kernel(
         slots = slots + (x,)
     for slot in tl.static_range(SLOTS):
         rows = first + slot * ROWS
-        x = standardize(slots[slot], eps, E, CHUNK)
-        if slot == 0:
-            weight = load_vector(weight_ptr, E, CHUNK, ROWS)
-            bias = load_vector(bias_ptr, E, CHUNK, ROWS)
-        store_rows(out_ptr, rows * E, rows < T, scale_tiles(x, weight, bias), E, CHUNK)
+        x = slots[slot]
+        if weight_ptr is not None:
+            x = standardize(x, eps, E, CHUNK, RMS)
+            if slot == 0:
+                weight = load_vector(weight_ptr, E, CHUNK, ROWS)
+                bias = load_vector(bias_ptr, E, CHUNK, ROWS)
+            x = scale_tiles(x, weight, bias)
+        store_rows(out_ptr, rows * E, rows < T, x, E, CHUNK)
 
 
 def config(E: int, dtype: torch.dtype) -> dict[str, int]:
@@ -75,26 +82,28 @@ def config(E: int, dtype: torch.dtype) -> dict[str, int]:
 
 def embed_norm(
     ids: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     types: Tensor | None,
     word: Tensor,
-    position_table: Tensor,
+    position_table: Tensor | None,
     type_table: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float,
     out_dtype: torch.dtype,
+    rms: bool = False,
 ) -> Tensor:
-    """Embeddings of packed tokens, normalised; see :func:`sbert_fast.ops.embed_norm`.
+    """Embeddings of packed tokens, summed and normalised; see :func:`sbert_fast.ops.embed_norm`.
 
     Args:
-        ids, positions: int32 `[T]`, inside their tables.
+        ids, positions: int32 `[T]`, inside their tables; positions None without a table.
         types: int32 `[T]`; None with a table means type 0 everywhere.
         word: `[V, E]` fp16, bf16 or fp32, contiguous; E up to 4096.
-        position_table, type_table: `[P, E]` and `[N, E]` (or None) of the dtype of `word`.
-        weight, bias: fp32 `[E]`.
-        eps: LayerNorm epsilon.
+        position_table, type_table: `[P, E]` and `[N, E]` of the dtype of `word`, each or None.
+        weight, bias: fp32 `[E]`; both None: no norm.
+        eps: added to the variance.
         out_dtype: fp16, bf16 or fp32.
+        rms: RMSNorm instead of LayerNorm.
 
     Returns:
         `[T, E]` in `out_dtype`.
@@ -109,6 +118,6 @@ def embed_norm(
         grid = (triton.cdiv(T, constants["ROWS"] * constants["SLOTS"]),)
         tables = word, position_table, type_table
         _embed_norm_kernel[grid](
-            ids, positions, types, *tables, weight, bias, out, T, eps, E=E, **constants
+            ids, positions, types, *tables, weight, bias, out, T, eps, E=E, RMS=rms, **constants
         )
     return out

@@ -23,6 +23,7 @@ def norm_pool(
     normalize: bool,
     skip: int,
     spans: Tensor | None,
+    rms: bool = False,
 ) -> Tensor:
     """Normalise and pool the tokens of each sequence; see :func:`sbert_fast.ops.norm_pool`.
 
@@ -31,12 +32,13 @@ def norm_pool(
         bias: fp32 `[E]` or None.
         residual: `[T, E]`, dtype of `x`, or None.
         weight, ln_bias: fp32 `[E]`.
-        eps: LayerNorm epsilon.
+        eps: added to the variance.
         cu_seqlens: int32 `[B + 1]`.
         pooling: position of the mode in `POOLING_MODES`.
         normalize: L2-normalise each row.
         skip: leading tokens left out.
         spans: int32 `[P, 2]` or None.
+        rms: RMSNorm instead of LayerNorm.
 
     Returns:
         `[B, E]` fp32, `[P, E]` with `spans`.
@@ -46,7 +48,7 @@ def norm_pool(
     """
     rows = cu_seqlens.shape[0] - 1 if spans is None else spans.shape[0]
     out = x.new_empty((rows, x.shape[1]), dtype=torch.float32)
-    norm = Norm(bias, residual, weight, ln_bias, eps)
+    norm = Norm(bias, residual, weight, ln_bias, eps, rms)
     pool(x, norm, cu_seqlens, pooling, normalize, skip, spans, out, None)
     return out
 
@@ -65,8 +67,9 @@ def norm_pool_out(
     spans: Tensor | None,
     out: Tensor,
     out_rows: Tensor | None,
+    rms: bool = False,
 ) -> None:
     """:func:`norm_pool` into rows `out_rows` (int32 `[B]` or `[P]`; None: the first ones) of `out`,
     fp32 `[N, E]` with unit inner stride."""
-    norm = Norm(bias, residual, weight, ln_bias, eps)
+    norm = Norm(bias, residual, weight, ln_bias, eps, rms)
     pool(x, norm, cu_seqlens, pooling, normalize, skip, spans, out, out_rows)

@@ -1,4 +1,4 @@
-"""Pooling of packed segments, with or without the LayerNorm before it: one pass over the tokens.
+"""Pooling of packed segments, with or without the norm before it: one pass over the tokens.
 
 What becomes of a segment depends on the number n of tokens it pools, and on nothing else:
 
@@ -12,8 +12,8 @@ that is not its segment's first: every window has a program, which finds its seg
 Spans may overlap, so each has a program, and is not cut.
 
 Numerics: fp32 sums in an order fixed by n, E and the dtype: a row of a tile adds its tokens a few
-at a time, then the rows are added as a tree. No atomics. LayerNorm's weight and bias are applied to
-the pooled row, where pooling is linear.
+at a time, then the rows are added as a tree. No atomics. The weight and bias of the norm are
+applied to the pooled row, where pooling is linear.
 """
 
 from __future__ import annotations
@@ -43,13 +43,17 @@ from sbert_fast.kernels.segments import (
 
 
 class Norm(NamedTuple):
-    """The LayerNorm before the pooling: its parameters and what is added to `x` first."""
+    """The norm before the pooling: its parameters and what is added to `x` first.
+
+    RMSNorm if `rms`, otherwise LayerNorm.
+    """
 
     bias: Tensor | None
     residual: Tensor | None
     weight: Tensor
     ln_bias: Tensor
     eps: float
+    rms: bool = False
 
 
 @triton.jit
@@ -57,7 +61,7 @@ def _pool_short(
     x_ptr, bias_ptr, residual_ptr, weight_ptr, ln_bias_ptr, ranges_ptr, out_ptr, out_rows_ptr,
     program, segments, skip, eps, x_stride: tl.constexpr, out_stride: tl.constexpr,
     E: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr,
-    POOLING: tl.constexpr, NORMALIZE: tl.constexpr, SPANS: tl.constexpr,
+    POOLING: tl.constexpr, NORMALIZE: tl.constexpr, SPANS: tl.constexpr, RMS: tl.constexpr,
 ):  # fmt: skip
     """The segments of fewer than 32 pooled tokens among ROWS consecutive ones."""
     segment = program * ROWS + tl.arange(0, ROWS)
@@ -67,7 +71,7 @@ def _pool_short(
     total = walk(
         x_ptr, x_stride, residual_ptr, bias_ptr, weight_ptr, ln_bias_ptr, eps,
         first, 1, tl.where(inside, kept, 0), first - start + 1,
-        E, CHUNK, ROWS, UNROLL, POOLING,
+        E, CHUNK, ROWS, UNROLL, POOLING, RMS,
     )  # fmt: skip
     finish(
         total, weight_ptr, ln_bias_ptr, kept, first - start, out_ptr, out_rows_ptr, segment,
@@ -81,7 +85,7 @@ def _pool_long(
     partial_ptr, owner_ptr, window, segments, windows, slices, skip, eps,
     x_stride: tl.constexpr, out_stride: tl.constexpr,
     E: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr,
-    POOLING: tl.constexpr, NORMALIZE: tl.constexpr, SPANS: tl.constexpr,
+    POOLING: tl.constexpr, NORMALIZE: tl.constexpr, SPANS: tl.constexpr, RMS: tl.constexpr,
 ):  # fmt: skip
     """The longer segment or slice that starts in a window; with SPANS, the whole segment."""
     if SPANS:
@@ -116,7 +120,7 @@ def _pool_long(
             x_ptr, x_stride, residual_ptr, bias_ptr, weight_ptr, ln_bias_ptr, eps,
             first + before + lanes, ROWS, ((tokens - lanes + ROWS - 1) // ROWS).to(tl.int32),
             first - start + 1 + before + lanes,
-            E, CHUNK, ROWS, UNROLL, POOLING,
+            E, CHUNK, ROWS, UNROLL, POOLING, RMS,
         )  # fmt: skip
         total = merge_rows(each, POOLING)
         one = tl.zeros((1,), tl.int32)
@@ -133,7 +137,7 @@ def _pool_long(
 @triton.jit(do_not_specialize=["segments", "groups", "windows", "slices", "skip"])
 def _pool_kernel(
     x_ptr,  # [T, E]
-    bias_ptr,  # [E] fp32 or None, as all that follow where there is no LayerNorm
+    bias_ptr,  # [E] fp32 or None, as all that follow where there is no norm
     residual_ptr,  # [T, E]
     weight_ptr,  # [E] fp32
     ln_bias_ptr,  # [E] fp32
@@ -157,20 +161,21 @@ def _pool_kernel(
     POOLING: tl.constexpr,
     NORMALIZE: tl.constexpr,
     SPANS: tl.constexpr,
+    RMS: tl.constexpr,
 ):
     program = tl.program_id(0)
     if program < groups:
         _pool_short(
             x_ptr, bias_ptr, residual_ptr, weight_ptr, ln_bias_ptr, ranges_ptr, out_ptr,
             out_rows_ptr, program, segments, skip, eps, x_stride, out_stride,
-            E, CHUNK, ROWS, UNROLL, POOLING, NORMALIZE, SPANS,
+            E, CHUNK, ROWS, UNROLL, POOLING, NORMALIZE, SPANS, RMS,
         )  # fmt: skip
     elif partial_ptr is not None:
         _pool_long(
             x_ptr, bias_ptr, residual_ptr, weight_ptr, ln_bias_ptr, ranges_ptr, out_ptr,
             out_rows_ptr, partial_ptr, owner_ptr, program - groups, segments, windows, slices,
             skip, eps, x_stride, out_stride,
-            E, CHUNK, ROWS, UNROLL, POOLING, NORMALIZE, SPANS,
+            E, CHUNK, ROWS, UNROLL, POOLING, NORMALIZE, SPANS, RMS,
         )  # fmt: skip
 
 
@@ -203,7 +208,7 @@ def _join_kernel(
             partial_ptr, E, None, None, None, None, 0.0,
             slices + first // SLICE + 1 + lanes, ROWS,
             tl.maximum((later - lanes + ROWS - 1) // ROWS, 0), lanes,
-            E, CHUNK, ROWS, UNROLL, POOLING if POOLING == MAX else 0,
+            E, CHUNK, ROWS, UNROLL, POOLING if POOLING == MAX else 0, False,
         )  # fmt: skip
         one = tl.zeros((1,), tl.int32)
         head = load_rows(partial_ptr, one + first // SLICE * E, one == 0, E, CHUNK)
@@ -244,11 +249,11 @@ def pool(
     out: Tensor,
     out_rows: Tensor | None,
 ) -> None:
-    """Pool segments of `x`, or of its LayerNorm, into rows of `out`.
+    """Pool segments of `x`, or of its norm, into rows of `out`.
 
     Args:
         x: `[T, E]` fp16, bf16 or fp32, unit inner stride; E up to 4096.
-        norm: LayerNorm to apply first, its residual `[T, E]` and contiguous; or None.
+        norm: what to apply first, its residual `[T, E]` and contiguous; or None.
         cu_seqlens: int32 `[B + 1]`.
         pooling, normalize, skip: as in the op.
         spans: int32 `[P, 2]` or None.
@@ -272,12 +277,12 @@ def pool(
             slices = triton.cdiv(T, SLICE.value)
         partial = x.new_empty((2, slices, E), dtype=torch.float32)
         owner = x.new_empty((slices,), dtype=torch.int32)
-    bias, residual, weight, ln_bias, eps = norm or (None, None, None, None, 0.0)
+    bias, residual, weight, ln_bias, eps, rms = norm or (None, None, None, None, 0.0, False)
     modes: dict[str, Any] = {"POOLING": pooling, "NORMALIZE": normalize, "E": E}
     _pool_kernel[(groups + windows + slices,)](
         x, bias, residual, weight, ln_bias, cu_seqlens if spans is None else spans, out, out_rows,
         partial, owner, segments, groups, windows, slices, skip, eps, x.stride(0), out.stride(0),
-        SPANS=spans is not None, **modes, **constants,
+        SPANS=spans is not None, RMS=rms, **modes, **constants,
     )  # fmt: skip
     if slices:
         _join_kernel[(slices,)](

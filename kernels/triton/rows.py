@@ -1,4 +1,4 @@
-"""Rows of E columns as a tuple of `[ROWS, CHUNK]` tiles, and LayerNorm over them.
+"""Rows of E columns as a tuple of `[ROWS, CHUNK]` tiles, and LayerNorm and RMSNorm over them.
 
 A tile has a power of two of columns, and few widths are one: 384 is three chunks of 128, where one
 padded tile would idle a quarter of its lanes. A chunk is no wider than what a warp (for wide rows,
@@ -126,17 +126,21 @@ def row_squares(tiles):
 
 
 @triton.jit
-def standardize(tiles, eps, E: tl.constexpr, CHUNK: tl.constexpr):
-    """`(x - mean) / sqrt(variance + eps)` of every row, in two passes over registers."""
+def standardize(tiles, eps, E: tl.constexpr, CHUNK: tl.constexpr, RMS: tl.constexpr):
+    """`(x - mean) / sqrt(variance + eps)` of every row, in two passes over registers; with RMS,
+    `x / sqrt(mean of squares + eps)`. Columns beyond E are zeros."""
     width = tl.full((1, 1), E, tl.float32)
-    mean = tl.div_rn(row_sum(tiles), width)
-    centred = ()
-    for start in tl.static_range(0, E, CHUNK):
-        tile = tiles[start // CHUNK] - mean
-        if start + CHUNK > E:
-            cols = start + tl.arange(0, CHUNK)
-            tile = tl.where((cols < E)[None, :], tile, 0.0)
-        centred = centred + (tile,)
+    if RMS:
+        centred = tiles
+    else:
+        mean = tl.div_rn(row_sum(tiles), width)
+        centred = ()
+        for start in tl.static_range(0, E, CHUNK):
+            tile = tiles[start // CHUNK] - mean
+            if start + CHUNK > E:
+                cols = start + tl.arange(0, CHUNK)
+                tile = tl.where((cols < E)[None, :], tile, 0.0)
+            centred = centred + (tile,)
     scale = tl.rsqrt(tl.div_rn(row_squares(centred), width) + eps)
     out = ()
     for c in tl.static_range(len(centred)):

@@ -97,7 +97,7 @@ def walk(
     x_ptr, x_stride, residual_ptr, bias_ptr, weight_ptr, ln_bias_ptr, eps,
     first, step: tl.constexpr, count, position,
     E: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr,
-    POOLING: tl.constexpr,
+    POOLING: tl.constexpr, RMS: tl.constexpr,
 ):  # fmt: skip
     """Tiles whose row r pools the `count[r]` tokens `first[r] + i * step`, the first of which has
     the weight `position[r]` in weighted pooling."""
@@ -126,7 +126,7 @@ def walk(
             if NORM:
                 if bias_ptr is not None:
                     x = add_tiles(x, bias)
-                x = standardize(x, eps, E, CHUNK)
+                x = standardize(x, eps, E, CHUNK, RMS)
                 if POOLING == MAX:
                     x = scale_tiles(x, weight, ln_bias)
             keep = (i + u < count)[:, None]
@@ -139,7 +139,7 @@ def walk(
                 if NORM or POOLING == MAX:
                     tile = tl.where(keep, tile, empty)
                 term = term + (tile,)
-            # Tokens two by two, but not with LayerNorm, whose registers are all taken.
+            # Tokens two by two, but not with a norm, whose registers are all taken.
             if NORM or UNROLL == 1:
                 total = merge(total, term, POOLING)
             elif u % 2 == 0:
@@ -155,14 +155,14 @@ def finish(
     out_stride, E: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
     POOLING: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """Pooled tokens to rows of the output: divide, LayerNorm's weight and bias, L2, scatter.
+    """Pooled tokens to rows of the output: divide, weight and bias of the norm, L2, scatter.
 
     kept, skipped: tokens of each row that are pooled, and that come before them, [ROWS].
     """
     some = kept > 0
     tokens = kept.to(tl.float32)
     divisor = tl.full((ROWS,), 1.0, tl.float32)
-    share = divisor  # of LayerNorm's bias
+    share = divisor  # of the bias of the norm
     if POOLING == MEAN_SQRT_LEN:
         divisor = tl.where(some, tl.sqrt_rn(tokens), 1.0)
         share = divisor

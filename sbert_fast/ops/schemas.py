@@ -55,14 +55,13 @@ CPU_ONLY = frozenset({"linear", "linear_norm"})
 WITHOUT_GPU_KERNEL = frozenset({"add_norm_sum", "gated_activation"})
 
 # What implementations lack of an op: options, and tensors that they cannot do without.
-_LACKED_ON_GPU: dict[str, tuple[str, ...]] = {
-    "varlen_attention": ("causal", "kv_heads", "query_norm"),
-    "embed_norm": ("rms", "without position_table", "without weight"),
-    **dict.fromkeys(("add_norm", "norm_pool", "norm_pool_out"), ("rms",)),
-}
 LACKED: dict[str, dict[str, tuple[str, ...]]] = {
-    "triton": _LACKED_ON_GPU,
-    "cuda": _LACKED_ON_GPU | {"varlen_attention": ("causal", "kv_heads", "query_norm", "rotary")},
+    "triton": {"varlen_attention": ("causal", "kv_heads", "query_norm")},
+    "cuda": {
+        "varlen_attention": ("causal", "kv_heads", "query_norm", "rotary"),
+        "embed_norm": ("rms", "without position_table", "without weight"),
+        **dict.fromkeys(("add_norm", "norm_pool", "norm_pool_out"), ("rms",)),
+    },
 }
 _COMPANIONS = {
     "position_table": ("positions",),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from attention_cases import Case
 from op_cases import arguments, int32
@@ -30,13 +31,13 @@ pytestmark = [
 @pytest.mark.parametrize("impl", ["triton", "cuda", "torch", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_every_implementation_on_a_gpu(op: str, impl: str, dtype: torch.dtype) -> None:
-    if (reason := ops.refusal(impl, torch.device("cuda"), dtype)) is not None:
+    if (reason := ops.refusal(impl, torch.device("cuda"), dtype, op=op)) is not None:
         pytest.skip(reason)
     # Rows of the CUDA kernels begin at multiples of 16 bytes.
     args = arguments(op, dtype, dim=24 if impl == "cuda" else 26)
     there = [a.cuda() if isinstance(a, Tensor) else a for a in args]
-    out = getattr(getattr(OPS, op), impl)(*there)
-    check_op(op, out.cpu(), args, torch.float32 if "pool" in op else dtype)
+    out = pytree.tree_map(Tensor.cpu, getattr(getattr(OPS, op), impl)(*there))
+    check_op(op, out, args, torch.float32 if "pool" in op else dtype)
     assert ops.resolve(torch.device("cuda"), dtype) == "triton"
 
 

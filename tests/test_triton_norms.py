@@ -1,4 +1,4 @@
-"""embed_norm, add_norm and bias_gelu in Triton: figures, isolation, and what the compiler makes."""
+"""Embeddings, norms and activations in Triton: figures, isolation, and what the compiler makes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from op_cases import add_norm_args, assert_gelu_of_special_values, embed_args, randn
 from sbert_fast.kernels import aot
@@ -23,6 +24,11 @@ SHAPES = [(1, 1), (9, 37), (33, 384), (5, 1000), (5, 1536), (3, 4096)]
 POSITIONS, NORM = (1, 4), (6, 7)
 ABSENT = ("positions_ptr", "position_table_ptr", "weight_ptr", "bias_ptr")
 every_norm = pytest.mark.parametrize("rms", [False, True])
+ACTIVATIONS = [
+    *(("bias_gelu", tanh) for tanh in (True, False)),
+    *(("gated_activation", f, first) for f in (1, 2, 3) for first in (True, False)),
+]
+every_activation = pytest.mark.parametrize(("op", "how"), [(op, how) for op, *how in ACTIVATIONS])
 # numpy's, where a power of two stands for infinity.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
 
@@ -33,10 +39,10 @@ def seeded(poisoned: None) -> Iterator[None]:
     yield
 
 
-def run(op: str, args: list[Any], device: str) -> Tensor:
-    """The Triton kernel of `op` on `device`, its result on the CPU."""
+def run(op: str, args: list[Any], device: str) -> Any:
+    """The Triton kernel of `op` on `device`, its results on the CPU."""
     there = [a.to(device) if isinstance(a, Tensor) else a for a in args]
-    return getattr(OPS, op).triton(*there).cpu()
+    return pytree.tree_map(Tensor.cpu, getattr(OPS, op).triton(*there))
 
 
 @every_norm
@@ -63,13 +69,16 @@ def test_embed_norm(
 
 
 @every_norm
+@pytest.mark.parametrize("op", ["add_norm", "add_norm_sum"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("T", "E"), SHAPES)
-def test_add_norm(triton_device: str, T: int, E: int, dtype: torch.dtype, rms: bool) -> None:
+def test_add_norm(
+    triton_device: str, T: int, E: int, dtype: torch.dtype, op: str, rms: bool
+) -> None:
     x, bias, residual, *norm = add_norm_args(T, E, dtype)
     for optional in ([bias, residual], [bias, None], [None, residual], [None, None]):
         args = [x, *optional, *norm, *[True] * rms]
-        check_op("add_norm", run("add_norm", args, triton_device), args, dtype)
+        check_op(op, run(op, args, triton_device), args, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -81,19 +90,28 @@ def test_add_norm_of_a_large_mean_keeps_its_variance(
     check_op("add_norm", run("add_norm", args, triton_device), args, dtype)
 
 
-@pytest.mark.parametrize("tanh", [True, False])
+@every_activation
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("T", "F"), [*SHAPES, (2, 16384)])
-def test_bias_gelu(triton_device: str, T: int, F: int, dtype: torch.dtype, tanh: bool) -> None:
+@pytest.mark.parametrize(("T", "F"), [(9, 1), *SHAPES[1:], (2, 16384)])
+def test_activations(
+    triton_device: str, T: int, F: int, dtype: torch.dtype, op: str, how: list[Any]
+) -> None:
+    columns = 2 * F if op == "gated_activation" else F
     for scale in (1e-3, 0.1, 1.0, 4.0):
-        x = randn(T, F, dtype=dtype, scale=scale)
-        for args in ([x, randn(F, scale=scale), tanh], [x, None, tanh]):
-            check_op("bias_gelu", run("bias_gelu", args, triton_device), args, dtype)
+        x = randn(T, columns, dtype=dtype, scale=scale)
+        for bias in (randn(columns, scale=scale), None):
+            args = [x, bias, *how]
+            check_op(op, run(op, args, triton_device), args, dtype)
 
 
-@pytest.mark.parametrize("tanh", [True, False])
-def test_bias_gelu_of_special_values(triton_device: str, tanh: bool) -> None:
-    assert_gelu_of_special_values(lambda x: run("bias_gelu", [x, None, tanh], triton_device))
+@every_activation
+def test_special_values(triton_device: str, op: str, how: list[Any]) -> None:
+    def activate(x: Tensor) -> Tensor:
+        if op == "gated_activation":
+            x = torch.cat((x, torch.ones_like(x))[:: 1 if how[1] else -1], 1)
+        return run(op, [x, None, *how], triton_device)
+
+    assert_gelu_of_special_values(activate)
 
 
 def test_bias_gelu_keeps_its_relative_accuracy(triton_device: str) -> None:
@@ -105,7 +123,11 @@ def test_bias_gelu_keeps_its_relative_accuracy(triton_device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "rms"), [("add_norm", False), ("add_norm", True), ("bias_gelu", False)]
+    ("op", "rms"),
+    [
+        *(("add_norm", rms) for rms in (False, True)),
+        *((op, False) for op in ("add_norm_sum", "bias_gelu", "gated_activation")),
+    ],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("E", [37, 384])
@@ -115,22 +137,32 @@ def test_rows_are_isolated(
     args = [*add_norm_args(21, E, dtype), *[True] * rms]
     if op == "bias_gelu":
         args = [args[0], args[1], False]
+    elif op == "gated_activation":
+        args = [torch.cat((args[0], args[2]), 1), randn(2 * E), 3, True]
+
+    def results() -> Tensor:
+        out = run(op, args, triton_device)
+        return out if isinstance(out, Tensor) else torch.cat(out, 1)
+
     rows = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.dim() == 2]
-    expected = run(op, args, triton_device)[13]
+    expected = results()[13]
     for i in rows:
         args[i][torch.arange(21) != 13] = float("nan")
-    assert torch.equal(run(op, args, triton_device)[13], expected)
+    assert torch.equal(results()[13], expected)
     for i in rows:
         args[i] = args[i][13:14].clone()
-    assert torch.equal(run(op, args, triton_device)[0], expected)
+    assert torch.equal(results()[0], expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_inputs_without_rows(triton_device: str, dtype: torch.dtype) -> None:
     assert run("embed_norm", embed_args(0, 16, dtype, dtype), triton_device).shape == (0, 16)
-    assert run("add_norm", add_norm_args(0, 16, dtype), triton_device).shape == (0, 16)
-    args = [randn(0, 16, dtype=dtype), None, False]
-    assert run("bias_gelu", args, triton_device).shape == (0, 16)
+    args = add_norm_args(0, 16, dtype)
+    both = run("add_norm_sum", args, triton_device)
+    assert all(out.shape == (0, 16) for out in (*both, run("add_norm", args, triton_device)))
+    x = randn(0, 32, dtype=dtype)
+    assert run("bias_gelu", [x, None, False], triton_device).shape == (0, 32)
+    assert run("gated_activation", [x, None, 1, True], triton_device).shape == (0, 16)
 
 
 def test_rows_that_are_too_wide_are_refused(triton_device: str) -> None:
@@ -146,8 +178,11 @@ def test_more_than_2_to_the_31_elements() -> None:
     ends = torch.zeros(T, E, dtype=torch.float16, device="cuda")
     ends[-3:] = args[0].cuda()
     rest = [a.cuda() if isinstance(a, Tensor) else a for a in (args[1], None, *args[3:])]
-    for op, others in (("add_norm", rest), ("bias_gelu", [rest[0], False])):
-        out = getattr(OPS, op).triton(ends, *others)[-3:].cpu()
+    calls = {"add_norm_sum": rest, "bias_gelu": [rest[0], False]}
+    calls["gated_activation"] = [rest[0], 1, True]
+    for op, others in calls.items():
+        out = getattr(OPS, op).triton(ends, *others)
+        out = pytree.tree_map(lambda result: result[-3:].cpu(), out)
         few = [o.cpu() if isinstance(o, Tensor) else o for o in others]
         check_op(op, out, [args[0], *few], torch.float16)
 
@@ -155,9 +190,9 @@ def test_more_than_2_to_the_31_elements() -> None:
 def builds(
     arch: int, dtype: torch.dtype, width: int, rms: bool = False, absent: tuple[str, ...] = ()
 ) -> list[aot.Build]:
-    """The three kernels for rows of `width` columns, four times as many in bias_gelu; embed_norm
+    """The kernels for rows of `width` columns, four times as many in activations; embed_norm
     without the arguments `absent`."""
-    from sbert_fast.kernels import add_norm, bias_gelu, embed_norm
+    from sbert_fast.kernels import add_norm, bias_gelu, embed_norm, gated_activation
 
     x, vector, ids = NAMES[dtype], "*fp32", "*i32"
     norm = {"bias_ptr": vector, "weight_ptr": vector, "out_ptr": x, "T": "i32", "eps": "fp32"}
@@ -168,11 +203,14 @@ def builds(
     options = {"E": width, "RMS": rms}
     given = {name: kind for name, kind in (embed | norm).items() if name not in absent}
     without = options | dict.fromkeys(absent)
+    gate = {"F": 4 * width, "ACTIVATION": 1, "FIRST": 1}
     made = []
     for module, signature, constants in (
         (embed_norm, given, without | embed_norm.config(width, dtype)),
-        (add_norm, add | norm, options | add_norm.config(width, dtype)),
+        (add_norm, add | norm, options | {"sum_ptr": None} | add_norm.config(width, dtype)),
+        (add_norm, add | norm | {"sum_ptr": x}, options | add_norm.config(width, dtype)),
         (bias_gelu, gelu, {"F": 4 * width, "TANH": 0} | bias_gelu.config(4 * width, dtype)),
+        (gated_activation, gelu, gate | gated_activation.config(4 * width, dtype)),
     ):
         warps = constants.pop("num_warps")
         op = module.__name__.rpartition(".")[2]

@@ -1,9 +1,9 @@
-"""`LayerNorm(x + bias + residual)` or RMSNorm of packed rows, one read and one write of every
-element.
+"""`LayerNorm(x + bias + residual)` or RMSNorm of packed rows, and the sum itself where it is asked
+for: one read and one write of every element.
 
 Numerics: fp32 sum and statistics, two passes over registers (mean, then centred variance); one
-rounding. A row is reduced by one warp up to 1,024 columns, in an order that only E and the dtype
-decide.
+rounding of each result. A row is reduced by one warp up to 1,024 columns, in an order that only E
+and the dtype decide.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def _add_norm_kernel(
     weight_ptr,  # [E] fp32
     ln_bias_ptr,  # [E] fp32
     out_ptr,  # [T, E]
+    sum_ptr,  # [T, E] or None
     T,
     eps,
     E: tl.constexpr,
@@ -56,6 +57,8 @@ def _add_norm_kernel(
         x = slots[slot]
         if bias_ptr is not None:
             x = add_tiles(x, bias)
+        if sum_ptr is not None:
+            store_rows(sum_ptr, rows * E, rows < T, x, E, CHUNK)
         x = standardize(x, eps, E, CHUNK, RMS)
         if slot == 0:
             weight = load_vector(weight_ptr, E, CHUNK, ROWS)
@@ -96,12 +99,41 @@ def add_norm(
     Raises:
         ValueError: E is over 4096.
     """
+    return _launch(x, bias, residual, weight, ln_bias, eps, rms, None)
+
+
+def add_norm_sum(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    rms: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """:func:`add_norm`, and the sum `[T, E]` in the dtype of `x`."""
+    total = torch.empty_like(x)
+    return _launch(x, bias, residual, weight, ln_bias, eps, rms, total), total
+
+
+def _launch(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    rms: bool,
+    total: Tensor | None,
+) -> Tensor:
+    """The norm; the sum goes to `total`, where that is given."""
     T, E = x.shape
     constants = config(E, x.dtype)
     out = torch.empty_like(x)
     if T:
         grid = (triton.cdiv(T, constants["ROWS"] * constants["SLOTS"]),)
+        summands = x, bias, residual
         _add_norm_kernel[grid](
-            x, bias, residual, weight, ln_bias, out, T, eps, E=E, RMS=rms, **constants
+            *summands, weight, ln_bias, out, total, T, eps, E=E, RMS=rms, **constants
         )
     return out

@@ -51,8 +51,8 @@ SCHEMAS = {
 
 # Other devices have GEMMs of their own.
 CPU_ONLY = frozenset({"linear", "linear_norm"})
-# Ops for which there is no kernel for GPUs yet.
-WITHOUT_GPU_KERNEL = frozenset({"add_norm_sum", "gated_activation"})
+# Ops for which there is no kernel in CUDA C++ yet.
+WITHOUT_CUDA_KERNEL = frozenset({"add_norm_sum", "gated_activation"})
 
 # What implementations lack of an op: options, and tensors that they cannot do without.
 LACKED: dict[str, dict[str, tuple[str, ...]]] = {
@@ -181,7 +181,7 @@ def implementations(op: str) -> tuple[str, ...]:
     """The implementations that `op` has."""
     if op in CPU_ONLY:
         return ("reference", "cpu")
-    return ("reference", "cpu", "torch") if op in WITHOUT_GPU_KERNEL else IMPLEMENTATIONS
+    return tuple(i for i in IMPLEMENTATIONS if i != "cuda" or op not in WITHOUT_CUDA_KERNEL)
 
 
 def schema_of(op: str, implementation: str) -> str:

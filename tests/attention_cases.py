@@ -124,9 +124,11 @@ def tiles_of(cu_seqlens: Tensor, tile: int) -> Tensor:
 def assert_dead_tail_is_zero(attend: Attend, args: Sequence[Any]) -> None:
     """Whatever it holds, and however long it is."""
     args, clean = list(args), list(args)
-    tail = torch.full((300, *args[0].shape[1:]), float("nan"), dtype=args[0].dtype)
-    args[0] = torch.cat((args[0], tail))
-    clean[0] = args[0].nan_to_num()
+    for i in (0, 6, 7):
+        if args[i] is not None:
+            tail = args[i].new_full((300, *args[i].shape[1:]), float("nan"))
+            args[i] = torch.cat((args[i], tail))
+            clean[i] = args[i].nan_to_num()
     out = attend(args)
     assert_same_bits(out, attend(clean))
     assert (out[int(args[1][-1]) :] == 0).all()
@@ -142,7 +144,9 @@ def assert_neighbours_change_no_bit(attend: Attend, args: Sequence[Any]) -> None
         for position, tensor in per_token:
             args[position] = torch.full_like(tensor, float("nan"))
             args[position][rows] = tensor[rows]
-        args[0][:, :, 1] = float("nan")
+        heads = args[0].unbind(1) if args[0].dim() == 4 else [args[0]]
+        for part in heads:
+            part[:, 1] = float("nan")
         assert_same_bits(attend(args)[rows, 0], expected[rows, 0])
 
 
@@ -162,21 +166,25 @@ def assert_nan_stays_in_its_sequence(attend: Attend, part: int, dtype: torch.dty
 def assert_place_changes_no_bit(attend: Attend, args: Sequence[Any]) -> None:
     """Permuted or alone, with any table of tiles or none, a sequence keeps its bits."""
     args = list(args)
-    qkv, cu_seqlens = args[0], args[1]
+    per_token, cu_seqlens = {i: args[i] for i in (0, 6, 7) if args[i] is not None}, args[1]
     expected = attend(args)
     pieces = [sequence_rows(cu_seqlens, i) for i in range(cu_seqlens.shape[0] - 1)]
     lengths = cu_seqlens.diff().tolist()
     for tile in (16, 100, 1000):
-        args[-1] = tiles_of(cu_seqlens, tile)
+        args[8] = tiles_of(cu_seqlens, tile)
         assert_same_bits(attend(args), expected)
-    args[-1] = None
+    args[8] = None
     order = torch.randperm(len(pieces)).tolist()
     rows = torch.cat([torch.arange(pieces[i].start, pieces[i].stop) for i in order])
-    args[0], args[1] = qkv[rows], pack_lengths([lengths[i] for i in order])
+    args[1] = pack_lengths([lengths[i] for i in order])
+    for i, tensor in per_token.items():
+        args[i] = tensor[rows]
     assert_same_bits(attend(args), expected[rows])
     for piece in pieces:
         length = piece.stop - piece.start
-        args[0], args[1], args[2] = qkv[piece].clone(), pack_lengths([length]), length
+        args[1], args[2] = pack_lengths([length]), length
+        for i, tensor in per_token.items():
+            args[i] = tensor[piece].clone()
         assert_same_bits(attend(args), expected[piece])
 
 

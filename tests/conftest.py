@@ -146,3 +146,11 @@ def feed_forward_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(PreparedFeedForward, "__call__", record)
     return rows
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """Matrices in fp32 are multiplied in tf32."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False

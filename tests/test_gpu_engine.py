@@ -44,12 +44,21 @@ triton = pytest.mark.skipif(
 
 
 @triton
-@pytest.mark.parametrize("pooling", ["mean", "cls", ("mean", "max")], ids=str)
+@pytest.mark.parametrize(
+    ("name", "pooling"),
+    [
+        *(("bert", pooling) for pooling in ("mean", "cls", ("mean", "max"))),
+        *((n, "mean") for n in ("modernbert", "qwen3", "gemma3_text") if n in families.FAMILIES),
+    ],
+    ids=str,
+)
 def test_engine_on_triton_kernels(
-    pooling: str | tuple[str, ...], launches: Callable[[], dict[tuple[str, str], int]]
+    name: str,
+    pooling: str | tuple[str, ...],
+    launches: Callable[[], dict[tuple[str, str], int]],
 ) -> None:
     """The whole engine, in the interpreter: the last layer is normalised and pooled in one op."""
-    st = families.make_sentence_transformer("bert", pooling=pooling)
+    st = families.make_sentence_transformer(name, pooling=pooling)
     expected = FastEncoder(st, impl="reference").encode(TEXTS[:9], prompt="find: ")
     ops.reset_launches()
     got = FastEncoder(st, impl="triton").encode(TEXTS[:9], prompt="find: ")

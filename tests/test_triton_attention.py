@@ -1,4 +1,4 @@
-"""varlen_attention in Triton: in the interpreter, on a GPU, and compiled for absent GPUs.
+"""varlen_attention in Triton, in the interpreter and on a GPU.
 
 The interpreter multiplies bf16 matrices wrongly: bf16 runs on a GPU alone.
 """
@@ -30,7 +30,6 @@ from attention_cases import (
     tiles_of,
 )
 from sbert_fast import ops
-from sbert_fast.kernels import aot
 from sbert_fast.testing import PEERS, assert_close_to_oracle, oracle
 
 kernel = pytest.importorskip("sbert_fast.kernels.varlen_attention")
@@ -39,6 +38,20 @@ OP = torch.ops.sbert_fast.varlen_attention.triton
 HALF, BFLOAT, SINGLE = torch.float16, torch.bfloat16, torch.float32
 TINY = (9, 0, 1, 16, 17, 3, 32, 20, 0)
 MANY = tuple(i % 37 for i in range(200))
+# What decoders ask of attention: alone, with windows, positions or a bias, and all at once.
+DECODERS: dict[str, dict[str, Any]] = {
+    "causal": {"causal": True},
+    "window": {"causal": True, "window": 20},
+    "one": {"kv_heads": 1},
+    "each": {"kv_heads": 2},
+    "normed": {"normed": True},
+    "turned": {"normed": True, "rotary": True},
+    "all": {"causal": True, "kv_heads": 1, "heads": 3, "normed": True, "rotary": True},
+    "bias": {"causal": True, "kv_heads": 2, "heads": 4, "normed": True, "reach": 9, "window": 40},
+}
+ENCODERS = {"encoder": {"reach": 4, "window": 50, "rotary": True}, "plain": {}}
+MIXTURES = ENCODERS | {name: DECODERS[name] for name in ("all", "bias")}
+every_mixture = pytest.mark.parametrize("mixture", MIXTURES)
 
 GPU = [pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in (HALF, BFLOAT, SINGLE)]
 PLACES = [("cpu", HALF), ("cpu", SINGLE), *GPU]
@@ -73,13 +86,15 @@ def attend(triton_device: str) -> Attend:
 
 
 @every_dtype
-@pytest.mark.parametrize(("dim", "tile"), [(26, None), (32, 128), (64, None), (128, 128)])
+@pytest.mark.parametrize(
+    ("dim", "tile"), [(26, None), (32, 128), (64, None), (128, 128), (256, 128)]
+)
 def test_ragged_lengths(attend: Attend, dim: int, tile: int | None, dtype: torch.dtype) -> None:
     check(Case(RAGGED if dtype == HALF else RAGGED[:-2], dim, dtype), attend, tile)
 
 
 @every_dtype
-@pytest.mark.parametrize("dim", [8, 16, 37, 80, 96])
+@pytest.mark.parametrize("dim", [8, 16, 37, 80, 96, 136, 256])
 def test_any_head_dim(attend: Attend, dim: int, dtype: torch.dtype) -> None:
     check(Case(TINY, dim, dtype), attend)
     check(Case((5, 70, 20), dim, dtype), attend)
@@ -119,6 +134,22 @@ def test_all_options_at_once(attend: Attend, dtype: torch.dtype) -> None:
 
 
 @every_dtype
+@pytest.mark.parametrize("dim", [26, 256])
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_decoders(attend: Attend, decoder: str, dim: int, dtype: torch.dtype) -> None:
+    check(Case((5, 0, 16, 17, 40, 130), dim, dtype, **DECODERS[decoder]), attend, 128)
+
+
+@every_dtype
+def test_norms_of_heads_without_an_epsilon(attend: Attend, dtype: torch.dtype) -> None:
+    """Rows that are not there, beside those that are, are not divided by zero."""
+    args = Case((3, 20, 70), 26, dtype, normed=True).args()
+    args[:1], args[-1] = [args[0][:-DEAD_TAIL]], 0.0
+    expected, peer = oracle("varlen_attention", *args), PEERS["varlen_attention"](*args)
+    assert_close_to_oracle(attend(args), expected, peer, dtype)
+
+
+@every_dtype
 @pytest.mark.parametrize("scale", [0.0, -0.3, 1.0])
 def test_any_scale(attend: Attend, scale: float, dtype: torch.dtype) -> None:
     check(Case(SHORT, 26, dtype, scale=scale), attend)
@@ -140,13 +171,17 @@ def test_nothing_to_attend(attend: Attend, lengths: tuple[int, ...], dtype: torc
 
 
 @every_dtype
-def test_dead_tail_is_zero_whatever_it_holds(attend: Attend, dtype: torch.dtype) -> None:
-    assert_dead_tail_is_zero(attend, Case(SHORT, 37, dtype).args())
+@every_mixture
+def test_dead_tail_is_zero_whatever_it_holds(
+    attend: Attend, mixture: str, dtype: torch.dtype
+) -> None:
+    assert_dead_tail_is_zero(attend, Case(SHORT, 38, dtype, **MIXTURES[mixture]).args())
 
 
 @every_dtype
-def test_neighbours_change_no_bit(attend: Attend, dtype: torch.dtype) -> None:
-    case = Case((5, 0, 16, 30, 33, 100), 26, dtype, reach=4, window=50, rotary=True)
+@every_mixture
+def test_neighbours_change_no_bit(attend: Attend, mixture: str, dtype: torch.dtype) -> None:
+    case = Case((5, 0, 16, 30, 33, 100), 26, dtype, **MIXTURES[mixture])
     assert_neighbours_change_no_bit(attend, case.args())
 
 
@@ -159,9 +194,11 @@ def test_nan_spreads_through_its_own_sequence_only(
 
 
 @every_dtype
-@pytest.mark.parametrize("window", [-1, 30])
-def test_place_in_the_batch_changes_no_bit(attend: Attend, window: int, dtype: torch.dtype) -> None:
-    case = Case((*TINY, *SHORT), 32, dtype, window=window)
+@every_mixture
+def test_place_in_the_batch_changes_no_bit(
+    attend: Attend, mixture: str, dtype: torch.dtype
+) -> None:
+    case = Case((*TINY, *SHORT), 32, dtype, **MIXTURES[mixture])
     assert_place_changes_no_bit(attend, case.args())
 
 
@@ -174,15 +211,17 @@ def test_place_in_the_batch_changes_no_bit(attend: Attend, window: int, dtype: t
     ids=str,
     indirect=["triton_device"],
 )
+@pytest.mark.parametrize("normed", [False, True])
 def test_a_far_longer_neighbour_changes_no_bit(
-    attend: Attend, dim: int, dtype: torch.dtype
+    attend: Attend, normed: bool, dim: int, dtype: torch.dtype
 ) -> None:
     """Batches with more than 256 tokens in a sequence have launch parameters of their own."""
-    assert_place_changes_no_bit(attend, Case((40, 512, 140), dim, dtype, heads=1).args())
+    case = Case((40, 512, 140), dim, dtype, heads=1, normed=normed)
+    assert_place_changes_no_bit(attend, case.args())
 
 
 @every_gpu_dtype
-@pytest.mark.parametrize("dim", [26, 32, 64, 128])
+@pytest.mark.parametrize("dim", [26, 32, 64, 128, 256])
 def test_runs_repeat_bit_for_bit(attend: Attend, dim: int, dtype: torch.dtype) -> None:
     args = Case(tuple(i * 7 % 150 for i in range(600)), dim, dtype, heads=12).args()
     expected = attend(args)
@@ -240,13 +279,6 @@ def test_torch_implementation(
     check(Case(lengths, 26, dtype, reach=3), run)
 
 
-@pytest.fixture
-def tf32() -> Iterator[None]:
-    torch.backends.cuda.matmul.allow_tf32 = True
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = False
-
-
 @on_gpu
 @pytest.mark.parametrize("dim", [26, 32, 64, 128])
 def test_tf32_where_torch_is_told_so(
@@ -261,72 +293,3 @@ def test_tf32_where_torch_is_told_so(
     peer = PEERS["varlen_attention"](*there).cpu()
     # A tf32 number has the mantissa of a float16, 10 bits.
     assert_close_to_oracle(out, oracle("varlen_attention", *args), peer, HALF)
-
-
-def builds(
-    dim: int, dtype: torch.dtype, arch: int, max_seqlen: int, **options: Any
-) -> Iterator[aot.Build]:
-    """What a batch of 64k tokens and 12 heads launches."""
-    tokens, heads = 1 << 16, 12
-
-    def meta(*shape: int, to: torch.dtype = SINGLE) -> Tensor:
-        return torch.empty(*shape, dtype=to, device="meta")
-
-    table = meta(tokens, dim // 2) if options.get("rotary") else None
-    bias = meta(heads, 257) if options.get("bias") else None
-    for launch in kernel.plan(
-        meta(tokens, 3, heads, dim, to=dtype),
-        meta(tokens, heads, dim, to=dtype),
-        meta(tokens // max_seqlen + 1, to=torch.int32),
-        max_seqlen,
-        dim**-0.5,
-        options.get("window", -1),
-        (bias, table, table),
-        meta(tokens // 128, 4, to=torch.int32),
-        (arch // 10, arch % 10),
-    ):
-        yield aot.build_of(launch.kernel, launch.arguments, launch.options, arch)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", aot.ARCHS)
-def test_compiled_kernels_fit(arch: int) -> None:
-    """No spills; prints the table of registers and shared memory under `pytest -s`."""
-    wanted = [
-        *(b for dim in (26, 32, 64) for s in (16, 64, 512) for b in builds(dim, HALF, arch, s)),
-        *(
-            b
-            for dim in (58, 80, 96, 128)
-            for s in (16, 64, 512)
-            for b in builds(dim, HALF, arch, s)
-        ),
-        *(b for dim in (32, 64) for s in (16, 64) for b in builds(dim, BFLOAT, arch, s)),
-        *builds(64, HALF, arch, 64, bias=True),
-        *builds(64, HALF, arch, 64, bias=True, window=64, rotary=True),
-        *builds(64, SINGLE, arch, 64),
-    ]
-    unique = list({repr(build): build for build in wanted}.values())
-    usages = aot.compile_all(unique)
-    print("\n" + aot.table(unique, usages))
-    aot.assert_fits(unique, usages)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("tf32")
-@pytest.mark.parametrize("arch", [80, 90])
-def test_compiled_kernels_in_tf32_fit(arch: int) -> None:
-    wanted = [b for dim in (32, 64, 128) for b in builds(dim, SINGLE, arch, 512)]
-    assert {build.constexprs["PRECISION"] for build in wanted} == {"tf32"}
-    usages = aot.compile_all(wanted)
-    print("\n" + aot.table(wanted, usages))
-    aot.assert_fits(wanted, usages)
-
-
-def test_short_kernels_fill_a_multiprocessor() -> None:
-    """Memory-bound kernels live on bytes in flight: what one H200 multiprocessor keeps of q, k and
-    v under way must exceed bandwidth times latency, 4.3 TB/s / 132 * 0.9 us = 29 kB."""
-    wanted = [b for dim in (32, 64) for s in (16, 32) for b in builds(dim, HALF, 90, s)]
-    for build, usage in zip(wanted, aot.compile_all(wanted), strict=True):
-        c = build.constexprs
-        rows = c["GROUP"] * c["SHORT"]
-        assert usage.blocks(90) * rows * 3 * c["D"] * 2 > 2 * 29_000

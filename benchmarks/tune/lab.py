@@ -21,7 +21,7 @@ from benchmarks.ops.cases import HEADS, lengths_of, randn
 from benchmarks.tune.table import Key, Step
 from sbert_fast.kernels import aot, tuning, varlen_attention
 from sbert_fast.kernels.tuning import Attention
-from sbert_fast.kernels.varlen_attention import Launch
+from sbert_fast.kernels.varlen_attention import Launch, Options
 from sbert_fast.packing import plan_tiles
 from sbert_fast.testing import pack_lengths
 
@@ -33,13 +33,18 @@ _REACH, _WINDOW = 40, 50
 
 @dataclass(frozen=True)
 class Variant:
-    """A kind of attention whose bits a row must keep."""
+    """A kind of attention whose bits a row must keep; that of a `decoder` is causal and normed."""
 
     dtype: torch.dtype
     dim: int
     bias: bool = False
     window: bool = False
     rotary: bool = False
+    decoder: bool = False
+
+    def shape(self, tokens: int, heads: int) -> tuple[int, ...]:
+        """That of qkv; in a decoder, all heads share one of keys and values."""
+        return (tokens, heads + 2, self.dim) if self.decoder else (tokens, 3, heads, self.dim)
 
 
 # A kernel, the longest sequence of its batch, and the variant.
@@ -48,7 +53,7 @@ Use = tuple[str, int, Variant]
 
 @dataclass(frozen=True)
 class Given:
-    """A batch: sets of qkv `[T, 3, H, D]` with out `[T, H, D]`, and what goes with all of them."""
+    """A batch: sets of qkv with out `[T, H, D]`, and what goes with all of them."""
 
     sets: list[tuple[Tensor, Tensor]]
     lengths: tuple[int, ...]
@@ -56,6 +61,7 @@ class Given:
     tiles: Tensor
     variant: Variant
     tables: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    more: Options = Options()
 
 
 class Lab:
@@ -92,8 +98,9 @@ class Lab:
         self._expected: dict[tuple[Any, ...], tuple[Tensor, int]] = {}
 
     def _set(self, variant: Variant, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
-        qkv = randn(self.device, variant.dtype, tokens, 3, self.heads, variant.dim, seed=seed)
-        return qkv, torch.empty_like(qkv[:, 0])
+        shape = variant.shape(tokens, self.heads)
+        qkv = randn(self.device, variant.dtype, *shape, seed=seed)
+        return qkv, qkv.new_empty(tokens, self.heads, variant.dim)
 
     def timed(self, name: str) -> Given:
         """The batch of a name of `benchmarks.ops.cases.lengths_of`."""
@@ -114,7 +121,11 @@ class Lab:
             angles = torch.arange(sum(lengths), device=self.device)[:, None] * 0.37
             angles = angles * torch.linspace(1, 0.01, variant.dim // 2, device=self.device)
             cos, sin = angles.cos(), angles.sin()
-        return Given(sets, lengths, cu_seqlens, tiles, variant, (bias, cos, sin))
+        more = Options()
+        if variant.decoder:
+            norm = torch.linspace(0.5, 1.5, variant.dim, device=self.device)
+            more = Options(True, 1, norm, norm.flip(0), 1e-6)
+        return Given(sets, lengths, cu_seqlens, tiles, variant, (bias, cos, sin), more)
 
     def variants(self) -> list[Variant]:
         """What a row is used for besides what is timed."""
@@ -126,6 +137,7 @@ class Lab:
             Variant(dtype, width, window=True),
             Variant(dtype, width, rotary=True),
             Variant(dtype, odd, bias=True, window=True, rotary=True),
+            Variant(dtype, width, rotary=True, decoder=True),
         ]
         # The interpreter multiplies bf16 wrongly.
         if bits == 16 and self.device.type == "cuda":
@@ -153,7 +165,7 @@ class Lab:
         longest = max(given.lengths)
         scale = given.variant.dim**-0.5
         window = _WINDOW if given.variant.window else -1
-        rest = (scale, window, given.tables, given.tiles, capability or self.capability)
+        rest = (scale, window, given.tables, given.tiles, capability or self.capability, given.more)
         with self._as_row(row):
             return list(varlen_attention.plan(qkv, out, given.cu_seqlens, longest, *rest))
 
@@ -275,9 +287,9 @@ class Lab:
         for variant in (self.plain, *self.variants()):
             for longest in (16, 64, 512):
                 given = self._given([], (longest,) * 2, variant)
-                shape = (2 * longest, 3, self.heads, variant.dim)
+                shape = variant.shape(2 * longest, self.heads)
                 qkv = torch.empty(*shape, dtype=variant.dtype, device="meta")
-                given.sets.append((qkv, qkv[:, 0]))
+                given.sets.append((qkv, qkv))
                 for launch in self.launches(row, given, 0, (arch // 10, arch % 10)):
                     use = (launch.kernel.fn.__name__, longest, variant)
                     found[use] = aot.build_of(launch.kernel, launch.arguments, launch.options, arch)

@@ -47,25 +47,30 @@ def attention(
     *,
     plain: bool,
     rotary: bool,
+    normed: bool,
     capability: tuple[int, int],
 ) -> Attention:
     """The row of the table.
 
     Args:
-        width: head dim, padded to a power of two from 16 to 128.
+        width: head dim, padded to a power of two from 16 to 256.
         bits: 16 for fp16 and bf16, 32 for fp32.
         max_seqlen: of the batch, in tokens.
-        plain: neither bias nor window nor rotary tables.
+        plain: neither bias, window, rotary tables nor norms of heads, and not causal.
         rotary: with rotary tables, which take twice the registers while q and k are loaded.
+        normed: with norms of heads, which are computed in fp32 while q and k are loaded. The order
+            of their sums is that of the threads of a program: far batches have no other programs.
         capability: compute capability of the device.
     """
     row = _ATTENTION[bits, width]
-    if max_seqlen > _FAR_FROM:
+    if max_seqlen > _FAR_FROM and not normed:
         row = replace(row, block_q=row.far_block_q, warps=row.far_warps)
-    if rotary and bits == 16:
+    if (rotary or normed) and bits == 16:
         row = replace(row, head_stages=1)
         if width >= 64:
             row = replace(row, short=16, block_q=64, warps=8)
+    if not plain and (bits, width) == (16, 256):
+        row = replace(row, block_q=32, warps=8)
     if not plain:
         # A relative bias would be pipelined too, a score at a time.
         return replace(row, stages=1, registers=None)
@@ -100,6 +105,9 @@ _ATTENTION = {
     (16, 128): Attention(16, 64, group=4, group_warps=4, heads=1, head_stages=1,
                          block_q=64, warps=4, far_block_q=64, far_warps=4,
                          stages=1),
+    (16, 256): Attention(16, 32, group=2, group_warps=8, heads=1, head_stages=1,
+                         block_q=64, warps=8, far_block_q=64, far_warps=8,
+                         stages=1),
     (32, 16): Attention(32, 32, group=4, group_warps=8, heads=2, head_stages=1,
                         block_q=32, warps=4, far_block_q=32, far_warps=4,
                         stages=1),
@@ -110,6 +118,9 @@ _ATTENTION = {
                         block_q=32, warps=4, far_block_q=32, far_warps=4,
                         stages=1),
     (32, 128): Attention(16, 32, group=2, group_warps=8, heads=1, head_stages=1,
+                         block_q=32, warps=4, far_block_q=32, far_warps=4,
+                         stages=1),
+    (32, 256): Attention(16, 16, group=1, group_warps=8, heads=1, head_stages=1,
                          block_q=32, warps=4, far_block_q=32, far_warps=4,
                          stages=1),
 }

@@ -82,7 +82,7 @@ def varlen_attention(
     """Attention of every token over the tokens of its own sequence.
 
     Args:
-        qkv: `[T, 3, H, D]`, activations; H >= 1, 8 <= D <= 256 (GPU kernels: to 128). With
+        qkv: `[T, 3, H, D]`, activations; H >= 1, 8 <= D <= 256 (CUDA kernels: to 128). With
             `kv_heads`: `[T, H + 2 * kv_heads, D]`, queries, then keys, then values.
         cu_seqlens: int32 `[B + 1]`, in tokens, see the module docstring.
         max_seqlen: int (in a graph, SymInt), at least the longest sequence, in tokens.

@@ -63,10 +63,8 @@ def refusal(
     reason = _refusal_of_place(implementation, device, dtype, head_dim)
     if reason is None and op is not None:
         reason = _refusal_of_op(implementation, op, needs)
-    if reason is None and head_dim is not None and implementation in ("triton", "cuda"):
-        if head_dim > limits.GPU_MAX_HEAD_DIM:
-            reason = f"{_NAMES[implementation]} take head dims up to {limits.GPU_MAX_HEAD_DIM}, "
-            reason += f"not {head_dim}"
+    if reason is None and implementation == "cuda" and (head_dim or 0) > limits.MAX_HEAD_DIM:
+        reason = f"the CUDA ops take head dims up to {limits.MAX_HEAD_DIM}, not {head_dim}"
     return reason
 
 

@@ -19,8 +19,7 @@ from sbert_fast.ops import validation
 ALIGNMENT, STEP = 16, 8
 _MAX_ROWS = 2**31 - 1
 _MAX_WIDTH = 4096
-# Of attention in Triton and CUDA.
-GPU_MAX_HEAD_DIM = 128
+MAX_HEAD_DIM = 128
 
 # Arguments that are read sixteen bytes at a time, by their names in the schema.
 _NORM = ("x", "bias", "residual", "weight", "ln_bias")
@@ -45,7 +44,7 @@ def refusal_of_size(op: str, head_dim: int | None = None, width: int | None = No
         width: columns of a row of the other ops, None where they are not known.
     """
     if op == "varlen_attention":
-        name, size, largest = "head dim D", head_dim, GPU_MAX_HEAD_DIM
+        name, size, largest = "head dim D", head_dim, MAX_HEAD_DIM
     elif op == "bias_gelu":
         name, size, largest = "width F", width, _MAX_ROWS
     else:

@@ -56,7 +56,6 @@ WITHOUT_CUDA_KERNEL = frozenset({"add_norm_sum", "gated_activation"})
 
 # What implementations lack of an op: options, and tensors that they cannot do without.
 LACKED: dict[str, dict[str, tuple[str, ...]]] = {
-    "triton": {"varlen_attention": ("causal", "kv_heads", "query_norm")},
     "cuda": {
         "varlen_attention": ("causal", "kv_heads", "query_norm", "rotary"),
         "embed_norm": ("rms", "without position_table", "without weight"),

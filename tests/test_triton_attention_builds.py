@@ -1,0 +1,111 @@
+"""varlen_attention in Triton, compiled for absent GPUs: what its kernels need of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sbert_fast.kernels import aot, tuning
+
+kernel = pytest.importorskip("sbert_fast.kernels.varlen_attention")
+
+HALF, BFLOAT, SINGLE = torch.float16, torch.bfloat16, torch.float32
+DECODER = {"causal": True, "kv_heads": 4, "normed": True, "rotary": True}
+
+
+def builds(
+    dim: int, dtype: torch.dtype, arch: int, max_seqlen: int, **options: Any
+) -> Iterator[aot.Build]:
+    """What a batch of 64k tokens and 12 heads launches."""
+    tokens, heads = 1 << 16, 12
+    kv_heads = options.get("kv_heads", 0)
+    shape = (heads + 2 * kv_heads,) if kv_heads else (3, heads)
+
+    def meta(*shape: int, to: torch.dtype = SINGLE) -> Tensor:
+        return torch.empty(*shape, dtype=to, device="meta")
+
+    table = meta(tokens, dim // 2) if options.get("rotary") else None
+    bias = meta(heads, 257) if options.get("bias") else None
+    norm = meta(dim) if options.get("normed") else None
+    for launch in kernel.plan(
+        meta(tokens, *shape, dim, to=dtype),
+        meta(tokens, heads, dim, to=dtype),
+        meta(tokens // max_seqlen + 1, to=torch.int32),
+        max_seqlen,
+        dim**-0.5,
+        options.get("window", -1),
+        (bias, table, table),
+        meta(tokens // 128, 4, to=torch.int32),
+        (arch // 10, arch % 10),
+        kernel.Options(options.get("causal", False), kv_heads, norm, norm, 1e-6),
+    ):
+        yield aot.build_of(launch.kernel, launch.arguments, launch.options, arch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", aot.ARCHS)
+def test_compiled_kernels_fit(arch: int) -> None:
+    """No spills; prints the table of registers and shared memory under `pytest -s`."""
+    wanted = [
+        *(b for dim in (26, 32, 64) for s in (16, 64, 512) for b in builds(dim, HALF, arch, s)),
+        *(
+            b
+            for dim in (58, 80, 96, 128)
+            for s in (16, 64, 512)
+            for b in builds(dim, HALF, arch, s)
+        ),
+        *(b for dim in (32, 64) for s in (16, 64) for b in builds(dim, BFLOAT, arch, s)),
+        *builds(64, HALF, arch, 64, bias=True),
+        *builds(64, HALF, arch, 64, bias=True, window=64, rotary=True),
+        *builds(64, SINGLE, arch, 64),
+        *builds(64, HALF, arch, 64, causal=True),
+        *builds(64, HALF, arch, 512, kv_heads=4),
+        *(b for dim in (32, 64, 128) for b in builds(dim, HALF, arch, 512, **DECODER)),
+        *(b for dim in (136, 256) for s in (16, 512) for b in builds(dim, HALF, arch, s)),
+        *builds(256, HALF, arch, 512, **DECODER),
+        *builds(256, HALF, arch, 512, **DECODER, bias=True, window=64),
+        *builds(256, SINGLE, arch, 512, **DECODER),
+    ]
+    unique = list({repr(build): build for build in wanted}.values())
+    usages = aot.compile_all(unique)
+    print("\n" + aot.table(unique, usages))
+    aot.assert_fits(unique, usages)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tf32")
+@pytest.mark.parametrize("arch", [80, 90])
+def test_compiled_kernels_in_tf32_fit(arch: int) -> None:
+    wanted = [b for dim in (32, 64, 128, 256) for b in builds(dim, SINGLE, arch, 512)]
+    assert {build.constexprs["PRECISION"] for build in wanted} == {"tf32"}
+    usages = aot.compile_all(wanted)
+    print("\n" + aot.table(wanted, usages))
+    aot.assert_fits(wanted, usages)
+
+
+def test_short_kernels_fill_a_multiprocessor() -> None:
+    """Memory-bound kernels live on bytes in flight: what one H200 multiprocessor keeps of q, k and
+    v under way must exceed bandwidth times latency, 4.3 TB/s / 132 * 0.9 us = 29 kB."""
+    wanted = [b for dim in (32, 64) for s in (16, 32) for b in builds(dim, HALF, 90, s)]
+    for build, usage in zip(wanted, aot.compile_all(wanted), strict=True):
+        c = build.constexprs
+        rows = c["GROUP"] * c["SHORT"]
+        assert usage.blocks(90) * rows * 3 * c["D"] * 2 > 2 * 29_000
+
+
+@pytest.mark.parametrize(("bits", "width"), tuning._ATTENTION)
+@pytest.mark.parametrize("rotary", [False, True])
+def test_norms_of_heads_are_added_up_alike_in_every_batch(
+    bits: int, width: int, rotary: bool
+) -> None:
+    """The threads that hold a row decide about the order of its sum."""
+    how: dict[str, Any] = {"plain": False, "rotary": rotary, "normed": True, "capability": (9, 0)}
+    rows = {tuning.attention(width, bits, longest, **how) for longest in (16, 256, 257, 9999)}
+    assert len(rows) == 1
+    # One by one, sequences that share a program have as many threads each.
+    (row,) = rows
+    assert row.group == 1 or row.group_warps % row.group == 0

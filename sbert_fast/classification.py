@@ -19,8 +19,8 @@ from sbert_fast.packing import ROW_ALIGNMENT, PackedBatch
 CLASSIFIERS = frozenset(
     f"{family}ForSequenceClassification"
     for family in (
-        "Bert Camembert DistilBert Electra EuroBert Gte JinaEmbeddingsV3 MPNet ModernBert "
-        "NomicBert Roberta XLMRoberta"
+        "Bert Camembert DebertaV2 DistilBert Electra EuroBert Gte JinaEmbeddingsV3 MPNet "
+        "ModernBert NomicBert Roberta XLMRoberta"
     ).split()
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,19 +17,16 @@ from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.fingerprint import Fingerprint, derive, settle
 from sbert_fast.forking import Lock
 from sbert_fast.layers import PoolKernels, Stack, Unfinished
-from sbert_fast.linears import (
-    Choice,
-    PreparedLinear,
-    PreparedNorm,
-    Target,
-    aligned,
-    choose,
-    prepare_linear,
-)
+from sbert_fast.linears import Choice, PreparedNorm, Target, aligned, choose
 from sbert_fast.models.checks import check_finite
 from sbert_fast.ops.dispatch import FUSING
 from sbert_fast.packing import ROW_ALIGNMENT, PackedBatch
-from sbert_fast.preparation import embedding_op, prepare_stack, required_ops
+from sbert_fast.preparation import (
+    embedding_op,
+    prepare_projection,
+    prepare_stack,
+    required_ops,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +40,7 @@ class Prepared:
     position: Tensor | None
     token_type: Tensor | None
     embedding_norm: PreparedNorm | None
-    projection: PreparedLinear | None
+    projection: Callable[[Tensor], Tensor] | None
     scale: Tensor | None
     stack: Stack
     embed: ops.Kernel
@@ -245,7 +242,10 @@ class PackedEncoder:
                 self._current = current = None
                 self.architecture = admission.architecture
                 tensors = [*admission.tensors, *admission.buffers]
-                prepared, fingerprint = derive(tensors, lambda: self._prepare(admission.weights))
+                weights = admission.weights
+                prepared, fingerprint = derive(
+                    tensors, lambda: self._prepare(weights), weights.tabulated()
+                )
                 current = _Current(admission, fingerprint, prepared)
             self._current = replace(current, admission=admission)
             return current.prepared
@@ -260,7 +260,7 @@ class PackedEncoder:
     def _lay_out(self, weights: models.EncoderWeights) -> Prepared:
         device, dtype, embeddings = self.device, self.compute_dtype, weights.embeddings
         target = Target(dtype, device, self.impl, self.live)
-        norm, projection = embeddings.norm, embeddings.projection
+        norm = embeddings.norm
         # On a CPU fp32 tables serve every dtype as they are: no copy, no rounding before the sum.
         in_place = device.type == "cpu" and embeddings.word.dtype == torch.float32
         embed, norm_pool = self.bind("embed_norm"), self.bind("norm_pool_out")
@@ -283,7 +283,7 @@ class PackedEncoder:
             position=table(embeddings.position),
             token_type=table(embeddings.token_type),
             embedding_norm=None if norm is None else PreparedNorm.of(norm),
-            projection=None if projection is None else prepare_linear((projection,), target),
+            projection=prepare_projection(embeddings, target),
             scale=None if embeddings.scale is None else embeddings.scale.detach().to(dtype),
             stack=prepare_stack(weights, target),
             embed=embed,

@@ -59,17 +59,21 @@ class Fingerprint:
         shared: what was derived from them. Tensors that are part of it are read live; the contents
             of the others are hashed, because many writes are not counted: through `.data`, by fused
             optimizers, through views of numpy.
+        copied: those that something else was computed from; they are hashed, too.
 
     Raises:
         UnsupportedModelError: a tensor neither counts writes nor is an inference tensor.
     """
 
-    def __init__(self, tensors: Iterable[Tensor], shared: Iterable[Tensor]) -> None:
+    def __init__(
+        self, tensors: Iterable[Tensor], shared: Iterable[Tensor], copied: Iterable[Tensor] = ()
+    ) -> None:
         self._tensors = list(tensors)
         # They keep the storages alive, so that no address can be reused unnoticed.
         self._held = [tensor.detach() for tensor in self._tensors]
         # Tensors in the layout of oneDNN have no address, and are copies.
         addresses = {t.data_ptr() for t in shared if t.layout == torch.strided}
+        addresses -= {t.data_ptr() for t in copied}
         live = [t for t in self._tensors if t.data_ptr() in addresses]
         self._hash = ContentHash([t for t in self._tensors if t.data_ptr() not in addresses], live)
         self._counted = [t for t in self._tensors if not t.is_inference()]
@@ -100,15 +104,17 @@ class Fingerprint:
         self._values = ()
 
 
-def derive(tensors: Iterable[Tensor], make: Callable[[], Derived]) -> tuple[Derived, Fingerprint]:
-    """What `make` derives from `tensors`, and their fingerprint.
+def derive(
+    tensors: Iterable[Tensor], make: Callable[[], Derived], copied: Iterable[Tensor] = ()
+) -> tuple[Derived, Fingerprint]:
+    """What `make` derives from `tensors`, and their fingerprint, which takes `copied`.
 
     If another thread writes to them in the meantime, the fingerprint is outdated at once.
     """
     tensors = list(tensors)
     before = Fingerprint(tensors, ())
     derived = make()
-    fingerprint = Fingerprint(tensors, tensors_in(derived))
+    fingerprint = Fingerprint(tensors, tensors_in(derived), copied)
     if not before.is_current():
         fingerprint.outdate()
     return derived, fingerprint

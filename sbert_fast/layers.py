@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sbert_fast import ops
+from sbert_fast.attention import PreparedAttention, Turns
 from sbert_fast.linears import PreparedLinear, PreparedNorm
 from sbert_fast.ops.reference import Activation
 from sbert_fast.packing import PackedBatch
 from sbert_fast.rotary import RotaryTable
-
-# Cosines and sines fp32 `[T, D / 2]` of every kind of rotary positions of a model.
-Turns = tuple[tuple[Tensor, Tensor], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,43 +44,6 @@ class PoolKernels:
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedAttention:
-    """Attention, its projections, and the kernel for it.
-
-    Attributes:
-        shape: of a token in `qkv`.
-        bias: fp32 `[H, 2R + 1]`, or None.
-        window: in tokens; -1 is none.
-        rotary: which of the rotary positions of the model, or None.
-    """
-
-    qkv: PreparedLinear
-    output: PreparedLinear
-    kernel: ops.Kernel
-    shape: tuple[int, ...]
-    scale: float
-    bias: Tensor | None
-    window: int
-    rotary: int | None
-
-    def __call__(self, x: Tensor, batch: PackedBatch, turns: Turns) -> Tensor:
-        """What the heads attend to, `[T, H * D]`."""
-        cos, sin = (None, None) if self.rotary is None else turns[self.rotary]
-        attended: Tensor = self.kernel(
-            self.qkv(x).view(x.shape[0], *self.shape),
-            batch.cu_seqlens,
-            batch.max_seqlen,
-            self.scale,
-            self.bias,
-            self.window,
-            cos,
-            sin,
-            batch.tiles,
-        )
-        return attended.view(x.shape[0], -1)
-
-
-@dataclass(frozen=True, slots=True)
 class PreparedFeedForward:
     """`gate` is None where `up` activates its output itself."""
 
@@ -98,6 +59,17 @@ class PreparedFeedForward:
             return self.up(x)
         activated: Tensor = self.gate(*self.up.without_bias(x), self.activation.value, self.first)
         return activated
+
+
+@dataclass(frozen=True, slots=True)
+class NormedLinear:
+    """A linear layer, and the norm of its output."""
+
+    linear: PreparedLinear
+    norm: PreparedNorm
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.linear.normed(x, self.norm)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from functools import cache
+from inspect import signature
 from types import FrameType
 from typing import Any
 
@@ -117,17 +119,18 @@ def read(engine: PackedEncoder, arguments: dict[str, Any], padding: str) -> Call
         UseOriginalError: the packed path would not give what the base model gives.
     """
     architecture, config = engine.architecture, getattr(engine.model, "config", None)
-    if arguments.get("output_attentions", getattr(config, "output_attentions", False)):
+    if _asked(engine.model, arguments, "output_attentions"):
         raise UseOriginalError("output_attentions was asked for")
     if architecture.is_decoder:
         _check_decoder(arguments, config)
-    states = arguments.get("output_hidden_states", getattr(config, "output_hidden_states", False))
+    states = _asked(engine.model, arguments, "output_hidden_states")
     ids, embeddings = _tokens(engine, arguments)
     shape = (ids.shape[0], ids.shape[1])
-    keep = _kept(arguments.get("attention_mask"), shape)
+    weights, mask = engine.admitted.weights, arguments.get("attention_mask")
+    keep = _kept(mask, shape, multiplies=weights.embeddings.masked)
     if not keep.all():
         _check_padding(engine.model, keep, embeddings, padding)
-        if engine.admitted.weights.measures_distances and _has_gaps(keep):
+        if weights.measures_distances and _has_gaps(keep):
             raise UseOriginalError("attention_mask has gaps, and the model measures distances")
 
     offset = architecture.position_offset
@@ -136,7 +139,7 @@ def read(engine: PackedEncoder, arguments: dict[str, Any], padding: str) -> Call
     room = architecture.max_tokens + offset
     positions: NDArray[Any]
     if arguments.get("position_ids") is not None:
-        if engine.admitted.weights.embeddings.position is None:
+        if weights.embeddings.position is None:
             room = min(room, max(_MOST_POSITIONS, shape[1]))
         positions = _integers("position_ids", arguments["position_ids"], shape, room)
     else:
@@ -148,9 +151,25 @@ def read(engine: PackedEncoder, arguments: dict[str, Any], padding: str) -> Call
         types = None
     if types is not None:
         types = _integers("token_type_ids", types, shape, architecture.type_vocab_size)
-    return_dict = arguments.get("return_dict", getattr(config, "return_dict", True)) is not False
+    return_dict = _asked(engine.model, arguments, "return_dict") is not False
     batch, source = pack_padded(ids, keep, positions, types)
     return Call(batch, source, shape, embeddings, _states(engine.model, states), return_dict)
+
+
+def _asked(model: nn.Module, arguments: dict[str, Any], name: str) -> Any:  # noqa: ANN401
+    """What a call asks for by an argument, or the config where it says nothing.
+
+    None says nothing to a forward that has the argument, and is a value to one with keywords alone.
+    """
+    value = arguments.get(name)
+    if value is not None or (name in arguments and name not in _named(type(model).forward)):
+        return value
+    return getattr(getattr(model, "config", None), name, name == "return_dict")
+
+
+@cache
+def _named(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(signature(forward).parameters)
 
 
 def _check_decoder(arguments: dict[str, Any], config: Any) -> None:  # noqa: ANN401
@@ -226,13 +245,17 @@ def _integers(name: str, value: object, shape: tuple[int, int], size: int) -> ND
     return np.broadcast_to(array, shape)
 
 
-def _kept(mask: object, shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """The tokens that `attention_mask` keeps, bool `[B, S]`."""
+def _kept(mask: object, shape: tuple[int, int], *, multiplies: bool) -> NDArray[np.bool_]:
+    """The tokens that `attention_mask` keeps, bool `[B, S]`; `multiplies`: the model multiplies
+    embeddings by it."""
     if mask is None:
         return np.ones(shape, dtype=np.bool_)
     if type(mask) is not Tensor or tuple(mask.shape) != shape:
         raise UseOriginalError("attention_mask is not a tensor [B, S]")
-    return mask.to(torch.bool).cpu().numpy()
+    kept = mask.to(torch.bool)
+    if multiplies and not torch.equal(kept.to(mask.dtype), mask):
+        raise UseOriginalError("attention_mask has other numbers than 0 and 1, which are factors")
+    return kept.cpu().numpy()
 
 
 def _has_gaps(keep: NDArray[np.bool_]) -> bool:

@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from sbert_fast import ops
-from sbert_fast.layers import Exit, PreparedAttention, PreparedFeedForward, PreparedLayer, Stack
+from sbert_fast.attention import attention_options, prepare_attention
+from sbert_fast.layers import Exit, NormedLinear, PreparedFeedForward, PreparedLayer, Stack
 from sbert_fast.linears import PreparedNorm, Target, prepare_linear
 from sbert_fast.models import base
 from sbert_fast.ops.reference import Activation
 from sbert_fast.rotary import RotaryTable
-
-
-def attention_options(attention: base.Attention) -> dict[str, Any]:
-    """What attention asks of its kernel, as :func:`ops.bind` takes it."""
-    grouped = attention.kv_heads if attention.kv_heads != attention.heads else 0
-    tensors = {"rotary": attention.rotary, "query_norm": attention.query_norm}
-    return {
-        "head_dim": attention.head_dim,
-        "options": {"causal": attention.causal, "kv_heads": grouped},
-        "needs": tuple(name for name, tensor in tensors.items() if tensor is not None),
-    }
-
-
-def _attention_kernel(attention: base.Attention, target: Target) -> ops.Kernel:
-    kernel = target.bind("varlen_attention", **attention_options(attention))
-    if attention.query_norm is None or attention.key_norm is None:
-        return kernel
-    query, key = map(PreparedNorm.of, (attention.query_norm, attention.key_norm))
-    norms = {"query_norm": query.weight, "key_norm": key.weight, "norm_eps": query.eps}
-    return replace(kernel, options={**kernel.options, **norms})
 
 
 def embedding_op(embeddings: base.Embeddings) -> tuple[str, dict[str, Any]]:
@@ -52,6 +31,10 @@ def required_ops(weights: base.EncoderWeights) -> Iterator[tuple[str, dict[str, 
     Linear layers that activate or norm their output themselves run fewer.
     """
     first, last = weights.layers[0], weights.layers[-1]
+    projection, projected = weights.embeddings.projection, weights.embeddings.projected_norm
+    if projection is not None and projected is not None:
+        width, options = projection.weight.shape[0], {"rms": projected.rms}
+        yield "add_norm", {"width": width, "options": options}
     if first.norm_first and first.attention_norm is not None:
         yield "add_norm", _norm_options(first, first.attention_norm)
     for layer, following in _followed(weights):
@@ -86,6 +69,16 @@ def _own_norms(layer: base.Layer, following: base.Norm | None) -> tuple[base.Nor
     return between, after
 
 
+def prepare_projection(
+    embeddings: base.Embeddings, target: Target
+) -> Callable[[Tensor], Tensor] | None:
+    """Prepare what widens the embeddings, where something does."""
+    if embeddings.projection is None:
+        return None
+    linear, norm = prepare_linear((embeddings.projection,), target), embeddings.projected_norm
+    return linear if norm is None else NormedLinear(linear, PreparedNorm.of(norm))
+
+
 def prepare_stack(weights: base.EncoderWeights, target: Target) -> Stack:
     """Prepare the layers of a model for `target`."""
     kinds = {id(r.frequencies): r.frequencies for r in _rotary(weights)}
@@ -111,7 +104,7 @@ def _prepare_layer(
 ) -> PreparedLayer:
     between, after = map(PreparedNorm.of, _own_norms(layer, following))
     return PreparedLayer(
-        attention=_prepare_attention(layer.attention, kinds, target),
+        attention=prepare_attention(layer.attention, kinds, target),
         between=between,
         feed_forward=_prepare_feed_forward(layer.feed_forward, target),
         after=after,
@@ -128,27 +121,6 @@ def _prepare_exit(
         return None
     how = _norm_options(layer, norm) | {"options": {"rms": following.rms}}
     return Exit(PreparedNorm.of(norm), target.bind("add_norm_sum", **how))
-
-
-def _prepare_attention(
-    attention: base.Attention, kinds: list[int], target: Target
-) -> PreparedAttention:
-    heads, grouped, dim = attention.heads, attention.kv_heads, attention.head_dim
-    relative, rotary = attention.relative_bias, attention.rotary
-    bias = None
-    if relative is not None:
-        rows = torch.tensor(relative.buckets, device=relative.table.device)
-        bias = relative.table.detach().float()[rows].T.contiguous()
-    return PreparedAttention(
-        qkv=prepare_linear(attention.qkv, target),
-        output=prepare_linear((attention.output,), target),
-        kernel=_attention_kernel(attention, target),
-        shape=(3, heads, dim) if grouped == heads else (heads + 2 * grouped, dim),
-        scale=attention.scale,
-        bias=bias,
-        window=-1 if attention.window is None else attention.window,
-        rotary=None if rotary is None else kinds.index(id(rotary.frequencies)),
-    )
 
 
 def _prepare_feed_forward(feed_forward: base.FeedForward, target: Target) -> PreparedFeedForward:

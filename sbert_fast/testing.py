@@ -73,6 +73,9 @@ def peer_varlen_attention(
     query_norm: Tensor | None = None,
     key_norm: Tensor | None = None,
     norm_eps: float = 0.0,
+    position_keys: Tensor | None = None,
+    position_queries: Tensor | None = None,
+    buckets: Tensor | None = None,
 ) -> Tensor:
     """Attention as plain torch does it in the dtype of `qkv`, sequence by sequence."""
     q, k, v = reference._heads(qkv, kv_heads)
@@ -91,10 +94,13 @@ def peer_varlen_attention(
             continue
         qs, ks, vs = (t[start:end].transpose(0, 1) for t in (q, k, v))
         positions = torch.arange(end - start)
-        terms = reference._position_terms(positions, end - start, bias, window, causal, qkv.dtype)
-        scores = (qs @ ks.transpose(-1, -2)) * scale
-        if terms is not None:
-            scores = scores + terms
+        distance = positions[None] - positions[:, None]
+        scores = qs @ ks.mT
+        if buckets is not None:
+            tables = position_keys, position_queries
+            scores = reference._disentangle(scores, qs, ks.mT, distance, tables, buckets)
+        scores = scores * scale
+        scores = scores + reference._distance_terms(distance, bias, window, causal, qkv.dtype)
         out[start:end] = (torch.softmax(scores, dim=-1) @ vs).transpose(0, 1)
     return out
 

@@ -21,11 +21,13 @@ SHORT = (5, 0, 1, 16, 33, 64, 140)
 KINDS = ("huge logits", "all equal", "outlier channels", "one key above", "one key below", "tiny")
 DEAD_TAIL = 5
 HEADS = 2
+TABLE_ROWS, TABLE_REACH = 50, 70
 
 
 @dataclass(frozen=True)
 class Case:
-    """Random arguments of the op; `reach` is the R of a relative bias, `kind` see `adversarial`.
+    """Random arguments of the op; `reach` is the R of a relative bias, `kind` see `adversarial`,
+    `tables` which of position_keys and position_queries there are.
 
     Arguments that not every implementation takes are there only where one is not its default.
     """
@@ -42,6 +44,7 @@ class Case:
     causal: bool = False
     kv_heads: int = 0
     normed: bool = False
+    tables: tuple[bool, bool] = (False, False)
 
     def args(self) -> list[Any]:
         """Arguments in schema order, with a dead tail."""
@@ -55,12 +58,20 @@ class Case:
         scale = self.dim**-0.5 if self.scale is None else self.scale
         longest = max(self.lengths, default=0)
         plain = [qkv, pack_lengths(self.lengths), longest, scale, bias, self.window, *rotary, None]
-        if not (self.causal or self.kv_heads or self.normed):
+        if not (self.causal or self.kv_heads or self.normed or any(self.tables)):
             return plain
         norms = [None, None, 0.0]
         if self.normed:
             norms = [*torch.randn(2, self.dim), 1e-6]
-        return [*plain, self.causal, self.kv_heads, *norms]
+        return [*plain, self.causal, self.kv_heads, *norms, *self._of_distances()]
+
+    def _of_distances(self) -> list[Tensor | None]:
+        """The tables of rows by distance that there are, and buckets in no order."""
+        if not any(self.tables):
+            return [None, None, None]
+        rows = torch.randn(2, self.heads, TABLE_ROWS, self.dim).to(self.dtype)
+        tables = [table if there else None for table, there in zip(rows, self.tables, strict=True)]
+        return [*tables, torch.randint(TABLE_ROWS, (2 * TABLE_REACH + 1,), dtype=torch.int32)]
 
 
 @lru_cache(maxsize=4)

@@ -77,6 +77,17 @@ FAMILIES: dict[str, Family] = {
     "distilbert": Family(names=_DISTILBERT_NAMES, walk="distilbert"),
     "electra": Family({"embedding_size": 64}, has_types=True, walk="electra-projection"),
     "mpnet": Family(is_like_roberta=True, measures_distances=True, walk="mpnet"),
+    "deberta-v2": Family(
+        {
+            "relative_attention": True,
+            "pos_att_type": ["c2p", "p2c"],
+            "position_buckets": 16,
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+            "position_biased_input": False,
+        },
+        measures_distances=True,
+    ),
     "modernbert": Family({"local_attention": 16}, measures_distances=True, walk="modernbert"),
     "nomic_bert": Family(has_types=True, walk="nomic_bert"),
     "gte": Family({"type_vocab_size": 0}),
@@ -129,6 +140,7 @@ VARIANTS: dict[str, Variant] = {name: Variant(name) for name in FAMILIES} | {
     "roberta-one-type": Variant("roberta", {"type_vocab_size": 1, "layer_norm_eps": 1e-5}),
     "distilbert-gelu-new": Variant("distilbert", {"hidden_act": "gelu_new"}),
     "electra-projection": Variant("electra", {"embedding_size": 40}),
+    "deberta-v2-projection": Variant("deberta-v2", {"embedding_size": 40, "type_vocab_size": 2}),
     "qwen3-head-dim-24": Variant("qwen3", {"head_dim": 24}),
     "qwen3-one-head-of-keys": Variant("qwen3", {"num_key_value_heads": 1, "attention_bias": True}),
 }

@@ -78,6 +78,14 @@ def int32(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+# Rows of tables of distances, by distance.
+BUCKETS = int32(3, 1, 0)
+
+
+def table_of_distances(dim: int, rows: int = 4, heads: int = 2) -> torch.Tensor:
+    return torch.ones(heads, rows, dim)
+
+
 def norm_parameters(E: int) -> tuple[torch.Tensor, torch.Tensor]:
     return 1 + randn(E, scale=0.1), randn(E, scale=0.1)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from checks import assert_same_vectors
+from families import make_batch
 from sbert_fast import ops
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.packing import pack
@@ -52,11 +55,19 @@ def packed_states(encoder: PackedEncoder, batch: dict[str, Tensor]) -> list[Tens
     assert launches["varlen_attention"] == layers
     # The norm is part of the linear before it where that runs on panels.
     norms = launches["add_norm"], launches["linear_norm"], launches["add_norm_sum"]
-    first, *_ = encoder.admitted.weights.layers
-    enters, leaves = first.attention_norm is not None, first.attention_exit is not None
-    assert sum(norms) == 2 * layers + (first.norm_first and enters) + 2 * layers * leaves
-    assert norms[2] == (2 * layers - (not leaves) if first.norm_first else 0)
+    weights = encoder.admitted.weights
+    first, pre_norm = weights.layers[0], weights.final_norm is not None
+    exits = [e for x in weights.layers for e in (x.attention_exit, x.feed_forward_exit) if e]
+    others = len(exits) + (weights.embeddings.projected_norm is not None)
+    others += first.norm_first and first.attention_norm is not None
+    assert sum(norms) == 2 * layers + others
+    assert norms[2] == (2 * layers - (not exits) if pre_norm else 0)
     return list(hidden[: packed.num_tokens].float().split(lengths.tolist()))
+
+
+def assert_packed_as_stock(made: Any, name: str, lengths: Sequence[int]) -> None:
+    batch = make_batch(name, list(lengths))
+    assert_same(packed_states(PackedEncoder(made), batch), reference_states(made, batch))
 
 
 def texts_of(states: list[Tensor]) -> Tensor:

@@ -28,6 +28,7 @@ OPS = torch.ops.sbert_fast
 ISAS = OPS.cpu_isas().split(",") if extension.CPU.available else []
 DTYPES = [torch.float32, torch.bfloat16]
 DIMS = (8, 26, 32, 37, 64, 80, 96, 128, 136, 256)
+NEITHER, BOTH = (False, False), (True, True)
 
 pytestmark = [
     pytest.mark.skipif(not extension.CPU.available, reason=str(extension.CPU.reason)),
@@ -97,9 +98,25 @@ def test_norm_of_heads(isa: str, dim: int, rotary: bool, dtype: torch.dtype) -> 
 
 @every_isa
 @every_dtype
+@pytest.mark.parametrize("dim", [8, 26, 37, 64, 136, 256])
+@pytest.mark.parametrize("tables", [BOTH, (True, False), (False, True)], ids=str)
+def test_tables_of_distances(
+    isa: str, tables: tuple[bool, bool], dim: int, dtype: torch.dtype
+) -> None:
+    check(Case((*SHORT, 300), dim, dtype, tables=tables, scale=(3 * dim) ** -0.5))
+
+
+@every_isa
+@every_dtype
 @pytest.mark.parametrize(
     "options",
-    [{}, {"causal": True}, {"kv_heads": 1}, {"causal": True, "kv_heads": 2, "normed": True}],
+    [
+        {},
+        {"causal": True},
+        {"kv_heads": 1},
+        {"causal": True, "kv_heads": 2, "normed": True},
+        {"causal": True, "kv_heads": 1, "normed": True, "tables": BOTH},
+    ],
     ids=str,
 )
 def test_options_together(isa: str, options: dict[str, Any], dtype: torch.dtype) -> None:
@@ -145,9 +162,12 @@ def test_dead_tail_is_zero_whatever_it_holds(isa: str, dtype: torch.dtype) -> No
 @every_isa
 @every_dtype
 @pytest.mark.parametrize("dim", [26, 64])
-def test_neighbours_change_no_bit(isa: str, dim: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("tables", [NEITHER, BOTH], ids=str)
+def test_neighbours_change_no_bit(
+    isa: str, tables: tuple[bool, bool], dim: int, dtype: torch.dtype
+) -> None:
     """NaN in every other sequence, in the dead tail and in the other head reaches nothing."""
-    args = Case(SHORT, dim, dtype, reach=4, window=50, rotary=True).args()
+    args = Case(SHORT, dim, dtype, reach=4, window=50, rotary=True, tables=tables).args()
     qkv, cu_seqlens, cos, sin = args[0], args[1], args[6], args[7]
     expected = attention(args)
     for index in range(len(SHORT)):
@@ -162,8 +182,11 @@ def test_neighbours_change_no_bit(isa: str, dim: int, dtype: torch.dtype) -> Non
 
 @every_isa
 @every_dtype
-def test_nan_spreads_through_its_own_sequence_only(isa: str, dtype: torch.dtype) -> None:
-    args = Case((20, 140, 20), 32, dtype).args()
+@pytest.mark.parametrize("tables", [NEITHER, BOTH], ids=str)
+def test_nan_spreads_through_its_own_sequence_only(
+    isa: str, tables: tuple[bool, bool], dtype: torch.dtype
+) -> None:
+    args = Case((20, 140, 20), 32, dtype, tables=tables).args()
     args[0][50, 1, 0] = float("nan")  # one key of one head
     expected = torch.zeros(180 + DEAD_TAIL, HEADS, 32, dtype=torch.bool)
     expected[20:160, 0] = True
@@ -174,7 +197,9 @@ def test_nan_spreads_through_its_own_sequence_only(isa: str, dtype: torch.dtype)
 @every_dtype
 @pytest.mark.parametrize("dim", [32, 37])
 @pytest.mark.parametrize(
-    "options", [{}, {"window": 30}, {"causal": True, "kv_heads": 1, "normed": True}], ids=str
+    "options",
+    [{}, {"window": 30}, {"causal": True, "kv_heads": 1, "normed": True}, {"tables": BOTH}],
+    ids=str,
 )
 def test_place_in_the_batch_changes_no_bit(
     isa: str, options: dict[str, Any], dim: int, dtype: torch.dtype
@@ -198,8 +223,8 @@ def test_place_in_the_batch_changes_no_bit(
 @every_dtype
 def test_threads_change_no_bit(isa: str, dtype: torch.dtype) -> None:
     threads = torch.get_num_threads()
-    for lengths in ((3000,), (1, 40, 0, 7) * 200):
-        args = Case(lengths, 16, dtype).args()
+    for lengths, tables in (((3000,), NEITHER), ((1, 40, 0, 7) * 200, BOTH)):
+        args = Case(lengths, 16, dtype, tables=tables).args()
         try:
             torch.set_num_threads(1)
             expected = attention(args)
@@ -223,10 +248,11 @@ def test_adversarial_inputs(isa: str, kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dim", DIMS)
 def test_reads_end_with_the_last_element(isa: str, dim: int, dtype: torch.dtype) -> None:
     lengths = (3, 17, 130)
-    args = Case(lengths, dim, dtype, reach=2, rotary=dim % 2 == 0, normed=True).args()
+    case = Case(lengths, dim, dtype, reach=2, rotary=dim % 2 == 0, normed=True, tables=BOTH)
+    args = case.args()
     for position in (0, 6, 7):  # no dead tail behind the last sequence
         args[position] = None if args[position] is None else args[position][: sum(lengths)]
     expected = attention(args)
-    for position in (0, 4, 6, 7, 11, 12):
+    for position in (0, 4, 6, 7, 11, 12, 14, 15, 16):
         args[position] = None if args[position] is None else before_a_guard(args[position])
     assert_same_bits(attention(args), expected)

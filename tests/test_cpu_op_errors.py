@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from op_cases import arguments
+from op_cases import BUCKETS, arguments, table_of_distances
 from sbert_fast.ops import extension, schemas
 
 OPS = torch.ops.sbert_fast
@@ -184,3 +184,23 @@ def test_instruction_sets_have_names() -> None:
     with pytest.raises(RuntimeError, match="set_cpu_isa: isa must be one of .*generic, got mmx"):
         OPS.set_cpu_isa("mmx")
     assert OPS.cpu_isa() in names
+
+
+TABLE = table_of_distances(26)
+BAD_TABLES = [
+    ((None, None, BUCKETS), "buckets must be given with .*, got buckets alone"),
+    ((TABLE, None, None), "buckets must be given with .*, got no buckets"),
+    ((TABLE[:1], None, BUCKETS), r"position_keys must be .* = \[2, \*, 26\], got float32 \[1, 4"),
+    ((TABLE, TABLE[:, 1:], BUCKETS), r"position_queries must be .* = \[2, 4, 26\], got"),
+    ((None, TABLE.bfloat16(), BUCKETS), "position_queries must be .* float32 .* got bfloat16"),
+    ((TABLE, None, BUCKETS.long()), r"buckets must be contiguous int32 \[2R \+ 1\] .* got int64"),
+    ((TABLE, None, BUCKETS[1:]), r"buckets must be \[2R \+ 1\], an odd number, got int32 \[2\]"),
+    ((TABLE, None, BUCKETS + 1), r"buckets\[0\] must be in \[0, 4\), the rows of .*tables, got 4"),
+]
+
+
+@pytest.mark.parametrize(("tables", "message"), BAD_TABLES)
+def test_tables_of_distances(tables: tuple[Tensor | None, ...], message: str) -> None:
+    args = arguments("varlen_attention", torch.float32, RAGGED)
+    with pytest.raises(RuntimeError, match=f"^varlen_attention: {message}"):
+        OPS.varlen_attention.cpu(*args, False, 0, None, None, 0.0, *tables)

@@ -13,8 +13,9 @@ import families
 from checks import cosine_distances
 from packed import assert_same, packed_states, reference_states, texts_of
 from sbert_fast import linears, ops
+from sbert_fast.attention import attention_options
 from sbert_fast.engine import PackedEncoder
-from sbert_fast.preparation import attention_options, required_ops
+from sbert_fast.preparation import required_ops
 
 CPU = torch.device("cpu")
 RUNNABLE = [i for i in ops.IMPLEMENTATIONS if ops.refusal(i, CPU, torch.float32) is None]

@@ -22,7 +22,7 @@ LAYERS = (
     {"ops"},
     {"models"},
     {"packing", "linears"},
-    {"layers", "fingerprint", "rotary"},
+    {"layers", "attention", "fingerprint", "rotary"},
     {"preparation"},
     {"admission"},
     {"tokenization", "engine", "transfer", "budget"},

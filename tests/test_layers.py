@@ -17,6 +17,7 @@ from sbert_fast.layers import Stack
 from sbert_fast.linears import Target
 from sbert_fast.models.base import (
     Attention,
+    Disentangled,
     Embeddings,
     EncoderWeights,
     FeedForward,
@@ -49,6 +50,7 @@ class Kind:
     joined: bool = False
     causal: bool = False
     relative: bool = False
+    distances: str = ""
     rotary: bool = False
     window: int | None = None
     norms_heads: bool = False
@@ -72,6 +74,9 @@ KINDS = {
     "one head of keys, joined": replace(PLAIN, kv_heads=1, joined=True),
     "causal": replace(PLAIN, causal=True),
     "relative bias": replace(PLAIN, relative=True),
+    "rows of distances for queries": replace(PLAIN, distances="c2p"),
+    "rows of distances for keys": replace(PLAIN, distances="p2c", kv_heads=2),
+    "rows of distances for both": replace(PLAIN, distances="c2p p2c"),
     "rotary": replace(PLAIN, rotary=True),
     "window": replace(PLAIN, window=2),
     "norms of heads": replace(PLAIN, norms_heads=True),
@@ -80,7 +85,7 @@ KINDS = {
     "SwiGLU": GATED,
     "SwiGLU, gate first": replace(GATED, first=False),
     "GEGLU, joined": replace(GATED, joined=True, activation=Activation.GELU),
-    "all": ALL,
+    "all": replace(ALL, distances="c2p p2c"),
     "all in a window, joined": replace(
         ALL, window=4, joined=True, biased=True, norms_heads=True, norms_halves=True
     ),
@@ -101,6 +106,19 @@ def _norm(kind: Kind) -> Norm:
 
 def _head_norm(kind: Kind) -> Norm | None:
     return Norm(torch.rand(DIM) + 0.5, None, 1e-5, rms=True) if kind.norms_heads else None
+
+
+def _disentangled(kind: Kind) -> Disentangled | None:
+    if not kind.distances:
+        return None
+    parts = [_linear(HEADS * DIM, WIDTH, kind.biased) for _ in range(2)]
+    keys, queries = (
+        part if name in kind.distances else None
+        for part, name in zip(parts, ("c2p", "p2c"), strict=True)
+    )
+    norm = _norm(replace(kind, rms=False, shift=0.0)) if keys else None
+    buckets = tuple(torch.randint(5, (2 * REACH + 1,)).tolist())
+    return Disentangled(torch.randn(6, WIDTH), norm, keys, queries, buckets)
 
 
 def _exit(kind: Kind) -> Norm | None:
@@ -130,6 +148,7 @@ def _layer(kind: Kind, rotary: Rotary) -> Layer:
             causal=kind.causal,
             query_norm=_head_norm(kind),
             key_norm=_head_norm(kind),
+            disentangled=_disentangled(kind),
         ),
         attention_norm=_norm(kind),
         feed_forward=FeedForward(
@@ -186,6 +205,15 @@ def _turn(x: Tensor, rotary: Rotary) -> Tensor:
     )
 
 
+def _of_distances(part: Disentangled, head: int, away: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """What distances add to the products of the queries and keys `[L, D]` of a head."""
+    reach, rows = len(part.buckets) // 2, _apply_norm(part.norm, part.table.to(q.dtype))
+    at = torch.tensor(part.buckets)[away.clamp(-reach, reach) + reach]
+    terms = [(p, x) for p, x in ((part.keys, q[:, None]), (part.queries, k[None])) if p is not None]
+    tables = [(_apply((p,), rows).view(-1, HEADS, DIM)[at, head], x) for p, x in terms]
+    return torch.stack([(table * x).sum(-1) for table, x in tables]).sum(0)
+
+
 def _attend(attention: Attention, x: Tensor) -> Tensor:
     """Attention over a sequence `[L, E]`, one head after the other."""
     length, dim, shared = x.shape[0], attention.head_dim, attention.heads // attention.kv_heads
@@ -205,7 +233,10 @@ def _attend(attention: Attention, x: Tensor) -> Tensor:
         hidden |= away > 0
     heads = []
     for head in range(attention.heads):
-        logits = q[:, head] @ k[:, head // shared].T * attention.scale
+        logits = q[:, head] @ k[:, head // shared].T
+        if (part := attention.disentangled) is not None:
+            logits = logits + _of_distances(part, head, away, q[:, head], k[:, head // shared])
+        logits = logits * attention.scale
         if (relative := attention.relative_bias) is not None:
             reach = len(relative.buckets) // 2
             rows = torch.tensor(relative.buckets)[away.clamp(-reach, reach) + reach]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from op_cases import RAGGED, arguments, int32
+from op_cases import BUCKETS, RAGGED, arguments, int32, table_of_distances
 from sbert_fast import ops
 from sbert_fast.errors import ImplementationError
 from sbert_fast.ops import dispatch, schemas
@@ -190,6 +190,8 @@ OPTIONS = {
     "causal": {"causal": True},
     "kv_heads": {"kv_heads": 1},
     "query_norm": {"head_norm": (torch.ones(16), torch.ones(16), 1e-6)},
+    "position_keys": {"disentangled": (table_of_distances(16), None, BUCKETS)},
+    "position_queries": {"disentangled": (None, table_of_distances(16), BUCKETS)},
     "rms": {"rms": True},
     "rotary": {"rotary": (torch.ones(8, 8), torch.zeros(8, 8))},
     "without position_table": {"positions": None, "position_table": None},
@@ -277,11 +279,17 @@ def test_overloads_have_no_argument_for_what_they_lack(
     assert lean.get(name) != full[name]
 
 
-@pytest.mark.parametrize("op", ["varlen_attention", "add_norm_sum", "gated_activation"])
-def test_options_in_a_graph(op: str) -> None:
-    args = arguments(op, torch.float32)
-    if op == "varlen_attention":
-        args = (*args, True, 0)
+@pytest.mark.parametrize(
+    ("op", "options"),
+    [
+        ("varlen_attention", (True, 0)),
+        ("varlen_attention", (False, 0, None, None, 0.0, table_of_distances(26), None, BUCKETS)),
+        ("add_norm_sum", ()),
+        ("gated_activation", ()),
+    ],
+)
+def test_options_in_a_graph(op: str, options: tuple[Any, ...]) -> None:
+    args = (*arguments(op, torch.float32), *options)
     torch.library.opcheck(
         getattr(torch.ops.sbert_fast, op).reference,
         args,

@@ -3,7 +3,6 @@ causal attention."""
 
 from __future__ import annotations
 
-import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +12,12 @@ import pytest
 import torch
 
 import families
-from packed import assert_same, packed_states, reference_states
+from packed import assert_packed_as_stock
 from patched import assert_identical, assert_same_states, pair, run
 from sbert_fast import ops
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.patching import counts
-from sbert_fast.testing import assert_close_to_oracle
 
 LENGTHS = [3, 20, 41, 64]
 # One kind of rotary positions a model, or two.
@@ -47,25 +45,17 @@ CONFIGS = [
 ]
 
 
-def assert_packed_as_stock(made: Any, name: str) -> None:
-    """As near to fp64 as stock is."""
-    batch = families.make_batch(name, LENGTHS)
-    ours = packed_states(PackedEncoder(made), batch)
-    peer, oracle = (reference_states(m, batch) for m in (made, copy.deepcopy(made).double()))
-    assert_close_to_oracle(*map(torch.cat, (ours, oracle, peer)), torch.float32)
-
-
 @pytest.mark.parametrize(
     ("name", "overrides"), [each for each in CONFIGS if each[0] in FAMILIES], ids=str
 )
 def test_configs(name: str, overrides: dict[str, Any]) -> None:
-    assert_packed_as_stock(families.make_model(name, **overrides), name)
+    assert_packed_as_stock(families.make_model(name, **overrides), name, LENGTHS)
 
 
 @every_with_one
 @pytest.mark.parametrize("parameters", [{"rope_type": "default", "rope_theta": 50.0}, LINEAR])
 def test_frequencies(name: str, parameters: dict[str, Any]) -> None:
-    assert_packed_as_stock(families.make_model(name, rope_parameters=parameters), name)
+    assert_packed_as_stock(families.make_model(name, rope_parameters=parameters), name, LENGTHS)
 
 
 @every_family

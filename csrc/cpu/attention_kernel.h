@@ -3,7 +3,8 @@
 // A work item goes through its queries in blocks and, for each of them, through the keys in blocks:
 //
 //   pack       q transposed [slots][kLanes], so that a lane is a query; k and v as rows
-//   scores     keys x queries, in register tiles, with their running maximum
+//   scores     keys x queries, in register tiles, with their running maximum; where attention is
+//              disentangled, also both x rows of tables of distances (attention_distance.h)
 //   softmax    down the lanes: no reduction across a vector, no mask for the last keys
 //   values     queries x dims, in register tiles; what was gathered before fades by `decay`
 //
@@ -13,15 +14,13 @@
 // nothing but its sequence. Scratch is on the stack and its size does not depend on the sequence.
 #pragma once
 
+#include "attention_distance.h"
 #include "attention_pack.h"
 #include "attention_softmax.h"
 #include "kernels.h"
 
 namespace sbert_fast::cpu::SBF_ISA {
 
-// Queries and keys per block, so that the panels of a block stay in the cache.
-constexpr int64_t kMaxBlock = 128;
-constexpr int64_t kPanel = 8192;
 constexpr float kLog2e = 1.44269504f;
 
 struct alignas(64) AttentionScratch {
@@ -36,13 +35,13 @@ struct alignas(64) AttentionScratch {
   bool started[kMaxBlock / VecF::N];         // [tile]
 };
 
-// One head of one sequence.
+// One head of one sequence; `panels` is null where there are no tables of distances.
 template <class T>
 class HeadAttention {
  public:
   HeadAttention(const AttentionParams& params, int64_t sequence, int64_t head,
-                AttentionScratch& scratch)
-      : p_(params), s_(scratch), D_(params.D) {
+                AttentionScratch& scratch, DistancePanels* panels)
+      : p_(params), s_(scratch), panels_(panels), D_(params.D) {
     const int64_t first = p_.cu_seqlens[sequence];
     length_ = p_.cu_seqlens[sequence + 1] - first;
     stride_ = (p_.H + 2 * p_.kv_heads) * D_;
@@ -55,6 +54,8 @@ class HeadAttention {
       rotary_ = {p_.rotary_cos + first * (D_ / 2), p_.rotary_sin + first * (D_ / 2)};
     }
     if (p_.bias != nullptr) bias_ = p_.bias + head * (2 * p_.R + 1) + p_.R;
+    position_keys_ = table_of(p_.position_keys, head);
+    position_queries_ = table_of(p_.position_queries, head);
     before_ = p_.window < 0 ? length_ : smaller(p_.window, length_);
     after_ = p_.causal ? 0 : before_;
     has_terms_ = bias_ != nullptr || after_ < length_ || !(p_.scale > 0.0f);
@@ -64,6 +65,7 @@ class HeadAttention {
     row_ = chunks_ * kLanes;
     block_ = kMaxBlock;
     while (block_ * row_ > kPanel) block_ /= 2;
+    panel_stride_ = 2 * block_ + kDistancePadding;
   }
 
   // Asks for the first block of q, k, v and out. Always inline: GCC takes a function that only
@@ -88,6 +90,11 @@ class HeadAttention {
  private:
   using Operand = typename OperandOf<T>::type;
 
+  // The table [P, D] of a head, or null.
+  const T* table_of(const void* tables, int64_t head) const {
+    return tables == nullptr ? nullptr : static_cast<const T*>(tables) + head * p_.P * D_;
+  }
+
   // Queries [q0, q0 + queries), one block.
   void attend(int64_t q0, int64_t queries) {
     pack_queries(q0, queries);
@@ -102,31 +109,39 @@ class HeadAttention {
     for (int64_t k0 = larger(0, q0 - before_) / block_ * block_; k0 < last; k0 += block_) {
       const int64_t keys = smaller(block_, last - k0);
       pack_keys(k0, keys);
-      if (has_terms_) fill_terms(q0 - (k0 + keys - 1), round_up(queries, kLanes) + keys);
+      const int64_t first = q0 - (k0 + keys - 1), count = round_up(queries, kLanes) + keys;
+      if (has_terms_) fill_terms(first, count);
+      if (panels_ != nullptr) fill_panels(first, count);
       for (int64_t i = 0; i < queries; i += kLanes) {
         const int64_t some = smaller(kLanes, queries - i);
         // Only the keys that a query of the tile can see; the first one shares no slot with others.
         const int64_t from = larger(0, q0 + i - before_ - k0) / 2 * 2;
         const int64_t to = smaller(keys, q0 + i + some + after_ - k0);
-        if (from < to) attend_tile(i, some, from, to, s_.terms + i + keys - 1 - from);
+        if (from < to) attend_tile(i, some, from, to, i + keys - 1 - from);
       }
     }
     store_rows(q0, queries);
   }
 
-  // Queries [i, i + queries) of the block, one tile, against its keys [from, to). `terms` is what
-  // is added to the scores of key `from`.
-  void attend_tile(int64_t i, int64_t queries, int64_t from, int64_t to, const float* terms) {
+  // Queries [i, i + queries) of the block, one tile, against its keys [from, to). `x` is where the
+  // term and the column of the first query and key are, see fill_terms.
+  void attend_tile(int64_t i, int64_t queries, int64_t from, int64_t to, int64_t x) {
     const int64_t vecs = ceil_div(queries, VecF::N), keys = to - from;
     float* maxima = s_.maxima + i;
     for (int lane = 0; lane < kLanes; lane += VecF::N) {
       VecF::load(maxima + lane).store(s_.previous + lane);
     }
     for_each_tile(keys, [&](int64_t key, int64_t rows) {
-      run_tile(ScoreTile<Operand>{s_.keys + (from + key) * row_, row_, s_.queries + i * row_,
-                                  slots_, s_.scores + key * kLanes, maxima,
-                                  has_terms_ ? terms - key : nullptr, p_.scale},
-               rows, vecs);
+      const ScoreTile<Operand> tile{s_.keys + (from + key) * row_,
+                                    row_,
+                                    s_.queries + i * row_,
+                                    slots_,
+                                    s_.scores + key * kLanes,
+                                    maxima,
+                                    has_terms_ ? s_.terms + x - key : nullptr,
+                                    p_.scale};
+      if (panels_ == nullptr) return run_tile(tile, rows, vecs);
+      run_tile(with_distances(tile, x - key), rows, vecs);
     });
     const VecF c = VecF::set1(has_terms_ ? kLog2e : p_.scale * kLog2e);
     softmax_tile<Operand>(vecs, s_.scores, keys, s_.previous, maxima, s_.sums + i, s_.decay, c);
@@ -144,6 +159,11 @@ class HeadAttention {
       });
     }
     started = true;
+  }
+
+  DistanceTile<Operand> with_distances(const ScoreTile<Operand>& tile, int64_t x) const {
+    return {tile, position_keys_ == nullptr ? nullptr : panels_->position_keys + x,
+            position_queries_ == nullptr ? nullptr : panels_->position_queries + x, panel_stride_};
   }
 
   Rotary rotary_at(int64_t token) const {
@@ -182,6 +202,20 @@ class HeadAttention {
     }
   }
 
+  // Columns of distances, counted as fill_terms counts; scores are free until the next tile.
+  void fill_panels(int64_t first, int64_t count) {
+    const auto pack = [&](const T* table, float* panel) {
+      if (table == nullptr) return;
+      const auto row_at = [&](int64_t x) {
+        const int64_t ahead = larger(-p_.reach, smaller(p_.reach, -(x + first)));
+        return table + p_.buckets[ahead + p_.reach] * D_;
+      };
+      pack_columns<Operand>(count, D_, slots_, row_at, s_.scores, row_, panel, panel_stride_);
+    };
+    pack(position_keys_, panels_->position_keys);
+    pack(position_queries_, panels_->position_queries);
+  }
+
   void store_rows(int64_t q0, int64_t count) const {
     for (int64_t i = 0; i < count; ++i) {
       const VecF factor = VecF::set1(1.0f / s_.sums[i]);
@@ -196,10 +230,12 @@ class HeadAttention {
 
   const AttentionParams& p_;
   AttentionScratch& s_;
+  DistancePanels* panels_;
   const T *q_, *k_, *v_;  // of the first token of the sequence, as all pointers here
   T* out_;
   Rotary rotary_{};
-  const float* bias_ = nullptr;  // at distance 0
+  const float* bias_ = nullptr;                 // at distance 0
+  const T *position_keys_, *position_queries_;  // of this head, or null
   int64_t D_, length_;
   int64_t stride_;          // between tokens of qkv
   int64_t before_, after_;  // a query sees keys this far away
@@ -208,18 +244,37 @@ class HeadAttention {
   int64_t chunks_;          // of kLanes elements that hold D
   int64_t row_;             // elements of these chunks
   int64_t block_;           // queries or keys
+  int64_t panel_stride_;    // columns of a panel of distances
 };
 
-/// Items are sequence * H + head. The next item is on its way from memory while one is computed:
-/// its rows are short and far apart, which no hardware prefetcher follows.
+// The next item is on its way from memory while one is computed: its rows are short and far apart,
+// which no hardware prefetcher follows.
+template <class T>
+SBF_INLINE void attend_items(const AttentionParams& params, int64_t begin, int64_t end,
+                             AttentionScratch& scratch, DistancePanels* panels) {
+  const auto at = [&](int64_t item) {
+    return HeadAttention<T>(params, item / params.H, item % params.H, scratch, panels);
+  };
+  for (int64_t item = begin; item < end; ++item) {
+    if (item + 1 < end) at(item + 1).prefetch();
+    at(item).run();
+  }
+}
+
+template <class T>
+__attribute__((noinline)) void attend_by_distance(const AttentionParams& params, int64_t begin,
+                                                  int64_t end) {
+  AttentionScratch scratch;
+  DistancePanels panels;
+  attend_items<T>(params, begin, end, scratch, &panels);
+}
+
+/// Items are sequence * H + head.
 template <class T>
 void varlen_attention(const AttentionParams& params, int64_t begin, int64_t end) {
+  if (params.buckets != nullptr) return attend_by_distance<T>(params, begin, end);
   AttentionScratch scratch;
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t next = item + 1;
-    if (next < end) HeadAttention<T>(params, next / params.H, next % params.H, scratch).prefetch();
-    HeadAttention<T>(params, item / params.H, item % params.H, scratch).run();
-  }
+  attend_items<T>(params, begin, end, scratch, nullptr);
 }
 
 }  // namespace sbert_fast::cpu::SBF_ISA

@@ -9,6 +9,9 @@
 namespace sbert_fast::cpu::SBF_ISA {
 
 constexpr int64_t kMaxHeadDim = 256;
+// Queries and keys per block, so that the panels of a block stay in the cache.
+constexpr int64_t kMaxBlock = 128;
+constexpr int64_t kPanel = 8192;
 
 SBF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 SBF_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }

@@ -84,6 +84,12 @@ struct ScoreTile {
       SBF_UNROLL for (int v = 0; v < VECS; ++v) acc[r][v] = VecF::zero();
     }
     accumulate<Operand>(keys, key_stride, 1, queries, slots, acc);
+    finish(acc);
+  }
+
+  // Adds the terms to the products, stores them, and raises the maxima.
+  template <int ROWS, int VECS>
+  SBF_INLINE void finish(VecF (&acc)[ROWS][VECS]) const {
     if (terms != nullptr) {
       SBF_UNROLL for (int r = 0; r < ROWS; ++r) {
         SBF_UNROLL for (int v = 0; v < VECS; ++v) {

@@ -29,6 +29,10 @@ struct AttentionParams {
   const float* query_norm;  // [D], or null: no RMSNorm of heads
   const float* key_norm;    // [D], null where query_norm is
   float norm_eps;
+  const void* position_keys;     // [H, P, D], or null: rows that queries are multiplied by
+  const void* position_queries;  // [H, P, D], or null: rows that keys are multiplied by
+  const int32_t* buckets;        // [2 * reach + 1], rows by distance, or null: there are no tables
+  int64_t P, reach;
 };
 
 struct EmbedNormParams {

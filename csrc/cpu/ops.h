@@ -13,15 +13,18 @@ Tensor varlen_attention(const Tensor& qkv,                 // [T, 3, H, D], or, 
                                                            // are kv_heads, [T, H + 2 * kv_heads, D]
                         const Tensor& cu_seqlens,          // [B + 1] int32
                         int64_t max_seqlen, double scale,  //
-                        const std::optional<Tensor>& bias,        // [H, 2R + 1] fp32
-                        int64_t window,                           // -1: none
-                        const std::optional<Tensor>& rotary_cos,  // [T, D / 2] fp32
-                        const std::optional<Tensor>& rotary_sin,  // [T, D / 2] fp32
-                        const std::optional<Tensor>& tiles,       // [n, 4] int32
-                        bool causal, int64_t kv_heads,            // 0: one a head
-                        const std::optional<Tensor>& query_norm,  // [D] fp32
-                        const std::optional<Tensor>& key_norm,    // [D] fp32
-                        double norm_eps);
+                        const std::optional<Tensor>& bias,              // [H, 2R + 1] fp32
+                        int64_t window,                                 // -1: none
+                        const std::optional<Tensor>& rotary_cos,        // [T, D / 2] fp32
+                        const std::optional<Tensor>& rotary_sin,        // [T, D / 2] fp32
+                        const std::optional<Tensor>& tiles,             // [n, 4] int32
+                        bool causal, int64_t kv_heads,                  // 0: one a head
+                        const std::optional<Tensor>& query_norm,        // [D] fp32
+                        const std::optional<Tensor>& key_norm,          // [D] fp32
+                        double norm_eps,                                //
+                        const std::optional<Tensor>& position_keys,     // [H, P, D]
+                        const std::optional<Tensor>& position_queries,  // [H, P, D]
+                        const std::optional<Tensor>& buckets);          // [2R + 1] int32
 
 Tensor embed_norm(const Tensor& ids,                            // [T] int32
                   const std::optional<Tensor>& positions,       // [T] int32

@@ -52,6 +52,31 @@ Heads check_heads(const Tensor& qkv, int64_t kv_heads) {
   return {dtype, queries, kv_heads, qkv.size(2)};
 }
 
+/// The rows P of the tables of distances [H, P, D]; 0 where there are none.
+int64_t check_distances(const Tensor& qkv, const Heads& heads,
+                        const std::optional<Tensor>& position_keys,
+                        const std::optional<Tensor>& position_queries,
+                        const std::optional<Tensor>& buckets) {
+  const bool some = position_keys.has_value() || position_queries.has_value();
+  SBF_CHECK(some == buckets.has_value(), op,
+            "buckets must be given with position_keys, position_queries or both, got ",
+            some ? "no buckets" : "buckets alone");
+  if (!some) return 0;
+  int64_t P = kAnySize;
+  const auto check = [&](const char* name, const std::optional<Tensor>& table) {
+    check_tensor(op, name, table, qkv.scalar_type(), "[H, P, D]", {heads.queries, P, heads.D});
+    if (table.has_value()) P = table->size(1);
+  };
+  check("position_keys", position_keys);
+  check("position_queries", position_queries);
+  check_tensor(op, "buckets", buckets, ScalarType::Int, "[2R + 1]", {kAnySize});
+  SBF_CHECK(buckets->size(0) % 2 == 1, op, "buckets must be [2R + 1], an odd number, got ",
+            describe(*buckets));
+  check_indices(op, "buckets", buckets->const_data_ptr<int32_t>(), buckets->size(0), P,
+                "the tables");
+  return P;
+}
+
 }  // namespace
 
 Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t max_seqlen,
@@ -59,7 +84,10 @@ Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t max
                         const std::optional<Tensor>& rotary_cos,
                         const std::optional<Tensor>& rotary_sin, const std::optional<Tensor>& tiles,
                         bool causal, int64_t kv_heads, const std::optional<Tensor>& query_norm,
-                        const std::optional<Tensor>& key_norm, double norm_eps) {
+                        const std::optional<Tensor>& key_norm, double norm_eps,
+                        const std::optional<Tensor>& position_keys,
+                        const std::optional<Tensor>& position_queries,
+                        const std::optional<Tensor>& buckets) {
   const Heads heads = check_heads(qkv, kv_heads);
   const int64_t T = qkv.size(0), H = heads.queries, D = heads.D;
   SBF_CHECK(kMinHeadDim <= D && D <= kMaxHeadDim, op, "D must be in [", kMinHeadDim, ", ",
@@ -70,6 +98,7 @@ Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t max
   SBF_CHECK(query_norm.has_value() == key_norm.has_value(), op,
             "query_norm and key_norm must both be given or both be None, got only ",
             query_norm.has_value() ? "query_norm" : "key_norm");
+  const int64_t P = check_distances(qkv, heads, position_keys, position_queries, buckets);
   const Sequences sequences = check_cu_seqlens(op, cu_seqlens, T);
   const int32_t* cu = sequences.cu;
   const int64_t B = sequences.B;
@@ -96,6 +125,11 @@ Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t max
       .query_norm = data_or_null<float>(query_norm),
       .key_norm = data_or_null<float>(key_norm),
       .norm_eps = static_cast<float>(norm_eps),
+      .position_keys = data_or_null<void>(position_keys),
+      .position_queries = data_or_null<void>(position_queries),
+      .buckets = data_or_null<int32_t>(buckets),
+      .P = P,
+      .reach = buckets.has_value() ? buckets->size(0) / 2 : 0,
   };
   if (cu[B] < T) {
     const size_t row_bytes = static_cast<size_t>(H * D) * out.element_size();

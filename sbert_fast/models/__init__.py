@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from sbert_fast.errors import UnsupportedModelError
-from sbert_fast.models import bert, distilbert, llama, modernbert, mpnet, rotary_bert
+from sbert_fast.models import bert, deberta, distilbert, llama, modernbert, mpnet, rotary_bert
 from sbert_fast.models.base import Architecture, EncoderWeights
 from sbert_fast.models.checks import check
 from sbert_fast.models.shapes import check_shapes
@@ -49,6 +49,7 @@ FAMILIES: dict[str, Family] = {
     "CamembertModel": _ROBERTA,
     "DistilBertModel": Family(distilbert.architecture, distilbert.weights),
     "MPNetModel": Family(bert.offset_architecture, mpnet.weights),
+    "DebertaV2Model": Family(deberta.architecture, deberta.weights),
     "ModernBertModel": Family(modernbert.architecture, modernbert.weights),
     "NomicBertModel": _ROTARY_BERT,
     "GteModel": _ROTARY_BERT,

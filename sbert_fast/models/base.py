@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -11,30 +11,6 @@ from torch import Tensor, nn
 from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.ops.reference import Activation
 
-# HF activation names that a feed-forward without a gate may have.
-_GELUS = {
-    "gelu": Activation.GELU,
-    "gelu_python": Activation.GELU,
-    "gelu_new": Activation.GELU_TANH,
-    "gelu_pytorch_tanh": Activation.GELU_TANH,
-    "gelu_python_tanh": Activation.GELU_TANH,
-    "gelu_fast": Activation.GELU_TANH,
-    "gelu_accurate": Activation.GELU_TANH,
-}
-# And those that one with a gate may have too.
-_GATED = {"silu": Activation.SILU, "swish": Activation.SILU}
-# The classes behind those names.
-_CLASSES = {
-    "AccurateGELUActivation": Activation.GELU_TANH,
-    "FastGELUActivation": Activation.GELU_TANH,
-    "GELUActivation": Activation.GELU,
-    "GELUTanh": Activation.GELU_TANH,
-    "NewGELUActivation": Activation.GELU_TANH,
-    "PytorchGELUTanh": Activation.GELU_TANH,
-    "SiLU": Activation.SILU,
-    "SiLUActivation": Activation.SILU,
-}
-_HOMES = ("torch.nn.modules.activation", "transformers.activations")
 # Kinds of rotary positions whose frequencies no call changes.
 _ROTARY = ("default", "linear", "llama3")
 
@@ -89,6 +65,27 @@ class Rotary:
 
 
 @dataclass(frozen=True, slots=True)
+class Disentangled:
+    """What distances add to the product of query i and key j before it is scaled (DeBERTa):
+    `q_i · keys(t) + queries(t) · k_j`, t being the row `buckets[clamp(j - i, -R, R) + R]` of the
+    table, normed.
+
+    Attributes:
+        table: `[P, E]`.
+        norm: of the rows of the table; None is the identity.
+        keys, queries: projections of the rows, to all heads; the term of one that is None is left
+            out, and one is there.
+        buckets: 2R + 1 rows of the table.
+    """
+
+    table: Tensor
+    norm: Norm | None
+    keys: Linear | None
+    queries: Linear | None
+    buckets: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
     """Self-attention.
 
@@ -97,7 +94,7 @@ class Attention:
         output: the projection of what the heads have attended to.
         heads, kv_heads, head_dim: as usual; consecutive query heads share a head of keys.
         scale: factor of the logits.
-        relative_bias, rotary: None where there is none.
+        relative_bias, rotary, disentangled: None where there is none.
         window: how many tokens a token sees on each side; None is all of them.
         causal: a token sees none to the right.
         query_norm, key_norm: RMSNorm of every head, before its rotary positions; both or neither.
@@ -115,6 +112,7 @@ class Attention:
     causal: bool = False
     query_norm: Norm | None = None
     key_norm: Norm | None = None
+    disentangled: Disentangled | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +157,12 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Embeddings:
-    """Embedding tables `[rows, E]`, their sum normalised; `projection` widens it (ELECTRA), or
-    `scale`, of one element, multiplies it (Gemma)."""
+    """Embedding tables `[rows, E]`, their sum normalised; `projection` widens it (ELECTRA), and
+    `projected_norm` norms the result (DeBERTa); or `scale`, of one element, multiplies it (Gemma).
+
+    Attributes:
+        masked: the model multiplies the result by the mask.
+    """
 
     word: Tensor
     position: Tensor | None
@@ -168,6 +170,8 @@ class Embeddings:
     norm: Norm | None
     projection: Linear | None = None
     scale: Tensor | None = None
+    projected_norm: Norm | None = None
+    masked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +198,11 @@ class EncoderWeights:
             attention, feed_forward = layer.attention, layer.feed_forward
             yield from (*attention.qkv, attention.output, *feed_forward.up, feed_forward.down)
 
+    def tabulated(self) -> Iterator[Tensor]:
+        """What tables of distances are computed from: these are copies, whatever else is not."""
+        parts = (_values(layer.attention.disentangled) for layer in self.layers)
+        return (value for part in parts for value in part if isinstance(value, Tensor))
+
     def identity(self) -> tuple[object, ...]:
         """What prepared weights are derived from, but for the contents of the parameters."""
         return tuple(id(v) if isinstance(v, Tensor) else v for v in _values(self))
@@ -201,10 +210,11 @@ class EncoderWeights:
     @property
     def measures_distances(self) -> bool:
         """Whether a result depends on how many tokens apart two tokens are in a padded row."""
-        return any(
-            layer.attention.window is not None or layer.attention.relative_bias is not None
+        parts = (
+            (layer.attention.window, layer.attention.relative_bias, layer.attention.disentangled)
             for layer in self.layers
         )
+        return any(part is not None for each in parts for part in each)
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,23 +312,3 @@ def head_dim(hidden_size: int, heads: int) -> int:
     if heads < 1 or hidden_size % heads:
         raise UnsupportedModelError(f"hidden size {hidden_size} is not a multiple of {heads} heads")
     return hidden_size // heads
-
-
-def activation(name: object, modules: Iterable[nn.Module], *, gated: bool = False) -> Activation:
-    """The function the config names, where the `modules` of the layers are what it names."""
-    known = _GELUS | _GATED if gated else _GELUS
-    if not isinstance(name, str) or name not in known:
-        raise UnsupportedModelError(f"activation must be one of {', '.join(known)}, got {name!r}")
-    # Imported with the model, and not before: sentence-transformers alone may not need it.
-    from transformers.activations import ACT2FN
-
-    named = type(ACT2FN[name])
-    if _CLASSES.get(named.__name__) != known[name] or named.__module__ not in _HOMES:
-        raise UnsupportedModelError(f"the activation {name!r} of transformers was replaced")
-    for module in modules:
-        if type(module) is not named:
-            raise UnsupportedModelError(
-                f"activation must be {named.__name__}, as {name!r} in the config says, got "
-                f"{type(module).__name__}"
-            )
-    return known[name]

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sbert_fast.models.activations import activation
 from sbert_fast.models.base import (
     Architecture,
     Attention,
@@ -16,7 +17,6 @@ from sbert_fast.models.base import (
     EncoderWeights,
     FeedForward,
     Layer,
-    activation,
     head_dim,
     linear,
     norm,

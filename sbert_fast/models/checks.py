@@ -69,7 +69,8 @@ def _check_numbers(architecture: Architecture, weights: EncoderWeights) -> None:
     _check_int("the number of positions", architecture.max_tokens, 1)
     if weights.embeddings.token_type is not None:
         _check_int("the number of token types", architecture.type_vocab_size, 1)
-    norms = [weights.embeddings.norm, weights.final_norm]
+    embeddings = weights.embeddings
+    norms = [embeddings.norm, embeddings.projected_norm, weights.final_norm]
     for layer in weights.layers:
         attention = layer.attention
         _check_int("the number of heads", attention.heads, 1)
@@ -84,6 +85,8 @@ def _check_numbers(architecture: Architecture, weights: EncoderWeights) -> None:
         norms += [layer.attention_norm, layer.feed_forward_norm]
         norms += [attention.query_norm, attention.key_norm]
         norms += [layer.attention_exit, layer.feed_forward_exit]
+        if attention.disentangled is not None:
+            norms.append(attention.disentangled.norm)
     for eps in {norm.eps: None for norm in norms if norm is not None}:
         if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
             raise UnsupportedModelError(f"eps of a norm must be a number from 0 on, got {eps!r}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sbert_fast.models.activations import activation
 from sbert_fast.models.base import (
     Architecture,
     Attention,
@@ -14,7 +15,6 @@ from sbert_fast.models.base import (
     EncoderWeights,
     FeedForward,
     Layer,
-    activation,
     head_dim,
     linear,
     norm,

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sbert_fast.errors import UnsupportedModelError
+from sbert_fast.models.activations import activation
 from sbert_fast.models.base import (
     Architecture,
     Attention,
@@ -20,7 +21,6 @@ from sbert_fast.models.base import (
     Layer,
     Norm,
     Rotary,
-    activation,
     linear,
     rms_norm,
     rotary,

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from sbert_fast.models.activations import activation
 from sbert_fast.models.base import (
     Architecture,
     Attention,
@@ -17,7 +18,6 @@ from sbert_fast.models.base import (
     FeedForward,
     Layer,
     Rotary,
-    activation,
     head_dim,
     linear,
     norm,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sbert_fast.models.activations import activation
 from sbert_fast.models.base import (
     Attention,
     Embeddings,
@@ -16,7 +17,6 @@ from sbert_fast.models.base import (
     FeedForward,
     Layer,
     RelativeBias,
-    activation,
     head_dim,
     linear,
     norm,

@@ -51,6 +51,7 @@ def _shapes(architecture: Architecture, weights: EncoderWeights) -> _Shapes:
     yield from _norm(embeddings.norm, size)
     if embeddings.projection is not None:
         yield from _linear(embeddings.projection, width, size)
+    yield from _norm(embeddings.projected_norm, width)
     for layer in weights.layers:
         yield from _norm(layer.attention_norm, width)
         yield from _attention(layer.attention, width)
@@ -87,6 +88,14 @@ def _attention(attention: Attention, width: int) -> _Shapes:
     if attention.relative_bias is not None:
         rows = max(attention.relative_bias.buckets) + 1
         yield attention.relative_bias.table, (rows, attention.heads)
+    if (part := attention.disentangled) is not None:
+        # There may be more rows than distances lead to.
+        rows = max(max(part.buckets) + 1, part.table.shape[0])
+        yield part.table, (rows, width)
+        yield from _norm(part.norm, width)
+        for projection in (part.keys, part.queries):
+            if projection is not None:
+                yield from _linear(projection, attention.heads * dim, width)
 
 
 def _feed_forward(feed_forward: FeedForward, width: int) -> _Shapes:

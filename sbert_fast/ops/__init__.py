@@ -77,6 +77,7 @@ def varlen_attention(
     causal: bool = False,
     kv_heads: int | None = None,
     head_norm: tuple[Tensor, Tensor, float] | None = None,
+    disentangled: tuple[Tensor | None, Tensor | None, Tensor] | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Attention of every token over the tokens of its own sequence.
@@ -98,6 +99,10 @@ def varlen_attention(
             `h // (H / kv_heads)`. None is one for every query head.
         head_norm: `(query_weight, key_weight, eps)`, the weights fp32 `[D]`: RMSNorm of every head
             of queries and of keys, before `rotary`.
+        disentangled: `(position_keys, position_queries, buckets)`: tables `[H, P, D]` in the dtype
+            of `qkv`, one of which may be None, and int32 `[2R + 1]`. To `q_i · k_j` are added
+            `q_i · position_keys[h, b]` and `position_queries[h, b] · k_j`, b being
+            `buckets[clamp(j - i, -R, R) + R]`; q and k are normed and turned before.
         impl: see the module docstring.
 
     Returns:
@@ -113,7 +118,7 @@ def varlen_attention(
 
     Source:
         Vaswani et al., arXiv:1706.03762; rotary tables: Su et al., arXiv:2104.09864; `bias`: T5,
-        arXiv:1910.10683.
+        arXiv:1910.10683; `disentangled`: He et al., arXiv:2006.03654.
     """
     longest, heads, grouped = contracts.attention(qkv, cu_seqlens, max_seqlen, tiles, kv_heads)
     dim = qkv.shape[-1]
@@ -125,5 +130,6 @@ def varlen_attention(
     validation.flag("causal", causal)
     args = qkv, cu_seqlens, longest, scale, bias, reach, cos, sin, tiles
     options = {"causal": causal, "kv_heads": grouped} | contracts.head_norm(head_norm, qkv)
+    options |= contracts.disentangled(disentangled, qkv, heads)
     needs = () if rotary is None else ("rotary",)
     return run("varlen_attention", qkv.dtype, impl, args, options, needs, head_dim=dim)

@@ -113,6 +113,30 @@ def head_norm(norm: Sequence[Any] | None, qkv: Tensor) -> dict[str, Any]:
     return {"query_norm": norm[0], "key_norm": norm[1], "norm_eps": eps}
 
 
+def disentangled(parts: Sequence[Any] | None, qkv: Tensor, heads: int) -> dict[str, Any]:
+    """Check what distances add to the products of attention; the options of its op come back."""
+    if parts is None:
+        return {}
+    if not isinstance(parts, (tuple, list)) or len(parts) != 3:
+        raise TypeError(
+            "disentangled must be a tuple (position_keys, position_queries, buckets) or None, got "
+            f"{validation.describe(parts)}"
+        )
+    rows: int | str = "P"
+    for index, table in enumerate(parts[:2]):
+        if table is not None:
+            validation.like(f"disentangled[{index}]", table, (heads, rows, qkv.shape[-1]), qkv)
+            rows = table.shape[1]
+    if isinstance(rows, str):
+        raise ValueError("disentangled must have position_keys or position_queries, got neither")
+    buckets = parts[2]
+    validation.integers("disentangled[2]", buckets, ("2R + 1",), qkv.device)
+    if buckets.shape[0] % 2 == 0:
+        raise ValueError(f"disentangled[2] must have an odd length 2R + 1, got {buckets.shape[0]}")
+    integers.indices("disentangled[2]", buckets, rows, "the tables")
+    return {"position_keys": parts[0], "position_queries": parts[1], "buckets": buckets}
+
+
 def embedding(
     ids: Tensor,
     positions: Tensor | None,

@@ -33,6 +33,8 @@ class Activation(IntEnum):
     SILU = 3
 
 
+# Those of disentangled attention, of position_keys and position_queries.
+_Tables = tuple[Tensor | None, Tensor | None]
 # Scores held at once by attention, in elements: bounds memory, changes no result.
 _SCORE_BUDGET = 1 << 24
 
@@ -67,25 +69,33 @@ def _heads(qkv: Tensor, kv_heads: int) -> tuple[Tensor, ...]:
     return q, *(t.repeat_interleave(heads // kv_heads, dim=1) for t in (k, v))
 
 
-def _position_terms(
-    queries: Tensor,
-    length: int,
-    bias: Tensor | None,
-    window: int,
-    causal: bool,
-    dtype: torch.dtype,
-) -> Tensor | None:
-    """The additive terms `[H or 1, len(queries), length]` that depend on positions only."""
+def _distance_terms(
+    distance: Tensor, bias: Tensor | None, window: int, causal: bool, dtype: torch.dtype
+) -> Tensor | float:
+    """The terms `[H or 1, Q, L]` that `distance` alone, of keys from queries `[Q, L]`, adds."""
     if bias is None and window < 0 and not causal:
-        return None
-    distance = torch.arange(length, device=queries.device)[None] - queries[:, None]
-    terms = torch.zeros(1, *distance.shape, dtype=dtype, device=queries.device)
+        return 0.0
+    terms = torch.zeros(1, *distance.shape, dtype=dtype, device=distance.device)
     if bias is not None:
         reach = bias.shape[1] // 2
         terms = bias.to(dtype)[:, distance.clamp(-reach, reach) + reach]
     if window >= 0:
         terms = terms.masked_fill(distance.abs() > window, float("-inf"))
     return terms.masked_fill(distance > 0, float("-inf")) if causal else terms
+
+
+def _disentangle(
+    scores: Tensor, q: Tensor, keys: Tensor, distance: Tensor, tables: _Tables, buckets: Tensor
+) -> Tensor:
+    """`scores` of queries and keys, and their products with the rows of tables at each distance."""
+    reach = buckets.shape[0] // 2
+    rows = buckets.long()[distance.clamp(-reach, reach) + reach].expand_as(scores)
+    position_keys, position_queries = tables
+    if position_keys is not None:
+        scores = scores + (q @ position_keys.to(q.dtype).mT).gather(-1, rows)
+    if position_queries is not None:
+        scores = scores + (position_queries.to(q.dtype) @ keys).gather(-2, rows)
+    return scores
 
 
 def varlen_attention(
@@ -103,6 +113,9 @@ def varlen_attention(
     query_norm: Tensor | None = None,
     key_norm: Tensor | None = None,
     norm_eps: float = 0.0,
+    position_keys: Tensor | None = None,
+    position_queries: Tensor | None = None,
+    buckets: Tensor | None = None,
 ) -> Tensor:
     q, k, v = _heads(qkv.to(_accumulator(qkv.dtype)), kv_heads)
     if query_norm is not None and key_norm is not None:
@@ -113,19 +126,23 @@ def varlen_attention(
     if rotary_cos is not None and rotary_sin is not None:
         q, k = _rotate(q, rotary_cos, rotary_sin), _rotate(k, rotary_cos, rotary_sin)
     out = qkv.new_zeros(q.shape)
-    heads = q.shape[1]
+    heads, tables = q.shape[1], (position_keys, position_queries)
+    width = max(0 if table is None else table.shape[1] for table in tables)
     for rows in _rows_by_length(cu_seqlens):
         length = rows.shape[1]
         block = max(1, min(length, _SCORE_BUDGET // (heads * length)))
-        group = max(1, _SCORE_BUDGET // (heads * length * block))
+        group = max(1, _SCORE_BUDGET // (heads * length * max(block, width)))
         for some in rows.split(group):
             keys, values = k[some].permute(0, 2, 3, 1), v[some].transpose(1, 2)
             for queries in torch.arange(length, device=rows.device).split(block):
                 target = some[:, queries]
-                scores = (q[target].transpose(1, 2) @ keys) * scale  # [n, H, block, L]
-                terms = _position_terms(queries, length, bias, window, causal, scores.dtype)
-                if terms is not None:
-                    scores = scores + terms
+                distance = torch.arange(length, device=rows.device)[None] - queries[:, None]
+                some_q = q[target].transpose(1, 2)
+                scores = some_q @ keys  # [n, H, block, L]
+                if buckets is not None:
+                    scores = _disentangle(scores, some_q, keys, distance, tables, buckets)
+                terms = _distance_terms(distance, bias, window, causal, scores.dtype)
+                scores = scores * scale + terms
                 result = (torch.softmax(scores, dim=-1) @ values).transpose(1, 2)
                 out[target] = result.to(qkv.dtype)
     return out

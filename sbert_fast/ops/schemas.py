@@ -24,7 +24,8 @@ SCHEMAS = {
     "varlen_attention": "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale,"
     " Tensor? bias, int window, Tensor? rotary_cos, Tensor? rotary_sin, Tensor? tiles,"
     " bool causal=False, int kv_heads=0, Tensor? query_norm=None, Tensor? key_norm=None,"
-    " float norm_eps=0.0) -> Tensor",
+    " float norm_eps=0.0, Tensor? position_keys=None, Tensor? position_queries=None,"
+    " Tensor? buckets=None) -> Tensor",
     "embed_norm": "(Tensor ids, Tensor? positions, Tensor? types, Tensor word,"
     " Tensor? position_table, Tensor? type_table, Tensor? weight, Tensor? bias, float eps,"
     " ScalarType out_dtype, bool rms=False) -> Tensor",
@@ -54,15 +55,18 @@ CPU_ONLY = frozenset({"linear", "linear_norm"})
 # Ops for which there is no kernel in CUDA C++ yet.
 WITHOUT_CUDA_KERNEL = frozenset({"add_norm_sum", "gated_activation"})
 
+_DISENTANGLED = ("position_keys", "position_queries")
 # What implementations lack of an op: options, and tensors that they cannot do without.
 LACKED: dict[str, dict[str, tuple[str, ...]]] = {
+    "triton": {"varlen_attention": _DISENTANGLED},
     "cuda": {
-        "varlen_attention": ("causal", "kv_heads", "query_norm", "rotary"),
+        "varlen_attention": ("causal", "kv_heads", "query_norm", "rotary", *_DISENTANGLED),
         "embed_norm": ("rms", "without position_table", "without weight"),
         **dict.fromkeys(("add_norm", "norm_pool", "norm_pool_out"), ("rms",)),
     },
 }
 _COMPANIONS = {
+    "position_keys": ("buckets",),
     "position_table": ("positions",),
     "query_norm": ("key_norm", "norm_eps"),
     "weight": ("bias",),

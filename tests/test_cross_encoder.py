@@ -117,9 +117,8 @@ def test_inputs_and_arguments(
 def test_softmax_of_several_labels() -> None:
     stock = make_cross_encoder(num_labels=3)
     model = FastCrossEncoder(stock)
-    assert_same_scores(
-        model.predict(PAIRS, apply_softmax=True), stock.predict(PAIRS, apply_softmax=True)
-    )
+    both = (each.predict(PAIRS, apply_softmax=True) for each in (model, stock))
+    assert_same_scores(*both)
     with pytest.raises(ValueError, match="only works for models with num_labels=1"):
         model.rank("a", ["b"])
 
@@ -129,9 +128,8 @@ def test_rank(stock: CrossEncoder, model: FastCrossEncoder) -> None:
     ours, theirs = (m.rank(TEXTS[0], TEXTS[1:], **asked) for m in (model, stock))
     assert [each["corpus_id"] for each in ours] == [each["corpus_id"] for each in theirs]
     assert [each["text"] for each in ours] == [each["text"] for each in theirs]
-    np.testing.assert_allclose(
-        *([e["score"] for e in found] for found in (ours, theirs)), atol=1e-5
-    )
+    scores = [[each["score"] for each in found] for found in (ours, theirs)]
+    np.testing.assert_allclose(*scores, atol=1e-5)
     assert not model.stats.fallbacks
 
 

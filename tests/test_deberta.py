@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.deberta_v2 import modeling_deberta_v2 as stock
 
 import families
@@ -81,6 +81,20 @@ def test_more_steps_of_the_last_layer_are_refused() -> None:
     made.z_steps = 2
     with pytest.raises(UnsupportedModelError, match="z_steps must be 0 or 1, got 2"):
         PackedEncoder(made)
+
+
+@pytest.mark.parametrize("rows", [31, 32, 50])
+def test_rows_of_the_table(rows: int) -> None:
+    """Distances lead to 32."""
+    made = families.make_model(NAME)
+    made.encoder.rel_embeddings = families.randomize(nn.Embedding(rows, 64))
+    if rows < 32:
+        with pytest.raises(
+            UnsupportedModelError, match=r"rel_embeddings.* \[32, 64\], got \[31, 64"
+        ):
+            PackedEncoder(made)
+    else:
+        assert_packed_as_stock(made, NAME, LENGTHS)
 
 
 @pytest.mark.parametrize(

@@ -88,12 +88,12 @@ def _attention(attention: Attention, width: int) -> _Shapes:
     if attention.relative_bias is not None:
         rows = max(attention.relative_bias.buckets) + 1
         yield attention.relative_bias.table, (rows, attention.heads)
-    if (part := attention.disentangled) is not None:
+    if (distances := attention.disentangled) is not None:
         # There may be more rows than distances lead to.
-        rows = max(max(part.buckets) + 1, part.table.shape[0])
-        yield part.table, (rows, width)
-        yield from _norm(part.norm, width)
-        for projection in (part.keys, part.queries):
+        rows = max(max(distances.buckets) + 1, distances.table.shape[0])
+        yield distances.table, (rows, width)
+        yield from _norm(distances.norm, width)
+        for projection in (distances.keys, distances.queries):
             if projection is not None:
                 yield from _linear(projection, attention.heads * dim, width)
 

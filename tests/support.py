@@ -62,6 +62,6 @@ def _on_gpu(name: str, implementation: str) -> str:
         lacked = schemas.LACKED[implementation].get(op, ())
         if implementation not in schemas.implementations(op) or set(needs) & set(lacked):
             return "part"
-        if how.get("head_dim", 0) > limits.GPU_MAX_HEAD_DIM:
+        if implementation == "cuda" and how.get("head_dim", 0) > limits.MAX_HEAD_DIM:
             return "part"
     return "all"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import families
-from packed import assert_packed_as_stock
+from packed import assert_packed_as_stock, assert_same, packed_states, reference_states
 from patched import assert_identical, assert_same_states, pair, run
 from sbert_fast import ops
 from sbert_fast.engine import PackedEncoder

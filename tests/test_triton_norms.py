@@ -232,5 +232,8 @@ def test_kernels_compile_and_fit(arch: int) -> None:
     aot.assert_fits(todo, usages)
     for build, usage in zip(todo, usages, strict=True):
         # A row within a warp needs no shared memory, unless its layout is changed on the way.
-        assert usage.shared == 0 or build.constexprs.get("E") in (37, 4096), build
-        assert usage.registers <= 128, build
+        width = build.constexprs.get("E") or build.constexprs["F"] // 4
+        assert usage.shared == 0 or width in (37, 4096), build
+        # Odd rows are addressed column by column, with their sum twice.
+        twice = width == 37 and "sum_ptr" in build.signature
+        assert usage.registers <= (168 if twice else 128), build

@@ -93,9 +93,9 @@ def _attention(attention: Attention, width: int) -> _Shapes:
         rows = max(max(distances.buckets) + 1, distances.table.shape[0])
         yield distances.table, (rows, width)
         yield from _norm(distances.norm, width)
-        for projection in (distances.keys, distances.queries):
-            if projection is not None:
-                yield from _linear(projection, attention.heads * dim, width)
+        for projected in (distances.keys, distances.queries):
+            if projected is not None:
+                yield from _linear(projected, attention.heads * dim, width)
 
 
 def _feed_forward(feed_forward: FeedForward, width: int) -> _Shapes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -204,6 +205,19 @@ def make_model(name: str, *, seed: int = 0, head: str | None = None, **overrides
     """
     auto = getattr(transformers, head or "AutoModel")
     return randomize(auto.from_config(make_config(name, **overrides)), seed)
+
+
+def with_setting(path: str, value: object, family: str = "bert") -> Callable[[], nn.Module]:
+    """Makes a model with a setting, at `path`, that its own constructor may refuse."""
+
+    def make() -> nn.Module:
+        model = make_model(family)
+        owner, _, name = path.rpartition(".")
+        # Newer configs check what is assigned.
+        vars(model.config if owner == "config" else model.get_submodule(owner))[name] = value
+        return model
+
+    return make
 
 
 def make_tokenizer(name: str) -> transformers.PreTrainedTokenizerFast:

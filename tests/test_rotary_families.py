@@ -146,6 +146,42 @@ def test_outputs_of_a_causal_model() -> None:
     assert counts(ours) == {"packed": 1}
 
 
+_with = families.with_setting
+REFUSED = {
+    "heads of keys that divide no heads": (
+        _with("config.num_key_value_heads", 3, "qwen3"),
+        "divide that of heads, 4, got 3",
+    ),
+    "no heads of keys": (
+        _with("config.num_key_value_heads", 0, "qwen3"),
+        "keys must be 1 to 4",
+    ),
+    "another kind of layers": (
+        _with("config.layer_types", ["sliding_attention"] * 3, "qwen3"),
+        "has_sliding_layers is not what Qwen3Model makes of the config",
+    ),
+    "a causal mask": (
+        _with("config.use_bidirectional_attention", False, "gemma3_text"),
+        "is not what Gemma3Attention makes of the config",
+    ),
+    "eps of the norms of heads": (
+        _with("layers.1.self_attn.q_norm.variance_epsilon", 0.5, "qwen3"),
+        "eps of the norms of heads differ: 0.5",
+    ),
+    "softcapping": (
+        _with("layers.1.self_attn.attn_logit_softcapping", 30.0, "gemma3_text"),
+        "attn_logit_softcapping is 30.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_settings_that_are_refused(case: str) -> None:
+    make, message = REFUSED[case]
+    with pytest.raises(UnsupportedModelError, match=message):
+        PackedEncoder(make())
+
+
 _PEAK = """
 import resource, sys
 sys.path.insert(0, {tests!r})

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from checks import MAX_DISTANCE, assert_same_vectors, bits, cosine_distances
 from families import make_sentence_transformer, randomize
-from sbert_fast import FastEncoder, layers, linears, pooling
+from sbert_fast import FastEncoder, attention, linears, pooling, preparation
 from sbert_fast.errors import InvalidWeightsError
 from surfaces import SURFACES, TEXTS
 from weight_writers import ADAPTERS, OPTIMIZERS, WRITERS, value
@@ -54,7 +54,7 @@ def test_written_to_while_they_are_prepared(where: str, monkeypatch: pytest.Monk
         weight.data.mul_(-1.5)
         return prepared
 
-    for module in (layers, pooling):
+    for module in (attention, pooling, preparation):
         monkeypatch.setattr(module, "prepare_linear", prepare_and_write)
     encoder.refresh()
     encoder.encode(TEXTS)

@@ -10,8 +10,8 @@ lies:
   tokens, then the others. Each has one matrix of scores, on a warp of its own. It reads no table of
   tiles;
 * the long kernel takes a tile, or a query block of a sequence, skips what is short, and lets the
-  keys of a sequence pass in blocks of 64 (32 in fp32 and with D > 128), counted from the start of
-  the sequence, with the streaming softmax. Causal attention ends with the block of the last query.
+  keys of a sequence pass in blocks of 64 (32 in fp32; half as many with D > 128), counted from the
+  start of the sequence, with the streaming softmax. Causal attention ends with the last query.
 
 No matrix holds two sequences: a block-diagonal tile would let a NaN of one reach the others as
 `0 * NaN`, and would spend most of its softmax on zeros. The sums of a row have the same terms in

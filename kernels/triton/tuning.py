@@ -70,6 +70,7 @@ def attention(
         if width >= 64:
             row = replace(row, short=16, block_q=64, warps=8)
     if not plain and (bits, width) == (16, 256):
+        # Whatever else is asked for takes the registers of half the queries.
         row = replace(row, block_q=32, warps=8)
     if not plain:
         # A relative bias would be pipelined too, a score at a time.

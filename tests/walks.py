@@ -233,8 +233,11 @@ class Subject:
 
     def _difference(self, call: Call, ours: np.ndarray, expected: np.ndarray) -> str | None:
         """Within the fp32 budget, or within twice the error of stock itself against fp64."""
+        # In float64, torch gives NaN for a row whose keys are all masked: a column of padding whose
+        # window holds nothing but padding. Pooling multiplies it by 0.
+        finite = np.isfinite(expected).all(axis=-1)
         with contextlib.suppress(AssertionError):
-            assert_same_vectors(ours, expected)
+            assert_same_vectors(ours[finite], expected[finite])
             return None
         exact = in_double(call)
         here = self.stock(exact)

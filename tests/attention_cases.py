@@ -66,9 +66,9 @@ class Case:
         return [*plain, self.causal, self.kv_heads, *norms, *self._of_distances()]
 
     def _of_distances(self) -> list[Tensor | None]:
-        """The tables of rows by distance that there are, and buckets in no order."""
+        """The tables of rows by distance that there are, and buckets in no order; or nothing."""
         if not any(self.tables):
-            return [None, None, None]
+            return []
         rows = torch.randn(2, self.heads, TABLE_ROWS, self.dim).to(self.dtype)
         tables = [table if there else None for table, there in zip(rows, self.tables, strict=True)]
         return [*tables, torch.randint(TABLE_ROWS, (2 * TABLE_REACH + 1,), dtype=torch.int32)]

@@ -27,7 +27,7 @@ def row(name: str) -> list[str]:
         _packed(counts(accelerated) == {"packed": 1}),
         _on_cpu(name, torch.float32),
         _on_cpu(name, torch.bfloat16),
-        *(_on_gpu(name, implementation) for implementation in ("triton", "cuda")),
+        *(on_gpu(name, implementation) for implementation in ("triton", "cuda")),
     ]
 
 
@@ -55,7 +55,7 @@ def _on_cpu(name: str, dtype: torch.dtype) -> str:
     return "C++" if {implementation for _, implementation in ops.launches()} == {"cpu"} else "part"
 
 
-def _on_gpu(name: str, implementation: str) -> str:
+def on_gpu(name: str, implementation: str) -> str:
     """Whether the kernels have every op, asked of the schemas: no GPU is needed to know it."""
     for op, how in PackedEncoder(families.make_model(name)).required_ops():
         needs = (*how.get("needs", ()), *(n for n, v in how.get("options", {}).items() if v))

@@ -23,6 +23,7 @@ from sbert_fast.data import sample_texts
 from sbert_fast.errors import NonFiniteEmbeddingError
 from sbert_fast.ops import extension
 from sbert_fast.testing import worst_cosine
+from support import on_gpu
 
 TEXTS = ["", "a", *sample_texts()[:60]]
 
@@ -77,9 +78,12 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "CUDA", library)
 
 
+ON_CUDA = [name for name in families.WITHOUT_DISTANCES if on_gpu(name, "cuda") == "all"]
+
+
 @pytest.mark.usefixtures("emulated_cuda")
 @every_dtype
-@pytest.mark.parametrize("name", [*families.WITHOUT_DISTANCES, "capability 9.0"])
+@pytest.mark.parametrize("name", [*ON_CUDA, "capability 9.0"])
 def test_engine_on_cuda_kernels(
     name: str,
     dtype: torch.dtype,

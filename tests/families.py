@@ -6,6 +6,7 @@ import random
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordPiece
 from torch import nn
+from transformers.models.deberta_v2 import modeling_deberta_v2
 
 MAX_TOKENS = 64
 _WORDS = """
@@ -117,9 +119,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3": Family({"num_key_value_heads": 2, "head_dim": 16, "use_cache": False}, walk="qwen3"),
 }
-# Of these, what the installed version of transformers has.
+# Older versions of transformers compile parts of DeBERTa by TorchScript: it runs in stock there.
+_HAS_DEBERTA = isinstance(modeling_deberta_v2.scaled_size_sqrt, FunctionType)
+# Of these, what the installed version has.
 FAMILIES = {
-    name: family for name, family in FAMILIES.items() if name in transformers.CONFIG_MAPPING
+    name: family
+    for name, family in FAMILIES.items()
+    if name in transformers.CONFIG_MAPPING and (name != "deberta-v2" or _HAS_DEBERTA)
 }
 ROBERTA_LIKE = [name for name, family in FAMILIES.items() if family.is_like_roberta]
 WITHOUT_DISTANCES = [name for name, family in FAMILIES.items() if not family.measures_distances]
@@ -145,6 +151,7 @@ VARIANTS: dict[str, Variant] = {name: Variant(name) for name in FAMILIES} | {
     "qwen3-head-dim-24": Variant("qwen3", {"head_dim": 24}),
     "qwen3-one-head-of-keys": Variant("qwen3", {"num_key_value_heads": 1, "attention_bias": True}),
 }
+VARIANTS = {name: each for name, each in VARIANTS.items() if each.family in FAMILIES}
 
 
 def _vocabulary(family: str) -> dict[str, int]:

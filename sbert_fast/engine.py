@@ -343,5 +343,5 @@ def _embed(p: Prepared, batch: PackedBatch) -> Tensor:
         p.dtype,
     )
     if p.scale is not None:
-        x = x * p.scale
+        x.mul_(p.scale)
     return x if p.projection is None else p.projection(x)

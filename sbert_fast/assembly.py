@@ -104,6 +104,9 @@ def build_pipeline(
     else:
         head = PoolingHead(read_pooling(after, architecture.hidden_size))
     has_table = admission.weights.embeddings.position is not None
+    side = transformer.tokenizer.padding_side
+    if side != "right" and (has_table or not head.takes_left_padding):
+        raise UnsupportedModelError(f"the tokenizer pads on the {side}")
     max_length = _max_length(transformer, architecture.max_tokens, has_table, pair=scores)
     if device.type != "cpu" and impl == "auto" and implementation == "reference":
         raise UnsupportedModelError(f"no kernels run on {device}:\n{ops.explain_ops()}")
@@ -153,16 +156,11 @@ def _check_transformer(transformer: Any, task: str) -> None:
             f"the tokenizer must be one of transformers, got {type(tokenizer).__module__}."
             f"{type(tokenizer).__qualname__}"
         )
-    if tokenizer.padding_side != "right":
-        raise UnsupportedModelError(f"the tokenizer pads on the {tokenizer.padding_side}")
     if not {"input_ids", "attention_mask"} <= set(tokenizer.model_input_names):
         raise UnsupportedModelError(
             "the tokenizer must give input_ids and attention_mask, got "
             f"{tokenizer.model_input_names}"
         )
-    for holder in (tokenizer, getattr(transformer, "processor", None)):
-        if getattr(holder, "chat_template", None):
-            raise UnsupportedModelError("the tokenizer has a chat template")
 
 
 def _check_own(part: Any, names: Set[str]) -> None:

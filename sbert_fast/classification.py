@@ -39,6 +39,7 @@ class ClassificationHead:
     """
 
     include_prompt = True
+    takes_left_padding = False
 
     def __init__(self, model: Any, after: dict[str, nn.Module]) -> None:  # noqa: ANN401
         if after:
@@ -52,7 +53,7 @@ class ClassificationHead:
         self._mode = getattr(model.config, "classifier_pooling", "cls")
         if self._mode not in ("bos", "cls", "mean"):
             raise UnsupportedModelError(f"config.classifier_pooling is {self._mode!r}")
-        self._kinds = _kinds(self._parts(fresh_modules(cls, model.config)[""]))
+        self._kinds = kinds_of(self._parts(fresh_modules(cls, model.config)[""]))
         self.dimension = int(model.config.num_labels)
 
     def _parts(self, model: Any) -> dict[str, nn.Module]:  # noqa: ANN401
@@ -80,7 +81,7 @@ class ClassificationHead:
                 than one state; or weights have another dtype than those of the encoder, `dtype`.
         """
         parts = self._parts(self._model)
-        mine = _kinds(parts)
+        mine = kinds_of(parts)
         for name in mine.keys() | self._kinds.keys():
             if mine.get(name) is not self._kinds.get(name):
                 found = mine[name].__name__ if name in mine else "nothing"
@@ -115,9 +116,7 @@ class ClassificationHead:
         """Logits `[B, labels]` of states `[B, E]`; on a CPU of 16 at a time, the last of them
         padded: the bits of a row then depend on no other row."""
         model, count = self._model, states.shape[0]
-        head: Any = object.__new__(type(model))
-        modules = model._modules | {self._prefix: _Finished(getattr(model, self._prefix))}
-        vars(head).update(vars(model), _modules=modules)
+        head = with_finished_base(model)
         padded = F.pad(states.to(model.dtype), (0, 0, 0, -count % ROW_ALIGNMENT))[:, None]
         blocks = padded.split(ROW_ALIGNMENT if states.device.type == "cpu" else len(padded))
         mask = padded.new_ones((len(blocks[0]), 1), dtype=torch.long)
@@ -126,12 +125,22 @@ class ClassificationHead:
         return torch.cat(logits)[:count]
 
 
-def _kinds(parts: dict[str, nn.Module]) -> dict[str, type]:
+def kinds_of(parts: dict[str, nn.Module]) -> dict[str, type]:
+    """The class of every module in `parts`, by name."""
     return {
         f"{name}.{inner}".rstrip("."): type(module)
         for name, part in parts.items()
         for inner, module in part.named_modules()
     }
+
+
+def with_finished_base(model: Any) -> Any:  # noqa: ANN401
+    """A model with the head of `model`: what it is given as `inputs_embeds` are the last states."""
+    head: Any = object.__new__(type(model))
+    prefix = model.base_model_prefix
+    modules = model._modules | {prefix: _Finished(getattr(model, prefix))}
+    vars(head).update(vars(model), _modules=modules)
+    return head
 
 
 class _Finished(nn.Module):

@@ -35,7 +35,12 @@ class Head(Protocol):
         dimension: components of a result, before truncation.
         include_prompt: False leaves out the tokens of the prompt.
         is_training: whether it must be put into eval mode.
+        takes_left_padding: whether sentence-transformers gives the same results wherever it pads,
+            if the model has no positions but distances.
     """
+
+    @property
+    def takes_left_padding(self) -> bool: ...
 
     @property
     def dimension(self) -> int: ...

@@ -34,6 +34,7 @@ _CALLABLES = tuple(
     for home in "builtins torch._dynamo torch._higher_order_ops torch._ops types typing".split()
 )
 _Cached = type(cache(len))
+_MISSING = object()
 # Methods that are called without being named.
 SYNTAX = ("__call__", "__getattr__", "__getattribute__", "__getitem__", "__iter__", "__len__")
 # The defaults of each function when it was first seen.
@@ -167,8 +168,10 @@ class Originals:
     def _add_global(self, space: dict[str, Any], name: str) -> set[str]:
         value = space.get(name)
         is_function = isinstance(value, FunctionType) and not _is_from_elsewhere(value)
-        # A module may define a class and hold an instance: `silu` of transformers.activations.
-        is_its_own = type(value).__module__ == space.get("__name__")
+        # A module may define a class and hold an instance, which others import: `silu` of
+        # transformers.activations.
+        home = sys.modules.get(type(value).__module__)
+        is_its_own = home is not None and vars(home).get(name, _MISSING) is value
         if is_function or (_is_foreign(value) and not is_its_own):
             return self._add(space, name, None)
         # A registry of functions, such as the one for attention.

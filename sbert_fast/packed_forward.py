@@ -37,8 +37,45 @@ logger = logging.getLogger("sbert_fast")
 PACKED = "packed"
 
 
-class PackedForward:
-    """Stands in for the `forward` of one base model, with its signature.
+class StandIn:
+    """Stands in for the `forward` of one model, with its signature.
+
+    Attributes:
+        model: that model.
+        shadowed: whether it had a `forward` of its own, which was that of its class.
+    """
+
+    # See `bypass.is_replaced`.
+    stands_for_original = True
+    model: Any
+    shadowed: bool
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        raise NotImplementedError
+
+    def _look_like_original(self) -> None:
+        functools.update_wrapper(self, self.original, updated=())
+        self.__signature__ = inspect.signature(self.original)
+        # torch.export names the source of what it traces by this.
+        self.__code__ = type(self.model).forward.__code__
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        """The forward of the model's class, bound to the model."""
+        return types.MethodType(type(self.model).forward, self.model)
+
+    def _run_original(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        # torch.compile traces this, but not the making of a bound method.
+        return type(self.model).forward(self.model, *args, **kwargs)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How calls ran."""
+        return {}
+
+
+class PackedForward(StandIn):
+    """Stands in for the `forward` of one base model.
 
     It runs packed where that gives the same result, and calls the original forward where it would
     not; both are counted. Copies and pickles of the model get one of their own, which serves their
@@ -52,13 +89,14 @@ class PackedForward:
         InvalidWeightsError: by a packed call, where weights have come to hold NaN or infinity.
     """
 
-    # See `bypass.is_replaced`.
-    stands_for_original = True
-
     def __init__(self, engine: PackedEncoder, padding: str) -> None:
         self.shadowed = "forward" in engine.model.__dict__
         self.use(engine, padding)
         self._start()
+
+    @property
+    def model(self) -> Any:  # type: ignore[override]  # noqa: ANN401
+        return self.engine.model
 
     def use(self, engine: PackedEncoder, padding: str) -> None:
         """Run `engine`, of the same model, from now on."""
@@ -67,10 +105,7 @@ class PackedForward:
     def _start(self) -> None:
         self._lock = forking.Lock()
         self._counts: Counter[str] = Counter()
-        functools.update_wrapper(self, self.original, updated=())
-        self.__signature__ = inspect.signature(self.original)
-        # torch.export names the source of what it traces by this.
-        self.__code__ = type(self.engine.model).forward.__code__
+        self._look_like_original()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("engine", "padding", "shadowed")}
@@ -79,12 +114,6 @@ class PackedForward:
         self.shadowed = state["shadowed"]
         self.use(state["engine"], state["padding"])
         self._start()
-
-    @property
-    def original(self) -> Callable[..., Any]:
-        """The forward of the model's class, bound to the model."""
-        model = self.engine.model
-        return types.MethodType(type(model).forward, model)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -113,10 +142,6 @@ class PackedForward:
             self._count(PACKED, logging.DEBUG)
             return self._run(call, prepared)
         return self._run_original(*args, **kwargs)
-
-    def _run_original(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        model = self.engine.model
-        return type(model).forward(model, *args, **kwargs)
 
     def _count(self, outcome: str, level: int = logging.INFO) -> None:
         with self._lock:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import cache
 from inspect import signature
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -17,9 +16,9 @@ from torch import Tensor, nn
 from transformers.utils import output_capturing
 
 from sbert_fast import bypass
+from sbert_fast.callers import callers_of, reader_of_padding, reads_first_column
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.packing import PackedBatch, pack_padded, padded_positions
-from sbert_fast.pooling import is_module
 
 # What the packed path reads, or knows to change nothing in an encoder.
 _KNOWN_ARGUMENTS = {
@@ -42,35 +41,8 @@ _LOSS_ARGUMENTS = {
     "output_router_logits",
     "shift_labels",
 }
-# The modules of sentence-transformers that take every token for itself, or only those that the
-# mask keeps. All others (CNN, LSTM, those of other people) may look at padding.
-_READ_NO_PADDING = {
-    "Dense",
-    "Dropout",
-    "LayerNorm",
-    "MLMTransformer",
-    "Normalize",
-    "Pooling",
-    "SpladePooling",
-    "Transformer",
-}
 # Of models without a table of positions: positions beyond the length of a text take memory, too.
 _MOST_POSITIONS = 1 << 17
-# Models of transformers that do so, by the end of their names. Answers to questions are the best of
-# all columns, the masked ones among them.
-_HEADS = (
-    "DPRContextEncoder",
-    "DPREncoder",
-    "DPRQuestionEncoder",
-    "EncoderDecoderModel",
-    "ForMaskedLM",
-    "ForMultipleChoice",
-    "ForNextSentencePrediction",
-    "ForPreTraining",
-    "ForSequenceClassification",
-    "ForTokenClassification",
-    "VisionTextDualEncoderModel",
-)
 
 
 class UseOriginalError(Exception):
@@ -272,64 +244,14 @@ def _check_padding(
     # In the original a NaN spreads from masked tokens: it times a weight of zero is NaN.
     if embeddings is not None and not embeddings[torch.from_numpy(~keep.ravel())].isfinite().all():
         raise UseOriginalError("inputs_embeds of masked tokens are not finite")
-    # Poolers and heads read the state of column 0, masked or not; the packed path has none for it.
-    if not keep[:, 0].all() and (getattr(model, "pooler", None) is not None or _callers(model)):
+    # Poolers and most heads read the state of column 0, masked or not; the packed path has none for
+    # it.
+    callers = callers_of(model)
+    if not keep[:, 0].all() and (
+        getattr(model, "pooler", None) is not None or any(map(reads_first_column, callers))
+    ):
         raise UseOriginalError("the first token of a row is masked")
-    for caller in _callers(model):
-        reader = _reader_of_padding(caller)
+    for caller in callers:
+        reader = reader_of_padding(caller)
         if reader is not None:
             raise UseOriginalError(f"{reader}, behind the model, may read padding")
-
-
-def _callers(model: nn.Module) -> list[nn.Module]:
-    """The modules that wait for what `model` returns, each once.
-
-    They are found on the stack: who holds a model is written nowhere, and changes when modules are
-    appended, shared, copied or unpickled.
-    """
-    found: dict[int, nn.Module] = {}
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_argcount:
-            holder = frame.f_locals.get(code.co_varnames[0])
-            if isinstance(holder, nn.Module) and holder is not model:
-                found[id(holder)] = holder
-        frame = frame.f_back
-    return list(found.values())
-
-
-def _reader_of_padding(caller: nn.Module) -> str | None:
-    """The class of what may read padding, or None: `caller`, where that is a model of transformers,
-    or one of its modules, where it is a SentenceTransformer."""
-    name = type(caller).__name__
-    if type(caller).__module__.startswith("transformers."):
-        summary = getattr(caller, "sequence_summary", None)
-        known = name.endswith(_HEADS) and getattr(summary, "summary_type", "first") == "first"
-        return None if known else name
-    if not isinstance(caller, nn.Sequential) or not _is_theirs(caller):
-        return None
-    for module in _parts(caller):
-        known = any(is_module(module, name) for name in _READ_NO_PADDING)
-        # What makes an embedding of all tokens makes it of the masked ones, too.
-        names = {getattr(module, f"module_{end}_name", None) for end in ("input", "output")}
-        known &= len(names) == 1 or not any(
-            is_module(module, name) for name in ("Dense", "Normalize")
-        )
-        if not known or bypass.is_replaced(module, "forward"):
-            return type(module).__name__
-    return None
-
-
-def _is_theirs(module: nn.Module) -> bool:
-    """Whether `module` is of a class of sentence-transformers, or of one derived from it."""
-    return any(cls.__module__.startswith("sentence_transformers.") for cls in type(module).__mro__)
-
-
-def _parts(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules in a row, all routes of a Router among them."""
-    for child in module.children():
-        if type(child) in (nn.Sequential, nn.ModuleDict) or is_module(child, "Router"):
-            yield from _parts(child)
-        else:
-            yield child

@@ -19,13 +19,19 @@ from sbert_fast.arguments import parse_dtype
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.models.checks import check_finite
-from sbert_fast.packed_forward import PackedForward
+from sbert_fast.packed_forward import PackedForward, StandIn
+from sbert_fast.sparse_forward import SparseForward, has_masked_lm_head
 
 
 def forward_of(module: nn.Module) -> PackedForward | None:
     """The :class:`PackedForward` of a base model, or None where it is not accelerated."""
     forward = module.__dict__.get("forward")
     return forward if isinstance(forward, PackedForward) else None
+
+
+def _stand_in_of(module: nn.Module) -> StandIn | None:
+    forward = module.__dict__.get("forward")
+    return forward if isinstance(forward, StandIn) else None
 
 
 def candidates(model: nn.Module) -> dict[str, nn.Module]:
@@ -123,6 +129,9 @@ def accelerate(
             engine.model.__dict__["forward"] = PackedForward(engine, padding)
         else:
             current.use(engine, padding)
+    for module in model.modules():
+        if has_masked_lm_head(module) and not bypass.is_replaced(module, "forward"):
+            module.__dict__["forward"] = _stand_in_of(module) or SparseForward(module)
     return model
 
 
@@ -140,7 +149,7 @@ def restore(model: nn.Module) -> nn.Module:
     """
     _check_module("restore", model)
     for module in model.modules():
-        forward = forward_of(module)
+        forward = _stand_in_of(module)
         if forward is None:
             continue
         if forward.shadowed:
@@ -162,7 +171,7 @@ def counts(model: nn.Module) -> dict[str, int]:
     _check_module("counts", model)
     total: Counter[str] = Counter()
     for module in model.modules():
-        forward = forward_of(module)
+        forward = _stand_in_of(module)
         if forward is not None:
             total.update(forward.counts)
     return dict(total)

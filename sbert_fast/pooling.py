@@ -220,6 +220,11 @@ class PoolingHead:
         return self.spec.include_prompt
 
     @property
+    def takes_left_padding(self) -> bool:
+        """Older versions of sentence-transformers find the first token by its column."""
+        return self.include_prompt and not {"cls", "weighted_mean"} & {*self.spec.modes}
+
+    @property
     def is_training(self) -> bool:
         """Whether it computes something else in training mode, and is in it: nothing here does."""
         return False

@@ -168,8 +168,8 @@ def test_tokenizers_that_do_more_than_the_packed_engine_reads() -> None:
     assert "the tokenizer must be one of transformers, got" in reason and "Finder" in reason
 
     st = make_sentence_transformer()
-    st.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.warns(UserWarning, match="unaccelerated: the tokenizer has a chat template"):
+    st[0].modality_config["message"] = st[0].modality_config["text"] | {"format": "flat"}
+    with pytest.warns(UserWarning, match="unaccelerated: Transformer.modality_config must be"):
         FastEncoder(st)
 
 

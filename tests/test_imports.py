@@ -27,7 +27,7 @@ LAYERS = (
     {"admission"},
     {"tokenization", "engine", "transfer", "budget"},
     {"pooling", "classification", "pairs"},
-    {"inference", "padded_call", "packed_forward", "arguments"},
+    {"inference", "callers", "padded_call", "packed_forward", "sparse_forward", "arguments"},
     {"results", "call", "assembly"},
     {"session"},
     {"sentence_transformers", "patching", "explanation", "staging"},

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import families
+from checks import assert_same_result, assert_same_vectors
 from packed import assert_packed_as_stock, assert_same, packed_states, reference_states
 from patched import assert_identical, assert_same_states, pair, run
-from sbert_fast import ops
+from sbert_fast import FastEncoder, ops
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.patching import counts
@@ -84,6 +85,24 @@ def test_another_kind_of_rotary_positions_is_refused(name: str) -> None:
     setattr(made.rotary_emb, f"{prefix}attention_scaling", 0.5)
     with pytest.raises(UnsupportedModelError, match="attention_scaling must be 1, got 0.5"):
         PackedEncoder(made)
+
+
+@every_family
+@pytest.mark.parametrize("pooling", ["lasttoken", "mean", "cls", "weightedmean"])
+def test_padding_on_the_left(name: str, pooling: str) -> None:
+    st = families.make_sentence_transformer(name, pooling=pooling)
+    # Of no account to texts, which no template turns into messages.
+    st.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    texts, encoder = families.make_texts(9), FastEncoder(st)
+    st.tokenizer.padding_side = "left"
+    assert_same_vectors(encoder.encode(texts), st.encode(texts))
+    packed = pooling in ("lasttoken", "mean")
+    assert encoder.stats.fallbacks == ({} if packed else {"the tokenizer pads on the left": 1})
+    for ours, theirs in zip(
+        *(m.encode(texts, output_value=None) for m in (encoder, st)), strict=True
+    ):
+        assert_same_result(ours, theirs)
+    assert sum(encoder.stats.fallbacks.values()) == 2 - packed
 
 
 @every_with_one

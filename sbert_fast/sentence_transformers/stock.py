@@ -130,6 +130,8 @@ def reason_of_call(model: SentenceTransformer, call: Call) -> str | None:
             return f"argument {name!r}"
     if call.is_quantized and not call.is_of_sentences:
         return f"precision={call.precision!r} of {call.output_value}"
+    if not call.is_of_sentences and model.tokenizer.padding_side != "right":
+        return f"output_value={call.output_value!r} where padding comes first"
     return None
 
 

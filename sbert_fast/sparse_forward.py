@@ -1,0 +1,127 @@
+"""SparseForward: what SPLADE keeps of the logits of a text, without the logits of a batch."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import MaskedLMOutput
+
+from sbert_fast import bypass
+from sbert_fast.callers import callers_of, parts_of
+from sbert_fast.classification import kinds_of, with_finished_base
+from sbert_fast.models.twin import fresh_modules
+from sbert_fast.originals import originals
+from sbert_fast.packed_forward import StandIn
+from sbert_fast.pooling import is_module
+
+# Most bytes of logits at a time.
+_LOGITS_BYTES = 64 << 20
+_ARGUMENTS = {"input_ids", "attention_mask", "token_type_ids", "return_dict"}
+
+
+def has_masked_lm_head(module: nn.Module) -> bool:
+    """Whether `module` is a model of transformers that gives every token logits `[V]`."""
+    cls = type(module)
+    return cls.__module__.startswith("transformers.models.") and cls.__name__.endswith(
+        "ForMaskedLM"
+    )
+
+
+class SparseForward(StandIn):
+    """Stands in for the `forward` of a model with a masked-LM head.
+
+    While a SparseEncoder encodes, its next module takes the maximum over the tokens of a text, of a
+    function that rises with the logits. So the maximum of the logits is all it needs: `[B, 1, V]`
+    takes the place of `[B, S, V]`, and the head runs on some packed tokens at a time. Whoever else
+    calls gets all logits, from the model's own forward.
+
+    Args:
+        model: the model with its head.
+    """
+
+    def __init__(self, model: Any) -> None:  # noqa: ANN401
+        self.model, self.shadowed = model, "forward" in model.__dict__
+        self._look_like_original()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "shadowed": self.shadowed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._look_like_original()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        if bypass.is_transformed() or not self._gives_maxima(args, kwargs):
+            return self._run_original(*args, **kwargs)
+        mask = kwargs["attention_mask"].bool()
+        base = getattr(self.model, self.model.base_model_prefix)
+        states = base(**kwargs)[0]
+        lengths = mask.sum(dim=1).tolist()
+        return MaskedLMOutput(logits=self._maxima(states[mask], lengths)[:, None])
+
+    def _gives_maxima(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call comes from a SparseEncoder that reads nothing but maxima."""
+        model, mask = self.model, kwargs.get("attention_mask")
+        return (
+            not args
+            and kwargs.keys() <= _ARGUMENTS
+            and type(mask) is Tensor
+            and mask.dim() == 2
+            and bool(mask[:, 0].all())
+            and not torch.is_grad_enabled()
+            and not model.training
+            and not model.config.output_hidden_states
+            and bool(readers := self._readers())
+            and self._is_usual(readers)
+        )
+
+    def _readers(self) -> list[nn.Module]:
+        """What waits for the logits where that is a SparseEncoder that encodes: the Transformer
+        module and what follows it; nothing anywhere else."""
+        callers = callers_of(self.model)
+        encodes = any({"encode", "_inference"} & {*caller.methods} for caller in callers)
+        if len(callers) < 2 or not encodes:
+            return []
+        transformer, row = callers[0].module, list(parts_of(callers[1].module))
+        if row[-1] is transformer:
+            return []
+        found = [after for part, after in pairwise(row) if part is transformer]
+        return [transformer, *found] if found else []
+
+    def _is_usual(self, readers: list[nn.Module]) -> bool:
+        """Whether `readers` take maxima, and they and the head are as their packages made them."""
+        model = self.model
+        fresh: Any = fresh_modules(type(model), model.config)[""]
+        head = _head(model)
+        modules = [model, *readers, *(m for part in head.values() for m in part.modules())]
+        return (
+            any(is_module(readers[0], name) for name in ("Transformer", "MLMTransformer"))
+            and all(
+                is_module(m, "SpladePooling") and m.pooling_strategy == "max" for m in readers[1:]
+            )
+            and kinds_of(head) == kinds_of(_head(fresh))
+            and (bypass.reason(modules) or bypass.global_reason()) is None
+            and originals(map(type, modules), ("__call__", "forward")).reason is None
+        )
+
+    @torch.inference_mode()
+    def _maxima(self, states: Tensor, lengths: list[int]) -> Tensor:
+        """The largest logits `[B, V]` of texts of `lengths` tokens, of packed states `[T, E]`."""
+        head = with_finished_base(self.model)
+        width = self.model.get_output_embeddings().weight.shape[0]
+        maxima = states.new_full((len(lengths), width), -torch.inf)
+        step = max(1, _LOGITS_BYTES // (width * maxima.element_size()))
+        owners = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).split(step)
+        for some, owner in zip(states.split(step), owners, strict=True):
+            logits = type(self.model).forward(head, inputs_embeds=some[None]).logits[0]
+            rows, counts = torch.unique_consecutive(owner, return_counts=True)
+            for row, part in zip(rows, logits.split(counts.tolist()), strict=True):
+                torch.maximum(maxima[row], part.amax(dim=0), out=maxima[row])
+        return maxima
+
+
+def _head(model: Any) -> dict[str, nn.Module]:  # noqa: ANN401
+    return {name: part for name, part in model.named_children() if name != model.base_model_prefix}

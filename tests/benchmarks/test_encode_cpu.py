@@ -145,9 +145,9 @@ def test_breakdown(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_cost_of_comparisons(tmp_path: Path) -> None:
     document = run("encode.comparison", tmp_path / "checks.json")
-    for name, calls in (("one_text", 200), ("corpus", 2)):
-        samples = document[name]["samples"]
-        assert len(samples["checked"]) == len(samples["unchecked"]) == calls
+    samples = document["one_text"]["samples"]
+    assert len(samples["checked"]) == len(samples["unchecked"]) == 200
+    assert document["corpus"]["comparisons"] == 1
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sbert_fast import ops
 from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.layers import PoolKernels
+from sbert_fast.models.base import pool
 from sbert_fast.models.twin import fresh_modules
 from sbert_fast.packing import ROW_ALIGNMENT, PackedBatch
 
@@ -19,7 +20,7 @@ from sbert_fast.packing import ROW_ALIGNMENT, PackedBatch
 CLASSIFIERS = frozenset(
     f"{family}ForSequenceClassification"
     for family in (
-        "Bert Camembert DebertaV2 DistilBert Electra EuroBert Gte JinaEmbeddingsV3 MPNet "
+        "Albert Bert Camembert DebertaV2 DistilBert Electra EuroBert Gte JinaEmbeddingsV3 MPNet "
         "ModernBert NomicBert Roberta XLMRoberta"
     ).split()
 )
@@ -149,9 +150,10 @@ class _Finished(nn.Module):
     def __init__(self, base: Any) -> None:  # noqa: ANN401
         super().__init__()
         self.pooler = getattr(base, "pooler", None)
+        self.pooler_activation = getattr(base, "pooler_activation", None)
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-        pooled = None if self.pooler is None else self.pooler(inputs_embeds)
+        pooled = pool(self, inputs_embeds)
         return BaseModelOutputWithPooling(last_hidden_state=inputs_embeds, pooler_output=pooled)

@@ -28,6 +28,7 @@ from sbert_fast.admission import Admission
 from sbert_fast.engine import PackedEncoder, Prepared
 from sbert_fast.errors import InvalidWeightsError, UnsupportedModelError
 from sbert_fast.linears import aligned
+from sbert_fast.models.base import pool
 from sbert_fast.padded_call import UseOriginalError as _UseOriginalError
 from sbert_fast.transfer import Transfers
 
@@ -214,11 +215,10 @@ class PackedForward(StandIn):
         output: ModelOutput
         decodes = "past_key_values" in self.__signature__.parameters
         if hasattr(model, "pooler"):
-            pooled = None if model.pooler is None else model.pooler(hidden)
             kind = BaseModelOutputWithPooling
             if decodes:
                 kind = BaseModelOutputWithPoolingAndCrossAttentions
-            output = kind(hidden, pooled)
+            output = kind(hidden, pool(model, hidden))
         elif self.engine.architecture.is_decoder:
             output = BaseModelOutputWithPast(hidden)
         elif decodes:

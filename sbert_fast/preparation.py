@@ -85,10 +85,14 @@ def prepare_stack(weights: base.EncoderWeights, target: Target) -> Stack:
     first = weights.layers[0]
     first_norm = first.attention_norm if first.norm_first else None
     options = {"rms": first_norm is not None and first_norm.rms}
+    # Layers that are one are prepared once.
+    prepared: dict[tuple[int, int], PreparedLayer] = {}
+    order = [(id(x), id(after) if x.norm_first else 0) for x, after in _followed(weights)]
+    for key, (layer, after) in zip(order, _followed(weights), strict=True):
+        if key not in prepared:
+            prepared[key] = _prepare_layer(layer, after, list(kinds), target)
     return Stack(
-        layers=tuple(
-            _prepare_layer(layer, after, list(kinds), target) for layer, after in _followed(weights)
-        ),
+        layers=tuple(prepared[key] for key in order),
         first_norm=None if first_norm is None else PreparedNorm.of(first_norm),
         norm=target.bind("add_norm", width=first.attention.output.weight.shape[0], options=options),
         rotary=tuple(map(RotaryTable, kinds.values())),

@@ -78,6 +78,7 @@ FAMILIES: dict[str, Family] = {
     "xlm-roberta": Family(is_like_roberta=True),
     "camembert": Family(is_like_roberta=True),
     "distilbert": Family(names=_DISTILBERT_NAMES, walk="distilbert"),
+    "albert": Family({"embedding_size": 64, "num_hidden_groups": 2}, has_types=True),
     "electra": Family({"embedding_size": 64}, has_types=True, walk="electra-projection"),
     "mpnet": Family(is_like_roberta=True, measures_distances=True, walk="mpnet"),
     "deberta-v2": Family(
@@ -146,6 +147,7 @@ VARIANTS: dict[str, Variant] = {name: Variant(name) for name in FAMILIES} | {
     "bert-odd-eps": Variant("bert", {"layer_norm_eps": 3e-3}),
     "roberta-one-type": Variant("roberta", {"type_vocab_size": 1, "layer_norm_eps": 1e-5}),
     "distilbert-gelu-new": Variant("distilbert", {"hidden_act": "gelu_new"}),
+    "albert-pairs-of-layers": Variant("albert", {"inner_group_num": 2, "embedding_size": 40}),
     "electra-projection": Variant("electra", {"embedding_size": 40}),
     "deberta-v2-projection": Variant("deberta-v2", {"embedding_size": 40, "type_vocab_size": 2}),
     "qwen3-head-dim-24": Variant("qwen3", {"head_dim": 24}),

@@ -155,3 +155,9 @@ def test_architecture(name: str) -> None:
     assert (architecture.num_layers, architecture.intermediate_size) == (3, 96)
     assert architecture.position_offset == (2 if family.is_like_roberta else 0)
     assert architecture.uncounted_id == (1 if family.is_like_roberta else None)
+
+
+def test_layers_that_share_parameters_are_prepared_once() -> None:
+    engine = PackedEncoder(families.make_model("albert"))
+    first, second, third = engine.prepared().stack.layers
+    assert first is second is not third

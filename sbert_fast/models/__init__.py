@@ -9,7 +9,16 @@ from typing import Any
 from torch import nn
 
 from sbert_fast.errors import UnsupportedModelError
-from sbert_fast.models import bert, deberta, distilbert, llama, modernbert, mpnet, rotary_bert
+from sbert_fast.models import (
+    albert,
+    bert,
+    deberta,
+    distilbert,
+    llama,
+    modernbert,
+    mpnet,
+    rotary_bert,
+)
 from sbert_fast.models.base import Architecture, EncoderWeights
 from sbert_fast.models.checks import check
 from sbert_fast.models.shapes import check_shapes
@@ -47,6 +56,7 @@ FAMILIES: dict[str, Family] = {
     "RobertaModel": _ROBERTA,
     "XLMRobertaModel": _ROBERTA,
     "CamembertModel": _ROBERTA,
+    "AlbertModel": Family(albert.architecture, albert.weights),
     "DistilBertModel": Family(distilbert.architecture, distilbert.weights),
     "MPNetModel": Family(bert.offset_architecture, mpnet.weights),
     "DebertaV2Model": Family(deberta.architecture, deberta.weights),

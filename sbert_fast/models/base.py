@@ -270,7 +270,15 @@ def _values(node: object) -> Iterator[object]:
 def is_in_pooler(name: str) -> bool:
     """Whether a module or tensor of a base model, called `name`, is the pooler or a part of it,
     which no packed pass stands for."""
-    return name.partition(".")[0] == "pooler"
+    return name.partition(".")[0] in ("pooler", "pooler_activation")
+
+
+def pool(model: Any, states: Tensor) -> Tensor | None:  # noqa: ANN401
+    """What the pooler of a base model makes of its last states `[B, S, E]`; None without one."""
+    pooler, activate = getattr(model, "pooler", None), getattr(model, "pooler_activation", None)
+    if pooler is None or activate is None:
+        return None if pooler is None else pooler(states)
+    return activate(pooler(states[:, 0]))  # ALBERT
 
 
 def linear(module: nn.Module) -> Linear:

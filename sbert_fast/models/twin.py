@@ -36,6 +36,7 @@ _FREE = frozenset(
         "p",
         "padding_idx",
         "pooler",
+        "pooler_activation",
         "training",
     }
 )

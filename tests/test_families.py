@@ -11,7 +11,7 @@ import torch
 
 import families
 from checks import cosine_distances
-from packed import assert_same, packed_states, reference_states, texts_of
+from packed import assert_packed_as_stock, assert_same, packed_states, reference_states, texts_of
 from sbert_fast import linears, ops
 from sbert_fast.attention import attention_options
 from sbert_fast.engine import PackedEncoder
@@ -90,10 +90,8 @@ def test_ops_are_required_of_every_layer() -> None:
 
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_every_length(name: str) -> None:
-    model = families.make_model(name)
-    batch = families.make_batch(name, list(range(1, families.MAX_TOKENS + 1)))
-    expected = reference_states(model, batch)
-    assert_same(packed_states(PackedEncoder(model), batch), expected)
+    lengths = range(1, families.MAX_TOKENS + 1)
+    assert_packed_as_stock(families.make_model(name), name, lengths)
 
 
 @pytest.mark.parametrize("name", OFFSET_FAMILIES)

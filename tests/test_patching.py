@@ -14,6 +14,10 @@ from torch import nn
 from transformers import BertModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
+    MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
@@ -185,13 +189,32 @@ def test_threads() -> None:
     assert counts(model) == {"packed": len(batches)}
 
 
-@pytest.mark.parametrize("name", families.FAMILIES)
-def test_sequence_classification(name: str) -> None:
-    original, model = pair(name, head="AutoModelForSequenceClassification", num_labels=3)
-    batch = families.make_batch(name, LENGTHS)
-    ours, peer = run(model, batch).logits, run(original, batch).logits
-    # A few logits are no vector with a norm to hold them to: they have an oracle instead.
-    assert_close_to_oracle(ours, run(original.double(), batch).logits, peer, torch.float32)
+HEADS_OF_TEXTS = {
+    "AutoModelForMultipleChoice": MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
+    "AutoModelForNextSentencePrediction": MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES,
+    "AutoModelForQuestionAnswering": MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    "AutoModelForSequenceClassification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [(n, h) for n in families.FAMILIES for h in HEADS_OF_TEXTS if n in HEADS_OF_TEXTS[h]],
+)
+def test_heads_of_texts(name: str, head: str) -> None:
+    labels = {"num_labels": 3} if "Sequence" in head else {}
+    original, model = pair(name, head=head, **labels)
+    # Answers are looked for in padding, too.
+    lengths = [40, 40] if "Question" in head else LENGTHS
+    batch = families.make_batch(name, lengths)
+    if "Choice" in head:
+        batch = {key: value[None] for key, value in batch.items()}
+    ours, peer = run(model, batch), run(original, batch)
+    oracle = run(original.double(), batch)
+    for field in ("logits", "start_logits", "end_logits"):
+        if field in peer:
+            # A few logits are no vector with a norm to hold them to: they have an oracle instead.
+            assert_close_to_oracle(ours[field], oracle[field], peer[field], torch.float32)
     assert counts(model) == {"packed": 1}
 
 

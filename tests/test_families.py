@@ -47,7 +47,8 @@ every_case = pytest.mark.parametrize(
 @every_case
 def test_fp32_gives_the_vectors_of_the_original(name: str, impl: str) -> None:
     model = families.make_model(name)
-    batch = families.make_batch(name, LENGTHS)
+    # Triton's interpreter takes a minute for all of them, and its kernels have tests of their own.
+    batch = families.make_batch(name, [1, 17, 40] if impl == "triton" else LENGTHS)
     expected = reference_states(model, batch)
     assert_same(packed_states(PackedEncoder(model, impl=impl), batch), expected)
 

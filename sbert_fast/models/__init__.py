@@ -19,7 +19,7 @@ from sbert_fast.models import (
     mpnet,
     rotary_bert,
 )
-from sbert_fast.models.base import Architecture, EncoderWeights
+from sbert_fast.models.base import Architecture, EncoderWeights, describe
 from sbert_fast.models.checks import check
 from sbert_fast.models.shapes import check_shapes
 from sbert_fast.models.twin import check_attributes
@@ -38,16 +38,16 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """How to read one family: sizes and conventions, and where its parameters are."""
+    """How to read one family: where its parameters are, and its sizes and conventions."""
 
-    architecture: Callable[[nn.Module], Architecture]
     weights: Callable[[nn.Module], EncoderWeights]
+    architecture: Callable[[nn.Module, EncoderWeights], Architecture] = describe
 
 
-_BERT = Family(bert.architecture, bert.weights)
-_ROBERTA = Family(bert.offset_architecture, bert.weights)
-_LLAMA = Family(llama.architecture, llama.weights)
-_ROTARY_BERT = Family(rotary_bert.architecture, rotary_bert.weights)
+_BERT = Family(bert.weights)
+_ROBERTA = Family(bert.weights, bert.offset_architecture)
+_LLAMA = Family(llama.weights, llama.architecture)
+_ROTARY_BERT = Family(rotary_bert.weights)
 
 # Keyed on the class of the base model in transformers.
 FAMILIES: dict[str, Family] = {
@@ -56,11 +56,11 @@ FAMILIES: dict[str, Family] = {
     "RobertaModel": _ROBERTA,
     "XLMRobertaModel": _ROBERTA,
     "CamembertModel": _ROBERTA,
-    "AlbertModel": Family(albert.architecture, albert.weights),
-    "DistilBertModel": Family(distilbert.architecture, distilbert.weights),
-    "MPNetModel": Family(bert.offset_architecture, mpnet.weights),
-    "DebertaV2Model": Family(deberta.architecture, deberta.weights),
-    "ModernBertModel": Family(modernbert.architecture, modernbert.weights),
+    "AlbertModel": Family(albert.weights),
+    "DistilBertModel": Family(distilbert.weights),
+    "MPNetModel": Family(mpnet.weights, bert.offset_architecture),
+    "DebertaV2Model": Family(deberta.weights),
+    "ModernBertModel": Family(modernbert.weights),
     "NomicBertModel": _ROTARY_BERT,
     "GteModel": _ROTARY_BERT,
     "JinaEmbeddingsV3Model": _ROTARY_BERT,
@@ -107,7 +107,8 @@ def read(model: nn.Module) -> tuple[Architecture, EncoderWeights]:
     if found.reason is not None:
         raise UnsupportedModelError(found.reason)
     try:
-        architecture, weights = family.architecture(model), family.weights(model)
+        weights = family.weights(model)
+        architecture = family.architecture(model, weights)
     except AttributeError as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} lacks a module this version expects: {error}"

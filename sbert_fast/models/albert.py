@@ -5,13 +5,10 @@ Source: `transformers.models.albert`.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-from sbert_fast.models import bert
 from sbert_fast.models.activations import activation
 from sbert_fast.models.base import (
-    Architecture,
     Attention,
     Embeddings,
     EncoderWeights,
@@ -57,8 +54,3 @@ def _layer(module: Any, heads: int, dim: int, function: Activation) -> Layer:
         feed_forward=FeedForward((linear(module.ffn),), linear(module.ffn_output), function),
         feed_forward_norm=norm(module.full_layer_layer_norm),
     )
-
-
-def architecture(model: Any) -> Architecture:
-    layers = model.config.num_hidden_layers * model.config.inner_group_num
-    return replace(bert.architecture(model), num_layers=layers)

@@ -255,6 +255,38 @@ class Architecture:
         return self.intermediate_size * (2 if self.gated else 1)
 
 
+def describe(
+    model: Any,  # noqa: ANN401
+    weights: EncoderWeights,
+    *,
+    position_offset: int = 0,
+    uncounted_id: int | None = None,
+    is_decoder: bool = False,
+) -> Architecture:
+    """The architecture of a base model whose `weights` an adapter has read."""
+    if not weights.layers:
+        raise UnsupportedModelError("the number of layers must be at least 1, got 0")
+    config, embeddings, layer = model.config, weights.embeddings, weights.layers[0]
+    table, types = embeddings.position, embeddings.token_type
+    positions = config.max_position_embeddings if table is None else table.shape[0]
+    return Architecture(
+        family=config.model_type,
+        hidden_size=config.hidden_size,
+        num_heads=layer.attention.heads,
+        head_dim=layer.attention.head_dim,
+        num_layers=len(weights.layers),
+        intermediate_size=layer.feed_forward.down.weight.shape[-1],
+        vocab_size=embeddings.word.shape[0],
+        embedding_size=embeddings.word.shape[1],
+        position_offset=position_offset,
+        uncounted_id=uncounted_id,
+        max_tokens=positions - position_offset,
+        type_vocab_size=0 if types is None else types.shape[0],
+        gated=layer.feed_forward.gated,
+        is_decoder=is_decoder,
+    )
+
+
 def _values(node: object) -> Iterator[object]:
     """The tensors and settings of weights, in a fixed order."""
     if isinstance(node, tuple):

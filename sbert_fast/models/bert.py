@@ -17,6 +17,7 @@ from sbert_fast.models.base import (
     EncoderWeights,
     FeedForward,
     Layer,
+    describe,
     head_dim,
     linear,
     norm,
@@ -61,32 +62,7 @@ def _layer(module: Any, heads: int, dim: int, function: Activation) -> Layer:
     )
 
 
-def _describe(model: Any, first_position: int, uncounted_id: int | None) -> Architecture:
-    config = model.config
-    positions = model.embeddings.position_embeddings.weight.shape[0]
-    types = getattr(model.embeddings, "token_type_embeddings", None)
-    return Architecture(
-        family=config.model_type,
-        embedding_size=model.embeddings.word_embeddings.weight.shape[1],
-        hidden_size=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        head_dim=head_dim(config.hidden_size, config.num_attention_heads),
-        num_layers=config.num_hidden_layers,
-        intermediate_size=config.intermediate_size,
-        vocab_size=model.embeddings.word_embeddings.weight.shape[0],
-        position_offset=first_position,
-        uncounted_id=uncounted_id,
-        max_tokens=positions - first_position,
-        type_vocab_size=0 if types is None else types.weight.shape[0],
-    )
-
-
-def architecture(model: Any) -> Architecture:
-    """BERT and ELECTRA: positions start at 0."""
-    return _describe(model, 0, None)
-
-
-def offset_architecture(model: Any) -> Architecture:
+def offset_architecture(model: Any, weights: EncoderWeights) -> Architecture:
     """RoBERTa, XLM-R, CamemBERT, MPNet: positions start after the padding id, uncounted."""
     padding = model.embeddings.padding_idx
-    return _describe(model, padding + 1, padding)
+    return describe(model, weights, position_offset=padding + 1, uncounted_id=padding)

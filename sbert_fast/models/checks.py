@@ -63,7 +63,6 @@ def _check_attention(name: str | None, model: nn.Module) -> None:
 
 def _check_numbers(architecture: Architecture, weights: EncoderWeights) -> None:
     """Refuse numbers that mean something else to the engine than to the model, or nothing."""
-    _check_int("the number of layers", len(weights.layers), 1)
     _check_int("head dim", architecture.head_dim, MIN_HEAD_DIM, MAX_HEAD_DIM)
     _check_int("the position of the first token", architecture.position_offset, 0)
     _check_int("the number of positions", architecture.max_tokens, 1)

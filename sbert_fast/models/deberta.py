@@ -13,7 +13,6 @@ import torch
 from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.models.activations import activation
 from sbert_fast.models.base import (
-    Architecture,
     Attention,
     Disentangled,
     Embeddings,
@@ -137,22 +136,3 @@ def _without_repeated_ends(rows: list[int]) -> tuple[int, ...]:
     while ends < most and rows[ends + 1] == rows[0] and rows[-ends - 2] == rows[-1]:
         ends += 1
     return tuple(rows[ends : len(rows) - ends])
-
-
-def architecture(model: Any) -> Architecture:
-    config, table = model.config, model.embeddings
-    types = table.token_type_embeddings
-    return Architecture(
-        family=config.model_type,
-        embedding_size=table.word_embeddings.weight.shape[1],
-        hidden_size=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        head_dim=model.encoder.layer[0].attention.self.attention_head_size,
-        num_layers=config.num_hidden_layers,
-        intermediate_size=config.intermediate_size,
-        vocab_size=table.word_embeddings.weight.shape[0],
-        position_offset=0,
-        uncounted_id=None,
-        max_tokens=config.max_position_embeddings,
-        type_vocab_size=0 if types is None else types.weight.shape[0],
-    )

@@ -9,7 +9,6 @@ from typing import Any
 
 from sbert_fast.models.activations import activation
 from sbert_fast.models.base import (
-    Architecture,
     Attention,
     Embeddings,
     EncoderWeights,
@@ -47,22 +46,4 @@ def _layer(module: Any, heads: int, dim: int, function: Activation) -> Layer:
         attention_norm=norm(module.sa_layer_norm),
         feed_forward=FeedForward((linear(ffn.lin1),), linear(ffn.lin2), function),
         feed_forward_norm=norm(module.output_layer_norm),
-    )
-
-
-def architecture(model: Any) -> Architecture:
-    config = model.config
-    return Architecture(
-        family=config.model_type,
-        embedding_size=model.embeddings.word_embeddings.weight.shape[1],
-        hidden_size=config.dim,
-        num_heads=config.n_heads,
-        head_dim=head_dim(config.dim, config.n_heads),
-        num_layers=config.n_layers,
-        intermediate_size=config.hidden_dim,
-        vocab_size=model.embeddings.word_embeddings.weight.shape[0],
-        position_offset=0,
-        uncounted_id=None,
-        max_tokens=model.embeddings.position_embeddings.weight.shape[0],
-        type_vocab_size=0,
     )

@@ -21,6 +21,7 @@ from sbert_fast.models.base import (
     Layer,
     Norm,
     Rotary,
+    describe,
     linear,
     rms_norm,
     rotary,
@@ -109,22 +110,6 @@ def _attention(module: Any, config: Any, positions: Rotary) -> Attention:
     )
 
 
-def architecture(model: Any) -> Architecture:
-    config = model.config
-    vocab_size, embedding_size = model.embed_tokens.weight.shape
-    return Architecture(
-        family=config.model_type,
-        embedding_size=embedding_size,
-        hidden_size=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        head_dim=model.layers[0].self_attn.head_dim,
-        num_layers=config.num_hidden_layers,
-        intermediate_size=config.intermediate_size,
-        vocab_size=vocab_size,
-        position_offset=0,
-        uncounted_id=None,
-        max_tokens=config.max_position_embeddings,
-        type_vocab_size=0,
-        gated=True,
-        is_decoder="past_key_values" in inspect.signature(type(model).forward).parameters,
-    )
+def architecture(model: Any, weights: EncoderWeights) -> Architecture:
+    caches = "past_key_values" in inspect.signature(type(model).forward).parameters
+    return describe(model, weights, is_decoder=caches)

@@ -11,7 +11,6 @@ from torch import nn
 
 from sbert_fast.models.activations import activation
 from sbert_fast.models.base import (
-    Architecture,
     Attention,
     Embeddings,
     EncoderWeights,
@@ -60,23 +59,4 @@ def _layer(module: Any, config: Any, positions: dict[str, Rotary], function: Act
         ),
         feed_forward_norm=norm(module.mlp_norm, bias=False),
         norm_first=True,
-    )
-
-
-def architecture(model: Any) -> Architecture:
-    config = model.config
-    return Architecture(
-        family=config.model_type,
-        embedding_size=model.embeddings.tok_embeddings.weight.shape[1],
-        hidden_size=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        head_dim=head_dim(config.hidden_size, config.num_attention_heads),
-        num_layers=config.num_hidden_layers,
-        intermediate_size=config.intermediate_size,
-        vocab_size=model.embeddings.tok_embeddings.weight.shape[0],
-        position_offset=0,
-        uncounted_id=None,
-        max_tokens=config.max_position_embeddings,
-        type_vocab_size=0,
-        gated=True,
     )

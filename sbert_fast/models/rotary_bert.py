@@ -11,7 +11,6 @@ from torch import nn
 
 from sbert_fast.models.activations import activation
 from sbert_fast.models.base import (
-    Architecture,
     Attention,
     Embeddings,
     EncoderWeights,
@@ -75,23 +74,3 @@ def _feed_forward(mlp: Any, function: Activation) -> FeedForward:
         up = linear(mlp.gate_proj), linear(mlp.up_proj)
         return FeedForward(up, linear(mlp.down_proj), function, gated=True)
     return FeedForward((linear(mlp.fc1),), linear(mlp.fc2), function)
-
-
-def architecture(model: Any) -> Architecture:
-    config, table = model.config, model.embeddings
-    types = table.token_type_embeddings
-    return Architecture(
-        family=config.model_type,
-        embedding_size=table.word_embeddings.weight.shape[1],
-        hidden_size=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        head_dim=model.layers[0].self_attn.head_dim,
-        num_layers=config.num_hidden_layers,
-        intermediate_size=config.intermediate_size,
-        vocab_size=table.word_embeddings.weight.shape[0],
-        position_offset=0,
-        uncounted_id=None,
-        max_tokens=config.max_position_embeddings,
-        type_vocab_size=0 if types is None else types.weight.shape[0],
-        gated=_is_gated(model),
-    )

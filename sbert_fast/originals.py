@@ -140,7 +140,9 @@ class Originals:
         own = _is_builtin_of(name, value) if is_builtin else is_genuine(value, cls)
         if self.reason is None and not own:
             where = space.get("__name__", "torch") if cls is None else cls.__qualname__
-            self.reason = f"{where}.{name} was replaced"
+            compiled = isinstance(_called(value), torch.jit.ScriptFunction)
+            how = "is compiled by TorchScript" if compiled else "was replaced"
+            self.reason = f"{where}.{name} {how}"
         return self._follow(bodies, name)
 
     def _follow(self, bodies: list[FunctionType], name: str) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -203,3 +204,11 @@ def test_flags(name: str, flag: str, in_config: bool, given: bool | None) -> Non
     attends = flag == "output_attentions" and (in_config if given is None else given)
     reason = "output_attentions was asked for" if attends else "packed"
     assert counts(ours) == {reason: 1}
+
+
+def test_older_versions_compile_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with warnings.catch_warnings(action="ignore"):
+        compiled = torch.jit.script(stock.scaled_size_sqrt)
+    monkeypatch.setattr(stock, "scaled_size_sqrt", compiled)
+    reason = models.refusal(families.make_model(NAME))
+    assert reason is not None and reason.endswith(".scaled_size_sqrt is compiled by TorchScript")

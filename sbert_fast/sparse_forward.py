@@ -6,11 +6,12 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from sentence_transformers import SparseEncoder
 from torch import Tensor, nn
 from transformers.modeling_outputs import MaskedLMOutput
 
 from sbert_fast import bypass
-from sbert_fast.callers import callers_of, parts_of
+from sbert_fast.callers import Caller, callers_of
 from sbert_fast.classification import kinds_of, with_finished_base
 from sbert_fast.models.twin import fresh_modules
 from sbert_fast.originals import originals
@@ -80,16 +81,18 @@ class SparseForward(StandIn):
 
     def _readers(self) -> list[nn.Module]:
         """What waits for the logits where that is a SparseEncoder that encodes: the Transformer
-        module and what follows it; nothing anywhere else."""
+        module, the last module of its row, and all around them; nothing anywhere else."""
         callers = callers_of(self.model)
-        encodes = any({"encode", "_inference"} & {*caller.methods} for caller in callers)
-        if len(callers) < 2 or not encodes:
+        if len(callers) < 2 or not any(map(_is_encoding, callers)):
             return []
-        transformer, row = callers[0].module, list(parts_of(callers[1].module))
-        if row[-1] is transformer:
+        transformer, *around = [caller.module for caller in callers]
+        inside = around[0].modules()
+        rows = [list(row.children()) for row in inside if isinstance(row, nn.Sequential)]
+        behind = [row[i + 1 :] for row in rows for i, part in enumerate(row) if part is transformer]
+        routed = [list(row.children())[-1:] == [part] for part, row in pairwise(around)]
+        if not behind or not all(routed) or any(len(after) != 1 for after in behind):
             return []
-        found = [after for part, after in pairwise(row) if part is transformer]
-        return [transformer, *found] if found else []
+        return [transformer, *(after[0] for after in behind), *around]
 
     def _is_usual(self, readers: list[nn.Module]) -> bool:
         """Whether `readers` take maxima, and they and the head are as their packages made them."""
@@ -98,10 +101,7 @@ class SparseForward(StandIn):
         head = _head(model)
         modules = [model, *readers, *(m for part in head.values() for m in part.modules())]
         return (
-            any(is_module(readers[0], name) for name in ("Transformer", "MLMTransformer"))
-            and all(
-                is_module(m, "SpladePooling") and m.pooling_strategy == "max" for m in readers[1:]
-            )
+            all(map(_is_known, readers))
             and kinds_of(head) == kinds_of(_head(fresh))
             and (bypass.reason(modules) or bypass.global_reason()) is None
             and originals(map(type, modules), ("__call__", "forward")).reason is None
@@ -121,6 +121,21 @@ class SparseForward(StandIn):
             for row, part in zip(rows, logits.split(counts.tolist()), strict=True):
                 torch.maximum(maxima[row], part.amax(dim=0), out=maxima[row])
         return maxima
+
+
+def _is_encoding(caller: Caller) -> bool:
+    """Whether `caller` is in the loop over batches of sentence-transformers."""
+    kind, stock = type(caller.module), SparseEncoder
+    own = [m for m in ("encode", "_inference") if getattr(kind, m, 0) is getattr(stock, m, None)]
+    return isinstance(caller.module, stock) and any(name in caller.methods for name in own)
+
+
+def _is_known(reader: nn.Module) -> bool:
+    """Whether `reader` takes the maximum of logits, or hands them on."""
+    if is_module(reader, "SpladePooling"):
+        return bool(reader.pooling_strategy == "max")
+    names = ("Transformer", "MLMTransformer", "Router")
+    return isinstance(reader, SparseEncoder) or any(is_module(reader, name) for name in names)
 
 
 def _head(model: Any) -> dict[str, nn.Module]:  # noqa: ANN401

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from sentence_transformers import SparseEncoder
-from sentence_transformers.base.modules import Router, Transformer
+from sentence_transformers.base.modules import Normalize, Router, Transformer
 from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding, SpladePooling
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -133,13 +133,45 @@ def _all_states(model: SparseEncoder) -> None:
     model[0].model.config.output_hidden_states = True
 
 
+def _hooked_around(model: SparseEncoder) -> None:
+    model.register_forward_hook(lambda *_: None)
+
+
+def _followed(model: SparseEncoder) -> None:
+    model.append(Normalize())
+
+
+class OwnEncoder(SparseEncoder):
+    """Somebody's own loop."""
+
+    def encode(self, inputs: list[str], **_: Any) -> Tensor:
+        features = self(self.preprocess(inputs))
+        assert features["token_embeddings"].shape[1] > 1
+        return features["sentence_embedding"]
+
+
+def _own_loop(model: SparseEncoder) -> None:
+    model.__class__ = OwnEncoder
+
+
 def _masked_first(model: SparseEncoder) -> None:
     model.tokenizer.padding_side = "left"
 
 
 @pytest.mark.parametrize(
     "change",
-    [_sums, _hooked, _hooked_head, _replaced, _other_head, _all_states, _masked_first],
+    [
+        _sums,
+        _hooked,
+        _hooked_head,
+        _hooked_around,
+        _replaced,
+        _other_head,
+        _all_states,
+        _followed,
+        _own_loop,
+        _masked_first,
+    ],
     ids=lambda change: change.__name__.strip("_"),
 )
 def test_all_logits_for_whoever_may_read_them(
@@ -148,7 +180,8 @@ def test_all_logits_for_whoever_may_read_them(
     original = _splade()
     change(original)
     model = accelerate(copy.deepcopy(original))
-    assert_same_vectors(_embed(model), _embed(original))
+    with torch.inference_mode():
+        assert_same_vectors(_embed(model), _embed(original))
     assert not heads
 
 

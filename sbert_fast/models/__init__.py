@@ -19,7 +19,8 @@ from sbert_fast.models import (
     mpnet,
     rotary_bert,
 )
-from sbert_fast.models.base import Architecture, EncoderWeights, describe
+from sbert_fast.models.architecture import Architecture, describe
+from sbert_fast.models.base import EncoderWeights
 from sbert_fast.models.checks import check
 from sbert_fast.models.shapes import check_shapes
 from sbert_fast.models.twin import check_attributes

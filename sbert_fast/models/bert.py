@@ -10,14 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from sbert_fast.models.activations import activation
+from sbert_fast.models.architecture import Architecture, describe
 from sbert_fast.models.base import (
-    Architecture,
     Attention,
     Embeddings,
     EncoderWeights,
     FeedForward,
     Layer,
-    describe,
     head_dim,
     linear,
     norm,

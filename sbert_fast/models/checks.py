@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sbert_fast.errors import InvalidWeightsError, UnsupportedModelError
-from sbert_fast.models.base import Architecture, EncoderWeights, is_in_pooler
+from sbert_fast.models.architecture import Architecture
+from sbert_fast.models.base import EncoderWeights, is_in_pooler
 from sbert_fast.ops.contracts import MAX_HEAD_DIM, MIN_HEAD_DIM
 from sbert_fast.originals import is_genuine
 

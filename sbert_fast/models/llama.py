@@ -12,8 +12,8 @@ from typing import Any
 
 from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.models.activations import activation
+from sbert_fast.models.architecture import Architecture, describe
 from sbert_fast.models.base import (
-    Architecture,
     Attention,
     Embeddings,
     EncoderWeights,
@@ -21,7 +21,6 @@ from sbert_fast.models.base import (
     Layer,
     Norm,
     Rotary,
-    describe,
     linear,
     rms_norm,
     rotary,

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from sbert_fast.errors import UnsupportedModelError
+from sbert_fast.models.architecture import Architecture
 from sbert_fast.models.base import (
-    Architecture,
     Attention,
     EncoderWeights,
     FeedForward,

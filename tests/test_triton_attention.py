@@ -50,13 +50,16 @@ DECODERS: dict[str, dict[str, Any]] = {
     "bias": {"causal": True, "kv_heads": 2, "heads": 4, "normed": True, "reach": 9, "window": 40},
 }
 ENCODERS = {"encoder": {"reach": 4, "window": 50, "rotary": True}, "plain": {}}
-MIXTURES = ENCODERS | {name: DECODERS[name] for name in ("all", "bias")}
+MIXTURES = ENCODERS | {"all": DECODERS["all"]}
 every_mixture = pytest.mark.parametrize("mixture", MIXTURES)
 
 GPU = [pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in (HALF, BFLOAT, SINGLE)]
-PLACES = [("cpu", HALF), ("cpu", SINGLE), *GPU]
-every_dtype = pytest.mark.parametrize(
-    ("triton_device", "dtype"), PLACES, ids=str, indirect=["triton_device"]
+every_dtype, every_place = (
+    pytest.mark.parametrize(
+        ("triton_device", "dtype"), [*on_cpu, *GPU], ids=str, indirect=["triton_device"]
+    )
+    # The interpreter is slow: there, what does not depend on the dtype is tried in one.
+    for on_cpu in ([("cpu", HALF), ("cpu", SINGLE)], [("cpu", HALF)])
 )
 every_gpu_dtype = pytest.mark.parametrize(
     ("triton_device", "dtype"), GPU, ids=str, indirect=["triton_device"]
@@ -90,7 +93,7 @@ def attend(triton_device: str) -> Attend:
     ("dim", "tile"), [(26, None), (32, 128), (64, None), (128, 128), (256, 128)]
 )
 def test_ragged_lengths(attend: Attend, dim: int, tile: int | None, dtype: torch.dtype) -> None:
-    check(Case(RAGGED if dtype == HALF else RAGGED[:-2], dim, dtype), attend, tile)
+    check(Case(RAGGED if dim == 64 else RAGGED[:-2], dim, dtype), attend, tile)
 
 
 @every_dtype
@@ -100,7 +103,7 @@ def test_any_head_dim(attend: Attend, dim: int, dtype: torch.dtype) -> None:
     check(Case((5, 70, 20), dim, dtype), attend)
 
 
-@every_dtype
+@every_place
 @pytest.mark.parametrize("tile", [None, 128])
 def test_sequences_that_share_a_program(
     attend: Attend, tile: int | None, dtype: torch.dtype
@@ -110,19 +113,19 @@ def test_sequences_that_share_a_program(
     check(Case((1,) * 70, 64, dtype), attend, tile)
 
 
-@every_dtype
+@every_place
 @pytest.mark.parametrize(("reach", "dim"), [(0, 37), (3, 26), (128, 64)])
 def test_relative_bias(attend: Attend, dim: int, reach: int, dtype: torch.dtype) -> None:
     check(Case((*SHORT, 200), dim, dtype, reach=reach), attend)
 
 
-@every_dtype
+@every_place
 @pytest.mark.parametrize(("window", "dim"), [(0, 26), (1, 64), (20, 37), (64, 128), (1000, 64)])
 def test_window(attend: Attend, dim: int, window: int, dtype: torch.dtype) -> None:
     check(Case((*SHORT, 300), dim, dtype, window=window), attend)
 
 
-@every_dtype
+@every_place
 @pytest.mark.parametrize("dim", [8, 26, 64, 70])
 def test_rotary(attend: Attend, dim: int, dtype: torch.dtype) -> None:
     check(Case((*SHORT, 20, 200), dim, dtype, rotary=True), attend)
@@ -134,8 +137,9 @@ def test_all_options_at_once(attend: Attend, dtype: torch.dtype) -> None:
 
 
 @every_dtype
-@pytest.mark.parametrize("dim", [26, 256])
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize(
+    ("decoder", "dim"), [*((name, 26) for name in DECODERS), ("all", 256), ("bias", 256)]
+)
 def test_decoders(attend: Attend, decoder: str, dim: int, dtype: torch.dtype) -> None:
     check(Case((5, 0, 16, 17, 40, 130), dim, dtype, **DECODERS[decoder]), attend, 128)
 
@@ -149,7 +153,7 @@ def test_norms_of_heads_without_an_epsilon(attend: Attend, dtype: torch.dtype) -
     assert_close_to_oracle(attend(args), expected, peer, dtype)
 
 
-@every_dtype
+@every_place
 @pytest.mark.parametrize("scale", [0.0, -0.3, 1.0])
 def test_any_scale(attend: Attend, scale: float, dtype: torch.dtype) -> None:
     check(Case(SHORT, 26, dtype, scale=scale), attend)
@@ -164,13 +168,13 @@ def test_adversarial_inputs(attend: Attend, kind: str, dtype: torch.dtype) -> No
     check(Case((12, 60, 150), 32, dtype, kind=kind, scale=0.25), attend)
 
 
-@every_dtype
+@every_place
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0, 0)], ids=str)
 def test_nothing_to_attend(attend: Attend, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
     assert_nothing_to_attend(attend, lengths, dtype)
 
 
-@every_dtype
+@every_place
 @every_mixture
 def test_dead_tail_is_zero_whatever_it_holds(
     attend: Attend, mixture: str, dtype: torch.dtype
@@ -178,14 +182,14 @@ def test_dead_tail_is_zero_whatever_it_holds(
     assert_dead_tail_is_zero(attend, Case(SHORT, 38, dtype, **MIXTURES[mixture]).args())
 
 
-@every_dtype
+@every_place
 @every_mixture
 def test_neighbours_change_no_bit(attend: Attend, mixture: str, dtype: torch.dtype) -> None:
     case = Case((5, 0, 16, 30, 33, 100), 26, dtype, **MIXTURES[mixture])
     assert_neighbours_change_no_bit(attend, case.args())
 
 
-@every_dtype
+@every_place
 @pytest.mark.parametrize("part", range(3))
 def test_nan_spreads_through_its_own_sequence_only(
     attend: Attend, part: int, dtype: torch.dtype
@@ -193,12 +197,12 @@ def test_nan_spreads_through_its_own_sequence_only(
     assert_nan_stays_in_its_sequence(attend, part, dtype)
 
 
-@every_dtype
+@every_place
 @every_mixture
 def test_place_in_the_batch_changes_no_bit(
     attend: Attend, mixture: str, dtype: torch.dtype
 ) -> None:
-    case = Case((*TINY, *SHORT), 32, dtype, **MIXTURES[mixture])
+    case = Case((9, 0, 16, 17, 32, *SHORT), 32, dtype, **MIXTURES[mixture])
     assert_place_changes_no_bit(attend, case.args())
 
 
@@ -216,7 +220,7 @@ def test_a_far_longer_neighbour_changes_no_bit(
     attend: Attend, normed: bool, dim: int, dtype: torch.dtype
 ) -> None:
     """Batches with more than 256 tokens in a sequence have launch parameters of their own."""
-    case = Case((40, 512, 140), dim, dtype, heads=1, normed=normed)
+    case = Case((40, 257, 140), dim, dtype, heads=1, normed=normed)
     assert_place_changes_no_bit(attend, case.args())
 
 
@@ -229,7 +233,7 @@ def test_runs_repeat_bit_for_bit(attend: Attend, dim: int, dtype: torch.dtype) -
         assert_same_bits(attend(args), expected)
 
 
-@every_dtype
+@every_place
 def test_short_sequences_beside_one_beyond_32_bit_offsets(
     attend: Attend, dtype: torch.dtype
 ) -> None:

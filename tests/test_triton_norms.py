@@ -45,10 +45,14 @@ def run(op: str, args: list[Any], device: str) -> Any:
     return pytree.tree_map(Tensor.cpu, getattr(OPS, op).triton(*there))
 
 
-@every_norm
 @pytest.mark.parametrize(
-    ("dtype", "out_dtype"),
-    [*((d, d) for d in DTYPES), (torch.float32, torch.float16), (torch.float16, torch.float32)],
+    ("dtype", "out_dtype", "rms"),
+    [
+        *((d, d, False) for d in DTYPES),
+        (torch.float32, torch.float16, False),
+        (torch.float16, torch.float32, True),
+        (torch.float16, torch.float16, True),
+    ],
 )
 @pytest.mark.parametrize(("T", "E"), SHAPES)
 def test_embed_norm(
@@ -91,17 +95,21 @@ def test_add_norm_of_a_large_mean_keeps_its_variance(
 
 
 @every_activation
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("T", "F"), [(9, 1), *SHAPES[1:], (2, 16384)])
+@pytest.mark.parametrize(
+    ("T", "F", "dtype"),
+    [
+        *((9, 37, dtype) for dtype in DTYPES),
+        *((T, F, torch.float16) for T, F in ((9, 1), (5, 1000), (2, 16384))),
+    ],
+)
 def test_activations(
     triton_device: str, T: int, F: int, dtype: torch.dtype, op: str, how: list[Any]
 ) -> None:
     columns = 2 * F if op == "gated_activation" else F
     for scale in (1e-3, 0.1, 1.0, 4.0):
-        x = randn(T, columns, dtype=dtype, scale=scale)
-        for bias in (randn(columns, scale=scale), None):
-            args = [x, bias, *how]
-            check_op(op, run(op, args, triton_device), args, dtype)
+        x, bias = randn(T, columns, dtype=dtype, scale=scale), randn(columns, scale=scale)
+        args = [x, bias if scale < 1 else None, *how]
+        check_op(op, run(op, args, triton_device), args, dtype)
 
 
 @every_activation
@@ -221,9 +229,10 @@ def builds(
 
 @pytest.mark.parametrize("arch", aot.ARCHS)
 def test_kernels_compile_and_fit(arch: int) -> None:
-    cases: list[tuple[Any, ...]] = [(dtype, width) for dtype in HALVES for width in (384, 1024)]
-    cases += [(torch.float16, 1024, True, ABSENT[:2]), (torch.float16, 768, True, ABSENT)]
+    cases: list[tuple[Any, ...]] = [(torch.float16, 1024), (torch.float16, 768, True, ABSENT)]
     if arch == 90:
+        cases += [(torch.float16, 1024, True, ABSENT[:2]), (torch.float16, 384)]
+        cases += [(torch.bfloat16, width) for width in (384, 1024)]
         cases += [(torch.float16, width) for width in (37, 768, 4096)]
         cases += [(torch.float32, width) for width in (384, 1024)]
     todo = [build for case in cases for build in builds(arch, *case)]

@@ -55,10 +55,8 @@ def run(op: str, args: list[Any], device: str) -> Any:
 
 
 @every_mode
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_length(
-    triton_device: str, op: str, rms: bool, mode: str, dtype: torch.dtype
-) -> None:
+def test_every_length(triton_device: str, op: str, rms: bool, mode: str) -> None:
+    dtype = DTYPES[POOLING_MODES.index(mode) % len(DTYPES)]
     normalize = dtype != torch.bfloat16
     args = arguments(op, 37, dtype, mode, rms, lengths=LENGTHS, normalize=normalize)
     out = run(op, args, triton_device)
@@ -148,10 +146,14 @@ def test_rows_go_to_their_places(triton_device: str, op: str, rms: bool, scatter
 
 
 @every_norm
-@pytest.mark.parametrize("mode", ["mean", "max"])
 @pytest.mark.parametrize(
-    ("dtype", "length"),
-    [(torch.float16, 16), (torch.float32, 40), (torch.float16, 129), (torch.float32, 300)],
+    ("dtype", "length", "mode"),
+    [
+        (torch.float16, 16, "mean"),
+        (torch.float32, 40, "max"),
+        (torch.float16, 129, "mean"),
+        (torch.float32, 300, "max"),
+    ],
 )
 def test_segments_are_isolated(
     triton_device: str, op: str, rms: bool, mode: str, dtype: torch.dtype, length: int
@@ -186,7 +188,7 @@ def test_no_special_value_is_hidden(triton_device: str, mode: str, value: float)
 
 @pytest.mark.parametrize("mode", ["mean", "weighted_mean"])
 def test_the_error_does_not_grow_with_the_length(triton_device: str, mode: str) -> None:
-    args = [1 + randn(10_000, 33), int32(0, 10_000), POOLING_MODES.index(mode), False, 0, None]
+    args = [1 + randn(5000, 33), int32(0, 5000), POOLING_MODES.index(mode), False, 0, None]
     check_op("segment_pool", run("segment_pool", args, triton_device), args, torch.float32)
 
 
@@ -258,10 +260,11 @@ def builds(
 
 @pytest.mark.parametrize("arch", aot.ARCHS)
 def test_kernels_compile_and_fit(arch: int) -> None:
-    cases = [(x, 384, norm, "mean") for x in HALVES for norm in (False, True)]
-    cases += [(torch.float16, 1024, True, "max")]
-    cases += [(torch.float16, E, True, mode, True) for E, mode in ((384, "mean"), (1024, "max"))]
+    cases = [(torch.float16, 384, norm, "mean") for norm in (False, True)]
+    cases += [(torch.float16, 1024, True, "max", True)]
     if arch == 90:
+        cases += [(torch.bfloat16, 384, norm, "mean") for norm in (False, True)]
+        cases += [(torch.float16, 1024, True, "max"), (torch.float16, 384, True, "mean", True)]
         cases += [(torch.float16, 768, True, "weighted_mean"), (torch.bfloat16, 37, True, "max")]
         cases += [(torch.float32, 1024, True, "max"), (torch.float16, 4096, True, "max")]
     todo = [build for case in cases for build in builds(arch, *case)]

@@ -64,10 +64,13 @@ class RowsNorm {
   float mean_ = 0.0f, rstd_ = 0.0f;
 };
 
+/// Weights that are used on all rows of an item before the next ones.
+constexpr int64_t kNormGroupBytes = 768 << 10;
+
 class TileLinearNorm {
  public:
   explicit TileLinearNorm(const LinearNormParams& p)
-      : product_(p.linear),
+      : product_(p.linear, kNormGroupBytes),
         strips_(divide_up(p.linear.N, kStripColumns)),
         stride_(p.scratch_stride),
         norm_(p.norm, p.linear.bias, stride_),

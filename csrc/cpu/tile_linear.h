@@ -3,6 +3,7 @@
 #pragma once
 
 #include "linear_kernel.h"
+#include "tile_gelu.h"
 #include "tile_product.h"
 
 namespace sbert_fast::cpu::SBF_ISA {
@@ -144,9 +145,9 @@ void tile_linear(const LinearParams& p, int64_t begin, int64_t end) {
     case Activation::kNone:
       return tile_linear_items<Out>(p, begin, end, [](VecF v) { return v; });
     case Activation::kGelu:
-      return tile_linear_items<Out>(p, begin, end, [](VecF v) { return gelu<ErfTail<Out>>(v); });
+      return tile_linear_items<Out>(p, begin, end, TileGelu<Out, ErfTail<Out>, kErfTails>());
     case Activation::kGeluTanh:
-      return tile_linear_items<Out>(p, begin, end, [](VecF v) { return gelu<TanhTail<Out>>(v); });
+      return tile_linear_items<Out>(p, begin, end, TileGelu<Out, TanhTail<Out>, kTanhTails>());
     case Activation::kSilu:
       return;  // refused by the op
   }

@@ -71,7 +71,7 @@ template <class Out, class Activate>
 class TileLinear {
  public:
   TileLinear(const LinearParams& params, Activate activate)
-      : p_(params), product_(params, kLinearGroupBytes), activate_(activate) {}
+      : p_(params), product_(params, kLinearGroupBytes, params.K), activate_(activate) {}
   ~TileLinear() { finish(); }
 
   void run(int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {

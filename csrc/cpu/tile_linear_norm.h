@@ -147,7 +147,7 @@ template <bool kHasBias>
 class TileLinearNorm {
  public:
   explicit TileLinearNorm(const LinearNormParams& p)
-      : product_(p.linear, kNormGroupBytes),
+      : product_(p.linear, kNormGroupBytes, kRunSteps),
         strips_(divide_up(p.linear.N, kStripColumns)),
         stride_(p.scratch_stride),
         norm_(p.norm, p.linear.bias, stride_),
@@ -161,7 +161,7 @@ class TileLinearNorm {
       const int64_t at = block.row - row;
       float* const sums = scratch_ + (is_whole ? at % (2 * kBlockRows) : at) * stride_;
       multiply(block, sums + block.strip * kStripColumns);
-      if (block.strip + 2 < strips_) return;
+      if (block.strip + 2 < strips_ || !product_.completes(block)) return;
       norm_.finish();
       norm_.start(block.row, block.rows, sums);
     });

@@ -29,10 +29,14 @@ SBF_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 SBF_INLINE bool fits_tiles(const LinearParams& p) { return p.K > 0 && p.K % kStepValues == 0; }
 
-// Rows, at most kBlockRows of them, and the first of two strips of columns.
+// Rows, at most kBlockRows of them, the first of two strips of columns, and steps along K.
 struct Block {
-  int64_t row, rows, strip;
+  int64_t row, rows, strip, step, step_end;
 };
+
+/// Steps along K after which the next block of columns has its turn: as many as leave the values of
+/// a block of rows in the L1 cache.
+constexpr int64_t kRunSteps = 16;
 
 // Consecutive memory that is asked for piece by piece, to be in the L2 cache when it is needed.
 class AskedAhead {
@@ -56,13 +60,15 @@ class AskedAhead {
 class BlockProduct {
  public:
   /// `group_bytes`: of weights that are used on all rows of an item before the next ones.
-  BlockProduct(const LinearParams& p, int64_t group_bytes)
+  /// `run_steps`: at most as many are taken along K before the next block of columns.
+  BlockProduct(const LinearParams& p, int64_t group_bytes, int64_t run_steps)
       : x_(static_cast<const char*>(p.x)),
         panels_(static_cast<const char*>(p.panels)),
         x_stride_(p.K * 2),
         steps_(p.K / kStepValues),
         strips_(divide_up(p.N, kPanelColumns) * kStripsPerPanel),
-        group_(larger_of(1, group_bytes / (2 * steps_ * kTileBytes))) {}
+        group_(larger_of(1, group_bytes / (2 * steps_ * kTileBytes))),
+        run_steps_(divide_up(steps_, divide_up(steps_, run_steps))) {}
 
   /// How often run() calls `meanwhile`: what vector units do comes in pieces, since the tiles wait
   /// while a long one is in the way.
@@ -70,6 +76,9 @@ class BlockProduct {
 
   /// Blocks side by side whose weights stay in the cache.
   int64_t group() const { return group_; }
+
+  /// Whether a block is complete with these steps.
+  bool completes(const Block& block) const { return block.step_end == steps_; }
 
   /// Calls body(Block) for the rows [row, row_end) of the strips [strip, strip_end), a group of
   /// blocks after another; what does not fill a block comes last.
@@ -88,30 +97,40 @@ class BlockProduct {
         for (int64_t t = bounds[part]; t < bounds[part + 1]; t += kBlockRows) {
           const int64_t rows = smaller_of(kBlockRows, bounds[part + 1] - t);
           if (first == strip) ask_for_rows(t + kBlockRows, row_end, blocks);
-          for (int64_t i = first; i < last; i += 2) body(Block{t, rows, i});
+          for (int64_t step = 0; step < steps_; step += run_steps_) {
+            const int64_t step_end = smaller_of(step + run_steps_, steps_);
+            for (int64_t i = first; i < last; i += 2) body(Block{t, rows, i, step, step_end});
+          }
         }
       }
     }
   }
 
-  /// sums[row][0, kBlockColumns) = the products, rows `stride` elements apart; `meanwhile()` runs
-  /// pauses() times. Rows that do not fill two tiles are two that may share one, or a single tile.
+  /// sums[row][0, kBlockColumns) = the products, or += from the second run of steps on, rows
+  /// `stride` elements apart; `meanwhile()` runs pauses() times in all steps of a block. Rows that
+  /// do not fill two tiles are two that may share one, or a single tile.
   template <class Meanwhile>
   SBF_INLINE void run(const Block& block, float* sums, int64_t stride, Meanwhile meanwhile) {
     const bool has_lower = block.rows > kTileRowsMax;
     const int64_t height = has_lower ? (block.rows + 1) / 2 : block.rows;
     if (height != height_) tiles_.configure(height_ = height);
-    const char* upper = x_ + block.row * x_stride_;
-    const char* left = weights(block.strip);
-    const char* right = weights(smaller_of(block.strip + 1, strips_ - 1));
+    const char* upper = x_ + block.row * x_stride_ + block.step * kTileRowBytes;
+    const char* left = weights(block.strip) + block.step * kTileBytes;
+    const char* right = weights(smaller_of(block.strip + 1, strips_ - 1)) + block.step * kTileBytes;
+    const char* const end = left + (block.step_end - block.step) * kTileBytes;
     if (has_lower) {
       const int64_t first = block.rows - height;
-      multiply<true>(upper, upper + first * x_stride_, left, right, meanwhile);
-      store<2>(sums + first * stride, stride * 4);
+      float* const lower_sums = sums + first * stride;
+      begin<0>(block, sums, stride);
+      begin<2>(block, lower_sums, stride);
+      multiply<true>(upper, upper + first * x_stride_, left, right, end, meanwhile);
+      store<0>(sums, stride * 4);
+      store<2>(lower_sums, stride * 4);
     } else {
-      multiply<false>(upper, upper, left, right, meanwhile);
+      begin<0>(block, sums, stride);
+      multiply<false>(upper, upper, left, right, end, meanwhile);
+      store<0>(sums, stride * 4);
     }
-    store<0>(sums, stride * 4);
   }
 
  private:
@@ -131,6 +150,16 @@ class BlockProduct {
   const char* weights(int64_t strip) const { return panels_ + strip * steps_ * kTileBytes; }
 
   template <int FIRST>
+  SBF_INLINE void begin(const Block& block, const float* sums, int64_t stride) {
+    if (block.step == 0) {
+      tiles_.zero<FIRST>(), tiles_.zero<FIRST + 1>();
+    } else {
+      tiles_.load<FIRST>(sums, stride * 4);
+      tiles_.load<FIRST + 1>(sums + kStripColumns, stride * 4);
+    }
+  }
+
+  template <int FIRST>
   SBF_INLINE void store(float* sums, int64_t stride) {
     tiles_.store<FIRST>(sums, stride);
     tiles_.store<FIRST + 1>(sums + kStripColumns, stride);
@@ -138,12 +167,9 @@ class BlockProduct {
 
   template <bool kHasLower, class Meanwhile>
   SBF_INLINE void multiply(const char* upper, const char* lower, const char* left,
-                           const char* right, Meanwhile& meanwhile) {
+                           const char* right, const char* end, Meanwhile& meanwhile) {
     AskedAhead rows_ahead = rows_ahead_, weights_ahead = weights_ahead_;
     const int64_t stride = x_stride_;
-    const char* const end = left + steps_ * kTileBytes;
-    tiles_.zero<0>(), tiles_.zero<1>();
-    if constexpr (kHasLower) tiles_.zero<2>(), tiles_.zero<3>();
     do {
       tiles_.load_passing<6>(left, kTileRowBytes);
       tiles_.load_constant<4>(upper, stride);
@@ -168,7 +194,7 @@ class BlockProduct {
   }
 
   const char *const x_, *const panels_;
-  const int64_t x_stride_, steps_, strips_, group_;
+  const int64_t x_stride_, steps_, strips_, group_, run_steps_;
   AskedAhead rows_ahead_, weights_ahead_;
   int64_t height_ = 0;  // rows of the tiles
   TileRegisters tiles_;

@@ -170,25 +170,29 @@ class BlockProduct {
                            const char* right, const char* end, Meanwhile& meanwhile) {
     AskedAhead rows_ahead = rows_ahead_, weights_ahead = weights_ahead_;
     const int64_t stride = x_stride_;
-    do {
-      tiles_.load_passing<6>(left, kTileRowBytes);
-      tiles_.load_constant<4>(upper, stride);
+    tiles_.load_passing<6>(left, kTileRowBytes);
+    tiles_.load_constant<4>(upper, stride);
+    if constexpr (kHasLower) tiles_.load_constant<5>(lower, stride);
+    tiles_.load_passing<7>(right, kTileRowBytes);
+    for (;;) {
+      left += kTileBytes, right += kTileBytes;
+      upper += kTileRowBytes, lower += kTileRowBytes;
+      const bool is_last = left == end;
       tiles_.multiply_add<0, 4, 6>();
       meanwhile();
-      if constexpr (kHasLower) {
-        tiles_.load_constant<5>(lower, stride);
-        tiles_.multiply_add<2, 5, 6>();
-      }
+      if constexpr (kHasLower) tiles_.multiply_add<2, 5, 6>();
+      if (!is_last) tiles_.load_passing<6>(left, kTileRowBytes);
       meanwhile();
-      tiles_.load_passing<7>(right, kTileRowBytes);
       tiles_.multiply_add<1, 4, 7>();
+      if (!is_last) tiles_.load_constant<4>(upper, stride);
       if constexpr (kHasLower) tiles_.multiply_add<3, 5, 7>();
       meanwhile();
       rows_ahead.next();
       weights_ahead.next();
-      left += kTileBytes, right += kTileBytes;
-      upper += kTileRowBytes, lower += kTileRowBytes;
-    } while (left != end);
+      if (is_last) break;
+      tiles_.load_passing<7>(right, kTileRowBytes);
+      if constexpr (kHasLower) tiles_.load_constant<5>(lower, stride);
+    }
     rows_ahead_ = rows_ahead;
     weights_ahead_ = weights_ahead;
   }

@@ -6,8 +6,8 @@
 
 namespace sbert_fast::cpu::SBF_ISA {
 
-/// LayerNorm of rows of sums in small steps, two rows side by side: one of them alone would wait
-/// for its own sums. The bits are those of norm_row().
+/// LayerNorm of rows of sums in small steps, four rows side by side: one alone would wait for
+/// its own sums. The bits are those of norm_row().
 template <bool kHasBias>
 class RowsNorm {
  public:
@@ -47,7 +47,7 @@ class RowsNorm {
 
  private:
   enum class Phase { kSum, kSquares, kStore };
-  static constexpr int kRows = 2, kVecs = 4;
+  static constexpr int kRows = 4, kVecs = 4;
   static constexpr int64_t kStep = kVecs * VecF::N;
 
   void clear() {

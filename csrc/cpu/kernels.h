@@ -85,10 +85,11 @@ struct GatedParams {
   bool first;  // whether the first half is the one that is activated
 };
 
-/// Columns of a panel. The weights of a linear layer lie as fp32 [panels, K, 48] or bf16
-/// [panels, K / 2, 48, 2], zeros beyond column N: the order in which they are read, on every
-/// instruction set.
+/// Columns of a panel. The weights of a linear layer lie as fp32 [panels, K, 48], or in bf16 in
+/// strips of 16 columns, [3 * panels, K / 2, 16, 2], zeros beyond column N: the order in which they
+/// are read, on every instruction set.
 inline constexpr int64_t kPanelColumns = 48;
+inline constexpr int64_t kStripColumns = 16, kStripsPerPanel = kPanelColumns / kStripColumns;
 
 // Work items are item_rows x item_panels parts of the result, those of the same rows together.
 struct LinearParams {

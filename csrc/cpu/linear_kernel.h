@@ -43,6 +43,7 @@ template <class T>
 struct LinearOperand {
   static constexpr int64_t kValuesPerStep = 1;
   static constexpr int64_t kRun = 128;
+  static constexpr int64_t kTogether = kPanelColumns;  // columns whose weights lie side by side
   static SBF_INLINE VecF multiply_add(VecF a, VecF b, VecF c) { return fma(a, b, c); }
 };
 
@@ -51,6 +52,7 @@ template <>
 struct LinearOperand<bf16> {
   static constexpr int64_t kValuesPerStep = 2;
   static constexpr int64_t kRun = 4096;
+  static constexpr int64_t kTogether = kStripColumns;
   static SBF_INLINE VecF multiply_add(VecF a, VecF b, VecF c) {
 #if defined(__AVX512BF16__)
     return dot_pairs(a, b, c);
@@ -58,6 +60,25 @@ struct LinearOperand<bf16> {
     return fma(second_of_pairs(a), second_of_pairs(b),
                fma(first_of_pairs(a), first_of_pairs(b), c));
 #endif
+  }
+};
+
+// The weights of kLinearVecs * N columns of a panel, from a step on.
+template <class Operand>
+struct PanelColumns {
+  static constexpr int64_t kTogether = Operand::kTogether;
+  static constexpr bool kSideBySide = kTogether == kPanelColumns;
+  const float* at[kSideBySide ? 1 : kLinearVecs];
+
+  SBF_INLINE PanelColumns(const float* panel, int64_t steps, int64_t column, int64_t step) {
+    SBF_UNROLL for (int v = 0; v < (kSideBySide ? 1 : kLinearVecs); ++v) {
+      const int64_t c = column + v * VecF::N;
+      at[v] = panel + (c / kTogether * steps + step) * kTogether + c % kTogether;
+    }
+  }
+  SBF_INLINE VecF load(int64_t step, int v) const {
+    const float* const from = kSideBySide ? at[0] + v * VecF::N : at[v];
+    return VecF::load(from + step * kTogether);
   }
 };
 
@@ -70,8 +91,9 @@ struct Ahead {
 // sums[r][0, kLinearVecs * N) = x[r] times some columns of a panel, or += where `add` is set; x and
 // panel in steps.
 template <class Operand, int ROWS>
-__attribute__((noinline)) void multiply_tile(const float* x, int64_t x_stride, const float* panel,
-                                             int64_t steps, bool add, Ahead ahead, float* sums) {
+__attribute__((noinline)) void multiply_tile(const float* x, int64_t x_stride,
+                                             PanelColumns<Operand> panel, int64_t steps, bool add,
+                                             Ahead ahead, float* sums) {
   for (int64_t run = 0; run < steps; run += Operand::kRun) {
     const int64_t run_end = run + Operand::kRun < steps ? run + Operand::kRun : steps;
     VecF acc[ROWS][kLinearVecs];
@@ -81,9 +103,7 @@ __attribute__((noinline)) void multiply_tile(const float* x, int64_t x_stride, c
     for (int64_t s = run; s < run_end; ++s) {
       if constexpr (kSharesRuns) __builtin_prefetch(ahead.from + s * ahead.stride, 0, 2);
       VecF columns[kLinearVecs];
-      SBF_UNROLL for (int v = 0; v < kLinearVecs; ++v) {
-        columns[v] = VecF::load(panel + s * kPanelColumns + v * VecF::N);
-      }
+      SBF_UNROLL for (int v = 0; v < kLinearVecs; ++v) { columns[v] = panel.load(s, v); }
       SBF_UNROLL for (int r = 0; r < ROWS; ++r) {
         const VecF value = VecF::set1(x[r * x_stride + s]);
         SBF_UNROLL for (int v = 0; v < kLinearVecs; ++v) {
@@ -102,8 +122,9 @@ __attribute__((noinline)) void multiply_tile(const float* x, int64_t x_stride, c
 }
 
 template <class Operand, int ROWS = kLinearRows>
-SBF_INLINE void multiply_rows(int64_t rows, const float* x, int64_t x_stride, const float* panel,
-                              int64_t steps, bool add, Ahead ahead, float* sums) {
+SBF_INLINE void multiply_rows(int64_t rows, const float* x, int64_t x_stride,
+                              const PanelColumns<Operand>& panel, int64_t steps, bool add,
+                              Ahead ahead, float* sums) {
   if constexpr (ROWS > 1) {
     if (rows < ROWS) {
       return multiply_rows<Operand, ROWS - 1>(rows, x, x_stride, panel, steps, add, ahead, sums);
@@ -127,7 +148,8 @@ SBF_INLINE void multiply_block(const float* x, int64_t rows, const float* panel,
     const char* next = reinterpret_cast<const char*>(weights + count * kPanelColumns);
     for (int64_t r = 0; r < rows; r += kLinearRows) {
       for (int64_t c = 0; c < kPanelColumns; c += kColumns) {
-        multiply_rows<Operand>(rows - r, x + r * steps + s, steps, weights + c, count, s > 0,
+        multiply_rows<Operand>(rows - r, x + r * steps + s, steps,
+                               PanelColumns<Operand>(panel, steps, c, s), count, s > 0,
                                Ahead{next, ahead}, sums + r * kPanelColumns + c);
         next += ahead * count;
       }

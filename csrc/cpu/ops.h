@@ -60,7 +60,7 @@ Tensor bias_gelu(const Tensor& x,                    // [T, F]
                  bool tanh);
 
 Tensor linear(const Tensor& x,                    // [T, K]
-              const Tensor& panels,               // [panels, K, 48] or [panels, K / 2, 48, 2]
+              const Tensor& panels,               // [panels, K, 48] or [3 * panels, K / 2, 16, 2]
               const std::optional<Tensor>& bias,  // [N] fp32
               int64_t features,                   // N
               int64_t activation);

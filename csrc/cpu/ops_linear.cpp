@@ -41,8 +41,8 @@ LinearShape check_linear(const KernelTable& table, const char* op, const Tensor&
                  {shape.panels(), shape.K, kPanelColumns});
   } else {
     SBF_CHECK(shape.K % 2 == 0, op, "K must be even in bfloat16, got ", shape.K);
-    check_tensor(op, "panels", panels, ScalarType::BFloat16, "[panels, K / 2, 48, 2]",
-                 {shape.panels(), shape.K / 2, kPanelColumns, 2});
+    check_tensor(op, "panels", panels, ScalarType::BFloat16, "[3 * panels, K / 2, 16, 2]",
+                 {kStripsPerPanel * shape.panels(), shape.K / 2, kStripColumns, 2});
   }
   check_tensor(op, "bias", bias, ScalarType::Float, "[N]", {features});
   return shape;

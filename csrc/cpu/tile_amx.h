@@ -44,6 +44,18 @@ class TileRegisters {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(TILE) : "memory");
   }
 
+  /// As load(), of memory that nothing writes for as long as the object lives.
+  template <int TILE>
+  SBF_INLINE void load_constant(const void* from, int64_t stride) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(TILE));
+  }
+
+  /// As load_constant(), of what will not be needed again soon: it takes no place in the L1 cache.
+  template <int TILE>
+  SBF_INLINE void load_passing(const void* from, int64_t stride) {
+    asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(TILE));
+  }
+
   template <int TILE>
   SBF_INLINE void store(void* to, int64_t stride) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(TILE) : "memory");

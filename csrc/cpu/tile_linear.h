@@ -3,50 +3,76 @@
 #pragma once
 
 #include "linear_kernel.h"
+#include "tile_gelu.h"
 #include "tile_product.h"
 
 namespace sbert_fast::cpu::SBF_ISA {
 
 /// The results of a block: sums that are complete, and where they go.
-template <class Out, class Activate>
+template <class Out>
 struct BlockResults {
-  Activate activate;
   const float* sums = nullptr;  // [rows][kBlockColumns]
   int64_t rows = 0, columns = 0;
   const float* bias = nullptr;
   Out* out = nullptr;
   int64_t out_stride = 0;
-
-  SBF_INLINE void finish(int64_t count) {
-    count = smaller_of(count, rows);
-    if (count <= 0) return;
-    for (int64_t r = 0; r < count; ++r) {
-      if (columns == kBlockColumns && bias != nullptr) {
-        finish_whole_row();
-      } else {
-        finish_row(sums, columns, bias, activate, out);
-      }
-      sums += kBlockColumns;
-      out += out_stride;
-    }
-    rows -= count;
-  }
-
-  SBF_INLINE void finish_whole_row() {
-    SBF_UNROLL for (int64_t c = 0; c < kBlockColumns; c += 2 * VecF::N) {
-      const VecF first = VecF::load(sums + c) + VecF::load(bias + c);
-      const VecF second = VecF::load(sums + c + VecF::N) + VecF::load(bias + c + VecF::N);
-      store_rounded<Out>(out + c, activate(first), activate(second));
-    }
-  }
 };
+
+/// Finishes the results of a whole block, row by row.
+template <class Out, class Activate, bool kHasBias>
+class WholeRows {
+ public:
+  WholeRows(const BlockResults<Out>& block, Activate activate)
+      : activate_(activate),
+        sums_(block.sums),
+        out_(block.out),
+        rows_(block.rows),
+        stride_(block.out_stride) {
+    SBF_UNROLL for (int v = 0; v < kVecs; ++v) {
+      bias_[v] = kHasBias ? VecF::load(block.bias + v * VecF::N) : VecF::zero();
+    }
+  }
+
+  bool done() const { return rows_ == 0; }
+
+  SBF_INLINE void next() {
+    if (rows_ == 0) return;
+    --rows_;
+    SBF_UNROLL for (int v = 0; v < kVecs; v += 2) {
+      const int64_t c = v * VecF::N;
+      store_rounded<Out>(out_ + c, value(v), value(v + 1));
+    }
+    // What the block after this one will store, as a rule.
+    __builtin_prefetch(out_ + kBlockColumns, 1, 2);
+    sums_ += kBlockColumns;
+    out_ += stride_;
+  }
+
+ private:
+  static constexpr int kVecs = kBlockColumns / VecF::N;
+
+  SBF_INLINE VecF value(int v) const {
+    const VecF sum = VecF::load(sums_ + v * VecF::N);
+    return activate_(kHasBias ? sum + bias_[v] : sum);
+  }
+
+  const Activate activate_;
+  const float* sums_;
+  Out* out_;
+  int64_t rows_;
+  const int64_t stride_;
+  VecF bias_[kVecs];
+};
+
+/// Weights that are used on all rows of an item before the next ones.
+constexpr int64_t kLinearGroupBytes = 192 << 10;
 
 template <class Out, class Activate>
 class TileLinear {
  public:
   TileLinear(const LinearParams& params, Activate activate)
-      : p_(params), product_(params), pending_{activate} {}
-  ~TileLinear() { pending_.finish(pending_.rows); }
+      : p_(params), product_(params, kLinearGroupBytes, params.K), activate_(activate) {}
+  ~TileLinear() { finish(); }
 
   void run(int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
     const int64_t strips = divide_up(p_.N, kStripColumns);
@@ -57,31 +83,45 @@ class TileLinear {
 
  private:
   __attribute__((noinline)) void run(const Block& block) {
-    BlockResults<Out, Activate> pending = pending_;
-    const int64_t count = divide_up(pending.rows, product_.pauses());
+    if (pending_.columns != kBlockColumns) {
+      finish();
+      product_.run(block, sums_, kBlockColumns, [] {});
+    } else if (pending_.bias != nullptr) {
+      multiply<true>(block);
+    } else {
+      multiply<false>(block);
+    }
     const int64_t column = block.strip * kStripColumns;
-    Out* const out = static_cast<Out*>(p_.out) + block.row * p_.N + column;
-    const Out* ahead = out;
-    int64_t rows_ahead = block.rows;
-    product_.run(block, sums_, kBlockColumns, [&] {
-      if (rows_ahead > 0) {
-        __builtin_prefetch(ahead, 1, 2);
-        ahead += p_.N;
-        --rows_ahead;
-      }
-      pending.finish(count);
-    });
     pending_.sums = sums_;
     pending_.rows = block.rows;
     pending_.columns = smaller_of(kBlockColumns, p_.N - column);
     pending_.bias = p_.bias == nullptr ? nullptr : p_.bias + column;
-    pending_.out = out;
+    pending_.out = static_cast<Out*>(p_.out) + block.row * p_.N + column;
     pending_.out_stride = p_.N;
+  }
+
+  template <bool kHasBias>
+  SBF_INLINE void multiply(const Block& block) {
+    WholeRows<Out, Activate, kHasBias> rows(pending_, activate_);
+    if (product_.pauses() >= kBlockRows) {
+      product_.run(block, sums_, kBlockColumns, [&] { rows.next(); });
+    } else {
+      while (!rows.done()) rows.next();
+      product_.run(block, sums_, kBlockColumns, [] {});
+    }
+  }
+
+  void finish() {
+    for (int64_t r = 0; r < pending_.rows; ++r) {
+      finish_row(pending_.sums + r * kBlockColumns, pending_.columns, pending_.bias, activate_,
+                 pending_.out + r * pending_.out_stride);
+    }
   }
 
   const LinearParams& p_;
   BlockProduct product_;
-  BlockResults<Out, Activate> pending_;
+  const Activate activate_;
+  BlockResults<Out> pending_;
   // All are read before the next ones are stored; a second buffer would leave the L1 cache between.
   alignas(64) float sums_[kBlockRows * kBlockColumns];
 };
@@ -105,9 +145,9 @@ void tile_linear(const LinearParams& p, int64_t begin, int64_t end) {
     case Activation::kNone:
       return tile_linear_items<Out>(p, begin, end, [](VecF v) { return v; });
     case Activation::kGelu:
-      return tile_linear_items<Out>(p, begin, end, [](VecF v) { return gelu<ErfTail<Out>>(v); });
+      return tile_linear_items<Out>(p, begin, end, TileGelu<Out, ErfTail<Out>, kErfTails>());
     case Activation::kGeluTanh:
-      return tile_linear_items<Out>(p, begin, end, [](VecF v) { return gelu<TanhTail<Out>>(v); });
+      return tile_linear_items<Out>(p, begin, end, TileGelu<Out, TanhTail<Out>, kTanhTails>());
     case Activation::kSilu:
       return;  // refused by the op
   }

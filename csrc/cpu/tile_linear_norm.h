@@ -6,82 +6,162 @@
 
 namespace sbert_fast::cpu::SBF_ISA {
 
-/// LayerNorm of rows of sums, a row in three parts.
+/// LayerNorm of rows of sums in small steps, four rows side by side: one alone would wait for
+/// its own sums. The bits are those of norm_row().
+template <bool kHasBias>
 class RowsNorm {
  public:
-  static constexpr int64_t kParts = 3;
-
   RowsNorm(const AddNormParams& norm, const float* bias, int64_t stride)
       : p_(norm), bias_(bias), stride_(stride) {}
 
   /// Goes on to the rows [row, row + rows), whose sums begin at `sums`.
   void start(int64_t row, int64_t rows, float* sums) {
     sums_ = sums;
-    row_ = row;
-    left_ = kParts * rows;
+    residual_ = static_cast<const bf16*>(p_.residual) + row * p_.E;
+    out_ = static_cast<bf16*>(p_.out) + row * p_.E;
+    rows_ = rows;
+    phase_ = Phase::kSum;
+    column_ = 0;
+    clear();
   }
 
   SBF_INLINE void next() {
-    if (left_ == 0) return;
-    const SummedRow summed{sums_};
-    switch (left_-- % kParts) {
-      case 0:
-        mean_ = sum_up();
-        break;
-      case 2:
-        rstd_ = inverse_deviation(summed, mean_, p_.E, p_.eps);
-        break;
-      default:
-        store_normalized(summed, mean_, rstd_, p_.weight, p_.ln_bias, p_.E,
-                         static_cast<bf16*>(p_.out) + row_ * p_.E);
-        sums_ += stride_;
-        ++row_;
+    if (rows_ < kRows || p_.E % kStep != 0) return;
+    if (phase_ == Phase::kSum) {
+      sum_up();
+    } else if (phase_ == Phase::kSquares) {
+      sum_up_squares();
+    } else {
+      store();
     }
   }
 
   void finish() {
-    while (left_ > 0) next();
+    while (rows_ >= kRows && p_.E % kStep == 0) next();
+    for (; rows_ > 0; --rows_) {
+      const AddRow<float, bf16, kHasBias, true> row{sums_, bias_, residual_};
+      norm_row(row, p_.weight, p_.ln_bias, p_.E, p_.eps, false, out_);
+      advance(1);
+    }
   }
 
  private:
-  // Adds bias and residual to the sums; the mean.
-  float sum_up() { return bias_ != nullptr ? sum_up<true>() : sum_up<false>(); }
-  template <bool kHasBias>
-  float sum_up() {
-    const auto* residual = static_cast<const bf16*>(p_.residual) + row_ * p_.E;
-    const AddRow<float, bf16, kHasBias, true> row{sums_, bias_, residual};
-    float* const to = sums_;
-    return sum_row(
-               row, p_.E, [](VecF v) { return v; }, [to](int64_t e, VecF v) { v.store(to + e); }) /
-           static_cast<float>(p_.E);
+  enum class Phase { kSum, kSquares, kStore };
+  static constexpr int kRows = 4, kVecs = 4;
+  static constexpr int64_t kStep = kVecs * VecF::N;
+
+  void clear() {
+    SBF_UNROLL for (int r = 0; r < kRows; ++r) {
+      SBF_UNROLL for (int i = 0; i < kVecs; ++i) totals_[r][i] = VecF::zero();
+    }
+  }
+
+  void advance(int64_t rows) {
+    sums_ += rows * stride_;
+    residual_ += rows * p_.E;
+    out_ += rows * p_.E;
+  }
+
+  /// Whether a phase is over: the step was the last one of the rows.
+  SBF_INLINE bool goes_on() {
+    column_ += kStep;
+    if (column_ < p_.E) return true;
+    column_ = 0;
+    return false;
+  }
+
+  SBF_INLINE float mean_of_totals(int r) const {
+    const VecF(&t)[kVecs] = totals_[r];
+    return reduce_add((t[0] + t[1]) + (t[2] + t[3])) / static_cast<float>(p_.E);
+  }
+
+  // Adds bias and residual to the sums.
+  SBF_INLINE void sum_up() {
+    SBF_UNROLL for (int r = 0; r < kRows; ++r) {
+      float* const sums = sums_ + r * stride_;
+      const AddRow<float, bf16, kHasBias, true> row{sums, bias_, residual_ + r * p_.E};
+      SBF_UNROLL for (int i = 0; i < kVecs; ++i) {
+        const int64_t e = column_ + i * VecF::N;
+        const VecF v = row.load(e);
+        v.store(sums + e);
+        totals_[r][i] = totals_[r][i] + v;
+      }
+    }
+    if (goes_on()) return;
+    phase_ = Phase::kSquares;
+    SBF_UNROLL for (int r = 0; r < kRows; ++r) mean_[r] = mean_of_totals(r);
+    clear();
+  }
+
+  SBF_INLINE void sum_up_squares() {
+    SBF_UNROLL for (int r = 0; r < kRows; ++r) {
+      const VecF mean = VecF::set1(mean_[r]);
+      SBF_UNROLL for (int i = 0; i < kVecs; ++i) {
+        const VecF v = VecF::load(sums_ + r * stride_ + column_ + i * VecF::N) - mean;
+        totals_[r][i] = totals_[r][i] + v * v;
+      }
+    }
+    if (goes_on()) return;
+    phase_ = Phase::kStore;
+    SBF_UNROLL for (int r = 0; r < kRows; ++r) {
+      rstd_[r] = 1.0f / __builtin_sqrtf(mean_of_totals(r) + p_.eps);
+    }
+    clear();
+  }
+
+  SBF_INLINE void store() {
+    SBF_UNROLL for (int r = 0; r < kRows; ++r) {
+      SBF_UNROLL for (int i = 0; i < kVecs; i += 2) {
+        const int64_t e = column_ + i * VecF::N;
+        store_rounded<bf16>(out_ + r * p_.E + e, normalized(r, e), normalized(r, e + VecF::N));
+      }
+    }
+    if (goes_on()) return;
+    phase_ = Phase::kSum;
+    rows_ -= kRows;
+    advance(kRows);
+  }
+
+  SBF_INLINE VecF normalized(int r, int64_t e) const {
+    const VecF v = VecF::load(sums_ + r * stride_ + e) - VecF::set1(mean_[r]);
+    return fma(v * VecF::set1(rstd_[r]), VecF::load(p_.weight + e), VecF::load(p_.ln_bias + e));
   }
 
   const AddNormParams& p_;
   const float* const bias_;
   const int64_t stride_;
   float* sums_ = nullptr;
-  int64_t row_ = 0, left_ = 0;
-  float mean_ = 0.0f, rstd_ = 0.0f;
+  const bf16* residual_ = nullptr;
+  bf16* out_ = nullptr;
+  int64_t rows_ = 0, column_ = 0;
+  Phase phase_ = Phase::kSum;
+  VecF totals_[kRows][kVecs];
+  float mean_[kRows], rstd_[kRows];
 };
 
+/// Weights that are used on all rows of an item before the next ones: as a rule all there are, so
+/// that rows are complete while they are in the cache.
+constexpr int64_t kNormGroupBytes = 1280 << 10;
+
+template <bool kHasBias>
 class TileLinearNorm {
  public:
   explicit TileLinearNorm(const LinearNormParams& p)
-      : product_(p.linear),
+      : product_(p.linear, kNormGroupBytes, kRunSteps),
         strips_(divide_up(p.linear.N, kStripColumns)),
         stride_(p.scratch_stride),
         norm_(p.norm, p.linear.bias, stride_),
         scratch_(p.scratch) {}
 
   void run(int64_t row, int64_t row_end) {
-    // A row is complete after its part of the last group, and normalised before the next one is.
-    const int64_t blocks = divide_up(strips_, 2);
-    const int64_t last_group = (blocks - 1) / product_.group() * product_.group();
-    norm_pace_ = (blocks - last_group) * product_.pauses();
+    // A row is complete after its part of the last group. Where that is the only one, the sums of
+    // a block of rows take the place of those before the ones that are being normalised.
+    const bool is_whole = divide_up(strips_, 2) <= product_.group();
     product_.for_each_block(row, row_end, 0, strips_, [&](const Block& block) {
-      float* const sums = scratch_ + (block.row - row) * stride_;
+      const int64_t at = block.row - row;
+      float* const sums = scratch_ + (is_whole ? at % (2 * kBlockRows) : at) * stride_;
       multiply(block, sums + block.strip * kStripColumns);
-      if (block.strip + 2 < strips_) return;
+      if (block.strip + 2 < strips_ || !product_.completes(block)) return;
       norm_.finish();
       norm_.start(block.row, block.rows, sums);
     });
@@ -90,28 +170,28 @@ class TileLinearNorm {
 
  private:
   __attribute__((noinline)) void multiply(const Block& block, float* sums) {
-    product_.run(block, sums, stride_, [&] {
-      for (due_ += RowsNorm::kParts * kBlockRows; due_ >= norm_pace_; due_ -= norm_pace_) {
-        norm_.next();
-      }
-    });
+    product_.run(block, sums, stride_, [&] { norm_.next(); });
   }
 
   BlockProduct product_;
   const int64_t strips_, stride_;
-  RowsNorm norm_;
+  RowsNorm<kHasBias> norm_;
   float* const scratch_;
-  int64_t norm_pace_ = 0;  // pauses in which the parts of a block of rows are normalised
-  int64_t due_ = 0;
 };
 
-inline void tile_linear_norm(const LinearNormParams& p, int64_t begin, int64_t end) {
-  if (!fits_tiles(p.linear)) return linear_norm<bf16>(p, begin, end);
-  TileLinearNorm tiles(p);
+template <bool kHasBias>
+void tile_linear_norm_items(const LinearNormParams& p, int64_t begin, int64_t end) {
+  TileLinearNorm<kHasBias> tiles(p);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t row = item * p.linear.item_rows;
     tiles.run(row, smaller_of(row + p.linear.item_rows, p.linear.T));
   }
+}
+
+inline void tile_linear_norm(const LinearNormParams& p, int64_t begin, int64_t end) {
+  if (!fits_tiles(p.linear)) return linear_norm<bf16>(p, begin, end);
+  if (p.linear.bias != nullptr) return tile_linear_norm_items<true>(p, begin, end);
+  tile_linear_norm_items<false>(p, begin, end);
 }
 
 }  // namespace sbert_fast::cpu::SBF_ISA

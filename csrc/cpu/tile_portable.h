@@ -38,6 +38,16 @@ class TileRegisters {
   }
 
   template <int TILE>
+  void load_constant(const void* from, int64_t stride) {
+    load<TILE>(from, stride);
+  }
+
+  template <int TILE>
+  void load_passing(const void* from, int64_t stride) {
+    load<TILE>(from, stride);
+  }
+
+  template <int TILE>
   void store(void* to, int64_t stride) const {
     for (int64_t row = 0; row < rows_of(TILE); ++row) {
       __builtin_memcpy(static_cast<char*>(to) + row * stride, tiles_[TILE][row], kRowBytes);

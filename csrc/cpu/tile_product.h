@@ -14,48 +14,71 @@
 
 namespace sbert_fast::cpu::SBF_ISA {
 
-constexpr int64_t kStripColumns = 16;  // of a tile
 constexpr int64_t kBlockRows = 32, kBlockColumns = 32;
-constexpr int64_t kStripsPerPanel = kPanelColumns / kStripColumns;
-constexpr int64_t kStepValues = 32;                           // of K that a tile holds
-constexpr int64_t kTileRowBytes = 64;                         // as many in x as in a panel
-constexpr int64_t kPairBytes = kPanelColumns * 4;             // of a panel
-constexpr int64_t kPanelStep = kStepValues / 2 * kPairBytes;  // bytes
+constexpr int64_t kStepValues = 32;                              // of K that a tile holds
+constexpr int64_t kTileRowBytes = 64;                            // as many in x as in a strip
+constexpr int64_t kTileBytes = kStepValues / 2 * kTileRowBytes;  // of a strip
+constexpr int64_t kLineBytes = 64;
 /// The more rows, the less often weights come from beyond the L2 cache.
 constexpr LinearItems kTileItems{
     .row_step = kBlockRows, .least_rows = 2 * kBlockRows, .most_rows = 256, .panel_step = 2};
 
-/// Weights that are used on all rows of an item before the next ones.
-constexpr int64_t kTileGroupBytes = 768 << 10;
-
 SBF_INLINE int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
+SBF_INLINE int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
 SBF_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 SBF_INLINE bool fits_tiles(const LinearParams& p) { return p.K > 0 && p.K % kStepValues == 0; }
 
-// Rows, at most kBlockRows of them, and the first of two strips of columns.
+// Rows, at most kBlockRows of them, the first of two strips of columns, and steps along K.
 struct Block {
-  int64_t row, rows, strip;
+  int64_t row, rows, strip, step, step_end;
+};
+
+/// Steps along K after which the next block of columns has its turn: as many as leave the values of
+/// a block of rows in the L1 cache.
+constexpr int64_t kRunSteps = 16;
+
+// Consecutive memory that is asked for piece by piece, to be in the L2 cache when it is needed.
+class AskedAhead {
+ public:
+  void start(const void* from, const void* end, int64_t pieces) {
+    from_ = static_cast<const char*>(from);
+    end_ = static_cast<const char*>(end);
+    piece_ = divide_up(divide_up(end_ - from_, kLineBytes), pieces) * kLineBytes;
+  }
+  SBF_INLINE void next() {
+    if (from_ >= end_) return;
+    const char* const end = from_ + piece_;
+    for (; from_ != end; from_ += kLineBytes) __builtin_prefetch(from_, 0, 2);
+  }
+
+ private:
+  const char *from_ = nullptr, *end_ = nullptr;
+  int64_t piece_ = 0;
 };
 
 class BlockProduct {
  public:
-  explicit BlockProduct(const LinearParams& p)
+  /// `group_bytes`: of weights that are used on all rows of an item before the next ones.
+  /// `run_steps`: at most as many are taken along K before the next block of columns.
+  BlockProduct(const LinearParams& p, int64_t group_bytes, int64_t run_steps)
       : x_(static_cast<const char*>(p.x)),
         panels_(static_cast<const char*>(p.panels)),
         x_stride_(p.K * 2),
         steps_(p.K / kStepValues),
-        strips_(divide_up(p.N, kPanelColumns) * kStripsPerPanel) {}
+        strips_(divide_up(p.N, kPanelColumns) * kStripsPerPanel),
+        group_(larger_of(1, group_bytes / (2 * steps_ * kTileBytes))),
+        run_steps_(divide_up(steps_, divide_up(steps_, run_steps))) {}
 
   /// How often run() calls `meanwhile`: what vector units do comes in pieces, since the tiles wait
   /// while a long one is in the way.
   int64_t pauses() const { return 3 * steps_; }
 
   /// Blocks side by side whose weights stay in the cache.
-  int64_t group() const {
-    const int64_t fitting = kTileGroupBytes / (steps_ * kStepValues * kBlockColumns * 2);
-    return fitting > 1 ? fitting : 1;
-  }
+  int64_t group() const { return group_; }
+
+  /// Whether a block is complete with these steps.
+  bool completes(const Block& block) const { return block.step_end == steps_; }
 
   /// Calls body(Block) for the rows [row, row_end) of the strips [strip, strip_end), a group of
   /// blocks after another; what does not fill a block comes last.
@@ -66,57 +89,74 @@ class BlockProduct {
     const int64_t bounds[] = {row, whole_end, row_end};
     for (int part = 0; part < 2; ++part) {
       if (bounds[part] == bounds[part + 1]) continue;
+      const int64_t row_blocks = divide_up(bounds[part + 1] - bounds[part], kBlockRows);
       for (int64_t first = strip; first < strip_end; first += 2 * group()) {
         const int64_t last = smaller_of(first + 2 * group(), strip_end);
+        const int64_t blocks = divide_up(last - first, 2);
+        ask_for_weights(last < strip_end ? last : strip, first, strip_end, row_blocks * blocks);
         for (int64_t t = bounds[part]; t < bounds[part + 1]; t += kBlockRows) {
           const int64_t rows = smaller_of(kBlockRows, bounds[part + 1] - t);
-          if (first == strip) ask_for_rows(t + kBlockRows, row_end);
-          for (int64_t i = first; i < last; i += 2) body(Block{t, rows, i});
+          if (first == strip) ask_for_rows(t + kBlockRows, row_end, blocks);
+          for (int64_t step = 0; step < steps_; step += run_steps_) {
+            const int64_t step_end = smaller_of(step + run_steps_, steps_);
+            for (int64_t i = first; i < last; i += 2) body(Block{t, rows, i, step, step_end});
+          }
         }
       }
     }
   }
 
-  /// sums[row][0, kBlockColumns) = the products, rows `stride` elements apart; `meanwhile()` runs
-  /// pauses() times. Rows that do not fill two tiles are two that may share one, or a single tile.
+  /// sums[row][0, kBlockColumns) = the products, or += from the second run of steps on, rows
+  /// `stride` elements apart; `meanwhile()` runs pauses() times in all steps of a block. Rows that
+  /// do not fill two tiles are two that may share one, or a single tile.
   template <class Meanwhile>
   SBF_INLINE void run(const Block& block, float* sums, int64_t stride, Meanwhile meanwhile) {
     const bool has_lower = block.rows > kTileRowsMax;
     const int64_t height = has_lower ? (block.rows + 1) / 2 : block.rows;
     if (height != height_) tiles_.configure(height_ = height);
-    const char* upper = x_ + block.row * x_stride_;
-    const char* left = weights(block.strip);
-    const char* right = weights(smaller_of(block.strip + 1, strips_ - 1));
+    const char* upper = x_ + block.row * x_stride_ + block.step * kTileRowBytes;
+    const char* left = weights(block.strip) + block.step * kTileBytes;
+    const char* right = weights(smaller_of(block.strip + 1, strips_ - 1)) + block.step * kTileBytes;
+    const char* const end = left + (block.step_end - block.step) * kTileBytes;
     if (has_lower) {
       const int64_t first = block.rows - height;
-      multiply<true>(upper, upper + first * x_stride_, left, right, meanwhile);
-      store<2>(sums + first * stride, stride * 4);
+      float* const lower_sums = sums + first * stride;
+      begin<0>(block, sums, stride);
+      begin<2>(block, lower_sums, stride);
+      multiply<true>(upper, upper + first * x_stride_, left, right, end, meanwhile);
+      store<0>(sums, stride * 4);
+      store<2>(lower_sums, stride * 4);
     } else {
-      multiply<false>(upper, nullptr, left, right, meanwhile);
+      begin<0>(block, sums, stride);
+      multiply<false>(upper, upper, left, right, end, meanwhile);
+      store<0>(sums, stride * 4);
     }
-    store<0>(sums, stride * 4);
   }
 
  private:
+  // Those of the next group, or the first one for the rows of the next item.
+  void ask_for_weights(int64_t strip, int64_t current, int64_t strip_end, int64_t blocks) {
+    if (strip == current) return;
+    const int64_t end = smaller_of(strip + 2 * group_, strip_end);
+    weights_ahead_.start(weights(strip), weights(end), blocks * steps_);
+  }
+
   // Rows of x lie apart for a tile: what no hardware prefetcher follows.
-  void ask_for_rows(int64_t row, int64_t row_end) {
-    ahead_ = x_ + row * x_stride_;
-    ahead_end_ = x_ + smaller_of(row + kBlockRows, row_end) * x_stride_;
+  void ask_for_rows(int64_t row, int64_t row_end, int64_t blocks) {
+    const int64_t end = smaller_of(row + kBlockRows, row_end);
+    rows_ahead_.start(x_ + row * x_stride_, x_ + end * x_stride_, blocks * steps_);
   }
 
-  template <class Meanwhile>
-  SBF_INLINE void pause(Meanwhile& meanwhile) {
-    if (ahead_ < ahead_end_) {
-      __builtin_prefetch(ahead_, 0, 2);
-      __builtin_prefetch(ahead_ + kTileRowBytes, 0, 2);
-      ahead_ += 2 * kTileRowBytes;
+  const char* weights(int64_t strip) const { return panels_ + strip * steps_ * kTileBytes; }
+
+  template <int FIRST>
+  SBF_INLINE void begin(const Block& block, const float* sums, int64_t stride) {
+    if (block.step == 0) {
+      tiles_.zero<FIRST>(), tiles_.zero<FIRST + 1>();
+    } else {
+      tiles_.load<FIRST>(sums, stride * 4);
+      tiles_.load<FIRST + 1>(sums + kStripColumns, stride * 4);
     }
-    meanwhile();
-  }
-
-  const char* weights(int64_t strip) const {
-    const int64_t panel = strip / kStripsPerPanel, part = strip % kStripsPerPanel;
-    return panels_ + panel * steps_ * kPanelStep + part * kTileRowBytes;
   }
 
   template <int FIRST>
@@ -127,30 +167,40 @@ class BlockProduct {
 
   template <bool kHasLower, class Meanwhile>
   SBF_INLINE void multiply(const char* upper, const char* lower, const char* left,
-                           const char* right, Meanwhile& meanwhile) {
-    tiles_.zero<0>(), tiles_.zero<1>();
-    if constexpr (kHasLower) tiles_.zero<2>(), tiles_.zero<3>();
-    for (int64_t s = 0; s < steps_; ++s) {
-      tiles_.load<6>(left + s * kPanelStep, kPairBytes);
-      tiles_.load<4>(upper + s * kTileRowBytes, x_stride_);
+                           const char* right, const char* end, Meanwhile& meanwhile) {
+    AskedAhead rows_ahead = rows_ahead_, weights_ahead = weights_ahead_;
+    const int64_t stride = x_stride_;
+    tiles_.load_passing<6>(left, kTileRowBytes);
+    tiles_.load_constant<4>(upper, stride);
+    if constexpr (kHasLower) tiles_.load_constant<5>(lower, stride);
+    tiles_.load_passing<7>(right, kTileRowBytes);
+    for (;;) {
+      left += kTileBytes, right += kTileBytes;
+      upper += kTileRowBytes, lower += kTileRowBytes;
+      const bool is_last = left == end;
       tiles_.multiply_add<0, 4, 6>();
-      pause(meanwhile);
-      if constexpr (kHasLower) {
-        tiles_.load<5>(lower + s * kTileRowBytes, x_stride_);
-        tiles_.multiply_add<2, 5, 6>();
-      }
-      pause(meanwhile);
-      tiles_.load<7>(right + s * kPanelStep, kPairBytes);
+      meanwhile();
+      if constexpr (kHasLower) tiles_.multiply_add<2, 5, 6>();
+      if (!is_last) tiles_.load_passing<6>(left, kTileRowBytes);
+      meanwhile();
       tiles_.multiply_add<1, 4, 7>();
+      if (!is_last) tiles_.load_constant<4>(upper, stride);
       if constexpr (kHasLower) tiles_.multiply_add<3, 5, 7>();
-      pause(meanwhile);
+      meanwhile();
+      rows_ahead.next();
+      weights_ahead.next();
+      if (is_last) break;
+      tiles_.load_passing<7>(right, kTileRowBytes);
+      if constexpr (kHasLower) tiles_.load_constant<5>(lower, stride);
     }
+    rows_ahead_ = rows_ahead;
+    weights_ahead_ = weights_ahead;
   }
 
   const char *const x_, *const panels_;
-  const int64_t x_stride_, steps_, strips_;
-  const char *ahead_ = nullptr, *ahead_end_ = nullptr;  // of x, to ask memory for
-  int64_t height_ = 0;                                  // rows of the tiles
+  const int64_t x_stride_, steps_, strips_, group_, run_steps_;
+  AskedAhead rows_ahead_, weights_ahead_;
+  int64_t height_ = 0;  // rows of the tiles
   TileRegisters tiles_;
 };
 

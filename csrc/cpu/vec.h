@@ -14,7 +14,8 @@
 //   add_exponent(a, t): a * 2^n, n being the integer in the low bits of t, by adding to the
 //     exponent of a; the result must be normal, and NaN is lost.
 //   scale_by_power(a, t): the same by a product; 2^n must be normal, and NaN stays.
-//   transpose4(rows, ld, columns, ld_columns): N rows of 4 elements to 4 rows of N elements.
+//   lookup(table, t): the element of an aligned table for the low bits of each lane of t; not on
+//   AVX2. transpose4(rows, ld, columns, ld_columns): N rows of 4 elements to 4 rows of N elements.
 //   reduce_add, reduce_max: the upper half onto the lower half until one lane is left.
 //   bf16 stores round to nearest even, keep subnormals, and keep NaN. (The hardware conversion
 //     flushes subnormals, and what it would save is hidden behind memory.)
@@ -35,6 +36,8 @@ namespace sbert_fast::cpu::SBF_ISA {
 struct bf16 {
   uint16_t bits;
 };
+
+constexpr int kLookupSize = 32;  // of a table
 
 }  // namespace sbert_fast::cpu::SBF_ISA
 

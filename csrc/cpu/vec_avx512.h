@@ -55,6 +55,11 @@ SBF_INLINE VecF scale_by_power(VecF a, VecF t) {
   return {_mm512_mul_ps(a.v, _mm512_castsi512_ps(power))};
 }
 
+SBF_INLINE VecF lookup(const float (&table)[kLookupSize], VecF t) {
+  const __m512i at = _mm512_castps_si512(t.v);
+  return {_mm512_permutex2var_ps(_mm512_load_ps(table), at, _mm512_load_ps(table + 16))};
+}
+
 // Rows i, i + 4, i + 8 and i + 12, four columns each.
 SBF_INLINE __m512 load_every_fourth(const float* row, int64_t step) {
   __m512 r = _mm512_castps128_ps512(_mm_loadu_ps(row));

@@ -93,6 +93,17 @@ SBF_INLINE VecF scale_by_power(VecF a, VecF t) {
           a.hi * (Float4)((bits(t.hi) << 23) + 0x3f800000)};
 }
 
+SBF_INLINE VecF lookup(const float (&table)[kLookupSize], VecF t) {
+  float lanes[VecF::N];
+  t.store(lanes);
+  for (float& lane : lanes) {
+    int32_t at;
+    __builtin_memcpy(&at, &lane, sizeof(at));
+    lane = table[at & (kLookupSize - 1)];
+  }
+  return VecF::load(lanes);
+}
+
 SBF_INLINE void transpose4(const float* rows, int64_t ld, float* columns, int64_t ld_columns) {
   for (int half = 0; half < 2; ++half) {
     Float4 r[4];

@@ -15,6 +15,7 @@ struct HeadRows {
   HeadRows(const AttentionParams& p, int64_t sequence, int64_t head) {
     const int64_t first = p.cu_seqlens[sequence], D = p.D;
     length = p.cu_seqlens[sequence + 1] - first;
+    readable = p.T - first;
     stride = (p.H + 2 * p.kv_heads) * D;
     out_stride = p.H * D;
     const T* token = static_cast<const T*>(p.qkv) + first * stride;
@@ -46,6 +47,15 @@ struct HeadRows {
     }
   }
 
+  SBF_INLINE void prefetch_keys(int64_t rows, int64_t D) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t d = 0; d < D; d += 64 / sizeof(T)) {
+        __builtin_prefetch(k + r * stride + d);
+        __builtin_prefetch(v + r * stride + d);
+      }
+    }
+  }
+
   Rotary rotary_at(int64_t token) const {
     if (rotary.cos == nullptr) return rotary;
     return {rotary.cos + token * half_dim, rotary.sin + token * half_dim};
@@ -59,7 +69,7 @@ struct HeadRows {
     return bias == nullptr ? 0.0f : bias[larger(-reach, smaller(reach, ahead))];
   }
 
-  int64_t length = 0;
+  int64_t length = 0, readable = 0;    // rows, and those with others that follow in memory
   int64_t stride = 0, out_stride = 0;  // elements between the rows of q, k and v, and those of out
   const T *q = nullptr, *k = nullptr, *v = nullptr;
   T* out = nullptr;

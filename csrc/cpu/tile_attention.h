@@ -16,22 +16,17 @@
 #pragma once
 
 #include "attention_kernel.h"
+#include "tile_attention_panels.h"
 #include "tile_attention_unit.h"
 
 namespace sbert_fast::cpu::SBF_ISA {
 
-constexpr int64_t kAlive = 4;           // units under way at most, and heads that they belong to
-constexpr int64_t kHeads = kAlive + 1;  // and one that is packed
-constexpr int64_t kHeadPanel = 8192;    // slots of the keys, or values, of a short sequence
-constexpr int64_t kWholePanel = kHeads * kHeadPanel;  // of a long one, which is alone
-constexpr int64_t kHeadTerms = kHeadPanel * 2 / (kStepDims / 2);
 constexpr int64_t kBlockKeys = 1024;  // of a long sequence, or fewer
 constexpr int64_t kBlockUnits = 16;   // of queries that a block of keys is packed for
 constexpr int64_t kPrefetchedRows = 128;
 
 struct alignas(64) TileScratch {
-  float queries[kWholePanel], keys[kWholePanel], values[kWholePanel];
-  float terms[kHeads * kHeadTerms];
+  TilePanels panels;
   float scores[2][2 * kTileSlots];
   float weights[3][kBlockKeys / kStepKeys * kTileSlots];  // the last one for what is done again
   float out[kBlockUnits][kTileSide * kMaxHeadDim + kTileSlots];
@@ -42,10 +37,10 @@ struct alignas(64) TileScratch {
 class TileAttention {
  public:
   TileAttention(const AttentionParams& params, TileScratch& scratch)
-      : p_(params),
-        s_(scratch),
+      : s_(scratch),
         D_(params.D),
         c_(VecF::set1(params.scale * kLog2e)),
+        packer_(params, scratch.panels),
         products_(params.D) {}
   ~TileAttention() { drain(); }
 
@@ -53,24 +48,22 @@ class TileAttention {
     const int64_t length = rows.length;
     if (length == 0) return;
     if (length > block_keys()) return attend_blocks(rows);
-    const bool is_long = panel_slots(length) > kHeadPanel;
+    const bool is_long = panel_slots(length, D_) > kHeadPanel;
     if (is_long || was_long_) drain();
     was_long_ = is_long;
     const int64_t at = is_long ? 0 : num_heads_++ % kHeads;
     TileHead& head = heads_[at];
     head = {};
     head.rows = rows;
-    pack_queries(head, 0, length, at);
-    pack_keys(head, 0, length, at);
-    pack_values(head, at);
-    fill_terms(head, 1 - length, round_up(length, kStepKeys), at);
+    packer_.pack_queries(head, 0, length, at);
+    packer_.pack_keys(head, 0, length, at);
+    packer_.pack_values(head, at);
+    packer_.fill_terms(head, 1 - length, round_up(length, kStepKeys), at);
     push_packed();
     packed_ = &head;
   }
 
  private:
-  int64_t panel_slots(int64_t keys) const { return round_up(keys, kStepKeys) * D_ / 2; }
-
   // A multiple of kStepKeys.
   int64_t block_keys() const {
     return smaller(kBlockKeys, kWholePanel * 2 / D_ / kStepKeys * kStepKeys);
@@ -86,7 +79,7 @@ class TileAttention {
     head.rows = rows;
     for (int64_t q0 = 0; q0 < rows.length; q0 += kBlockUnits * kTileSide) {
       const int64_t q_end = smaller(rows.length, q0 + kBlockUnits * kTileSide);
-      pack_queries(head, q0, q_end, 0);
+      packer_.pack_queries(head, q0, q_end, 0);
       const int64_t from = larger(0, q0 - rows.before) / kStepKeys * kStepKeys;
       const int64_t to = smaller(rows.length, q_end + rows.after);
       for (int64_t i = 0; i < kBlockUnits; ++i) reset_tops(s_.tops[i], s_.offsets[i]);
@@ -98,7 +91,7 @@ class TileAttention {
       for (int64_t i = 0; i < kBlockUnits; ++i) set_offsets(s_.tops[i], s_.offsets[i]);
       for (int64_t key = from; key < to; key += block_keys()) {
         pack_block(head, key, to, q0, q_end);
-        pack_values(head, 0);
+        packer_.pack_values(head, 0);
         for_each_unit(head, q0, q_end, [&](TileUnit& unit, int64_t) { push(unit); });
         drain();
       }
@@ -106,8 +99,8 @@ class TileAttention {
   }
 
   void pack_block(TileHead& head, int64_t key, int64_t to, int64_t q0, int64_t q_end) {
-    pack_keys(head, key, smaller(to, key + block_keys()), 0);
-    fill_terms(head, key - (q_end - 1), round_up(head.key_end, kStepKeys) - q0, 0);
+    packer_.pack_keys(head, key, smaller(to, key + block_keys()), 0);
+    packer_.fill_terms(head, key - (q_end - 1), round_up(head.key_end, kStepKeys) - q0, 0);
   }
 
   // Calls body(unit, its number in the block) for those that see some of the keys of the block.
@@ -122,48 +115,6 @@ class TileAttention {
       unit.is_last = head.key_end >= smaller(head.rows.length, query + unit.rows + head.rows.after);
       body(unit, i);
     }
-  }
-
-  // Only those that something is done to, and those that do not fill a tile.
-  void pack_queries(TileHead& head, int64_t query, int64_t query_end, int64_t at) {
-    const HeadRows<bf16>& rows = head.rows;
-    const RowChanges changes{{p_.query_norm, p_.norm_eps}, rows.rotary_at(query)};
-    float* const panel = s_.queries + at * kHeadPanel;
-    head.queries = panel;
-    head.packed = changes.any() ? query : query_end / kTileSide * kTileSide;
-    pack_rows<Bf16Rows>(rows.q + head.packed * rows.stride, rows.stride, query_end - head.packed,
-                        D_, changes.norm, changes.rotary, panel, D_ / 2);
-  }
-
-  void pack_keys(TileHead& head, int64_t key, int64_t key_end, int64_t at) {
-    const HeadRows<bf16>& rows = head.rows;
-    float* const panel = s_.keys + at * kHeadPanel;
-    head.key = key;
-    head.key_end = key_end;
-    head.keys = panel - key * D_ / 2;
-    for (; key < key_end; key += kTileSide) {
-      pack_key_tiles(rows.k + key * rows.stride, rows.stride, smaller(kTileSide, key_end - key), D_,
-                     {{p_.key_norm, p_.norm_eps}, rows.rotary_at(key)},
-                     panel + (key - head.key) * D_ / 2);
-    }
-  }
-
-  void pack_values(TileHead& head, int64_t at) {
-    const HeadRows<bf16>& rows = head.rows;
-    float* const panel = s_.values + at * kHeadPanel;
-    head.values = panel - head.key * D_ / 2;
-    for (int64_t key = head.key; key < head.key_end; key += kStepKeys) {
-      pack_value_tiles(rows.v + key * rows.stride, rows.stride, head.key_end - key, D_,
-                       panel + (key - head.key) * D_ / 2);
-    }
-  }
-
-  // For keys [ahead, ahead_end) behind their queries.
-  void fill_terms(TileHead& head, int64_t ahead, int64_t ahead_end, int64_t at) {
-    if (!head.rows.has_terms()) return;
-    float* const terms = s_.terms + at * kHeadTerms - ahead;
-    for (; ahead < ahead_end; ++ahead) terms[ahead] = head.rows.term(ahead) * kLog2e;
-    head.terms = terms;
   }
 
   // 16 queries and the keys of the block; `at` is where they have offsets and sums.
@@ -191,24 +142,40 @@ class TileAttention {
     ++num_units_;
     for (int64_t step = unit.step; step < unit.step_end; ++step) {
       float* const scores = s_.scores[num_steps_++ % 2];
-      products_.score(unit, step, scores);
+      const int64_t rows = last_.unit == nullptr ? 0 : last_.unit->rows;
+      int64_t weighed = 0;
+      if (D_ == kStepDims) {
+        products_.score(unit, step, scores);
+      } else {
+        // Products are longer, and tiles wait while a long piece of vector code is in the way.
+        products_.score_half(unit, step, 0, scores);
+        weigh_last(0, rows / 3);
+        products_.score_half(unit, step, 1, scores);
+        weigh_last(rows / 3, weighed = rows * 2 / 3);
+      }
       const int64_t left = products_.left();
       advance(step == unit.step ? left : ceil_div(left, unit.step_end - step));
-      weigh_last();
+      weigh_last(weighed, rows);
+      end_weighing();
       last_ = {&unit, step, scores};
     }
   }
 
-  // Weighs the scores that were multiplied last; after the last step of a unit, its values are due.
-  SBF_INLINE void weigh_last() {
-    if (last_.unit == nullptr) return;
-    TileUnit& unit = *last_.unit;
+  // Some rows of the scores that were multiplied last become weights.
+  SBF_INLINE void weigh_last(int64_t from, int64_t to) {
+    if (from >= to) return;
+    const TileUnit& unit = *last_.unit;
     unit.scores(last_.step, last_.scores, c_)
-        .weigh(unit.rows, unit.keys(last_.step), unit.weights_of(last_.step));
+        .weigh(from, to, unit.keys(last_.step), unit.weights_of(last_.step));
+  }
+
+  // After the last step of a unit, its values are due.
+  void end_weighing() {
+    TileUnit* const unit = last_.unit;
     last_.unit = nullptr;
-    if (last_.step + 1 < unit.step_end) return;
-    products_.begin_values(unit);
-    weighed_ = &unit;
+    if (unit == nullptr || last_.step + 1 < unit->step_end) return;
+    products_.begin_values(*unit);
+    weighed_ = unit;
   }
 
   SBF_INLINE void advance(int64_t count) {
@@ -240,7 +207,8 @@ class TileAttention {
   void drain() {
     push_packed();
     advance(products_.left());
-    weigh_last();
+    if (last_.unit != nullptr) weigh_last(0, last_.unit->rows);
+    end_weighing();
     advance(products_.left());
     if (stored_ != nullptr) finish(*stored_);
     stored_ = nullptr;
@@ -255,12 +223,13 @@ class TileAttention {
       (VecF::set1(1.0f) / VecF::load(sums + i)).store(inverses + i);
     }
     if (!unit.has_offsets && !are_within_reach(sums, inverses, unit.rows)) return redo(unit);
-    const HeadRows<bf16>& rows = unit.head->rows;
-    for (int64_t i = 0; i < unit.rows; ++i) {
+    const int64_t count = unit.rows, stride = unit.head->rows.out_stride, D = D_;
+    bf16* to = unit.head->rows.out + unit.query * stride;
+    const float* from = unit.out;
+    for (int64_t i = 0; i < count; ++i, to += stride, from += kTileSide) {
       const VecF factor = VecF::set1(inverses[i]);
-      bf16* const to = rows.out + (unit.query + i) * rows.out_stride;
-      for (int64_t d = 0; d < D_; d += kStepDims) {
-        const float* const left = unit.out + (d + i) * kTileSide;
+      for (int64_t d = 0; d < D; d += kStepDims) {
+        const float* const left = from + d * kTileSide;
         store_unzipped(to + d, left, left + kTileSlots, factor);
       }
     }
@@ -274,7 +243,7 @@ class TileAttention {
     find_offsets(unit);
     for (int64_t step = unit.step; step < unit.step_end; ++step) {
       products_.score(unit, step, scores);
-      unit.scores(step, scores, c_).weigh(unit.rows, unit.keys(step), unit.weights_of(step));
+      unit.scores(step, scores, c_).weigh(0, unit.rows, unit.keys(step), unit.weights_of(step));
     }
     products_.begin_values(unit);
     products_.advance(products_.left());
@@ -314,10 +283,10 @@ class TileAttention {
     const float* scores = nullptr;
   };
 
-  const AttentionParams& p_;
   TileScratch& s_;
   const int64_t D_;
   const VecF c_;
+  TilePacker packer_;
   TileProducts products_;
   TileHead heads_[kHeads];
   TileUnit units_[kAlive];
@@ -332,15 +301,16 @@ class TileAttention {
 /// Items are sequence * H + head. Tiles have no code for what is passed on.
 inline void tile_attention(const AttentionParams& p, int64_t begin, int64_t end) {
   if (p.D % kStepDims != 0 || p.buckets != nullptr) return varlen_attention<bf16>(p, begin, end);
+  if (begin >= end) return;
   TileScratch scratch;
   TileAttention tiles(p, scratch);
   const auto at = [&](int64_t item) { return HeadRows<bf16>(p, item / p.H, item % p.H); };
+  HeadRows<bf16> rows = at(begin);
   for (int64_t item = begin; item < end; ++item) {
-    if (item + 1 < end) {
-      const HeadRows<bf16> next = at(item + 1);
-      next.prefetch(smaller(next.length, kPrefetchedRows), p.D);
-    }
-    tiles.attend(at(item));
+    const HeadRows<bf16> next = item + 1 < end ? at(item + 1) : HeadRows<bf16>{};
+    next.prefetch_keys(smaller(next.length, kPrefetchedRows), p.D);
+    tiles.attend(rows);
+    rows = next;
   }
 }
 

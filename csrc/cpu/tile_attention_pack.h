@@ -37,6 +37,14 @@ SBF_INLINE void clear(float* slots, int64_t count) {
   for (int64_t i = 0; i < count; i += VecF::N) VecF::zero().store(slots + i);
 }
 
+// Zeros beyond the first `count` of 16 slots.
+SBF_INLINE void keep_first(int64_t count, float* slots) {
+  for (int64_t i = 0; i < kTileSide; i += VecF::N) {
+    const int there = static_cast<int>(larger(0, smaller(VecF::N, count - i)));
+    VecF::load_partial(slots + i, there).store(slots + i);
+  }
+}
+
 // What is done to rows of q or k on their way to a panel.
 struct RowChanges {
   HeadNorm norm;
@@ -53,13 +61,14 @@ SBF_INLINE void transpose_tile(const float* rows, int64_t stride, float* tile) {
   }
 }
 
-// 16 keys, or the `count` last ones.
-SBF_INLINE void pack_key_tiles(const bf16* keys, int64_t stride, int64_t count, int64_t D,
-                               const RowChanges& changes, float* tiles) {
+// 16 keys, or the `count` last ones; `readable` rows may be read.
+SBF_INLINE void pack_key_tiles(const bf16* keys, int64_t stride, int64_t count, int64_t readable,
+                               int64_t D, const RowChanges& changes, float* tiles) {
   alignas(64) float packed[kTileSide * kMaxHeadDim / 2];
   const float* rows = reinterpret_cast<const float*>(keys);
   int64_t slots_apart = stride / 2;
-  if (count < kTileSide || changes.any()) {
+  const bool packs = changes.any() || readable < kTileSide;
+  if (packs) {
     slots_apart = D / 2;
     pack_rows<Bf16Rows>(keys, stride, count, D, changes.norm, changes.rotary, packed, slots_apart);
     clear(packed + count * slots_apart, (kTileSide - count) * slots_apart);
@@ -67,6 +76,10 @@ SBF_INLINE void pack_key_tiles(const bf16* keys, int64_t stride, int64_t count, 
   }
   for (int64_t d = 0; d < D / kStepDims; ++d) {
     transpose_tile(rows + d * kTileSide, slots_apart, tiles + d * kTileSlots);
+  }
+  if (packs || count >= kTileSide) return;
+  for (float* to = tiles; to < tiles + D / kStepDims * kTileSlots; to += kTileSide) {
+    keep_first(count, to);
   }
 }
 

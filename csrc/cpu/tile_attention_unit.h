@@ -52,18 +52,28 @@ class TileProducts {
 
   // scores[2][query][16] of a step; where it has no more than 16 keys, only the first half.
   SBF_INLINE void score(const TileUnit& unit, int64_t step, float* scores) {
-    const float* keys = unit.head->keys + step * kStepKeys * D_ / 2;
-    const char* const queries = static_cast<const char*>(unit.queries);
-    const int64_t tiles = unit.keys(step) > kTileSide ? 2 : 1, bytes = unit.query_bytes;
-    for (int64_t i = 0; i < tiles; ++i) {
-      tiles_.zero<5>();
-      for (int64_t d = 0; d < D_; d += kStepDims, keys += kTileSlots) {
-        tiles_.load<6>(queries + d * 2, bytes);
-        tiles_.load<7>(keys, kTileBytes);
-        tiles_.multiply_add<5, 6, 7>();
-      }
-      tiles_.store<5>(scores + i * kTileSlots, kTileBytes);
+    if (D_ > kStepDims) {
+      score_half(unit, step, 0, scores);
+      score_half(unit, step, 1, scores);
+      return;
     }
+    const float* const keys = keys_of(unit, step);
+    tiles_.load<6>(unit.queries, unit.query_bytes);
+    score_tile(keys, scores);
+    if (unit.keys(step) > kTileSide) score_tile(keys + kTileSlots, scores + kTileSlots);
+  }
+
+  SBF_INLINE void score_half(const TileUnit& unit, int64_t step, int64_t half, float* scores) {
+    if (half * kTileSide >= unit.keys(step)) return;
+    const float* keys = keys_of(unit, step) + half * kTileSide * D_ / 2;
+    const char* const queries = static_cast<const char*>(unit.queries);
+    const int64_t bytes = unit.query_bytes;
+    tiles_.zero<5>();
+    for (int64_t d = 0; d < D_; d += kStepDims, keys += kTileSlots) {
+      tiles_.load<6>(queries + d * 2, bytes);
+      multiply<5>(keys);
+    }
+    tiles_.store<5>(scores + half * kTileSlots, kTileBytes);
   }
 
   // Goes on to the values of a unit, which advance() multiplies in left() parts.
@@ -87,6 +97,16 @@ class TileProducts {
   }
 
  private:
+  const float* keys_of(const TileUnit& unit, int64_t step) const {
+    return unit.head->keys + step * kStepKeys * D_ / 2;
+  }
+
+  SBF_INLINE void score_tile(const float* keys, float* scores) {
+    tiles_.zero<5>();
+    multiply<5>(keys);
+    tiles_.store<5>(scores, kTileBytes);
+  }
+
   // A step of some tiles of values.
   template <int TILES>
   SBF_INLINE void multiply_values() {

@@ -40,26 +40,28 @@ struct ScoreStep {
     return fused(score, c, offset);
   }
 
-  // weights[query][32]; zeros for keys from `kKeys` on.
+  // weights[query][32] for queries [from, to); zeros for keys from `kKeys` on.
   template <bool kHasTerms, int64_t kKeys>
-  SBF_INLINE void weigh(int64_t queries, bf16* weights) const {
+  SBF_INLINE void weigh(int64_t from, int64_t to, bf16* weights) const {
     const auto weight = [&](int64_t query, int64_t key) {
       return key < kKeys ? exp2_rough(exponents<kHasTerms>(query, key)) : VecF::zero();
     };
-    for (int64_t query = 0; query < queries; ++query) {
-      bf16* const to = weights + query * kStepKeys;
+    for (int64_t query = from; query < to; ++query) {
+      bf16* const row = weights + query * kStepKeys;
       for (int64_t key = 0; key < kStepKeys; key += 2 * VecF::N) {
-        store_rounded<bf16>(to + key, weight(query, key), weight(query, key + VecF::N));
+        store_rounded<bf16>(row + key, weight(query, key), weight(query, key + VecF::N));
       }
     }
   }
 
-  SBF_INLINE void weigh(int64_t queries, int64_t keys, float* weights) const {
-    bf16* const to = reinterpret_cast<bf16*>(weights);
+  SBF_INLINE void weigh(int64_t from, int64_t to, int64_t keys, float* weights) const {
+    bf16* const rows = reinterpret_cast<bf16*>(weights);
     if (keys > kTileSide) {
-      terms == nullptr ? weigh<false, kStepKeys>(queries, to) : weigh<true, kStepKeys>(queries, to);
+      terms == nullptr ? weigh<false, kStepKeys>(from, to, rows)
+                       : weigh<true, kStepKeys>(from, to, rows);
     } else {
-      terms == nullptr ? weigh<false, kTileSide>(queries, to) : weigh<true, kTileSide>(queries, to);
+      terms == nullptr ? weigh<false, kTileSide>(from, to, rows)
+                       : weigh<true, kTileSide>(from, to, rows);
     }
   }
 

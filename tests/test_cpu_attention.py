@@ -276,7 +276,7 @@ def test_nan_stays_in_its_rows_or_its_sequence(isa: str, part: int) -> None:
 def test_what_stands_in_for_tiles_gives_their_bits(
     isa: str, options: dict[str, Any], dim: int
 ) -> None:
-    args = Case((*SHORT, 300), dim, torch.bfloat16, **options).args()
+    args = Case((6, 16, 33, 64, 140, 300), dim, torch.bfloat16, **options).args()
     tiles = attention(args)
     OPS.set_cpu_isa("generic_tiles")
     assert_same_bits(attention(args), tiles)

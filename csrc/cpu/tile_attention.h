@@ -23,6 +23,7 @@ namespace sbert_fast::cpu::SBF_ISA {
 
 constexpr int64_t kBlockKeys = 1024;  // of a long sequence, or fewer
 constexpr int64_t kBlockUnits = 16;   // of queries that a block of keys is packed for
+constexpr int64_t kFewestKeys = 6;    // tiles that are less full take longer than dot products
 constexpr int64_t kPrefetchedRows = 128;
 
 struct alignas(64) TileScratch {
@@ -298,7 +299,7 @@ class TileAttention {
   TileUnit* stored_ = nullptr;   // is only to be finished
 };
 
-/// Items are sequence * H + head. Tiles have no code for what is passed on.
+/// Items are sequence * H + head. Tiles have no code for what is passed on, or are slower.
 inline void tile_attention(const AttentionParams& p, int64_t begin, int64_t end) {
   if (p.D % kStepDims != 0 || p.buckets != nullptr) return varlen_attention<bf16>(p, begin, end);
   if (begin >= end) return;
@@ -309,7 +310,11 @@ inline void tile_attention(const AttentionParams& p, int64_t begin, int64_t end)
   for (int64_t item = begin; item < end; ++item) {
     const HeadRows<bf16> next = item + 1 < end ? at(item + 1) : HeadRows<bf16>{};
     next.prefetch_keys(smaller(next.length, kPrefetchedRows), p.D);
-    tiles.attend(rows);
+    if (rows.length < kFewestKeys) {
+      varlen_attention<bf16>(p, item, item + 1);
+    } else {
+      tiles.attend(rows);
+    }
     rows = next;
   }
 }

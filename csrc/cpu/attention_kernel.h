@@ -15,13 +15,10 @@
 #pragma once
 
 #include "attention_distance.h"
-#include "attention_pack.h"
+#include "attention_head.h"
 #include "attention_softmax.h"
-#include "kernels.h"
 
 namespace sbert_fast::cpu::SBF_ISA {
-
-constexpr float kLog2e = 1.44269504f;
 
 struct alignas(64) AttentionScratch {
   float queries[kPanel];                     // [tile][slots][kLanes]
@@ -41,24 +38,10 @@ class HeadAttention {
  public:
   HeadAttention(const AttentionParams& params, int64_t sequence, int64_t head,
                 AttentionScratch& scratch, DistancePanels* panels)
-      : p_(params), s_(scratch), panels_(panels), D_(params.D) {
-    const int64_t first = p_.cu_seqlens[sequence];
-    length_ = p_.cu_seqlens[sequence + 1] - first;
-    stride_ = (p_.H + 2 * p_.kv_heads) * D_;
-    const T* token = static_cast<const T*>(p_.qkv) + first * stride_;
-    q_ = token + head * D_;
-    k_ = token + (p_.H + head / (p_.H / p_.kv_heads)) * D_;
-    v_ = k_ + p_.kv_heads * D_;
-    out_ = static_cast<T*>(p_.out) + (first * p_.H + head) * D_;
-    if (p_.rotary_cos != nullptr) {
-      rotary_ = {p_.rotary_cos + first * (D_ / 2), p_.rotary_sin + first * (D_ / 2)};
-    }
-    if (p_.bias != nullptr) bias_ = p_.bias + head * (2 * p_.R + 1) + p_.R;
+      : p_(params), s_(scratch), panels_(panels), h_(params, sequence, head), D_(params.D) {
     position_keys_ = table_of(p_.position_keys, head);
     position_queries_ = table_of(p_.position_queries, head);
-    before_ = p_.window < 0 ? length_ : smaller(p_.window, length_);
-    after_ = p_.causal ? 0 : before_;
-    has_terms_ = bias_ != nullptr || after_ < length_ || !(p_.scale > 0.0f);
+    has_terms_ = h_.has_terms() || !(p_.scale > 0.0f);
 
     slots_ = ceil_div(D_, Operand::kValuesPerSlot);
     chunks_ = ceil_div(D_, kLanes);
@@ -68,23 +51,13 @@ class HeadAttention {
     panel_stride_ = 2 * block_ + kDistancePadding;
   }
 
-  // Asks for the first block of q, k, v and out. Always inline: GCC takes a function that only
-  // prefetches for one without effect and drops the call.
-  SBF_INLINE void prefetch() const {
-    constexpr int64_t kLine = 64 / sizeof(T);
-    const int64_t rows = smaller(length_, block_);
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t d = 0; d < D_; d += kLine) {
-        __builtin_prefetch(q_ + r * stride_ + d);
-        __builtin_prefetch(k_ + r * stride_ + d);
-        __builtin_prefetch(v_ + r * stride_ + d);
-        __builtin_prefetch(out_ + r * p_.H * D_ + d, 1);
-      }
-    }
-  }
+  // Always inline, as HeadRows has it.
+  SBF_INLINE void prefetch() const { h_.prefetch(smaller(h_.length, block_), D_); }
 
   void run() {
-    for (int64_t q0 = 0; q0 < length_; q0 += block_) attend(q0, smaller(block_, length_ - q0));
+    for (int64_t q0 = 0; q0 < h_.length; q0 += block_) {
+      attend(q0, smaller(block_, h_.length - q0));
+    }
   }
 
  private:
@@ -105,8 +78,8 @@ class HeadAttention {
       }
       s_.started[i / kLanes] = false;
     }
-    const int64_t last = smaller(length_, q0 + queries + after_);
-    for (int64_t k0 = larger(0, q0 - before_) / block_ * block_; k0 < last; k0 += block_) {
+    const int64_t last = smaller(h_.length, q0 + queries + h_.after);
+    for (int64_t k0 = larger(0, q0 - h_.before) / block_ * block_; k0 < last; k0 += block_) {
       const int64_t keys = smaller(block_, last - k0);
       pack_keys(k0, keys);
       const int64_t first = q0 - (k0 + keys - 1), count = round_up(queries, kLanes) + keys;
@@ -115,8 +88,8 @@ class HeadAttention {
       for (int64_t i = 0; i < queries; i += kLanes) {
         const int64_t some = smaller(kLanes, queries - i);
         // Only the keys that a query of the tile can see; the first one shares no slot with others.
-        const int64_t from = larger(0, q0 + i - before_ - k0) / 2 * 2;
-        const int64_t to = smaller(keys, q0 + i + some + after_ - k0);
+        const int64_t from = larger(0, q0 + i - h_.before - k0) / 2 * 2;
+        const int64_t to = smaller(keys, q0 + i + some + h_.after - k0);
         if (from < to) attend_tile(i, some, from, to, i + keys - 1 - from);
       }
     }
@@ -166,40 +139,29 @@ class HeadAttention {
             position_queries_ == nullptr ? nullptr : panels_->position_queries + x, panel_stride_};
   }
 
-  Rotary rotary_at(int64_t token) const {
-    if (rotary_.cos == nullptr) return rotary_;
-    return {rotary_.cos + token * (D_ / 2), rotary_.sin + token * (D_ / 2)};
-  }
-
   void pack_queries(int64_t q0, int64_t count) {
     for (int64_t i = 0; i < count; i += kLanes) {
       const int64_t some = smaller(kLanes, count - i);
       float* rows = s_.scores;  // free until the first tile
-      pack_rows<Operand>(q_ + (q0 + i) * stride_, stride_, some, D_, {p_.query_norm, p_.norm_eps},
-                         rotary_at(q0 + i), rows, row_);
+      pack_rows<Operand>(h_.q + (q0 + i) * h_.stride, h_.stride, some, D_,
+                         {p_.query_norm, p_.norm_eps}, h_.rotary_at(q0 + i), rows, row_);
       transpose_rows(rows, row_, some, slots_, s_.queries + i * row_);
     }
   }
 
   void pack_keys(int64_t k0, int64_t count) {
     constexpr int kPerSlot = Operand::kValuesPerSlot;
-    pack_rows<Operand>(k_ + k0 * stride_, stride_, count, D_, {p_.key_norm, p_.norm_eps},
-                       rotary_at(k0), s_.keys, row_);
+    pack_rows<Operand>(h_.k + k0 * h_.stride, h_.stride, count, D_, {p_.key_norm, p_.norm_eps},
+                       h_.rotary_at(k0), s_.keys, row_);
     for (int64_t key = 0; key < count; key += kPerSlot) {
-      pack_values(Operand{}, v_ + (k0 + key) * stride_, stride_, count - key, D_,
+      pack_values(Operand{}, h_.v + (k0 + key) * h_.stride, h_.stride, count - key, D_,
                   s_.values + key / kPerSlot * kLanes, block_ / kPerSlot * kLanes);
     }
   }
 
   // terms[x] is added to a score whose query is x + first positions after its key.
   void fill_terms(int64_t first, int64_t count) {
-    for (int64_t x = 0; x < count; ++x) {
-      const int64_t ahead = -(x + first);
-      const bool hidden = ahead > after_ || ahead < -before_;
-      float term = 0.0f;
-      if (bias_ != nullptr) term = bias_[larger(-p_.R, smaller(p_.R, ahead))];
-      s_.terms[x] = hidden ? -__builtin_inff() : term;
-    }
+    for (int64_t x = 0; x < count; ++x) s_.terms[x] = h_.term(-(x + first));
   }
 
   // Columns of distances, counted as fill_terms counts; scores are free until the next tile.
@@ -220,7 +182,7 @@ class HeadAttention {
     for (int64_t i = 0; i < count; ++i) {
       const VecF factor = VecF::set1(1.0f / s_.sums[i]);
       const float* row = s_.out + i * row_;
-      T* to = out_ + (q0 + i) * p_.H * D_;
+      T* to = h_.out + (q0 + i) * h_.out_stride;
       int64_t d = 0;
       for (; d + VecF::N <= D_; d += VecF::N) store_as<T>(to + d, VecF::load(row + d) * factor);
       if (d == D_) continue;
@@ -231,20 +193,15 @@ class HeadAttention {
   const AttentionParams& p_;
   AttentionScratch& s_;
   DistancePanels* panels_;
-  const T *q_, *k_, *v_;  // of the first token of the sequence, as all pointers here
-  T* out_;
-  Rotary rotary_{};
-  const float* bias_ = nullptr;                 // at distance 0
+  const HeadRows<T> h_;
   const T *position_keys_, *position_queries_;  // of this head, or null
-  int64_t D_, length_;
-  int64_t stride_;          // between tokens of qkv
-  int64_t before_, after_;  // a query sees keys this far away
-  bool has_terms_;          // scores are scaled and get something added before the softmax
-  int64_t slots_;           // of 32 bits that hold the D elements of a row
-  int64_t chunks_;          // of kLanes elements that hold D
-  int64_t row_;             // elements of these chunks
-  int64_t block_;           // queries or keys
-  int64_t panel_stride_;    // columns of a panel of distances
+  int64_t D_;
+  bool has_terms_;        // scores are scaled and get something added before the softmax
+  int64_t slots_;         // of 32 bits that hold the D elements of a row
+  int64_t chunks_;        // of kLanes elements that hold D
+  int64_t row_;           // elements of these chunks
+  int64_t block_;         // queries or keys
+  int64_t panel_stride_;  // columns of a panel of distances
 };
 
 // The next item is on its way from memory while one is computed: its rows are short and far apart,

@@ -10,6 +10,7 @@
 #include "norm_kernels.h"
 #include "pool_kernel.h"
 #if defined(SBF_TILES)
+#include "tile_attention.h"
 #include "tile_linear_norm.h"
 #endif
 
@@ -33,10 +34,16 @@ struct LinearBf16 {
 #endif
 };
 
+#if defined(SBF_TILES)
+constexpr RangeKernel<AttentionParams> kAttentionBf16 = tile_attention;
+#else
+constexpr RangeKernel<AttentionParams> kAttentionBf16 = varlen_attention<bf16>;
+#endif
+
 // Constant-initialised: loading the library must run no instruction of a foreign set.
 constexpr KernelTable kTable{
     .isa = SBF_NAME(SBF_ISA),
-    .varlen_attention = {varlen_attention<float>, varlen_attention<bf16>},
+    .varlen_attention = {varlen_attention<float>, kAttentionBf16},
     .embed_norm = {{embed_norm<float, float>, embed_norm<float, bf16>},
                    {nullptr, embed_norm<bf16, bf16>}},
     .add_norm = {{add_norm<float, float>, add_norm<float, bf16>}, {nullptr, add_norm<bf16, bf16>}},

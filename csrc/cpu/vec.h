@@ -15,7 +15,16 @@
 //     exponent of a; the result must be normal, and NaN is lost.
 //   scale_by_power(a, t): the same by a product; 2^n must be normal, and NaN stays.
 //   lookup(table, t): the element of an aligned table for the low bits of each lane of t; not on
-//   AVX2. transpose4(rows, ld, columns, ld_columns): N rows of 4 elements to 4 rows of N elements.
+//     AVX2.
+//   Only on the instruction sets that have tiles:
+//     fused(a, b, c): a * b + c, rounded once on every CPU.
+//     fraction(a): a - floor(a), rounded down, where |a| < 2^22; elsewhere in [0, 1]; NaN stays.
+//     scale_by_floor(a, b): a * 2^floor(b) for a in [1, 2]; below 2^-126 it may be zero; NaN in b
+//       gives anything.
+//     zip_rows(first, second, left, right): pairs of elements of two rows of 32, the first in the
+//       low half; each second group of four pairs goes to `right`. No second row is one of zeros.
+//     store_unzipped(p, left, right, factor): 32 products in the order that zip_rows took apart.
+//   transpose4(rows, ld, columns, ld_columns): N rows of 4 elements to 4 rows of N elements.
 //   reduce_add, reduce_max: the upper half onto the lower half until one lane is left.
 //   bf16 stores round to nearest even, keep subnormals, and keep NaN. (The hardware conversion
 //     flushes subnormals, and what it would save is hidden behind memory.)

@@ -59,6 +59,11 @@ SBF_INLINE VecF lookup(const float (&table)[kLookupSize], VecF t) {
   const __m512i at = _mm512_castps_si512(t.v);
   return {_mm512_permutex2var_ps(_mm512_load_ps(table), at, _mm512_load_ps(table + 16))};
 }
+SBF_INLINE VecF fraction(VecF a) {
+  return {_mm512_reduce_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+}
+SBF_INLINE VecF scale_by_floor(VecF a, VecF b) { return {_mm512_scalef_ps(a.v, b.v)}; }
+SBF_INLINE VecF fused(VecF a, VecF b, VecF c) { return fma(a, b, c); }
 
 // Rows i, i + 4, i + 8 and i + 12, four columns each.
 SBF_INLINE __m512 load_every_fourth(const float* row, int64_t step) {
@@ -155,6 +160,19 @@ SBF_INLINE VecF round_pairs(VecF a, VecF b) {
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
                                          8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(order, halves))};
+}
+SBF_INLINE void zip_rows(const bf16* first, const bf16* second, float* left, float* right) {
+  const __m512i a = _mm512_loadu_si512(first);
+  const __m512i b = second == nullptr ? _mm512_setzero_si512() : _mm512_loadu_si512(second);
+  _mm512_storeu_si512(left, _mm512_unpacklo_epi16(a, b));
+  _mm512_storeu_si512(right, _mm512_unpackhi_epi16(a, b));
+}
+SBF_INLINE void store_unzipped(bf16* p, const float* left, const float* right, VecF factor) {
+  const __m512 a = _mm512_mul_ps(_mm512_loadu_ps(left), factor.v);
+  const __m512 b = _mm512_mul_ps(_mm512_loadu_ps(right), factor.v);
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+  const __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi64(order, halves));
 }
 #endif
 

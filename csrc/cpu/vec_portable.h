@@ -104,6 +104,37 @@ SBF_INLINE VecF lookup(const float (&table)[kLookupSize], VecF t) {
   return VecF::load(lanes);
 }
 
+SBF_INLINE VecF fused(VecF a, VecF b, VecF c) {
+  VecF sum = VecF::zero();
+  for (int i = 0; i < 4; ++i) {
+    sum.lo[i] = __builtin_fmaf(a.lo[i], b.lo[i], c.lo[i]);
+    sum.hi[i] = __builtin_fmaf(a.hi[i], b.hi[i], c.hi[i]);
+  }
+  return sum;
+}
+
+// The exponents of all powers that are wanted, and some beyond them; NaN stays.
+SBF_INLINE VecF clamp_exponent(VecF a) {
+  return min(VecF::set1(1000.0f), max(VecF::set1(-1000.0f), a));
+}
+SBF_INLINE VecF floor_exponent(VecF a) {
+  const VecF magic = VecF::set1(12582912.0f);  // 1.5 * 2^23
+  const VecF near = (a + magic) - magic;
+  return select_lt(a, near, near - VecF::set1(1.0f), near);
+}
+SBF_INLINE VecF fraction(VecF a) {
+  const VecF exponent = clamp_exponent(a), n = floor_exponent(exponent);
+  const VecF f = exponent - n;
+  return select_lt(exponent, f + n, f - VecF::set1(5.96046448e-8f), f);
+}
+SBF_INLINE VecF scale_by_floor(VecF a, VecF b) {
+  const VecF n = floor_exponent(clamp_exponent(b));
+  const VecF within = min(VecF::set1(127.0f), max(VecF::set1(-126.0f), n));
+  const VecF scaled = scale_by_power(a, within + VecF::set1(12582912.0f));
+  const VecF large = select_lt(VecF::set1(127.0f), n, a * VecF::set1(__builtin_inff()), scaled);
+  return select_lt(n, VecF::set1(-126.0f), VecF::zero(), large);
+}
+
 SBF_INLINE void transpose4(const float* rows, int64_t ld, float* columns, int64_t ld_columns) {
   for (int half = 0; half < 2; ++half) {
     Float4 r[4];
@@ -164,6 +195,20 @@ SBF_INLINE void store_bf16_partial(bf16* p, VecF a, int n) {
   bf16 lanes[VecF::N];
   store_bf16(lanes, a);
   for (int i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+SBF_INLINE void zip_rows(const bf16* first, const bf16* second, float* left, float* right) {
+  for (int i = 0; i < 32; ++i) {
+    const uint32_t upper = second == nullptr ? 0 : second[i].bits;
+    const uint32_t pair = upper << 16 | first[i].bits;
+    float* const row = i / 4 % 2 == 0 ? left : right;
+    __builtin_memcpy(row + i / 8 * 4 + i % 4, &pair, sizeof(pair));
+  }
+}
+SBF_INLINE void store_unzipped(bf16* p, const float* left, const float* right, VecF factor) {
+  float lanes[32];
+  for (int i = 0; i < 32; ++i) lanes[i] = (i / 4 % 2 == 0 ? left : right)[i / 8 * 4 + i % 4];
+  for (int i = 0; i < 32; i += VecF::N) store_bf16(p + i, VecF::load(lanes + i) * factor);
 }
 
 }  // namespace sbert_fast::cpu::SBF_ISA

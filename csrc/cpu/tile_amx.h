@@ -11,6 +11,7 @@
 namespace sbert_fast::cpu::SBF_ISA {
 
 constexpr int kTileRowsMax = 16;
+constexpr int64_t kTileRowBytes = 64;
 constexpr int kLeftTiles = 6;  // tiles 0 to 5: sums, and operands whose rows are rows of the sums
 constexpr int kNumTiles = 8;   // tiles 6 and 7: operands whose columns are columns of the sums
 

@@ -10,7 +10,6 @@
 
 namespace sbert_fast::cpu::SBF_ISA {
 
-constexpr int64_t kTileBytes = 64;   // of a row of a tile
 constexpr int64_t kTilesAtOnce = 4;  // of values, next to each other
 
 // A head of a sequence, and the panels of a block of its keys.
@@ -73,7 +72,7 @@ class TileProducts {
       tiles_.load<6>(queries + d * 2, bytes);
       multiply<5>(keys);
     }
-    tiles_.store<5>(scores + half * kTileSlots, kTileBytes);
+    tiles_.store<5>(scores + half * kTileSlots, kTileRowBytes);
   }
 
   // Goes on to the values of a unit, which advance() multiplies in left() parts.
@@ -104,7 +103,7 @@ class TileProducts {
   SBF_INLINE void score_tile(const float* keys, float* scores) {
     tiles_.zero<5>();
     multiply<5>(keys);
-    tiles_.store<5>(scores, kTileBytes);
+    tiles_.store<5>(scores, kTileRowBytes);
   }
 
   // A step of some tiles of values.
@@ -116,7 +115,7 @@ class TileProducts {
     float* const sums = unit.out + across * kTileSlots;
     if (step_ == unit.step) begin_sums<TILES>(unit.goes_on, out, sums);
     const float* values = unit.head->values + (step_ * across + tile_) * kTileSlots;
-    tiles_.load<6>(unit.weights_of(step_), kTileBytes);
+    tiles_.load<6>(unit.weights_of(step_), kTileRowBytes);
     multiply<0>(values);
     multiply<1>(values + kTileSlots);
     if constexpr (TILES > 2) {
@@ -127,7 +126,7 @@ class TileProducts {
     if (++step_ < unit.step_end) return;
     store<0>(out), store<1>(out);
     if constexpr (TILES > 2) store<2>(out), store<3>(out);
-    if (tile_ == 0) tiles_.store<4>(sums, kTileBytes);
+    if (tile_ == 0) tiles_.store<4>(sums, kTileRowBytes);
     step_ = unit.step;
     tile_ += TILES;
   }
@@ -137,7 +136,7 @@ class TileProducts {
     if (goes_on) {
       load<0>(out), load<1>(out);
       if constexpr (TILES > 2) load<2>(out), load<3>(out);
-      tiles_.load<4>(sums, kTileBytes);
+      tiles_.load<4>(sums, kTileRowBytes);
     } else {
       tiles_.zero<0>(), tiles_.zero<1>(), tiles_.zero<4>();
       if constexpr (TILES > 2) tiles_.zero<2>(), tiles_.zero<3>();
@@ -146,15 +145,15 @@ class TileProducts {
 
   template <int TILE>
   SBF_INLINE void load(const float* out) {
-    tiles_.load<TILE>(out + TILE * kTileSlots, kTileBytes);
+    tiles_.load<TILE>(out + TILE * kTileSlots, kTileRowBytes);
   }
   template <int TILE>
   SBF_INLINE void store(float* out) {
-    tiles_.store<TILE>(out + TILE * kTileSlots, kTileBytes);
+    tiles_.store<TILE>(out + TILE * kTileSlots, kTileRowBytes);
   }
   template <int SUMS>
   SBF_INLINE void multiply(const void* right) {
-    tiles_.load<7>(right, kTileBytes);
+    tiles_.load<7>(right, kTileRowBytes);
     tiles_.multiply_add<SUMS, 6, 7>();
   }
 

@@ -10,6 +10,7 @@
 namespace sbert_fast::cpu::SBF_ISA {
 
 constexpr int kTileRowsMax = 16;
+constexpr int64_t kTileRowBytes = 64;
 constexpr int kLeftTiles = 6;
 constexpr int kNumTiles = 8;
 

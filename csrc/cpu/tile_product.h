@@ -16,7 +16,6 @@ namespace sbert_fast::cpu::SBF_ISA {
 
 constexpr int64_t kBlockRows = 32, kBlockColumns = 32;
 constexpr int64_t kStepValues = 32;                              // of K that a tile holds
-constexpr int64_t kTileRowBytes = 64;                            // as many in x as in a strip
 constexpr int64_t kTileBytes = kStepValues / 2 * kTileRowBytes;  // of a strip
 constexpr int64_t kLineBytes = 64;
 /// The more rows, the less often weights come from beyond the L2 cache.

@@ -2,11 +2,9 @@
 //
 //   queries   [query][D / 2]: as they lie in qkv, unless something is done to them first
 //   keys      [key / 16][D / 32] tiles: a slot holds two dims of a key, its row says which dims,
-//   its
-//             column which key
+//             its column which key
 //   values    [key / 32][D / 16] tiles: a slot holds a dim of two keys, its row says which keys,
-//   its
-//             column which dim (zip_rows)
+//             its column which dim (zip_rows)
 //
 // Keys beyond the last one are zeros.
 #pragma once

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
 from typing import Any
 
 import torch
-from sentence_transformers import SparseEncoder
 from torch import Tensor, nn
 from transformers.modeling_outputs import MaskedLMOutput
 
@@ -83,7 +83,10 @@ class SparseForward(StandIn):
         """What waits for the logits where that is a SparseEncoder that encodes: the Transformer
         module, the last module of its row, and all around them; nothing anywhere else."""
         callers = callers_of(self.model)
-        if len(callers) < 2 or not any(map(_is_encoding, callers)):
+        # Whoever has a SparseEncoder has imported it.
+        if "sentence_transformers" not in sys.modules or len(callers) < 2:
+            return []
+        if not any(map(_is_encoding, callers)):
             return []
         transformer, *around = [caller.module for caller in callers]
         inside = around[0].modules()
@@ -125,15 +128,23 @@ class SparseForward(StandIn):
 
 def _is_encoding(caller: Caller) -> bool:
     """Whether `caller` is in the loop over batches of sentence-transformers."""
-    kind, stock = type(caller.module), SparseEncoder
-    own = [m for m in ("encode", "_inference") if getattr(kind, m, 0) is getattr(stock, m, None)]
-    return isinstance(caller.module, stock) and any(name in caller.methods for name in own)
+    from sentence_transformers import SparseEncoder
+
+    kind = type(caller.module)
+    own = [
+        m
+        for m in ("encode", "_inference")
+        if getattr(kind, m, 0) is getattr(SparseEncoder, m, None)
+    ]
+    return isinstance(caller.module, SparseEncoder) and any(name in caller.methods for name in own)
 
 
 def _is_known(reader: nn.Module) -> bool:
     """Whether `reader` takes the maximum of logits, or hands them on."""
     if is_module(reader, "SpladePooling"):
         return bool(reader.pooling_strategy == "max")
+    from sentence_transformers import SparseEncoder
+
     names = ("Transformer", "MLMTransformer", "Router")
     return isinstance(reader, SparseEncoder) or any(is_module(reader, name) for name in names)
 

@@ -209,8 +209,11 @@ def test_heads_of_texts(name: str, head: str) -> None:
     batch = families.make_batch(name, lengths)
     if "Choice" in head:
         batch = {key: value[None] for key, value in batch.items()}
-    ours, peer = run(model, batch), run(original, batch)
-    oracle = run(original.double(), batch)
+    try:
+        peer = run(original, batch)
+    except IndexError:
+        pytest.skip("transformers 5.3 gives this head no pooler")
+    ours, oracle = run(model, batch), run(original.double(), batch)
     for field in ("logits", "start_logits", "end_logits"):
         if field in peer:
             # A few logits are no vector with a norm to hold them to: they have an oracle instead.

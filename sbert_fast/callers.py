@@ -102,9 +102,7 @@ def _pools_first(module: nn.Module) -> bool:
     if not is_module(module, "Pooling"):
         return False
     modes: Any = module.pooling_mode
-    return (
-        not {modes} <= _POOL_ANYWHERE if isinstance(modes, str) else not {*modes} <= _POOL_ANYWHERE
-    )
+    return not _POOL_ANYWHERE.issuperset((modes,) if isinstance(modes, str) else modes)
 
 
 def reader_of_padding(caller: Caller) -> str | None:

@@ -82,11 +82,9 @@ class SparseForward(StandIn):
     def _readers(self) -> list[nn.Module]:
         """What waits for the logits where that is a SparseEncoder that encodes: the Transformer
         module, the last module of its row, and all around them; nothing anywhere else."""
-        callers = callers_of(self.model)
         # Whoever has a SparseEncoder has imported it.
-        if "sentence_transformers" not in sys.modules or len(callers) < 2:
-            return []
-        if not any(map(_is_encoding, callers)):
+        callers = callers_of(self.model) if "sentence_transformers" in sys.modules else []
+        if len(callers) < 2 or not any(map(_is_encoding, callers)):
             return []
         transformer, *around = [caller.module for caller in callers]
         inside = around[0].modules()

@@ -30,15 +30,17 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # GCC warns of uninitialised values inside its own AVX-512 headers.
 AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+VNNI = [*AVX512, "-mavx512vnni"]
 # One source per instruction set, narrowest first.
 GENERIC_ISAS = ("generic", "generic_tiles")
 ISA_FLAGS: dict[str, list[str]] = {
     **dict.fromkeys(GENERIC_ISAS, []),
     "avx2": AVX2,
     "avx512": AVX512,
-    "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "avx512_vnni": VNNI,
+    "avx512_bf16": [*VNNI, "-mavx512bf16"],
     # The instructions of AMX are written in assembly, which needs no flag.
-    "amx_bf16": [*AVX512, "-mavx512bf16"],
+    "amx_bf16": [*VNNI, "-mavx512bf16"],
 }
 COMPILE_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 

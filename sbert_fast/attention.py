@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sbert_fast import ops
-from sbert_fast.linears import PreparedLinear, PreparedNorm, Target, prepare_linear
+from sbert_fast.linears import PreparedLinear, PreparedNorm, prepare_linear
 from sbert_fast.models import base
 from sbert_fast.packing import PackedBatch
+from sbert_fast.target import Target
 
 # Cosines and sines fp32 `[T, D / 2]` of every kind of rotary positions of a model.
 Turns = tuple[tuple[Tensor, Tensor], ...]

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from sbert_fast import models, ops
 from sbert_fast.admission import Admission
-from sbert_fast.errors import UnsupportedModelError
+from sbert_fast.errors import ImplementationError, UnsupportedModelError
 from sbert_fast.fingerprint import Fingerprint, derive, settle
 from sbert_fast.forking import Lock
 from sbert_fast.layers import PoolKernels, Stack, Unfinished
-from sbert_fast.linears import Choice, PreparedNorm, Target, aligned, choose
+from sbert_fast.linears import Choice, PreparedNorm, aligned, choose
 from sbert_fast.models.checks import check_finite
 from sbert_fast.ops.dispatch import FUSING
 from sbert_fast.packing import ROW_ALIGNMENT, PackedBatch
@@ -27,6 +27,7 @@ from sbert_fast.preparation import (
     prepare_stack,
     required_ops,
 )
+from sbert_fast.target import Target, compute_dtype, int8_refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +55,6 @@ class _Current:
     admission: Admission
     fingerprint: Fingerprint
     prepared: Prepared
-
-
-def compute_dtype(
-    model: nn.Module, requested: torch.dtype | None, device: torch.device
-) -> torch.dtype:
-    """The dtype asked for, else that of the model; float32 instead of float16 on a CPU."""
-    if requested is not None:
-        return requested
-    dtype = next(model.parameters()).dtype
-    return torch.float32 if device.type == "cpu" and dtype == torch.float16 else dtype
 
 
 class PackedEncoder:
@@ -113,6 +104,8 @@ class PackedEncoder:
             ValueError, ImplementationError: as the constructor.
         """
         self._check_live(device)
+        if self.requested_dtype == torch.int8 and (reason := int8_refusal(device, self.impl)):
+            raise ImplementationError(f"dtype='int8' cannot run: {reason}")
         dtype = compute_dtype(self.model, self.requested_dtype, device)
         implementation = ops.resolve(device, dtype, self.impl)
         for op, how in self.required_ops():
@@ -122,7 +115,7 @@ class PackedEncoder:
     def _check_live(self, device: torch.device) -> None:
         weights, requested = next(self.model.parameters()).dtype, self.requested_dtype
         dtype = compute_dtype(self.model, requested, device)
-        if self.live and dtype != weights:
+        if self.live and (dtype != weights or requested == torch.int8):
             why = "" if requested else f", the default for {weights} on a CPU"
             raise ValueError(f"dtype must be {weights}, that of live weights, got {dtype}{why}")
 
@@ -176,9 +169,13 @@ class PackedEncoder:
                 found.append(each)
         return found
 
+    def _target(self) -> Target:
+        int8 = self.requested_dtype == torch.int8
+        return Target(self.compute_dtype, self.device, self.impl, self.live, int8)
+
     def linears(self) -> list[Choice]:
         """The kernels of the linear layers of a forward pass: each choice once."""
-        target = Target(self.compute_dtype, self.device, self.impl, self.live)
+        target = self._target()
         sizes = dict.fromkeys(part.weight.shape[1] for part in self.admitted.weights.linears())
         choices: list[Choice] = []
         for inputs in sizes:
@@ -258,8 +255,8 @@ class PackedEncoder:
         return prepared
 
     def _lay_out(self, weights: models.EncoderWeights) -> Prepared:
-        device, dtype, embeddings = self.device, self.compute_dtype, weights.embeddings
-        target = Target(dtype, device, self.impl, self.live)
+        target, embeddings = self._target(), weights.embeddings
+        device, dtype = target.device, target.dtype
         norm = embeddings.norm
         # On a CPU fp32 tables serve every dtype as they are: no copy, no rounding before the sum.
         in_place = device.type == "cpu" and embeddings.word.dtype == torch.float32

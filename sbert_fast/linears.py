@@ -7,7 +7,7 @@ number of rows is a multiple of 16.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,30 +19,11 @@ from sbert_fast.models.base import Linear, Norm
 from sbert_fast.ops import panels
 from sbert_fast.ops.dispatch import requested
 from sbert_fast.ops.reference import Activation
+from sbert_fast.target import BF16_ISAS, Target
 
 # Rows oneDNN lays prepacked weights out for; any other number of rows works too.
 _PREPACK_ROWS = 512
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What layers are prepared for.
-
-    Attributes:
-        dtype: what they compute in, whatever their weights are kept in.
-        device: where the weights are.
-        impl: implementation of the ops, see :mod:`sbert_fast.ops`.
-        live: the model's own modules are called: nothing of their weights is copied.
-    """
-
-    dtype: torch.dtype
-    device: torch.device
-    impl: str = "auto"
-    live: bool = False
-
-    def bind(self, op: str, **how: Any) -> ops.Kernel:
-        """The kernel of `op`; sizes and options as :func:`ops.bind` takes them."""
-        return ops.bind(op, self.device, self.dtype, self.impl, **how)
+_NOT_ASKED = "not asked for"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +88,12 @@ class _Linear:
         return self._kernels[op, rms]
 
     def normed(self, x: Tensor, norm: PreparedNorm) -> Tensor:
-        rest = None, norm.weight, norm.bias, norm.eps
-        normed: Tensor = self.kernel("add_norm", norm.rms)(*self.without_bias(x), *rest)
-        return normed
+        return self._add_norm(x, None, norm)
 
     def add_norm(self, x: Tensor, residual: Tensor, norm: PreparedNorm) -> Tensor:
+        return self._add_norm(x, residual, norm)
+
+    def _add_norm(self, x: Tensor, residual: Tensor | None, norm: PreparedNorm) -> Tensor:
         rest = residual, norm.weight, norm.bias, norm.eps
         normed: Tensor = self.kernel("add_norm", norm.rms)(*self.without_bias(x), *rest)
         return normed
@@ -154,7 +136,7 @@ class LiveLinear(_Linear):
 
     @staticmethod
     def refusal(target: Target, inputs: int) -> str | None:
-        return None if target.live else "live weights were not asked for"
+        return None if target.live else f"live weights were {_NOT_ASKED}"
 
     def __call__(self, x: Tensor) -> Tensor:
         outputs = [module(x) for module in self.modules]
@@ -170,11 +152,14 @@ class LiveLinear(_Linear):
 class StackedLinear(_Linear):
     """A layer whose weights are copied, those of several parts into one matrix."""
 
+    read_as: torch.dtype | None = None  # what weights are laid out from; None: the compute dtype
+
     def __init__(
         self, parts: tuple[Linear, ...], target: Target, activation: Activation = Activation.NONE
     ) -> None:
         super().__init__(parts, target, activation)
-        weight = torch.cat([part.weight.detach().to(target.dtype) for part in parts])
+        dtype = self.read_as or target.dtype
+        weight = torch.cat([part.weight.detach().to(dtype) for part in parts])
         self.weight = self.lay_out(weight)
         bias = _side_by_side(parts)
         self.wide_bias = None if bias is None else bias.float()
@@ -198,7 +183,7 @@ class PanelLinear(StackedLinear):
         isa = torch.ops.sbert_fast.cpu_isa()
         if target.dtype == torch.float32:
             return "oneDNN is faster without AVX2" if isa == "generic" else None
-        if isa not in ("amx_bf16", "avx512_bf16"):
+        if isa not in BF16_ISAS:
             return "oneDNN is faster without bf16 dot products"
         # Where Linux refuses the tiles, oneDNN has none either.
         if isa != "amx_bf16" and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx():
@@ -219,6 +204,24 @@ class PanelLinear(StackedLinear):
         rest = residual, norm.weight, norm.bias, norm.eps
         normed: Tensor = self.kernel("linear_norm")(x, self.weight, self.wide_bias, *rest)
         return normed
+
+
+class Int8Linear(PanelLinear):
+    """The C++ ops on int8 panels."""
+
+    name = "int8"
+    read_as = torch.float32
+
+    @staticmethod
+    def refusal(target: Target, inputs: int) -> str | None:
+        if not target.int8:
+            return f"int8 was {_NOT_ASKED}"
+        if inputs % panels.INT8_GROUP:
+            return f"the number of inputs ({inputs}) is not a multiple of {panels.INT8_GROUP}"
+        return None
+
+    def lay_out(self, weight: Tensor) -> Tensor:
+        return panels.pack_int8(weight)
 
 
 class OneDnnLinear(StackedLinear):
@@ -271,7 +274,7 @@ class TorchLinear(StackedLinear):
         return F.linear(x, self.weight), self.wide_bias
 
 
-KINDS = (LiveLinear, PanelLinear, OneDnnLinear, TorchLinear)
+KINDS = (LiveLinear, Int8Linear, PanelLinear, OneDnnLinear, TorchLinear)
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,8 +285,9 @@ class Choice:
     refusals: dict[str, str]
 
     def __str__(self) -> str:
-        """The kernel, and why no faster one runs; calling live modules is not faster."""
-        faster = [f"{n}: {why}" for n, why in self.refusals.items() if n != LiveLinear.name]
+        """The kernel, and why no faster one runs, of those that might."""
+        refusals = self.refusals.items()
+        faster = [f"{name}: {why}" for name, why in refusals if not why.endswith(_NOT_ASKED)]
         return f"{self.kind.name} ({'; '.join(faster)})" if faster else self.kind.name
 
 
@@ -318,12 +322,9 @@ def _side_by_side(parts: tuple[Linear, ...]) -> Tensor | None:
     """The biases of some layers, zeros where one has none; None where none has any."""
     if all(part.bias is None for part in parts):
         return None
-    return torch.cat(
-        [
-            part.weight.new_zeros(part.weight.shape[0]) if part.bias is None else part.bias.detach()
-            for part in parts
-        ]
-    )
+    zeros = (part.weight.new_zeros(part.weight.shape[0]) for part in parts)
+    pairs = zip(parts, zeros, strict=True)
+    return torch.cat([zero if part.bias is None else part.bias.detach() for part, zero in pairs])
 
 
 def aligned(values: Tensor) -> Tensor:

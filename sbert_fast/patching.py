@@ -88,8 +88,9 @@ def accelerate(
     Args:
         model: a loaded model of transformers or sentence-transformers, or any module that holds
             some. Already accelerated, it takes on `dtype`, `impl` and `padding` of this call.
-        dtype: dtype to compute in: "float32", "bfloat16", "float16", or the torch dtype. None and
-            "auto" are the dtype of the model. Outputs have the dtype of the model either way.
+        dtype: dtype to compute in: "float32", "bfloat16", "float16", "int8" (as in `FastEncoder`),
+            or the torch dtype. None and "auto" are the dtype of the model. Outputs have the dtype
+            of the model either way.
         impl: implementation of the ops, see :mod:`sbert_fast.ops`.
         padding: "zeros" are the states of masked tokens; "stock" runs the original forward wherever
             tokens are masked, and is packed where none are.

@@ -14,10 +14,11 @@ from sbert_fast import ops
 from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.fingerprint import Fingerprint, derive, settle
 from sbert_fast.layers import PoolKernels, Unfinished
-from sbert_fast.linears import PreparedLinear, Target, prepare_linear
+from sbert_fast.linears import PreparedLinear, prepare_linear
 from sbert_fast.models.base import linear
 from sbert_fast.models.checks import check_finite
 from sbert_fast.packing import ROW_ALIGNMENT, PackedBatch
+from sbert_fast.target import Target
 
 # sentence-transformers' names of the modes, and ours.
 _MODES = {

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from sbert_fast.attention import attention_options, prepare_attention
 from sbert_fast.layers import Exit, NormedLinear, PreparedFeedForward, PreparedLayer, Stack
-from sbert_fast.linears import PreparedNorm, Target, prepare_linear
+from sbert_fast.linears import PreparedNorm, prepare_linear
 from sbert_fast.models import base
 from sbert_fast.ops.reference import Activation
 from sbert_fast.rotary import RotaryTable
+from sbert_fast.target import Target
 
 
 def embedding_op(embeddings: base.Embeddings) -> tuple[str, dict[str, Any]]:

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sbert_fast.ops import panels as panel_layout
 from sbert_fast.ops import reference
-from sbert_fast.ops.panels import unpack as unpack_panels
 
 
 def assert_close_to_oracle(
@@ -167,7 +167,11 @@ def peer_linear(
     x: Tensor, panels: Tensor, bias: Tensor | None, features: int, activation: int
 ) -> Tensor:
     bias = None if bias is None else bias.to(x.dtype)
-    y = F.linear(x, unpack_panels(panels, features), bias)
+    if panels.dtype == torch.int8:
+        y = panel_layout.multiply_int8(x, panels, features, torch.float32).to(x.dtype)
+        y = y if bias is None else y + bias
+    else:
+        y = F.linear(x, panel_layout.unpack(panels, features), bias)
     return F.gelu(y, approximate=("none", "tanh")[activation - 1]) if activation else y
 
 

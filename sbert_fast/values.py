@@ -10,7 +10,7 @@ from sbert_fast.errors import MissingModelError, ModelFileError
 
 Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 # A folder without any of these holds no model.
 MODEL_FILES = ("modules.json", "config.json", "adapter_config.json")
 # Characters of a value that a message quotes.

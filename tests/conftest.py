@@ -23,7 +23,7 @@ from sentence_transformers import SentenceTransformer  # noqa: E402
 import sbert_fast.kernels as kernels  # noqa: E402
 import triton_interpreter  # noqa: E402
 from families import make_sentence_transformer  # noqa: E402
-from sbert_fast import FastEncoder, ops  # noqa: E402
+from sbert_fast import FastEncoder, ops, target  # noqa: E402
 from sbert_fast.engine import PackedEncoder  # noqa: E402
 from sbert_fast.layers import PreparedFeedForward  # noqa: E402
 from sbert_fast.packing import PackedBatch  # noqa: E402
@@ -87,6 +87,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.ops.sbert_fast.set_cpu_isa(request.param)
     yield request.param
     torch.ops.sbert_fast.set_cpu_isa(active)
+
+
+@pytest.fixture
+def int8_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """int8 weights run on a CPU that has no instructions for them, too: slowly."""
+    if not ops.extension.CPU.available:
+        pytest.skip("int8 needs the C++ ops")
+    monkeypatch.setattr(target, "INT8_ISAS", torch.ops.sbert_fast.cpu_isas().split(","))
 
 
 @pytest.fixture

@@ -19,6 +19,10 @@ TOKENS, WIDTH = 32, 52
 pytestmark = pytest.mark.skipif(not extension.CPU.available, reason=str(extension.CPU.reason))
 
 
+def int8(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int8)
+
+
 def int32(*values: Any) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
@@ -153,9 +157,21 @@ def test_bfloat16_tables_give_no_float32() -> None:
         OPS.embed_norm.cpu(*args)
 
 
-def test_bfloat16_linears_need_an_even_number_of_inputs() -> None:
-    x, panels = torch.zeros(4, 5).bfloat16(), torch.zeros(1, 2, 48, 2).bfloat16()
-    with pytest.raises(RuntimeError, match="linear: K must be even in bfloat16, got 5"):
+@pytest.mark.parametrize(
+    ("x", "panels", "message"),
+    [
+        (torch.zeros(4, 5).bfloat16(), torch.zeros(1, 2, 48, 2).bfloat16(), "K must be even in"),
+        (torch.zeros(4, 6), int8(3, 3, 16, 4), "K must be a multiple of 4 and below 65536 in int8"),
+        (torch.zeros(4, 1 << 16), int8(3, 3, 16, 4), "K must be a multiple of 4 and below 65536"),
+        (
+            torch.zeros(4, 8),
+            int8(3, 3, 16, 4),
+            r"panels must be contiguous int8 .* \[3, 4, 16, 4\]",
+        ),
+    ],
+)
+def test_panels_take_some_numbers_of_inputs(x: Tensor, panels: Tensor, message: str) -> None:
+    with pytest.raises(RuntimeError, match=f"linear: {message}"):
         OPS.linear.cpu(x, panels, None, 48, 0)
 
 

@@ -17,8 +17,8 @@ from patched import LENGTHS
 from planted_gpu import LOADED, plant
 from sbert_fast import FastEncoder, accelerate, explain, linears, ops
 from sbert_fast.engine import PackedEncoder
-from sbert_fast.linears import Target
 from sbert_fast.ops import choices, dispatch, extension
+from sbert_fast.target import Target
 
 CPU = torch.device("cpu")
 # Of a library that loads where it finds no GPU.

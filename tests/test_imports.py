@@ -21,6 +21,7 @@ LAYERS = (
     {"originals"},
     {"ops"},
     {"models"},
+    {"target"},
     {"packing", "linears"},
     {"layers", "attention", "fingerprint", "rotary"},
     {"preparation"},

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from sbert_fast import ops
 from sbert_fast.layers import Stack
-from sbert_fast.linears import Target
 from sbert_fast.models.base import (
     Attention,
     Disentangled,
@@ -30,6 +29,7 @@ from sbert_fast.models.base import (
 from sbert_fast.ops.reference import Activation
 from sbert_fast.packing import PackedBatch, pack
 from sbert_fast.preparation import prepare_stack, required_ops
+from sbert_fast.target import Target
 from sbert_fast.testing import assert_close_to_oracle
 
 CPU = torch.device("cpu")

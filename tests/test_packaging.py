@@ -258,11 +258,13 @@ class TestPlan:
         assert {name for name, found in wide.items() if found} == {
             "kernels_avx2",
             "kernels_avx512",
+            "kernels_avx512_vnni",
             "kernels_avx512_bf16",
             "kernels_amx_bf16",
         }
         assert "avx512bf16" in wide["kernels_avx512_bf16"]
-        assert "avx512bf16" not in wide["kernels_avx512"]
+        assert "avx512bf16" not in wide["kernels_avx512_vnni"]
+        assert "avx512vnni" not in wide["kernels_avx512"]
         # The linker keeps the first copy of what several objects carry: the narrowest goes first.
         order = [path.stem for path in native.sources(native.CPU)]
         kernels = [name for name in order if name.startswith("kernels_")]

@@ -16,9 +16,10 @@ from checks import assert_same_vectors, bits, cosine_distances
 from families import make_sentence_transformer, make_texts
 from sbert_fast import FastEncoder, ops, packing
 from sbert_fast.data import multilingual_texts, sample_texts
-from sbert_fast.linears import Target, choose
+from sbert_fast.linears import choose
 from sbert_fast.packing import PackedBatch
 from sbert_fast.pooling import PoolingHead
+from sbert_fast.target import Target
 
 MAX_LENGTH = 512
 # Most that a 16-bit vector may turn away from the fp32 one, whatever the original loses itself.
@@ -183,21 +184,27 @@ def tiny() -> SentenceTransformer:
 NEEDLE = "the young woman under the old stone tree said so many years after that night"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+every_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+
+
+@every_dtype
+@pytest.mark.usefixtures("int8_anywhere")
 def test_needle_in_500_batches(tiny: SentenceTransformer, dtype: str) -> None:
     encoder = exact_encoder(tiny, dtype)
     others = [*make_texts(300, seed=5), ""]
     assert first_difference(encoder, NEEDLE, others, rounds=500, most=40) is None
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@every_dtype
+@pytest.mark.usefixtures("int8_anywhere")
 @pytest.mark.parametrize("needle", ["", "sea", NEEDLE * 4], ids=["empty", "word", "long"])
 def test_needles_of_other_lengths(tiny: SentenceTransformer, needle: str, dtype: str) -> None:
     encoder = exact_encoder(tiny, dtype)
     assert first_difference(encoder, needle, make_texts(100, seed=6), rounds=60, most=30) is None
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@every_dtype
+@pytest.mark.usefixtures("int8_anywhere")
 def test_needle_in_batches_of_the_real_model(st_minilm: SentenceTransformer, dtype: str) -> None:
     encoder = exact_encoder(st_minilm, dtype)
     others = sample_texts()[:200] + multilingual_texts()

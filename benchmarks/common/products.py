@@ -71,7 +71,9 @@ class LinearLayers:
         mkldnn = torch.ops.mkldnn
         if not torch.backends.mkldnn.is_available() or not hasattr(mkldnn, "_linear_pointwise"):
             return False
-        return precision == "float32" or bool(mkldnn._is_mkldnn_bf16_supported())
+        if precision == "bfloat16":
+            return bool(mkldnn._is_mkldnn_bf16_supported())
+        return precision == "float32"
 
 
 @contextmanager

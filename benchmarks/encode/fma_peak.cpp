@@ -1,6 +1,7 @@
 // Prints what this CPU multiplies and adds at most, in GFLOP/s, on so many threads:
-// fma_peak float32|bfloat16 THREADS. The tile unit (AMX) counts in bfloat16 where there is one, the
-// vector units elsewhere. Exits with 3 where there are no instructions for the precision.
+// fma_peak float32|bfloat16|int8 THREADS. The tile unit (AMX) counts in bfloat16 and int8 where
+// there is one, the vector units elsewhere. Exits with 3 where there are no instructions for the
+// precision.
 #include <immintrin.h>
 #if defined(__AMX_BF16__)
 #include <sys/syscall.h>
@@ -61,7 +62,7 @@ float RunFloat32() {
 
 #if defined(__AMX_BF16__)
 constexpr long kTileSteps = kSteps / 8;
-// Six tiles of sums; a product adds 16 x 16 sums of 32 products each.
+// Six tiles of sums; a product adds 16 x 16 sums of 32 products each, of 64 in int8.
 constexpr int kTiles = 6;
 constexpr double kFlopsOfTile = 2.0 * 16 * 16 * 32;
 
@@ -71,6 +72,7 @@ bool HasTiles() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
+template <bool kInt8>
 float RunTiles() {
   alignas(64) unsigned char config[64] = {1};
   for (int tile = 0; tile < 8; ++tile) {
@@ -88,12 +90,21 @@ float RunTiles() {
   _tile_zero(4);
   _tile_zero(5);
   for (long i = 0; i < kTileSteps; ++i) {
-    _tile_dpbf16ps(0, 6, 7);
-    _tile_dpbf16ps(1, 6, 7);
-    _tile_dpbf16ps(2, 6, 7);
-    _tile_dpbf16ps(3, 6, 7);
-    _tile_dpbf16ps(4, 6, 7);
-    _tile_dpbf16ps(5, 6, 7);
+    if constexpr (kInt8) {
+      _tile_dpbusd(0, 6, 7);
+      _tile_dpbusd(1, 6, 7);
+      _tile_dpbusd(2, 6, 7);
+      _tile_dpbusd(3, 6, 7);
+      _tile_dpbusd(4, 6, 7);
+      _tile_dpbusd(5, 6, 7);
+    } else {
+      _tile_dpbf16ps(0, 6, 7);
+      _tile_dpbf16ps(1, 6, 7);
+      _tile_dpbf16ps(2, 6, 7);
+      _tile_dpbf16ps(3, 6, 7);
+      _tile_dpbf16ps(4, 6, 7);
+      _tile_dpbf16ps(5, 6, 7);
+    }
   }
   _tile_stored(0, zeros, 64);
   _tile_release();
@@ -111,12 +122,25 @@ float RunBfloat16() {
 }
 #endif
 
+#if defined(__AVX512VNNI__)
+float RunInt8() {
+  Vector a = Fill(0.5F), b = Fill(0.25F);
+  Hide(a);
+  Hide(b);
+  const __m512i x = _mm512_castps_si512(a), w = _mm512_castps_si512(b);
+  return RunChains([&](Vector sum) {
+    return _mm512_castsi512_ps(_mm512_dpbusd_epi32(_mm512_castps_si512(sum), x, w));
+  });
+}
+#endif
+
 }  // namespace
 
 int main(int argc, char** argv) {
   if (argc != 3) return 2;
   const bool is_bfloat16 = std::strcmp(argv[1], "bfloat16") == 0;
-  float (*run)() = is_bfloat16 ? nullptr : RunFloat32;
+  const bool is_int8 = std::strcmp(argv[1], "int8") == 0;
+  float (*run)() = is_bfloat16 || is_int8 ? nullptr : RunFloat32;
   double flops = 2.0 * kLanes * kChains * kSteps;
 #if defined(__AVX512BF16__)
   if (is_bfloat16) {
@@ -124,10 +148,16 @@ int main(int argc, char** argv) {
     flops *= 2;
   }
 #endif
+#if defined(__AVX512VNNI__)
+  if (is_int8) {
+    run = RunInt8;
+    flops *= 4;
+  }
+#endif
 #if defined(__AMX_BF16__)
-  if (is_bfloat16 && HasTiles()) {
-    run = RunTiles;
-    flops = kFlopsOfTile * kTiles * kTileSteps;
+  if ((is_bfloat16 || is_int8) && HasTiles()) {
+    run = is_int8 ? RunTiles<true> : RunTiles<false>;
+    flops = kFlopsOfTile * kTiles * kTileSteps * (is_int8 ? 2 : 1);
   }
 #endif
   if (run == nullptr) return 3;

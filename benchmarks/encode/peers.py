@@ -177,10 +177,24 @@ def export_onnx(folder: ModelFolder, target: Path) -> None:
         )
 
 
+def _quantized(onnx: Path) -> Path:
+    """The export with int8 weights by channel, what they multiply being rounded as it comes."""
+    target = onnx.with_name("int8.onnx")
+    if not target.is_file():
+        _require("onnxruntime")
+        quantization = importlib.import_module("onnxruntime.quantization")
+        how = {"weight_type": quantization.QuantType.QInt8, "per_channel": True}
+        with redirect_stdout(stderr):
+            quantization.quantize_dynamic(onnx, target, **how)
+    return target
+
+
 def _onnxruntime(folder: ModelFolder, precision: str, onnx: Path) -> MakeForward:
-    if precision != "float32":
+    if precision == "bfloat16":
         raise NotAvailable(f"has no {precision} kernels on a CPU")
     ort = _require("onnxruntime")
+    if precision == "int8":
+        onnx = _quantized(onnx)
 
     def make(workers: int) -> Forward:
         options = ort.SessionOptions()
@@ -195,7 +209,9 @@ def _onnxruntime(folder: ModelFolder, precision: str, onnx: Path) -> MakeForward
 
 def _openvino(folder: ModelFolder, precision: str, onnx: Path) -> MakeForward:
     core = _require("openvino").Core()
-    hint = {"float32": "f32", "bfloat16": "bf16"}[precision]
+    hint = {"float32": "f32", "bfloat16": "bf16"}.get(precision)
+    if hint is None:
+        raise NotAvailable("quantises with NNCF, on texts to calibrate it")
     capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if precision == "bfloat16" and "BF16" not in capabilities:
         raise NotAvailable("this CPU has no bfloat16 instructions it could use")
@@ -228,6 +244,8 @@ def _compiled(
     import torch
     from torch._inductor import config
 
+    if precision == "int8":
+        raise NotAvailable("quantises models of torchao alone")
     module = _hugging_face(folder, precision)
     names = [n for n in _INPUT_NAMES if n in inspect.signature(module.forward).parameters]
     model = torch.compile(module, backend=backend, dynamic=True)
@@ -259,6 +277,8 @@ def build(name: str, precision: str, folder: ModelFolder, onnx: Path) -> System:
 
         from benchmarks.encode.systems import SYSTEMS
 
+        if name == REFERENCE and precision == "int8":
+            raise NotAvailable("has no int8 on a CPU")
         return SYSTEMS[name](folder, torch.device("cpu"), getattr(torch, precision))
     if not folder.pools_by_mean:
         raise NotAvailable("its driver pools by the mean and nothing else")

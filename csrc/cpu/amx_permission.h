@@ -4,7 +4,8 @@
 namespace sbert_fast::cpu {
 
 /// Asks the kernel for the tiles, for all threads of the process and its children. True where the
-/// CPU multiplies bf16 on them and the kernel keeps their contents; asking again changes nothing.
-bool request_amx_bf16();
+/// CPU multiplies bf16 and int8 on them and the kernel keeps their contents; asking again changes
+/// nothing.
+bool request_amx();
 
 }  // namespace sbert_fast::cpu

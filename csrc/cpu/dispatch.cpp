@@ -20,6 +20,9 @@ const KernelTable& kernel_table();
 namespace avx512 {
 const KernelTable& kernel_table();
 }
+namespace avx512_vnni {
+const KernelTable& kernel_table();
+}
 namespace avx512_bf16 {
 const KernelTable& kernel_table();
 }
@@ -41,9 +44,11 @@ std::vector<const KernelTable*> detect() {
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
-  if (has_bf16 && request_amx_bf16()) tables.push_back(&amx_bf16::kernel_table());
+  const bool has_vnni = has_avx512 && __builtin_cpu_supports("avx512vnni");
+  const bool has_bf16 = has_vnni && __builtin_cpu_supports("avx512bf16");
+  if (has_bf16 && request_amx()) tables.push_back(&amx_bf16::kernel_table());
   if (has_bf16) tables.push_back(&avx512_bf16::kernel_table());
+  if (has_vnni) tables.push_back(&avx512_vnni::kernel_table());
   if (has_avx512) tables.push_back(&avx512::kernel_table());
   if (has_avx2) tables.push_back(&avx2::kernel_table());
 #endif

@@ -9,6 +9,7 @@
 #include "linear_norm_kernel.h"
 #include "norm_kernels.h"
 #include "pool_kernel.h"
+#include "quantize_kernel.h"
 #if defined(SBF_TILES)
 #include "tile_attention.h"
 #include "tile_linear_norm.h"
@@ -19,24 +20,25 @@
 
 namespace sbert_fast::cpu::SBF_ISA {
 
-// The linear layers in bf16, which tiles compute where there are some.
-struct LinearBf16 {
+// The linear layers of T, bf16 or int8_t, which tiles compute where there are some.
+template <class T>
+struct NarrowLinear {
 #if defined(SBF_TILES)
-  static constexpr RangeKernel<LinearParams> kToFloat = tile_linear<float>;
-  static constexpr RangeKernel<LinearParams> kToBf16 = tile_linear<bf16>;
-  static constexpr RangeKernel<LinearNormParams> kNorm = tile_linear_norm;
+  static constexpr RangeKernel<LinearParams> kToFloat = tile_linear<T, float>;
+  static constexpr RangeKernel<LinearParams> kToBf16 = tile_linear<T, bf16>;
   static constexpr LinearItems kItems = kTileItems;
 #else
-  static constexpr RangeKernel<LinearParams> kToFloat = linear<bf16, float>;
-  static constexpr RangeKernel<LinearParams> kToBf16 = linear<bf16, bf16>;
-  static constexpr RangeKernel<LinearNormParams> kNorm = linear_norm<bf16>;
+  static constexpr RangeKernel<LinearParams> kToFloat = linear<T, float>;
+  static constexpr RangeKernel<LinearParams> kToBf16 = linear<T, bf16>;
   static constexpr LinearItems kItems = kLinearItems;
 #endif
 };
 
 #if defined(SBF_TILES)
+constexpr RangeKernel<LinearNormParams> kLinearNormBf16 = tile_linear_norm;
 constexpr RangeKernel<AttentionParams> kAttentionBf16 = tile_attention;
 #else
+constexpr RangeKernel<LinearNormParams> kLinearNormBf16 = linear_norm<bf16>;
 constexpr RangeKernel<AttentionParams> kAttentionBf16 = varlen_attention<bf16>;
 #endif
 
@@ -49,10 +51,15 @@ constexpr KernelTable kTable{
     .add_norm = {{add_norm<float, float>, add_norm<float, bf16>}, {nullptr, add_norm<bf16, bf16>}},
     .bias_gelu = {bias_gelu<float>, bias_gelu<bf16>},
     .gated_activation = {gated_activation<float>, gated_activation<bf16>},
-    .linear = {{linear<float, float>, nullptr}, {LinearBf16::kToFloat, LinearBf16::kToBf16}},
-    .linear_norm = {linear_norm<float>, LinearBf16::kNorm},
+    .linear = {{linear<float, float>, nullptr},
+               {NarrowLinear<bf16>::kToFloat, NarrowLinear<bf16>::kToBf16}},
+    .linear_norm = {linear_norm<float>, kLinearNormBf16},
+    .quantize_rows = {quantize_rows<float>, quantize_rows<bf16>},
+    .linear_int8 = {NarrowLinear<int8_t>::kToFloat, NarrowLinear<int8_t>::kToBf16},
+    .linear_norm_int8 = {linear_norm<int8_t, float, NarrowLinear<int8_t>::kToFloat>,
+                         linear_norm<int8_t, bf16, NarrowLinear<int8_t>::kToFloat>},
     .segment_pool = {segment_pool<float>, segment_pool<bf16>},
-    .linear_items = {kLinearItems, LinearBf16::kItems},
+    .linear_items = {kLinearItems, NarrowLinear<bf16>::kItems},
 };
 
 const KernelTable& kernel_table() { return kTable; }

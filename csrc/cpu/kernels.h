@@ -85,18 +85,29 @@ struct GatedParams {
   bool first;  // whether the first half is the one that is activated
 };
 
-/// Columns of a panel. The weights of a linear layer lie as fp32 [panels, K, 48], or in bf16 in
-/// strips of 16 columns, [3 * panels, K / 2, 16, 2], zeros beyond column N: the order in which they
-/// are read, on every instruction set.
+/// Columns of a panel. The weights of a linear layer lie as fp32 [panels, K, 48], or in strips of
+/// 16 columns, bf16 [3 * panels, K / 2, 16, 2] or int8 [3 * panels, 2 + K / 4, 16, 4], zeros beyond
+/// column N: the order in which they are read, on every instruction set. Two steps come before the
+/// weights in int8, both fp32: the scale of each column, and the sum of its weights.
 inline constexpr int64_t kPanelColumns = 48;
 inline constexpr int64_t kStripColumns = 16, kStripsPerPanel = kPanelColumns / kStripColumns;
+inline constexpr int64_t kInt8Header = 2;
+
+// What int8 weights multiply: rows of x as bytes, x / scale + zero, rounded to the nearest.
+struct QuantizeParams {
+  const void* x;  // [T, K]
+  uint8_t* out;   // [T, K]
+  float* scales;  // [T, 2]: the scale and the zero of each row
+  int64_t K;
+};
 
 // Work items are item_rows x item_panels parts of the result, those of the same rows together.
 struct LinearParams {
-  const void* x;       // [T, K]
-  const void* panels;  // aligned to 4 bytes
-  const float* bias;   // [N], or null
-  void* out;           // [T, N]
+  const void* x;            // [T, K]
+  const float* row_scales;  // [T, 2] of bytes, or null
+  const void* panels;       // aligned to 4 bytes
+  const float* bias;        // [N], or null
+  void* out;                // [T, N]
   int64_t T, K, N;
   int64_t item_rows, item_panels;
   Activation activation;
@@ -155,6 +166,9 @@ struct KernelTable {
   RangeKernel<GatedParams> gated_activation[kNumDtypes];            // rows
   RangeKernel<LinearParams> linear[kNumDtypes][kNumDtypes];         // items; [x and weights][out]
   RangeKernel<LinearNormParams> linear_norm[kNumDtypes];            // items
+  RangeKernel<QuantizeParams> quantize_rows[kNumDtypes];            // rows
+  RangeKernel<LinearParams> linear_int8[kNumDtypes];                // items; [out]
+  RangeKernel<LinearNormParams> linear_norm_int8[kNumDtypes];       // items; [residual and out]
   RangeKernel<SegmentPoolParams> segment_pool[kNumDtypes];          // segments
   LinearItems linear_items[kNumDtypes];
 };

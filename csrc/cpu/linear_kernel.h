@@ -42,6 +42,7 @@ constexpr int64_t kPanelGroupBytes = 384 << 10;
 template <class T>
 struct LinearOperand {
   static constexpr int64_t kValuesPerStep = 1;
+  static constexpr int64_t kHeader = 0;
   static constexpr int64_t kRun = 128;
   static constexpr int64_t kTogether = kPanelColumns;  // columns whose weights lie side by side
   static SBF_INLINE VecF multiply_add(VecF a, VecF b, VecF c) { return fma(a, b, c); }
@@ -51,6 +52,7 @@ struct LinearOperand {
 template <>
 struct LinearOperand<bf16> {
   static constexpr int64_t kValuesPerStep = 2;
+  static constexpr int64_t kHeader = 0;
   static constexpr int64_t kRun = 4096;
   static constexpr int64_t kTogether = kStripColumns;
   static SBF_INLINE VecF multiply_add(VecF a, VecF b, VecF c) {
@@ -63,6 +65,17 @@ struct LinearOperand<bf16> {
   }
 };
 
+// A step is four values: bytes of x and signed bytes of the weights. Their products add up exactly
+// to an int32 where K is below 2^16.
+template <>
+struct LinearOperand<int8_t> {
+  static constexpr int64_t kValuesPerStep = 4;
+  static constexpr int64_t kHeader = kInt8Header;
+  static constexpr int64_t kRun = int64_t{1} << 40;
+  static constexpr int64_t kTogether = kStripColumns;
+  static SBF_INLINE VecF multiply_add(VecF a, VecF b, VecF c) { return dot_bytes(a, b, c); }
+};
+
 // The weights of kLinearVecs * N columns of a panel, from a step on.
 template <class Operand>
 struct PanelColumns {
@@ -73,7 +86,8 @@ struct PanelColumns {
   SBF_INLINE PanelColumns(const float* panel, int64_t steps, int64_t column, int64_t step) {
     SBF_UNROLL for (int v = 0; v < (kSideBySide ? 1 : kLinearVecs); ++v) {
       const int64_t c = column + v * VecF::N;
-      at[v] = panel + (c / kTogether * steps + step) * kTogether + c % kTogether;
+      const int64_t first = c / kTogether * (steps + Operand::kHeader) + Operand::kHeader;
+      at[v] = panel + (first + step) * kTogether + c % kTogether;
     }
   }
   SBF_INLINE VecF load(int64_t step, int v) const {
@@ -183,13 +197,42 @@ SBF_INLINE void finish_tile(const float* sums, int64_t rows, int64_t columns, co
   }
 }
 
+// What int32 sums of products of bytes stand for, plus `bias`: `scales` is of the row, `header` of
+// the columns. Each step is rounded once, so that all code gives the same bits.
+SBF_INLINE VecF from_int8(VecF sums, const float* scales, const float* header, VecF bias) {
+  const VecF scale = VecF::load(header) * VecF::set1(scales[0]);
+  const VecF weights = VecF::load(header + kStripColumns);
+  return fused(fused(VecF::set1(-scales[1]), weights, from_integers(sums)), scale, bias);
+}
+
+SBF_INLINE VecF load_bias(const float* bias, int64_t column, int64_t columns) {
+  const int64_t left = columns - column;
+  if (bias == nullptr || left <= 0) return VecF::zero();
+  if (left >= VecF::N) return VecF::load(bias + column);
+  return VecF::load_partial(bias + column, static_cast<int>(left));
+}
+
+// Sums of a block as fp32, with the bias; the panel begins with the header of its first strip.
+SBF_INLINE void scale_sums(float* sums, int64_t rows, int64_t columns, const float* bias,
+                           const float* row_scales, const float* panel, int64_t steps) {
+  for (int64_t c = 0; c < kPanelColumns; c += VecF::N) {
+    const int64_t strip = c / kStripColumns * (steps + kInt8Header) * kStripColumns;
+    const float* const header = panel + strip + c % kStripColumns;
+    const VecF bias_of_columns = load_bias(bias, c, columns);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* const at = sums + r * kPanelColumns + c;
+      from_int8(VecF::load(at), row_scales + 2 * r, header, bias_of_columns).store(at);
+    }
+  }
+}
+
 // Rows [row, row_end) of the panels [panel, panel_end).
 template <class T, class Out, class Activate>
 void linear_item(const LinearParams& p, int64_t row, int64_t row_end, int64_t panel,
                  int64_t panel_end, Activate activate) {
   using Operand = LinearOperand<T>;
   const int64_t steps = p.K / Operand::kValuesPerStep;
-  const int64_t panel_size = steps * kPanelColumns;  // of 32-bit lanes
+  const int64_t panel_size = (steps + Operand::kHeader) * kPanelColumns;  // of 32-bit lanes
   const int64_t fitting = kPanelGroupBytes / (panel_size * static_cast<int64_t>(sizeof(float)) + 1);
   const int64_t group = fitting > 1 ? fitting : 1;
   alignas(64) float sums[kRowBlock * kPanelColumns];
@@ -198,14 +241,19 @@ void linear_item(const LinearParams& p, int64_t row, int64_t row_end, int64_t pa
     const int64_t last = first + group < panel_end ? first + group : panel_end;
     for (int64_t t = row; t < row_end; t += kRowBlock) {
       const int64_t rows = row_end - t < kRowBlock ? row_end - t : kRowBlock;
-      // A lane holds one fp32 or two bf16 values; they are only broadcast, never computed with.
+      // A lane holds a step of values; they are only broadcast, never computed with.
       const float* x = reinterpret_cast<const float*>(static_cast<const T*>(p.x) + t * p.K);
       for (int64_t i = first; i < last; ++i) {
         const float* weights = static_cast<const float*>(p.panels) + i * panel_size;
         multiply_block<Operand>(x, rows, weights, steps, sums);
         const int64_t column = i * kPanelColumns;
         const int64_t columns = p.N - column < kPanelColumns ? p.N - column : kPanelColumns;
-        finish_tile(sums, rows, columns, p.bias == nullptr ? nullptr : p.bias + column, activate,
+        const float* bias = p.bias == nullptr ? nullptr : p.bias + column;
+        if constexpr (Operand::kHeader > 0) {
+          scale_sums(sums, rows, columns, bias, p.row_scales + 2 * t, weights, steps);
+          bias = nullptr;
+        }
+        finish_tile(sums, rows, columns, bias, activate,
                     static_cast<Out*>(p.out) + t * p.N + column, p.N);
       }
     }

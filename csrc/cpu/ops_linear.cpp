@@ -11,6 +11,8 @@ namespace {
 constexpr int64_t kItemsPerThread = 4;
 // Multiplications below which waking another thread costs more than it saves.
 constexpr int64_t kGrainProducts = 1 << 20;
+// Of int8, so that no sum of products of bytes overflows.
+constexpr int64_t kInt8Inputs = 1 << 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -18,6 +20,7 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // The sizes of x @ weight.T.
 struct LinearShape {
   Dtype dtype;
+  bool int8;  // the weights
   int64_t T, K, N;
   LinearItems items;
 
@@ -29,14 +32,21 @@ LinearShape check_linear(const KernelTable& table, const char* op, const Tensor&
                          const Tensor& panels, const std::optional<Tensor>& bias,
                          int64_t features) {
   const Dtype dtype = check_activation(op, "x", x, "[T, K]", {kAnySize, kAnySize});
+  const bool int8 = panels.scalar_type() == ScalarType::Char;
   const LinearShape shape{.dtype = dtype,
+                          .int8 = int8,
                           .T = x.size(0),
                           .K = x.size(1),
                           .N = features,
-                          .items = table.linear_items[dtype]};
+                          .items = table.linear_items[int8 ? kBFloat16 : dtype]};
   SBF_CHECK(features >= 1, op, "features must be at least 1, got ", features);
   SBF_CHECK(shape.K >= 1, op, "x must have at least one column, got [", shape.T, ", 0]");
-  if (dtype == kFloat32) {
+  if (int8) {
+    SBF_CHECK(shape.K % 4 == 0 && shape.K < kInt8Inputs, op, "K must be a multiple of 4 and below ",
+              kInt8Inputs, " in int8, got ", shape.K);
+    check_tensor(op, "panels", panels, ScalarType::Char, "[3 * panels, 2 + K / 4, 16, 4]",
+                 {kStripsPerPanel * shape.panels(), kInt8Header + shape.K / 4, kStripColumns, 4});
+  } else if (dtype == kFloat32) {
     check_tensor(op, "panels", panels, ScalarType::Float, "[panels, K, 48]",
                  {shape.panels(), shape.K, kPanelColumns});
   } else {
@@ -57,10 +67,38 @@ int64_t item_rows(const LinearShape& shape) {
   return std::min(rows, round_up(std::max<int64_t>(shape.T, 1), items.row_step));
 }
 
-LinearParams linear_params(const LinearShape& shape, const Tensor& x, const Tensor& panels,
+// What a layer multiplies: x itself or, by int8 weights, its rows as bytes.
+class Operand {
+ public:
+  Operand(const KernelTable& table, const LinearShape& shape, const Tensor& x)
+      : x_(x.const_data_ptr()) {
+    if (!shape.int8) return;
+    const int64_t words = ceil_div(shape.T * shape.K, sizeof(float));
+    bytes_ = new_output({words + 2 * shape.T}, kFloat32);
+    auto* const words_of = static_cast<float*>(bytes_->mutable_data_ptr());
+    const QuantizeParams params{.x = x_,
+                                .out = reinterpret_cast<uint8_t*>(words_of),
+                                .scales = words_of + words,
+                                .K = shape.K};
+    parallel_rows(table.quantize_rows[shape.dtype], params, shape.T, shape.K);
+    x_ = params.out;
+    scales_ = params.scales;
+  }
+
+  const void* x() const { return x_; }
+  const float* scales() const { return scales_; }
+
+ private:
+  const void* x_;
+  const float* scales_ = nullptr;
+  std::optional<Tensor> bytes_;
+};
+
+LinearParams linear_params(const LinearShape& shape, const Operand& x, const Tensor& panels,
                            const std::optional<Tensor>& bias, void* out, Activation activation) {
   return {
-      .x = x.const_data_ptr(),
+      .x = x.x(),
+      .row_scales = x.scales(),
       .panels = panels.const_data_ptr(),
       .bias = data_or_null<float>(bias),
       .out = out,
@@ -71,6 +109,11 @@ LinearParams linear_params(const LinearShape& shape, const Tensor& x, const Tens
       .item_panels = shape.panels(),
       .activation = activation,
   };
+}
+
+RangeKernel<LinearParams> linear_kernel(const KernelTable& table, const LinearShape& shape,
+                                        Dtype out) {
+  return shape.int8 ? table.linear_int8[out] : table.linear[shape.dtype][out];
 }
 
 // Whether `items` keep every thread busy to the end.
@@ -108,8 +151,9 @@ Tensor linear(const Tensor& x, const Tensor& panels, const std::optional<Tensor>
   SBF_CHECK(0 <= activation && activation < kNumLinearActivations, op, "activation must be in [0, ",
             kNumLinearActivations, "), got ", activation);
   Tensor out = new_output({shape.T, shape.N}, shape.dtype);
-  run_linear(table.linear[shape.dtype][shape.dtype],
-             linear_params(shape, x, panels, bias, out.mutable_data_ptr(),
+  const Operand operand(table, shape, x);
+  run_linear(linear_kernel(table, shape, shape.dtype),
+             linear_params(shape, operand, panels, bias, out.mutable_data_ptr(),
                            static_cast<Activation>(activation)),
              shape.items);
   return out;
@@ -138,7 +182,9 @@ Tensor linear_norm(const Tensor& x, const Tensor& panels, const std::optional<Te
       .E = N,
       .eps = static_cast<float>(eps),
   };
-  const LinearParams params = linear_params(shape, x, panels, bias, nullptr, Activation::kNone);
+  const Operand operand(table, shape, x);
+  const LinearParams params =
+      linear_params(shape, operand, panels, bias, nullptr, Activation::kNone);
   const int64_t items = ceil_div(shape.T, params.item_rows);
   const int64_t threads = torch::stable::get_num_threads();
 
@@ -146,7 +192,7 @@ Tensor linear_norm(const Tensor& x, const Tensor& panels, const std::optional<Te
     const Tensor sums = new_output({shape.T, N}, kFloat32);
     LinearParams whole = params;
     whole.out = sums.mutable_data_ptr();
-    run_linear(table.linear[shape.dtype][kFloat32], whole, shape.items);
+    run_linear(linear_kernel(table, shape, kFloat32), whole, shape.items);
     AddNormParams rows = norm;
     rows.x = sums.const_data_ptr();
     parallel_rows(table.add_norm[kFloat32][shape.dtype], rows, shape.T, N);
@@ -154,7 +200,7 @@ Tensor linear_norm(const Tensor& x, const Tensor& panels, const std::optional<Te
   }
 
   // Every item has its rows normalised while they are in the cache.
-  const auto kernel = table.linear_norm[shape.dtype];
+  const auto kernel = (shape.int8 ? table.linear_norm_int8 : table.linear_norm)[shape.dtype];
   const int64_t stride = linear_norm_stride(shape.panels());
   const int64_t size = params.item_rows * stride;
   const Tensor scratch = new_output({std::min(threads, items), size}, kFloat32);

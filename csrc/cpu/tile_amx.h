@@ -1,7 +1,8 @@
 // TileRegisters on AMX. tile_portable.h has the same class for every CPU.
 //
 // Eight tiles of at most 16 rows of 64 bytes. Operands hold pairs of bf16 in 32-bit lanes, sums are
-// fp32. Inline assembly: GCC's intrinsics do not tell it which memory they read and write.
+// fp32; or four bytes, and sums are int32. Inline assembly: GCC's intrinsics do not tell it which
+// memory they read and write.
 #pragma once
 
 #include <stdint.h>
@@ -67,6 +68,12 @@ class TileRegisters {
   template <int SUMS, int LEFT, int RIGHT>
   SBF_INLINE void multiply_add() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUMS), "i"(LEFT), "i"(RIGHT));
+  }
+
+  /// The same in int32, exactly: unsigned bytes of the left tile, signed ones of the right.
+  template <int SUMS, int LEFT, int RIGHT>
+  SBF_INLINE void multiply_add_bytes() {
+    asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUMS), "i"(LEFT), "i"(RIGHT));
   }
 
  private:

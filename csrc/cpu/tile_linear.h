@@ -16,16 +16,26 @@ struct BlockResults {
   const float* bias = nullptr;
   Out* out = nullptr;
   int64_t out_stride = 0;
+  const float* row_scales = nullptr;  // of int32 sums
+  const float* headers[2] = {};       // of both strips
 };
 
+SBF_INLINE const float* header_of(const float* const (&headers)[2], int64_t column) {
+  return headers[column / kStripColumns] + column % kStripColumns;
+}
+
 /// Finishes the results of a whole block, row by row.
-template <class Out, class Activate, bool kHasBias>
+template <class T, class Out, class Activate, bool kHasBias>
 class WholeRows {
+  static constexpr bool kInt8 = sizeof(T) == 1;
+
  public:
   WholeRows(const BlockResults<Out>& block, Activate activate)
       : activate_(activate),
         sums_(block.sums),
         out_(block.out),
+        row_scales_(block.row_scales),
+        headers_{block.headers[0], block.headers[1]},
         rows_(block.rows),
         stride_(block.out_stride) {
     SBF_UNROLL for (int v = 0; v < kVecs; ++v) {
@@ -46,6 +56,7 @@ class WholeRows {
     __builtin_prefetch(out_ + kBlockColumns, 1, 2);
     sums_ += kBlockColumns;
     out_ += stride_;
+    if constexpr (kInt8) row_scales_ += 2;
   }
 
  private:
@@ -53,12 +64,17 @@ class WholeRows {
 
   SBF_INLINE VecF value(int v) const {
     const VecF sum = VecF::load(sums_ + v * VecF::N);
+    if constexpr (kInt8) {
+      const float* const header = header_of(headers_, v * VecF::N);
+      return activate_(from_int8(sum, row_scales_, header, bias_[v]));
+    }
     return activate_(kHasBias ? sum + bias_[v] : sum);
   }
 
   const Activate activate_;
   const float* sums_;
   Out* out_;
+  const float *row_scales_, *headers_[2];
   int64_t rows_;
   const int64_t stride_;
   VecF bias_[kVecs];
@@ -67,7 +83,7 @@ class WholeRows {
 /// Weights that are used on all rows of an item before the next ones.
 constexpr int64_t kLinearGroupBytes = 192 << 10;
 
-template <class Out, class Activate>
+template <class T, class Out, class Activate>
 class TileLinear {
  public:
   TileLinear(const LinearParams& params, Activate activate)
@@ -98,11 +114,15 @@ class TileLinear {
     pending_.bias = p_.bias == nullptr ? nullptr : p_.bias + column;
     pending_.out = static_cast<Out*>(p_.out) + block.row * p_.N + column;
     pending_.out_stride = p_.N;
+    if constexpr (sizeof(T) == 1) {
+      pending_.row_scales = p_.row_scales + 2 * block.row;
+      for (int i = 0; i < 2; ++i) pending_.headers[i] = product_.header(block.strip + i);
+    }
   }
 
   template <bool kHasBias>
   SBF_INLINE void multiply(const Block& block) {
-    WholeRows<Out, Activate, kHasBias> rows(pending_, activate_);
+    WholeRows<T, Out, Activate, kHasBias> rows(pending_, activate_);
     if (product_.pauses() >= kBlockRows) {
       product_.run(block, sums_, kBlockColumns, [&] { rows.next(); });
     } else {
@@ -112,25 +132,41 @@ class TileLinear {
   }
 
   void finish() {
+    const float* bias = pending_.bias;
+    if constexpr (sizeof(T) == 1) {
+      scale_pending();
+      bias = nullptr;
+    }
     for (int64_t r = 0; r < pending_.rows; ++r) {
-      finish_row(pending_.sums + r * kBlockColumns, pending_.columns, pending_.bias, activate_,
+      finish_row(pending_.sums + r * kBlockColumns, pending_.columns, bias, activate_,
                  pending_.out + r * pending_.out_stride);
     }
   }
 
+  void scale_pending() {
+    for (int64_t c = 0; c < kBlockColumns && pending_.rows > 0; c += VecF::N) {
+      const float* const header = header_of(pending_.headers, c);
+      const VecF bias = load_bias(pending_.bias, c, pending_.columns);
+      for (int64_t r = 0; r < pending_.rows; ++r) {
+        float* const at = sums_ + r * kBlockColumns + c;
+        from_int8(VecF::load(at), pending_.row_scales + 2 * r, header, bias).store(at);
+      }
+    }
+  }
+
   const LinearParams& p_;
-  BlockProduct product_;
+  BlockProduct<T> product_;
   const Activate activate_;
   BlockResults<Out> pending_;
   // All are read before the next ones are stored; a second buffer would leave the L1 cache between.
   alignas(64) float sums_[kBlockRows * kBlockColumns];
 };
 
-template <class Out, class Activate>
+template <class T, class Out, class Activate>
 void tile_linear_items(const LinearParams& p, int64_t begin, int64_t end, Activate activate) {
   const int64_t panels = divide_up(p.N, kPanelColumns);
   const int64_t across = divide_up(panels, p.item_panels);
-  TileLinear<Out, Activate> tiles(p, activate);
+  TileLinear<T, Out, Activate> tiles(p, activate);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t row = item / across * p.item_rows, panel = item % across * p.item_panels;
     tiles.run(row, smaller_of(row + p.item_rows, p.T), panel,
@@ -138,16 +174,16 @@ void tile_linear_items(const LinearParams& p, int64_t begin, int64_t end, Activa
   }
 }
 
-template <class Out>
+template <class T, class Out>
 void tile_linear(const LinearParams& p, int64_t begin, int64_t end) {
-  if (!fits_tiles(p)) return linear<bf16, Out>(p, begin, end);
+  if (!fits_tiles<T>(p)) return linear<T, Out>(p, begin, end);
   switch (p.activation) {
     case Activation::kNone:
-      return tile_linear_items<Out>(p, begin, end, [](VecF v) { return v; });
+      return tile_linear_items<T, Out>(p, begin, end, [](VecF v) { return v; });
     case Activation::kGelu:
-      return tile_linear_items<Out>(p, begin, end, TileGelu<Out, ErfTail<Out>, kErfTails>());
+      return tile_linear_items<T, Out>(p, begin, end, TileGelu<Out, ErfTail<Out>, kErfTails>());
     case Activation::kGeluTanh:
-      return tile_linear_items<Out>(p, begin, end, TileGelu<Out, TanhTail<Out>, kTanhTails>());
+      return tile_linear_items<T, Out>(p, begin, end, TileGelu<Out, TanhTail<Out>, kTanhTails>());
     case Activation::kSilu:
       return;  // refused by the op
   }

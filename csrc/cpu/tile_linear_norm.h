@@ -173,7 +173,7 @@ class TileLinearNorm {
     product_.run(block, sums, stride_, [&] { norm_.next(); });
   }
 
-  BlockProduct product_;
+  BlockProduct<bf16> product_;
   const int64_t strips_, stride_;
   RowsNorm<kHasBias> norm_;
   float* const scratch_;
@@ -189,7 +189,7 @@ void tile_linear_norm_items(const LinearNormParams& p, int64_t begin, int64_t en
 }
 
 inline void tile_linear_norm(const LinearNormParams& p, int64_t begin, int64_t end) {
-  if (!fits_tiles(p.linear)) return linear_norm<bf16>(p, begin, end);
+  if (!fits_tiles<bf16>(p.linear)) return linear_norm<bf16>(p, begin, end);
   if (p.linear.bias != nullptr) return tile_linear_norm_items<true>(p, begin, end);
   tile_linear_norm_items<false>(p, begin, end);
 }

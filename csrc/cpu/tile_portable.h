@@ -56,6 +56,21 @@ class TileRegisters {
   }
 
   template <int SUMS, int LEFT, int RIGHT>
+  void multiply_add_bytes() {
+    for (int64_t row = 0; row < rows_; ++row) {
+      for (int lane = 0; lane < kLanesOfRow; lane += VecF::N) {
+        float* const at = tiles_[SUMS][row] + lane;
+        VecF sum = VecF::load(at);
+        for (int k = 0; k < kLanesOfRow; ++k) {
+          const VecF bytes = VecF::set1(tiles_[LEFT][row][k]);
+          sum = dot_bytes(bytes, VecF::load(tiles_[RIGHT][k] + lane), sum);
+        }
+        sum.store(at);
+      }
+    }
+  }
+
+  template <int SUMS, int LEFT, int RIGHT>
   void multiply_add() {
     for (int64_t row = 0; row < rows_; ++row) {
       for (int lane = 0; lane < kLanesOfRow; lane += VecF::N) {

@@ -1,4 +1,4 @@
-// Products of rows of x and bf16 panels on tiles, for linear and linear_norm.
+// Products of rows of x and panels on tiles, bf16 or int8, for linear and linear_norm.
 //
 // A block of 32 rows and 32 columns has its sums in four tiles, from the first step along K to the
 // last: a row goes through the same steps in whatever block it is, so it depends on no other row
@@ -15,8 +15,7 @@
 namespace sbert_fast::cpu::SBF_ISA {
 
 constexpr int64_t kBlockRows = 32, kBlockColumns = 32;
-constexpr int64_t kStepValues = 32;                              // of K that a tile holds
-constexpr int64_t kTileBytes = kStepValues / 2 * kTileRowBytes;  // of a strip
+constexpr int64_t kTileBytes = kTileRowsMax * kTileRowBytes;  // of a strip
 constexpr int64_t kLineBytes = 64;
 /// The more rows, the less often weights come from beyond the L2 cache.
 constexpr LinearItems kTileItems{
@@ -26,7 +25,11 @@ SBF_INLINE int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
 SBF_INLINE int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
 SBF_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-SBF_INLINE bool fits_tiles(const LinearParams& p) { return p.K > 0 && p.K % kStepValues == 0; }
+// T is bf16, or int8_t for bytes of x and int8 weights, whose sums are int32.
+template <class T>
+SBF_INLINE bool fits_tiles(const LinearParams& p) {
+  return p.K > 0 && p.K * static_cast<int64_t>(sizeof(T)) % kTileRowBytes == 0;
+}
 
 // Rows, at most kBlockRows of them, the first of two strips of columns, and steps along K.
 struct Block {
@@ -56,15 +59,18 @@ class AskedAhead {
   int64_t piece_ = 0;
 };
 
+template <class T>
 class BlockProduct {
+  static constexpr bool kInt8 = sizeof(T) == 1;
+
  public:
   /// `group_bytes`: of weights that are used on all rows of an item before the next ones.
   /// `run_steps`: at most as many are taken along K before the next block of columns.
   BlockProduct(const LinearParams& p, int64_t group_bytes, int64_t run_steps)
       : x_(static_cast<const char*>(p.x)),
         panels_(static_cast<const char*>(p.panels)),
-        x_stride_(p.K * 2),
-        steps_(p.K / kStepValues),
+        x_stride_(p.K * static_cast<int64_t>(sizeof(T))),
+        steps_(x_stride_ / kTileRowBytes),
         strips_(divide_up(p.N, kPanelColumns) * kStripsPerPanel),
         group_(larger_of(1, group_bytes / (2 * steps_ * kTileBytes))),
         run_steps_(divide_up(steps_, divide_up(steps_, run_steps))) {}
@@ -78,6 +84,12 @@ class BlockProduct {
 
   /// Whether a block is complete with these steps.
   bool completes(const Block& block) const { return block.step_end == steps_; }
+
+  /// What stands before a strip of int8 weights; before the last one, if there are fewer.
+  const float* header(int64_t strip) const {
+    const char* const first = weights(smaller_of(strip, strips_ - 1));
+    return reinterpret_cast<const float*>(first - kHeaderBytes);
+  }
 
   /// Calls body(Block) for the rows [row, row_end) of the strips [strip, strip_end), a group of
   /// blocks after another; what does not fill a block comes last.
@@ -133,6 +145,8 @@ class BlockProduct {
   }
 
  private:
+  static constexpr int64_t kHeaderBytes = kInt8 ? kInt8Header * kTileRowBytes : 0;
+
   // Those of the next group, or the first one for the rows of the next item.
   void ask_for_weights(int64_t strip, int64_t current, int64_t strip_end, int64_t blocks) {
     if (strip == current) return;
@@ -146,22 +160,33 @@ class BlockProduct {
     rows_ahead_.start(x_ + row * x_stride_, x_ + end * x_stride_, blocks * steps_);
   }
 
-  const char* weights(int64_t strip) const { return panels_ + strip * steps_ * kTileBytes; }
+  const char* weights(int64_t strip) const {
+    return panels_ + strip * (steps_ * kTileBytes + kHeaderBytes) + kHeaderBytes;
+  }
 
   template <int FIRST>
   SBF_INLINE void begin(const Block& block, const float* sums, int64_t stride) {
-    if (block.step == 0) {
-      tiles_.zero<FIRST>(), tiles_.zero<FIRST + 1>();
+    if (block.step > 0) {
+      tiles_.template load<FIRST>(sums, stride * 4);
+      tiles_.template load<FIRST + 1>(sums + kStripColumns, stride * 4);
     } else {
-      tiles_.load<FIRST>(sums, stride * 4);
-      tiles_.load<FIRST + 1>(sums + kStripColumns, stride * 4);
+      tiles_.template zero<FIRST>(), tiles_.template zero<FIRST + 1>();
     }
   }
 
   template <int FIRST>
   SBF_INLINE void store(float* sums, int64_t stride) {
-    tiles_.store<FIRST>(sums, stride);
-    tiles_.store<FIRST + 1>(sums + kStripColumns, stride);
+    tiles_.template store<FIRST>(sums, stride);
+    tiles_.template store<FIRST + 1>(sums + kStripColumns, stride);
+  }
+
+  template <int SUMS, int LEFT, int RIGHT>
+  SBF_INLINE void multiply_add() {
+    if constexpr (kInt8) {
+      tiles_.template multiply_add_bytes<SUMS, LEFT, RIGHT>();
+    } else {
+      tiles_.template multiply_add<SUMS, LEFT, RIGHT>();
+    }
   }
 
   template <bool kHasLower, class Meanwhile>
@@ -169,28 +194,28 @@ class BlockProduct {
                            const char* right, const char* end, Meanwhile& meanwhile) {
     AskedAhead rows_ahead = rows_ahead_, weights_ahead = weights_ahead_;
     const int64_t stride = x_stride_;
-    tiles_.load_passing<6>(left, kTileRowBytes);
-    tiles_.load_constant<4>(upper, stride);
-    if constexpr (kHasLower) tiles_.load_constant<5>(lower, stride);
-    tiles_.load_passing<7>(right, kTileRowBytes);
+    tiles_.template load_passing<6>(left, kTileRowBytes);
+    tiles_.template load_constant<4>(upper, stride);
+    if constexpr (kHasLower) tiles_.template load_constant<5>(lower, stride);
+    tiles_.template load_passing<7>(right, kTileRowBytes);
     for (;;) {
       left += kTileBytes, right += kTileBytes;
       upper += kTileRowBytes, lower += kTileRowBytes;
       const bool is_last = left == end;
-      tiles_.multiply_add<0, 4, 6>();
+      multiply_add<0, 4, 6>();
       meanwhile();
-      if constexpr (kHasLower) tiles_.multiply_add<2, 5, 6>();
-      if (!is_last) tiles_.load_passing<6>(left, kTileRowBytes);
+      if constexpr (kHasLower) multiply_add<2, 5, 6>();
+      if (!is_last) tiles_.template load_passing<6>(left, kTileRowBytes);
       meanwhile();
-      tiles_.multiply_add<1, 4, 7>();
-      if (!is_last) tiles_.load_constant<4>(upper, stride);
-      if constexpr (kHasLower) tiles_.multiply_add<3, 5, 7>();
+      multiply_add<1, 4, 7>();
+      if (!is_last) tiles_.template load_constant<4>(upper, stride);
+      if constexpr (kHasLower) multiply_add<3, 5, 7>();
       meanwhile();
       rows_ahead.next();
       weights_ahead.next();
       if (is_last) break;
-      tiles_.load_passing<7>(right, kTileRowBytes);
-      if constexpr (kHasLower) tiles_.load_constant<5>(lower, stride);
+      tiles_.template load_passing<7>(right, kTileRowBytes);
+      if constexpr (kHasLower) tiles_.template load_constant<5>(lower, stride);
     }
     rows_ahead_ = rows_ahead;
     weights_ahead_ = weights_ahead;

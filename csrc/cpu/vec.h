@@ -16,8 +16,12 @@
 //   scale_by_power(a, t): the same by a product; 2^n must be normal, and NaN stays.
 //   lookup(table, t): the element of an aligned table for the low bits of each lane of t; not on
 //     AVX2.
+//   fused(a, b, c): a * b + c, rounded once on every CPU.
+//   store_low_bytes(p, a): the lowest byte of each lane.
+//   from_integers(a): lanes that hold an int32 as floats.
+//   dot_bytes(a, b, c): of int32 lanes, c + the sum of four products: unsigned bytes of a, signed
+//     ones of b.
 //   Only on the instruction sets that have tiles:
-//     fused(a, b, c): a * b + c, rounded once on every CPU.
 //     fraction(a): a - floor(a), rounded down, where |a| < 2^22; elsewhere in [0, 1]; NaN stays.
 //     scale_by_floor(a, b): a * 2^floor(b) for a in [1, 2]; below 2^-126 it may be zero; NaN in b
 //       gives anything.

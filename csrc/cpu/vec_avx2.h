@@ -83,6 +83,23 @@ SBF_INLINE float reduce_max(VecF a) {
   return _mm_cvtss_f32(_mm_max_ss(d, _mm_movehdup_ps(d)));
 }
 
+SBF_INLINE VecF fused(VecF a, VecF b, VecF c) { return fma(a, b, c); }
+SBF_INLINE void store_low_bytes(uint8_t* p, VecF a) {
+  const __m256i low = _mm256_and_si256(_mm256_castps_si256(a.v), _mm256_set1_epi32(0xff));
+  const __m128i words =
+      _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+}
+SBF_INLINE VecF from_integers(VecF a) { return {_mm256_cvtepi32_ps(_mm256_castps_si256(a.v))}; }
+SBF_INLINE VecF dot_bytes(VecF a, VecF b, VecF c) {
+  const __m256i x = _mm256_castps_si256(a.v), w = _mm256_castps_si256(b.v);
+  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0xff)),
+                                         _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8));
+  const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(x, 8), _mm256_srai_epi16(w, 8));
+  const __m256i sum = _mm256_castps_si256(c.v);
+  return {_mm256_castsi256_ps(_mm256_add_epi32(sum, _mm256_add_epi32(even, odd)))};
+}
+
 SBF_INLINE VecF widen(__m128i b) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(b), 16))};
 }

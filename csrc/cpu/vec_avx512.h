@@ -98,6 +98,23 @@ SBF_INLINE float reduce_max(VecF a) {
   return _mm_cvtss_f32(_mm_max_ss(d, _mm_movehdup_ps(d)));
 }
 
+SBF_INLINE void store_low_bytes(uint8_t* p, VecF a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_castps_si512(a.v)));
+}
+SBF_INLINE VecF from_integers(VecF a) { return {_mm512_cvtepi32_ps(_mm512_castps_si512(a.v))}; }
+SBF_INLINE VecF dot_bytes(VecF a, VecF b, VecF c) {
+  const __m512i x = _mm512_castps_si512(a.v), w = _mm512_castps_si512(b.v);
+  const __m512i sum = _mm512_castps_si512(c.v);
+#if defined(__AVX512VNNI__)
+  return {_mm512_castsi512_ps(_mm512_dpbusd_epi32(sum, x, w))};
+#else
+  const __m512i even = _mm512_madd_epi16(_mm512_and_si512(x, _mm512_set1_epi16(0xff)),
+                                         _mm512_srai_epi16(_mm512_slli_epi16(w, 8), 8));
+  const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(x, 8), _mm512_srai_epi16(w, 8));
+  return {_mm512_castsi512_ps(_mm512_add_epi32(sum, _mm512_add_epi32(even, odd)))};
+#endif
+}
+
 SBF_INLINE VecF widen(__m256i b) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16))};
 }

@@ -161,6 +161,26 @@ SBF_INLINE float reduce_max(VecF a) {
   return even > odd ? even : odd;
 }
 
+SBF_INLINE void store_low_bytes(uint8_t* p, VecF a) {
+  for (int i = 0; i < 4; ++i) {
+    p[i] = static_cast<uint8_t>(bits(a.lo)[i]);
+    p[i + 4] = static_cast<uint8_t>(bits(a.hi)[i]);
+  }
+}
+SBF_INLINE VecF from_integers(VecF a) {
+  return {__builtin_convertvector(bits(a.lo), Float4), __builtin_convertvector(bits(a.hi), Float4)};
+}
+SBF_INLINE Float4 dot_bytes(Float4 a, Float4 b, Float4 c) {
+  Int4 sum = bits(c);
+  for (int shift = 0; shift < 32; shift += 8) {
+    sum += ((bits(a) >> shift) & 0xff) * (bits(b) << (24 - shift) >> 24);
+  }
+  return (Float4)sum;
+}
+SBF_INLINE VecF dot_bytes(VecF a, VecF b, VecF c) {
+  return {dot_bytes(a.lo, b.lo, c.lo), dot_bytes(a.hi, b.hi, c.hi)};
+}
+
 SBF_INLINE VecF load_bf16(const bf16* p) {
   uint32_t lanes[VecF::N];
   for (int i = 0; i < VecF::N; ++i) lanes[i] = static_cast<uint32_t>(p[i].bits) << 16;

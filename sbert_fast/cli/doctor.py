@@ -194,7 +194,8 @@ def _linears() -> dict[str, str]:
     (prepacked), or torch."""
     import torch
 
-    from sbert_fast.linears import Target, choose
+    from sbert_fast.linears import choose
+    from sbert_fast.target import Target
 
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     return {

@@ -2,17 +2,22 @@
 
 fp32: panels of 48 columns (output features) side by side, one step along the inputs after another,
 `[panels, K, 48]`. bf16: strips of 16 columns, three to a panel, two inputs at a time,
-`[3 * panels, K / 2, 16, 2]`. The layout is the same on every instruction set; the last panel is
-filled up with zeros.
+`[3 * panels, K / 2, 16, 2]`. int8: strips likewise, four inputs at a time, behind two steps of
+another meaning, both fp32: the scale of each column, and the sum of its weights. The layout is the
+same on every instruction set; the last panel is filled up with zeros.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 COLUMNS = 48
 STRIP_COLUMNS = 16
+INT8_GROUP = 4  # inputs
+LARGEST = 127
+STEPS = 253
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -28,3 +33,42 @@ def pack(weight: Tensor) -> Tensor:
 def unpack(panels: Tensor, features: int) -> Tensor:
     """The weight `[N, K]` that :func:`pack` was given, N = `features`."""
     return panels.transpose(1, 2).reshape(panels.shape[0] * panels.shape[2], -1)[:features]
+
+
+def pack_int8(weight: Tensor) -> Tensor:
+    """The int8 panels of `weight` fp32 `[N, K]`, each row rounded to 127 steps of its own each way.
+
+    K is a multiple of 4.
+    """
+    features, inputs = weight.shape
+    weight = F.pad(weight, (0, 0, 0, -features % COLUMNS))
+    scale = weight.abs().amax(1) / LARGEST
+    steps = weight / scale.where(scale > 0, 1.0)[:, None]
+    rounded = steps.round().clamp(-LARGEST, LARGEST).to(torch.int8)
+    header = torch.stack((scale, rounded.sum(1, dtype=torch.float32)), dim=1)
+    header = header.view(-1, STRIP_COLUMNS, 2).transpose(1, 2).contiguous().view(torch.int8)
+    groups = rounded.view(-1, STRIP_COLUMNS, inputs // INT8_GROUP, INT8_GROUP).transpose(1, 2)
+    return torch.cat((header.view(-1, 2, STRIP_COLUMNS, INT8_GROUP), groups), dim=1)
+
+
+def unpack_int8(panels: Tensor, features: int) -> tuple[Tensor, Tensor]:
+    """The weights int8 `[N, K]` that :func:`pack_int8` has rounded, and their scales fp32 `[N]`."""
+    scales = panels[:, 0].contiguous().view(torch.float32).view(-1)[:features]
+    return unpack(panels[:, 2:], features), scales
+
+
+def multiply_int8(x: Tensor, panels: Tensor, features: int, dtype: torch.dtype) -> Tensor:
+    """`x` `[T, K]` times int8 panels, `[T, N]` in `dtype`.
+
+    Each row of x is rounded to 253 steps from the smallest to the largest of its values and zero;
+    sums of products are exact.
+    """
+    weight, scale = (part.double() for part in unpack_int8(panels, features))
+    smallest, largest = (f(x, dim=1, keepdim=True).float() for f in (torch.amin, torch.amax))
+    smallest, width = smallest.clamp(max=0), largest.clamp(min=0) - smallest.clamp(max=0)
+    inverse = torch.where(width > 1e-30, STEPS / width, 0.0).double()
+    zero = (-smallest.double() * inverse).round() + 1
+    sums = F.linear((x.double() * inverse + zero).round(), weight).float().double()
+    sums = (sums - weight.sum(1) * zero).float().to(dtype)
+    row_scale = width / STEPS + (x.float() * 0).sum(1, keepdim=True)
+    return sums * (scale.to(dtype) * row_scale.to(dtype))

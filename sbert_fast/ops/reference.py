@@ -18,7 +18,7 @@ from torch.nn.functional import embedding, gelu, layer_norm, rms_norm, silu
 from torch.nn.functional import linear as multiply
 from torch.nn.functional import normalize as l2_normalize
 
-from sbert_fast.ops.panels import unpack as unpack_panels
+from sbert_fast.ops import panels as panel_layout
 
 POOLING_MODES = ("mean", "cls", "max", "mean_sqrt_len", "weighted_mean", "last_token")
 NORMALIZE_EPS = 1e-12
@@ -253,7 +253,9 @@ def linear_norm(
 
 def _linear(x: Tensor, panels: Tensor, bias: Tensor | None, features: int) -> Tensor:
     dtype = _accumulator(x.dtype)
-    weight = unpack_panels(panels, features).to(dtype)
+    if panels.dtype == torch.int8:
+        return _sum(panel_layout.multiply_int8(x, panels, features, dtype), bias)
+    weight = panel_layout.unpack(panels, features).to(dtype)
     return multiply(x.to(dtype), weight, None if bias is None else bias.to(dtype))
 
 

@@ -36,11 +36,12 @@ class FastEncoder(PackedModel, SentenceTransformer):
             modules are shared, not copied.
         modules: modules to build the model from, as in `SentenceTransformer`.
         device: where to run; default as in `SentenceTransformer`.
-        dtype: dtype to compute in: "auto", "float32", "bfloat16", "float16", or the torch dtype.
-            "auto" is the dtype of a model that is passed in, or that `model_kwargs` ask for;
+        dtype: dtype to compute in: "auto", "float32", "bfloat16", "float16", "int8", or the torch
+            dtype. "auto" is the dtype of a model that is passed in, or that `model_kwargs` ask for;
             otherwise float32 on a CPU (float16 models compute in it there too) and float16 on a
-            GPU. It applies to the engine's prepared weights, not to the parameters of the modules;
-            embeddings are float32.
+            GPU. "int8" rounds the weights of linear layers, and what they multiply; it needs
+            AVX512-VNNI or AMX and no calibration. It applies to the engine's prepared weights, not
+            to the parameters of the modules; embeddings are float32.
         impl: implementation of the ops, see :mod:`sbert_fast.ops`.
         batch_tokens: most tokens of a batch; "auto" picks by model and device.
         **kwargs: further arguments of `SentenceTransformer`.
@@ -49,6 +50,7 @@ class FastEncoder(PackedModel, SentenceTransformer):
         ValueError: `device`, `dtype`, `impl` or `batch_tokens` is invalid, or `max_seq_length` is
             beyond the position table or below the number of special tokens.
         InvalidWeightsError: weights hold NaN or infinity; the message names the tensor.
+        ImplementationError: `impl` or int8 cannot run the model there.
 
     Example:
         >>> encoder = FastEncoder("sentence-transformers/all-MiniLM-L6-v2")

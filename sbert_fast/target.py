@@ -1,0 +1,68 @@
+"""What layers are prepared for: what they compute in, and where their weights may be int8."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sbert_fast import ops
+
+BF16_ISAS = ("amx_bf16", "avx512_bf16")
+INT8_ISAS = (*BF16_ISAS, "avx512_vnni")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What layers are prepared for.
+
+    Attributes:
+        dtype: what they compute in, whatever their weights are kept in.
+        device: where the weights are.
+        impl: implementation of the ops, see :mod:`sbert_fast.ops`.
+        live: the model's own modules are called: nothing of their weights is copied.
+        int8: weights are rounded to int8, and what they multiply is, row by row.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    impl: str = "auto"
+    live: bool = False
+    int8: bool = False
+
+    def bind(self, op: str, **how: Any) -> ops.Kernel:
+        """The kernel of `op`; sizes and options as :func:`ops.bind` takes them."""
+        return ops.bind(op, self.device, self.dtype, self.impl, **how)
+
+
+def compute_dtype(
+    model: nn.Module, requested: torch.dtype | None, device: torch.device
+) -> torch.dtype:
+    """The dtype asked for, else that of the model; float32 instead of float16 on a CPU.
+
+    Beside int8 weights it is bfloat16 where this CPU has dot products in it, else float32.
+    """
+    if requested == torch.int8:
+        return torch.bfloat16 if _isa() in BF16_ISAS else torch.float32
+    if requested is not None:
+        return requested
+    dtype = next(model.parameters()).dtype
+    return torch.float32 if device.type == "cpu" and dtype == torch.float16 else dtype
+
+
+def int8_refusal(device: torch.device, impl: str) -> str | None:
+    """Why int8 weights cannot run on a device; None where they can."""
+    if device.type != "cpu":
+        return f"int8 weights run on a CPU, not on {device}"
+    if (ops.requested(impl) not in ("auto", "cpu")) or _isa() is None:
+        return "int8 weights need the C++ ops (impl='cpu'), which do not run"
+    if _isa() not in INT8_ISAS:
+        return f"int8 weights need AVX512-VNNI, this CPU runs {_isa()}"
+    return None
+
+
+def _isa() -> str | None:
+    """The instruction set of the C++ ops; None where they do not run."""
+    return str(torch.ops.sbert_fast.cpu_isa()) if ops.extension.CPU.available else None

@@ -67,8 +67,7 @@ class SentenceTransformers(System):
     def _load(self, path: str, dtype: torch.dtype) -> Any:
         from sentence_transformers import SentenceTransformer
 
-        kwargs = {"dtype": dtype, "attn_implementation": "sdpa"}
-        return SentenceTransformer(path, device=str(self.device), model_kwargs=kwargs)
+        return SentenceTransformer(path, device=str(self.device), model_kwargs={"dtype": dtype})
 
     def encode(self, texts: list[str], setting: Setting) -> NDArray[np.float32]:
         return self.model.encode(

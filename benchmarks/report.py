@@ -152,8 +152,10 @@ def readme_figures(stored: Path = RESULTS) -> str:
         runs = [document for document in documents if document not in others]
         if any("gates" not in document for document in runs):
             sections.append(_gpu_section(folder.name, runs))
-        elif runs:
-            sections.append(_cpu_section(folder.name, runs, others))
+            continue
+        for model in dict.fromkeys(d["model"]["name"] for d in runs):
+            own = [[d for d in kind if d["model"]["name"] == model] for kind in (runs, others)]
+            sections.append(_cpu_section(folder.name, *own))
     return "\n\n".join(sections) or NOT_MEASURED
 
 

@@ -168,7 +168,7 @@ def peer_linear(
 ) -> Tensor:
     bias = None if bias is None else bias.to(x.dtype)
     if panels.dtype == torch.int8:
-        y = panel_layout.multiply_int8(x, panels, features, torch.float32).to(x.dtype)
+        y = panel_layout.multiply_int8(x.float(), panels, features).to(x.dtype)
         y = y if bias is None else y + bias
     else:
         y = F.linear(x, panel_layout.unpack(panels, features), bias)

@@ -57,8 +57,8 @@ def unpack_int8(panels: Tensor, features: int) -> tuple[Tensor, Tensor]:
     return unpack(panels[:, 2:], features), scales
 
 
-def multiply_int8(x: Tensor, panels: Tensor, features: int, dtype: torch.dtype) -> Tensor:
-    """`x` `[T, K]` times int8 panels, `[T, N]` in `dtype`.
+def multiply_int8(x: Tensor, panels: Tensor, features: int) -> Tensor:
+    """`x` `[T, K]`, fp32 or fp64, times int8 panels: `[T, N]` in its dtype.
 
     Each row of x is rounded to 253 steps from the smallest to the largest of its values and zero;
     sums of products are exact.
@@ -69,6 +69,6 @@ def multiply_int8(x: Tensor, panels: Tensor, features: int, dtype: torch.dtype) 
     inverse = torch.where(width > 1e-30, STEPS / width, 0.0).double()
     zero = (-smallest.double() * inverse).round() + 1
     sums = F.linear((x.double() * inverse + zero).round(), weight).float().double()
-    sums = (sums - weight.sum(1) * zero).float().to(dtype)
+    sums = (sums - weight.sum(1) * zero).float().to(x.dtype)
     row_scale = width / STEPS + (x.float() * 0).sum(1, keepdim=True)
-    return sums * (scale.to(dtype) * row_scale.to(dtype))
+    return sums * (scale.to(x.dtype) * row_scale.to(x.dtype))

@@ -33,8 +33,7 @@ class Activation(IntEnum):
     SILU = 3
 
 
-# Those of disentangled attention, of position_keys and position_queries.
-_Tables = tuple[Tensor | None, Tensor | None]
+_Tables = tuple[Tensor | None, Tensor | None]  # position_keys and position_queries
 # Scores held at once by attention, in elements: bounds memory, changes no result.
 _SCORE_BUDGET = 1 << 24
 
@@ -252,11 +251,11 @@ def linear_norm(
 
 
 def _linear(x: Tensor, panels: Tensor, bias: Tensor | None, features: int) -> Tensor:
-    dtype = _accumulator(x.dtype)
+    x = x.to(_accumulator(x.dtype))
     if panels.dtype == torch.int8:
-        return _sum(panel_layout.multiply_int8(x, panels, features, dtype), bias)
-    weight = panel_layout.unpack(panels, features).to(dtype)
-    return multiply(x.to(dtype), weight, None if bias is None else bias.to(dtype))
+        return _sum(panel_layout.multiply_int8(x, panels, features), bias)
+    weight = panel_layout.unpack(panels, features).to(x.dtype)
+    return multiply(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 def segment_pool(

@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
 import pytest  # noqa: E402
 from sentence_transformers import SentenceTransformer  # noqa: E402
 
+import instruction_sets  # noqa: E402
 import sbert_fast.kernels as kernels  # noqa: E402
 import triton_interpreter  # noqa: E402
 from families import make_sentence_transformer  # noqa: E402
@@ -78,9 +79,7 @@ def launches() -> Callable[[], dict[tuple[str, str], int]]:
     return ops.launches
 
 
-@pytest.fixture(
-    params=torch.ops.sbert_fast.cpu_isas().split(",") if ops.extension.CPU.available else []
-)
+@pytest.fixture(params=instruction_sets.OF_FLOATS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set the C++ ops have for this CPU; it is the active one for the test."""
     active = torch.ops.sbert_fast.cpu_isa()
@@ -92,9 +91,9 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def int8_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """int8 weights run on a CPU that has no instructions for them, too: slowly."""
-    if not ops.extension.CPU.available:
+    if not instruction_sets.NATIVE:
         pytest.skip("int8 needs the C++ ops")
-    monkeypatch.setattr(target, "INT8_ISAS", torch.ops.sbert_fast.cpu_isas().split(","))
+    monkeypatch.setattr(target, "INT8_ISAS", instruction_sets.NATIVE)
 
 
 @pytest.fixture

@@ -21,11 +21,12 @@ from attention_cases import (
     sequence_rows,
 )
 from guarded import before_a_guard
+from instruction_sets import EMULATED_TILES, OF_FLOATS
 from sbert_fast.ops import extension
 from sbert_fast.testing import pack_lengths
 
 OPS = torch.ops.sbert_fast
-ISAS = [*OPS.cpu_isas().split(","), "generic_tiles"] if extension.CPU.available else []
+ISAS = OF_FLOATS + EMULATED_TILES
 DTYPES = [torch.float32, torch.bfloat16]
 DIMS = (8, 26, 32, 37, 64, 80, 96, 128, 136, 256)
 NEITHER, BOTH = (False, False), (True, True)

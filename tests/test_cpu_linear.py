@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from guarded import before_a_guard
+from instruction_sets import EMULATED_TILES, NATIVE
 from sbert_fast import linears
 from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.linears import PanelLinear, PreparedNorm
@@ -44,7 +45,7 @@ class Kind:
 
 
 # The code for tiles runs everywhere, on what stands in for them.
-ISAS = [*OPS.cpu_isas().split(","), "generic_tiles"] if extension.CPU.available else []
+ISAS = NATIVE + EMULATED_TILES
 DTYPES = [torch.float32, torch.bfloat16]
 # Rows below, at and above a tile, a block of tiles and an item; columns below, at and above a
 # vector and a panel; inputs below and above a run of steps. Those that 32 divides fill tiles.

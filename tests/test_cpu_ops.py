@@ -25,7 +25,6 @@ from sbert_fast.ops.reference import Activation
 from sbert_fast.testing import check_op, pack_lengths
 
 OPS = torch.ops.sbert_fast
-ISAS = OPS.cpu_isas().split(",") if extension.CPU.available else []
 DTYPES = [torch.float32, torch.bfloat16]
 # One vector and less, no multiple of any vector, a common width, and longer than the kept row.
 SHAPES = [(1, 8), (3, 1), (7, 37), (33, 384), (2, 4103)]

@@ -1,0 +1,12 @@
+"""The instruction sets on which the C++ ops run here, best first."""
+
+from __future__ import annotations
+
+import torch
+
+from sbert_fast.ops import extension
+
+NATIVE = torch.ops.sbert_fast.cpu_isas().split(",") if extension.CPU.available else []
+# But for products of int8, the code of avx512_vnni is that of avx512.
+OF_FLOATS = [isa for isa in NATIVE if isa != "avx512_vnni"]
+EMULATED_TILES = ["generic_tiles"] if extension.CPU.available else []

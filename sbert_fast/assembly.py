@@ -13,14 +13,16 @@ from torch import nn
 from transformers import BatchEncoding
 
 from sbert_fast import bypass, ops
+from sbert_fast.admission import Admission
 from sbert_fast.classification import ClassificationHead
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import InvalidWeightsError, UnsupportedModelError
 from sbert_fast.inference import Head, Pipeline
 from sbert_fast.originals import SYNTAX, originals
 from sbert_fast.pairs import PairTokenizer
-from sbert_fast.pooling import PoolingHead, is_module, read_pooling
+from sbert_fast.pooling import PoolingHead, is_module, mean_of_tokens, read_pooling
 from sbert_fast.state import Snapshot
+from sbert_fast.static import StaticEncoder, StaticTokenizer
 from sbert_fast.tokenization import TextTokenizer
 
 DEVICES = ("cpu", "cuda")
@@ -76,11 +78,8 @@ def build_pipeline(
         ImplementationError: `impl` cannot run the model there.
     """
     dtype, device = where
-    children = list(model.children())
-    if not children or not is_module(children[0], "Transformer"):
-        found = type(children[0]).__name__ if children else "nothing"
-        raise UnsupportedModelError(f"the first module must be Transformer, got {found}")
-    transformer: Any = children[0]
+    scores = isinstance(model, CrossEncoder)
+    first = _first_module(model, ("Transformer",) if scores else ("Transformer", "StaticEmbedding"))
     if model.get_backend() != "torch":
         raise UnsupportedModelError(f"backend must be 'torch', got {model.get_backend()!r}")
     _check_placement(model)
@@ -88,16 +87,33 @@ def build_pipeline(
         raise UnsupportedModelError(
             f"the model is on {device}: there are kernels for {' and '.join(DEVICES)}"
         )
-    scores = isinstance(model, CrossEncoder)
-    _check_transformer(transformer, "sequence-classification" if scores else "feature-extraction")
-    base = base_model(transformer)
-    engine = known
+    is_static = is_module(first, "StaticEmbedding")
+    if not is_static:
+        _check_transformer(first, "sequence-classification" if scores else "feature-extraction")
+    base, kind = base_model(first), StaticEncoder if is_static else PackedEncoder
+    engine = known if type(known) is kind else None
     if engine is None or engine.model is not base or engine.requested_dtype != dtype:
-        engine = PackedEncoder(base, dtype=dtype, impl=impl, device=device)
+        engine = kind(base, dtype=dtype, impl=impl, device=device)
     admission = engine.admission()
     implementation = engine.check(device)
-    architecture = admission.architecture
     after = dict(list(model.named_children())[1:])
+    tokenizer: TextTokenizer
+    head: Head
+    if is_static:
+        tokenizer = StaticTokenizer(first.tokenizer)
+        head = PoolingHead(mean_of_tokens(after, admission.architecture.hidden_size))
+    else:
+        tokenizer, head = _around(first, after, admission, scores=scores)
+    if device.type != "cpu" and impl == "auto" and implementation == "reference":
+        raise UnsupportedModelError(f"no kernels run on {device}:\n{ops.explain_ops()}")
+    return Pipeline(tokenizer, engine, head)
+
+
+def _around(
+    transformer: Any, after: dict[str, nn.Module], admission: Admission, *, scores: bool
+) -> tuple[TextTokenizer, Head]:
+    """What comes before and after the base model of a Transformer module."""
+    architecture = admission.architecture
     head: Head
     if scores:
         head = ClassificationHead(transformer.auto_model, after)
@@ -108,16 +124,25 @@ def build_pipeline(
     if side != "right" and (has_table or not head.takes_left_padding):
         raise UnsupportedModelError(f"the tokenizer pads on the {side}")
     max_length = _max_length(transformer, architecture.max_tokens, has_table, pair=scores)
-    if device.type != "cpu" and impl == "auto" and implementation == "reference":
-        raise UnsupportedModelError(f"no kernels run on {device}:\n{ops.explain_ops()}")
     reader = PairTokenizer if scores else TextTokenizer
-    return Pipeline(reader(transformer.tokenizer, max_length), engine, head)
+    return reader(transformer.tokenizer, max_length), head
 
 
-def base_model(transformer: Any) -> Any:  # noqa: ANN401
-    """The base model in a Transformer module, which may have a head on it; None if there is no
-    model."""
-    model = getattr(transformer, "auto_model", None)
+def _first_module(model: SentenceTransformer, names: tuple[str, ...]) -> Any:  # noqa: ANN401
+    """The first module of a model; refused if it is none of `names`."""
+    first: Any = next(model.children(), None)
+    if not any(is_module(first, name) for name in names):
+        found = "nothing" if first is None else type(first).__name__
+        raise UnsupportedModelError(f"the first module must be {' or '.join(names)}, got {found}")
+    return first
+
+
+def base_model(first: Any) -> Any:  # noqa: ANN401
+    """What the first module of a model computes with: the base model in a Transformer, which may
+    have a head on it, or the table in a StaticEmbedding; None if there is no such thing."""
+    if is_module(first, "StaticEmbedding"):
+        return first._modules.get("embedding")
+    model = getattr(first, "auto_model", None)
     return getattr(model, "base_model", model)
 
 

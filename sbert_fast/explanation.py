@@ -44,7 +44,7 @@ def explain(model: nn.Module | None = None) -> str:
         title = type(module).__name__
         lines.append(f"  {name}: {title}" if name else f"  {title}")
         lines += [f"    {line}" for line in _base_model(module)]
-    if not found:
+    if not found and not isinstance(model, PackedModel):
         lines.append("  not supported: it contains no transformers model")
     return "\n".join(lines)
 
@@ -131,7 +131,8 @@ def _engine(engine: PackedEncoder) -> str:
         ]
         why = "; ".join(["picked by auto", *passed, *_cuda_kernels(engine)])
     linears = "; ".join(map(str, engine.linears()))
-    rest = "".join(f"; {each}" for each in (*_ops_elsewhere(engine, name), f"linear: {linears}"))
+    lines = [*_ops_elsewhere(engine, name), *([f"linear: {linears}"] if linears else [])]
+    rest = "".join(f"; {line}" for line in lines)
     return f"{dtype} on {engine.device}, ops: {name} ({why}){rest}"
 
 

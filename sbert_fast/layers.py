@@ -99,13 +99,13 @@ class Stack:
 
     Attributes:
         first_norm: before the first layer, or None.
-        norm: the kernel for it.
+        norm: the kernel for it, or None.
         rotary: one for every kind of rotary positions.
     """
 
     layers: tuple[PreparedLayer, ...]
     first_norm: PreparedNorm | None
-    norm: ops.Kernel
+    norm: ops.Kernel | None
     rotary: tuple[RotaryTable, ...]
 
     def states(self, x: Tensor, batch: PackedBatch, kept: Tensor | None = None) -> Iterator[Tensor]:
@@ -143,7 +143,7 @@ class Stack:
     def _enter(self, x: Tensor) -> Tensor:
         """What the first layer reads of the embeddings."""
         norm = self.first_norm
-        if norm is None:
+        if norm is None or self.norm is None:
             return x
         normed: Tensor = self.norm(x, None, None, norm.weight, norm.bias, norm.eps)
         return normed

@@ -26,7 +26,7 @@ LAYERS = (
     {"preparation"},
     {"admission"},
     {"tokenization", "engine", "transfer", "budget"},
-    {"pooling", "classification", "pairs"},
+    {"pooling", "classification", "pairs", "static"},
     {"inference", "callers", "padded_call", "packed_forward", "sparse_forward", "arguments"},
     {"results", "call", "assembly"},
     {"session"},

@@ -66,7 +66,7 @@ class FastEncoder(PackedModel, SentenceTransformer):
         """What runs a call; `reason` says why its inputs do not run packed, if they do not."""
         found = self._session.ready(self, call.moves_to)
         if isinstance(found, Pipeline):
-            reason = reason_of_call(self, call) or reason
+            reason = reason_of_call(self, call, found) or reason
             found = found if reason is None else Unsupported(reason)
         return found
 

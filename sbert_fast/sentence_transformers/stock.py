@@ -14,6 +14,8 @@ from sentence_transformers.base.modality import infer_modality, is_message_dict
 from sbert_fast.arguments import as_list, check_keywords, check_positive
 from sbert_fast.call import Call
 from sbert_fast.errors import InputError
+from sbert_fast.inference import Pipeline
+from sbert_fast.static import StaticEncoder
 from sbert_fast.tokenization import check_texts
 from sbert_fast.values import PRECISIONS, shown
 
@@ -116,12 +118,14 @@ def checked(model: SentenceTransformer, call: Call, prompt_name: str | None) -> 
     return call
 
 
-def reason_of_call(model: SentenceTransformer, call: Call) -> str | None:
-    """Why sentence-transformers runs a call of a supported model; None if it does not."""
+def reason_of_call(model: SentenceTransformer, call: Call, pipeline: Pipeline) -> str | None:
+    """Why sentence-transformers runs a call of a model with a pipeline; None if it does not."""
     for name in ("forward", "preprocess", "tokenize"):
         if getattr(type(model), name) is not getattr(SentenceTransformer, name):
             return f"{type(model).__name__} has a {name} of its own"
-    config = model[0].auto_model.config
+    if isinstance(pipeline.engine, StaticEncoder) and not call.is_of_sentences:
+        return f"output_value={call.output_value!r} of StaticEmbedding"
+    config = getattr(pipeline.engine.model, "config", None)
     if call.output_value is None and any(getattr(config, f"output_{n}", False) for n in _OUTPUTS):
         return "output_value=None of a model that outputs hidden states or attentions"
     # sentence-transformers refuses the names it does not know, whatever their value.

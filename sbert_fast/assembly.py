@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from sbert_fast.inference import Head, Pipeline
 from sbert_fast.originals import SYNTAX, originals
 from sbert_fast.pairs import PairTokenizer
 from sbert_fast.pooling import PoolingHead, is_module, mean_of_tokens, read_pooling
+from sbert_fast.routes import modules_off, modules_on
 from sbert_fast.state import Snapshot
 from sbert_fast.static import StaticEncoder, StaticTokenizer
 from sbert_fast.tokenization import TextTokenizer
@@ -61,15 +62,20 @@ Where = tuple[torch.dtype | None, torch.device]
 
 
 def build_pipeline(
-    model: SentenceTransformer, where: Where, impl: str, known: PackedEncoder | None
+    model: SentenceTransformer,
+    route: str | None,
+    where: Where,
+    impl: str,
+    known: Sequence[PackedEncoder],
 ) -> Pipeline:
     """The packed pipeline of a SentenceTransformer or a CrossEncoder.
 
     Args:
         model: what to run; its parameters are read, never copied into it.
+        route: what to run of it, see :mod:`sbert_fast.routes`.
         where: the dtype and the device to run it in; the model may still be elsewhere.
         impl: implementation of the ops.
-        known: the engine so far, which is kept if it still serves.
+        known: engines so far; one that still serves is kept.
 
     Raises:
         UnsupportedModelError: with the reason.
@@ -79,7 +85,9 @@ def build_pipeline(
     """
     dtype, device = where
     scores = isinstance(model, CrossEncoder)
-    first = _first_module(model, ("Transformer",) if scores else ("Transformer", "StaticEmbedding"))
+    names = ("Transformer",) if scores else ("Transformer", "StaticEmbedding")
+    after = modules_on(model, route)
+    first = _first_of(after, names)
     if model.get_backend() != "torch":
         raise UnsupportedModelError(f"backend must be 'torch', got {model.get_backend()!r}")
     _check_placement(model)
@@ -91,12 +99,10 @@ def build_pipeline(
     if not is_static:
         _check_transformer(first, "sequence-classification" if scores else "feature-extraction")
     base, kind = base_model(first), StaticEncoder if is_static else PackedEncoder
-    engine = known if type(known) is kind else None
-    if engine is None or engine.model is not base or engine.requested_dtype != dtype:
-        engine = kind(base, dtype=dtype, impl=impl, device=device)
+    serving = (e for e in known if e.model is base and e.requested_dtype == dtype)
+    engine = next(serving, None) or kind(base, dtype=dtype, impl=impl, device=device)
     admission = engine.admission()
     implementation = engine.check(device)
-    after = dict(list(model.named_children())[1:])
     tokenizer: TextTokenizer
     head: Head
     if is_static:
@@ -106,7 +112,7 @@ def build_pipeline(
         tokenizer, head = _around(first, after, admission, scores=scores)
     if device.type != "cpu" and impl == "auto" and implementation == "reference":
         raise UnsupportedModelError(f"no kernels run on {device}:\n{ops.explain_ops()}")
-    return Pipeline(tokenizer, engine, head)
+    return Pipeline(first, tokenizer, engine, head)
 
 
 def _around(
@@ -128,9 +134,9 @@ def _around(
     return reader(transformer.tokenizer, max_length), head
 
 
-def _first_module(model: SentenceTransformer, names: tuple[str, ...]) -> Any:  # noqa: ANN401
-    """The first module of a model; refused if it is none of `names`."""
-    first: Any = next(model.children(), None)
+def _first_of(modules: dict[str, nn.Module], names: Sequence[str]) -> Any:  # noqa: ANN401
+    """Take away the first of `modules`; it is refused if it is none of `names`."""
+    first: Any = modules.pop(next(iter(modules), ""), None)
     if not any(is_module(first, name) for name in names):
         found = "nothing" if first is None else type(first).__name__
         raise UnsupportedModelError(f"the first module must be {' or '.join(names)}, got {found}")
@@ -251,33 +257,40 @@ class Assembly:
 
     Args:
         model: what to run.
+        route: what to run of it, see :mod:`sbert_fast.routes`.
         where: the dtype and the device to run it in; the model may still be elsewhere.
         impl: implementation of the ops.
-        old: the assembly so far, whose engine is kept if it still serves.
+        old: assemblies so far, whose engines are kept if they still serve.
     """
 
     def __init__(
-        self, model: SentenceTransformer, where: Where, impl: str, old: Assembly | None
+        self,
+        model: SentenceTransformer,
+        route: str | None,
+        where: Where,
+        impl: str,
+        old: Iterable[Assembly],
     ) -> None:
-        base = base_model(next(model.children(), None))
-        self._model, self._where = model, where
-        # The engine watches the base model, if there is one.
-        self._snapshot = Snapshot(model, without=[base])
+        base = base_model(next(iter(modules_on(model, route).values()), None))
+        self._model, self._route, self._where = model, route, where
+        # The engine watches the base model, if there is one; other routes are watched by others.
+        self._snapshot = Snapshot(model, without=[base, *modules_off(model, route)])
         self._originals = originals({*map(type, self._snapshot.objects), BatchEncoding}, _ROOTS)
-        self._found = self._build(model, impl, old)
+        self._found = self._build(model, impl, [found for each in old for found in each._engines()])
         if isinstance(self._found, Unsupported):
             self._snapshot = Snapshot(model)
             self._originals = originals({*map(type, self._snapshot.objects), BatchEncoding}, _ROOTS)
 
+    def _engines(self) -> list[PackedEncoder]:
+        return [self._found.engine] if isinstance(self._found, Pipeline) else []
+
     def _build(
-        self, model: SentenceTransformer, impl: str, old: Assembly | None
+        self, model: SentenceTransformer, impl: str, known: Sequence[PackedEncoder]
     ) -> Pipeline | Unsupported:
         try:
             for part in self._snapshot.objects:
                 _check_own(part, self._originals.names)
-            found = None if old is None else old._found
-            known = found.engine if isinstance(found, Pipeline) else None
-            pipeline = build_pipeline(model, self._where, impl, known)
+            pipeline = build_pipeline(model, self._route, self._where, impl, known)
         except InvalidWeightsError:
             raise
         except UnsupportedModelError as error:

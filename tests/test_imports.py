@@ -27,6 +27,7 @@ LAYERS = (
     {"admission"},
     {"tokenization", "engine", "transfer", "budget"},
     {"pooling", "classification", "pairs", "static"},
+    {"routes"},
     {"inference", "callers", "padded_call", "packed_forward", "sparse_forward", "arguments"},
     {"results", "call", "assembly"},
     {"session"},

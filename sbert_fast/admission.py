@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -11,12 +13,18 @@ from sbert_fast.fingerprint import Fingerprint
 from sbert_fast.models.base import is_in_pooler
 from sbert_fast.state import Snapshot
 
+Reader = Callable[[nn.Module], tuple[models.Architecture, models.EncoderWeights]]
+
 
 class Admission:
     """Whether a base model may run packed, and what its adapter has read of it.
 
     It holds as long as no attribute or buffer of the model and no function that it calls has
     changed.
+
+    Args:
+        model: the base model.
+        read: the adapter; raises UnsupportedModelError.
 
     Attributes:
         reason: why the engine does not support the model; None where it does.
@@ -31,7 +39,7 @@ class Admission:
     architecture: models.Architecture
     weights: models.EncoderWeights
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, read: Reader = models.read) -> None:
         self._snapshot = Snapshot(model)
         self._originals = models.originals_of(model)
         self.buffers = list(model.buffers())
@@ -42,7 +50,7 @@ class Admission:
         inner = [m for name, m in model.named_modules() if name and not is_in_pooler(name)]
         pooler = [m for name, m in model.named_modules() if is_in_pooler(name)]
         try:
-            self.architecture, self.weights = models.read(model)
+            self.architecture, self.weights = read(model)
         except UnsupportedModelError as error:
             self.reason = str(error)
             return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,17 @@ from torch import nn
 from transformers import BatchEncoding
 
 from sbert_fast import bypass, ops
+from sbert_fast.admission import Admission
 from sbert_fast.classification import ClassificationHead
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import InvalidWeightsError, UnsupportedModelError
 from sbert_fast.inference import Head, Pipeline
 from sbert_fast.originals import SYNTAX, originals
 from sbert_fast.pairs import PairTokenizer
-from sbert_fast.pooling import PoolingHead, is_module, read_pooling
+from sbert_fast.pooling import PoolingHead, is_module, mean_of_tokens, read_pooling
+from sbert_fast.routes import modules_off, modules_on
 from sbert_fast.state import Snapshot
+from sbert_fast.static import StaticEncoder, StaticTokenizer
 from sbert_fast.tokenization import TextTokenizer
 
 DEVICES = ("cpu", "cuda")
@@ -59,15 +62,20 @@ Where = tuple[torch.dtype | None, torch.device]
 
 
 def build_pipeline(
-    model: SentenceTransformer, where: Where, impl: str, known: PackedEncoder | None
+    model: SentenceTransformer,
+    route: str | None,
+    where: Where,
+    impl: str,
+    known: Sequence[PackedEncoder],
 ) -> Pipeline:
     """The packed pipeline of a SentenceTransformer or a CrossEncoder.
 
     Args:
         model: what to run; its parameters are read, never copied into it.
+        route: what to run of it, see :mod:`sbert_fast.routes`.
         where: the dtype and the device to run it in; the model may still be elsewhere.
         impl: implementation of the ops.
-        known: the engine so far, which is kept if it still serves.
+        known: engines so far; one that still serves is kept.
 
     Raises:
         UnsupportedModelError: with the reason.
@@ -76,11 +84,10 @@ def build_pipeline(
         ImplementationError: `impl` cannot run the model there.
     """
     dtype, device = where
-    children = list(model.children())
-    if not children or not is_module(children[0], "Transformer"):
-        found = type(children[0]).__name__ if children else "nothing"
-        raise UnsupportedModelError(f"the first module must be Transformer, got {found}")
-    transformer: Any = children[0]
+    scores = isinstance(model, CrossEncoder)
+    names = ("Transformer",) if scores else ("Transformer", "StaticEmbedding")
+    after = modules_on(model, route)
+    first = _first_of(after, names)
     if model.get_backend() != "torch":
         raise UnsupportedModelError(f"backend must be 'torch', got {model.get_backend()!r}")
     _check_placement(model)
@@ -88,16 +95,31 @@ def build_pipeline(
         raise UnsupportedModelError(
             f"the model is on {device}: there are kernels for {' and '.join(DEVICES)}"
         )
-    scores = isinstance(model, CrossEncoder)
-    _check_transformer(transformer, "sequence-classification" if scores else "feature-extraction")
-    base = base_model(transformer)
-    engine = known
-    if engine is None or engine.model is not base or engine.requested_dtype != dtype:
-        engine = PackedEncoder(base, dtype=dtype, impl=impl, device=device)
+    is_static = is_module(first, "StaticEmbedding")
+    if not is_static:
+        _check_transformer(first, "sequence-classification" if scores else "feature-extraction")
+    base, kind = base_model(first), StaticEncoder if is_static else PackedEncoder
+    serving = (e for e in known if e.model is base and e.requested_dtype == dtype)
+    engine = next(serving, None) or kind(base, dtype=dtype, impl=impl, device=device)
     admission = engine.admission()
     implementation = engine.check(device)
+    tokenizer: TextTokenizer
+    head: Head
+    if is_static:
+        tokenizer = StaticTokenizer(first.tokenizer)
+        head = PoolingHead(mean_of_tokens(after, admission.architecture.hidden_size))
+    else:
+        tokenizer, head = _around(first, after, admission, scores=scores)
+    if device.type != "cpu" and impl == "auto" and implementation == "reference":
+        raise UnsupportedModelError(f"no kernels run on {device}:\n{ops.explain_ops()}")
+    return Pipeline(first, tokenizer, engine, head)
+
+
+def _around(
+    transformer: Any, after: dict[str, nn.Module], admission: Admission, *, scores: bool
+) -> tuple[TextTokenizer, Head]:
+    """What comes before and after the base model of a Transformer module."""
     architecture = admission.architecture
-    after = dict(list(model.named_children())[1:])
     head: Head
     if scores:
         head = ClassificationHead(transformer.auto_model, after)
@@ -108,16 +130,25 @@ def build_pipeline(
     if side != "right" and (has_table or not head.takes_left_padding):
         raise UnsupportedModelError(f"the tokenizer pads on the {side}")
     max_length = _max_length(transformer, architecture.max_tokens, has_table, pair=scores)
-    if device.type != "cpu" and impl == "auto" and implementation == "reference":
-        raise UnsupportedModelError(f"no kernels run on {device}:\n{ops.explain_ops()}")
     reader = PairTokenizer if scores else TextTokenizer
-    return Pipeline(reader(transformer.tokenizer, max_length), engine, head)
+    return reader(transformer.tokenizer, max_length), head
 
 
-def base_model(transformer: Any) -> Any:  # noqa: ANN401
-    """The base model in a Transformer module, which may have a head on it; None if there is no
-    model."""
-    model = getattr(transformer, "auto_model", None)
+def _first_of(modules: dict[str, nn.Module], names: Sequence[str]) -> Any:  # noqa: ANN401
+    """Take away the first of `modules`; it is refused if it is none of `names`."""
+    first: Any = modules.pop(next(iter(modules), ""), None)
+    if not any(is_module(first, name) for name in names):
+        found = "nothing" if first is None else type(first).__name__
+        raise UnsupportedModelError(f"the first module must be {' or '.join(names)}, got {found}")
+    return first
+
+
+def base_model(first: Any) -> Any:  # noqa: ANN401
+    """What the first module of a model computes with: the base model in a Transformer, which may
+    have a head on it, or the table in a StaticEmbedding; None if there is no such thing."""
+    if is_module(first, "StaticEmbedding"):
+        return first._modules.get("embedding")
+    model = getattr(first, "auto_model", None)
     return getattr(model, "base_model", model)
 
 
@@ -226,33 +257,40 @@ class Assembly:
 
     Args:
         model: what to run.
+        route: what to run of it, see :mod:`sbert_fast.routes`.
         where: the dtype and the device to run it in; the model may still be elsewhere.
         impl: implementation of the ops.
-        old: the assembly so far, whose engine is kept if it still serves.
+        old: assemblies so far, whose engines are kept if they still serve.
     """
 
     def __init__(
-        self, model: SentenceTransformer, where: Where, impl: str, old: Assembly | None
+        self,
+        model: SentenceTransformer,
+        route: str | None,
+        where: Where,
+        impl: str,
+        old: Iterable[Assembly],
     ) -> None:
-        base = base_model(next(model.children(), None))
-        self._model, self._where = model, where
-        # The engine watches the base model, if there is one.
-        self._snapshot = Snapshot(model, without=[base])
+        base = base_model(next(iter(modules_on(model, route).values()), None))
+        self._model, self._route, self._where = model, route, where
+        # The engine watches the base model, if there is one; other routes are watched by others.
+        self._snapshot = Snapshot(model, without=[base, *modules_off(model, route)])
         self._originals = originals({*map(type, self._snapshot.objects), BatchEncoding}, _ROOTS)
-        self._found = self._build(model, impl, old)
+        self._found = self._build(model, impl, [found for each in old for found in each._engines()])
         if isinstance(self._found, Unsupported):
             self._snapshot = Snapshot(model)
             self._originals = originals({*map(type, self._snapshot.objects), BatchEncoding}, _ROOTS)
 
+    def _engines(self) -> list[PackedEncoder]:
+        return [self._found.engine] if isinstance(self._found, Pipeline) else []
+
     def _build(
-        self, model: SentenceTransformer, impl: str, old: Assembly | None
+        self, model: SentenceTransformer, impl: str, known: Sequence[PackedEncoder]
     ) -> Pipeline | Unsupported:
         try:
             for part in self._snapshot.objects:
                 _check_own(part, self._originals.names)
-            found = None if old is None else old._found
-            known = found.engine if isinstance(found, Pipeline) else None
-            pipeline = build_pipeline(model, self._where, impl, known)
+            pipeline = build_pipeline(model, self._route, self._where, impl, known)
         except InvalidWeightsError:
             raise
         except UnsupportedModelError as error:

@@ -17,7 +17,7 @@ from sbert_fast.errors import ImplementationError, UnsupportedModelError
 from sbert_fast.fingerprint import Fingerprint, derive, settle
 from sbert_fast.forking import Lock
 from sbert_fast.layers import PoolKernels, Stack, Unfinished
-from sbert_fast.linears import Choice, PreparedNorm, aligned, choose
+from sbert_fast.linears import Choice, PreparedNorm, choose
 from sbert_fast.models.checks import check_finite
 from sbert_fast.ops.dispatch import FUSING
 from sbert_fast.packing import ROW_ALIGNMENT, PackedBatch
@@ -25,6 +25,7 @@ from sbert_fast.preparation import (
     embedding_op,
     prepare_projection,
     prepare_stack,
+    prepare_table,
     required_ops,
 )
 from sbert_fast.target import Target, compute_dtype, int8_refusal
@@ -76,6 +77,9 @@ class PackedEncoder:
         ValueError, ImplementationError: `impl` is unknown, or cannot run this model here.
         ValueError: `live` with another `dtype` than that of the weights.
     """
+
+    # What stands before the names of its parameters in the model around it.
+    prefix = ""
 
     def __init__(
         self,
@@ -191,10 +195,13 @@ class PackedEncoder:
         """
         admission = self._admission
         if admission is None or not admission.is_current():
-            admission = self._admission = Admission(self.model)
+            admission = self._admission = self._admit()
         if admission.reason is not None:
             raise UnsupportedModelError(admission.reason)
         return admission
+
+    def _admit(self) -> Admission:
+        return Admission(self.model)
 
     @property
     def admitted(self) -> Admission:
@@ -249,7 +256,7 @@ class PackedEncoder:
 
     def _prepare(self, weights: models.EncoderWeights) -> Prepared:
         with torch.inference_mode(False), torch.no_grad():
-            check_finite(self.model)
+            check_finite(self.model, self.prefix)
             prepared = self._lay_out(weights)
         settle(self.device)
         return prepared
@@ -258,25 +265,16 @@ class PackedEncoder:
         target, embeddings = self._target(), weights.embeddings
         device, dtype = target.device, target.dtype
         norm = embeddings.norm
-        # On a CPU fp32 tables serve every dtype as they are: no copy, no rounding before the sum.
-        in_place = device.type == "cpu" and embeddings.word.dtype == torch.float32
         embed, norm_pool = self.bind("embed_norm"), self.bind("norm_pool_out")
-        vectors = device.type == "cuda" or embed.implementation == "cuda"
 
         def table(values: Tensor | None) -> Tensor | None:
-            if values is None:
-                return None
-            values = values.detach() if in_place else values.detach().to(dtype)
-            values = values.contiguous()
-            return aligned(values) if vectors else values
+            return None if values is None else prepare_table(values, target, embed)
 
-        word = table(embeddings.word)
-        assert word is not None
         return Prepared(
             architecture=self.architecture,
             dtype=dtype,
             device=device,
-            word=word,
+            word=prepare_table(embeddings.word, target, embed),
             position=table(embeddings.position),
             token_type=table(embeddings.token_type),
             embedding_norm=None if norm is None else PreparedNorm.of(norm),

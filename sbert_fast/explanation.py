@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import nn
 
 from sbert_fast import ops, packing
+from sbert_fast.assembly import Unsupported
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import ImplementationError, SbertFastError, UnsupportedModelError
 from sbert_fast.ops import choices, limits
 from sbert_fast.ops.dispatch import preference
 from sbert_fast.packed_forward import PACKED
 from sbert_fast.patching import candidates, forward_of, refusal
+from sbert_fast.routes import routes
 from sbert_fast.sentence_transformers.packed_model import PackedModel
 
 
@@ -44,7 +47,7 @@ def explain(model: nn.Module | None = None) -> str:
         title = type(module).__name__
         lines.append(f"  {name}: {title}" if name else f"  {title}")
         lines += [f"    {line}" for line in _base_model(module)]
-    if not found:
+    if not found and not isinstance(model, PackedModel):
         lines.append("  not supported: it contains no transformers model")
     return "\n".join(lines)
 
@@ -71,24 +74,28 @@ def _cuda_ops() -> str:
     return loaded if reason is None else f"{loaded}, not usable on this machine: {reason}"
 
 
-def _packed_model(model: PackedModel) -> list[str]:
-    stats, method = model.stats, model.method
-    try:
-        engine = model.packed_engine
-    except (SbertFastError, ValueError) as error:
-        lines = [f"{method}: refused: {error}"]
-    else:
-        if engine is None:
-            lines = [f"{method}: sentence-transformers: {model.unsupported_reason}"]
-        else:
-            lines = [f"{method}: packed, {_engine(engine)}"]
-            if (reason := engine.admitted.bypassed) is not None:
-                lines = [f"{method}: sentence-transformers now: {reason}"]
+def _packed_model(model: Any) -> list[str]:  # noqa: ANN401
+    stats = model.stats
+    lines = [f"{model.method}{_of_route(model, route)}" for route in routes(model)]
     lines.append(
         f"so far: {stats.texts} texts, {stats.tokens} tokens, {stats.batches} batches, "
         f"{stats.truncated} texts truncated"
     )
     return lines + _tally("calls in sentence-transformers", stats.fallbacks)
+
+
+def _of_route(model: Any, route: str | None) -> str:  # noqa: ANN401
+    """How texts on a route run; the name of the route comes first."""
+    name = "" if route is None else f", route {route!r}"
+    try:
+        found = model._session.pipeline(model, route)
+    except (SbertFastError, ValueError) as error:
+        return f"{name}: refused: {error}"
+    if isinstance(found, Unsupported):
+        return f"{name}: sentence-transformers: {found.reason}"
+    if (reason := found.engine.admitted.bypassed) is not None:
+        return f"{name}: sentence-transformers now: {reason}"
+    return f"{name}: packed, {_engine(found.engine)}"
 
 
 def _base_model(module: nn.Module) -> list[str]:
@@ -131,7 +138,8 @@ def _engine(engine: PackedEncoder) -> str:
         ]
         why = "; ".join(["picked by auto", *passed, *_cuda_kernels(engine)])
     linears = "; ".join(map(str, engine.linears()))
-    rest = "".join(f"; {each}" for each in (*_ops_elsewhere(engine, name), f"linear: {linears}"))
+    lines = [*_ops_elsewhere(engine, name), *([f"linear: {linears}"] if linears else [])]
+    rest = "".join(f"; {line}" for line in lines)
     return f"{dtype} on {engine.device}, ops: {name} ({why}){rest}"
 
 

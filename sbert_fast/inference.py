@@ -76,8 +76,10 @@ class Head(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """A tokenizer, an engine and a head that belong together."""
+    """A tokenizer, an engine and a head that belong together; `first` is the module of
+    sentence-transformers that has the tokenizer."""
 
+    first: Any
     tokenizer: TextTokenizer
     engine: PackedEncoder
     head: Head

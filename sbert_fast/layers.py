@@ -99,13 +99,13 @@ class Stack:
 
     Attributes:
         first_norm: before the first layer, or None.
-        norm: the kernel for it.
+        norm: the kernel for it, or None.
         rotary: one for every kind of rotary positions.
     """
 
     layers: tuple[PreparedLayer, ...]
     first_norm: PreparedNorm | None
-    norm: ops.Kernel
+    norm: ops.Kernel | None
     rotary: tuple[RotaryTable, ...]
 
     def states(self, x: Tensor, batch: PackedBatch, kept: Tensor | None = None) -> Iterator[Tensor]:
@@ -114,12 +114,12 @@ class Stack:
         Of the last layer, only the rows `kept` (int64) are computed; None is all of them.
         """
         yield x
-        residual, turns, last = x, self._turns(batch), self.layers[-1]
+        residual, turns = x, self._turns(batch)
         x = self._enter(x)
-        for layer in self.layers:
-            rows = kept if layer is last else None
-            residual, x = _attend(layer, residual, x, batch, turns, rows)
-            keeps_sum = layer.norm_first and layer is not last
+        for number, layer in enumerate(self.layers, 1):
+            is_last = number == len(self.layers)
+            residual, x = _attend(layer, residual, x, batch, turns, kept if is_last else None)
+            keeps_sum = layer.norm_first and not is_last
             down, inner = layer.feed_forward.down, layer.feed_forward(x)
             how = layer.after, keeps_sum, layer.feed_forward_exit
             residual, x = _join(down, inner, residual, *how)
@@ -129,10 +129,10 @@ class Stack:
         """The last of the states, before its norm."""
         residual, turns, last = x, self._turns(batch), self.layers[-1]
         x = self._enter(x)
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers, 1):
             residual, x = _attend(layer, residual, x, batch, turns)
             down, inner = layer.feed_forward.down, layer.feed_forward(x)
-            if layer is not last:
+            if number < len(self.layers):
                 how = layer.after, layer.norm_first, layer.feed_forward_exit
                 residual, x = _join(down, inner, residual, *how)
         if last.feed_forward_exit is not None:
@@ -143,7 +143,7 @@ class Stack:
     def _enter(self, x: Tensor) -> Tensor:
         """What the first layer reads of the embeddings."""
         norm = self.first_norm
-        if norm is None:
+        if norm is None or self.norm is None:
             return x
         normed: Tensor = self.norm(x, None, None, norm.weight, norm.bias, norm.eps)
         return normed

@@ -101,17 +101,30 @@ def read_pooling(modules: dict[str, nn.Module], width: int) -> PoolingSpec:
         raise UnsupportedModelError(
             f"pooling mode must be one of {', '.join(_MODES)}, got {unknown}"
         )
-    size = width * len(modes)
-    for module in tail.values():
-        size = _check_tail(module, size)
+    _check_tail("Pooling", tail, width * len(modes))
     return PoolingSpec(tuple(_MODES[mode] for mode in modes), pooling.include_prompt, tail, width)
 
 
-def _check_tail(module: Any, width: int) -> int:
+def mean_of_tokens(modules: dict[str, nn.Module], width: int) -> PoolingSpec:
+    """The pooling spec of a StaticEmbedding, which pools itself; arguments and errors as for
+    :func:`read_pooling`."""
+    _check_tail("StaticEmbedding", modules, width)
+    return PoolingSpec(("mean",), True, modules, width)
+
+
+def _check_tail(first: str, modules: dict[str, nn.Module], width: int) -> None:
+    """Refuse modules behind `first`, which gives `width` components, that are not supported."""
+    for module in modules.values():
+        if not (is_module(module, "Dense") or is_module(module, "Normalize")):
+            raise UnsupportedModelError(
+                f"modules after {first} must be Dense or Normalize, got {type(module).__name__}"
+            )
+        width = _check_part(module, width)
+
+
+def _check_part(module: Any, width: int) -> int:
     """Check a module that takes embeddings of `width` components; return how many it gives."""
     name = type(module).__name__
-    if not (is_module(module, "Dense") or is_module(module, "Normalize")):
-        raise UnsupportedModelError(f"modules after Pooling must be Dense or Normalize, got {name}")
     for attribute in ("module_input_name", "module_output_name"):
         key = getattr(module, attribute, "sentence_embedding")
         if key != "sentence_embedding":

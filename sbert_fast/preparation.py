@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from sbert_fast import ops
 from sbert_fast.attention import attention_options, prepare_attention
 from sbert_fast.layers import Exit, NormedLinear, PreparedFeedForward, PreparedLayer, Stack
-from sbert_fast.linears import PreparedNorm, prepare_linear
+from sbert_fast.linears import PreparedNorm, aligned, prepare_linear
 from sbert_fast.models import base
 from sbert_fast.ops.reference import Activation
 from sbert_fast.rotary import RotaryTable
@@ -68,6 +70,15 @@ def _own_norms(layer: base.Layer, following: base.Norm | None) -> tuple[base.Nor
     between, after = (layer.feed_forward_norm, following) if layer.norm_first else own
     assert between is not None and after is not None
     return between, after
+
+
+def prepare_table(values: Tensor, target: Target, embed: ops.Kernel) -> Tensor:
+    """Prepare a table of embeddings for the kernel `embed`."""
+    # On a CPU fp32 tables serve every dtype as they are: no copy, no rounding before the sum.
+    in_place = target.device.type == "cpu" and values.dtype == torch.float32
+    values = values.detach() if in_place else values.detach().to(target.dtype)
+    vectors = target.device.type == "cuda" or embed.implementation == "cuda"
+    return aligned(values.contiguous()) if vectors else values.contiguous()
 
 
 def prepare_projection(

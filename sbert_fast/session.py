@@ -18,8 +18,9 @@ from sbert_fast import bypass, forking, ops, results
 from sbert_fast.arguments import DEFAULT_BATCH_SIZE, Chunk, DefaultBatchSize
 from sbert_fast.assembly import DEVICES, Assembly, Unsupported, Where
 from sbert_fast.call import Call
-from sbert_fast.errors import DeviceLostError, SbertFastError
+from sbert_fast.errors import DeviceLostError, SbertFastError, UnsupportedModelError
 from sbert_fast.inference import Pipeline, Request
+from sbert_fast.routes import route_of, routes
 from sbert_fast.stats import Counters
 from sbert_fast.transfer import device_error
 
@@ -42,7 +43,7 @@ class Session:
 
     Attributes:
         counters: what has been done.
-        assembly: what was derived from the model; None if nothing has been yet.
+        assemblies: what was derived from the model, by route (see :mod:`sbert_fast.routes`).
         lost: what made the device useless to this process; None if it works.
     """
 
@@ -57,34 +58,41 @@ class Session:
         self._dtype, self._keeps_dtype, self._impl = dtype, keeps_dtype, impl
         self.batch_tokens = batch_tokens
         self.counters = Counters()
-        self.assembly: Assembly | None = None
+        self.assemblies: dict[str | None, Assembly] = {}
         self.lost: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"counters": Counters(), "assembly": None, "lost": None}
+        return vars(self) | {"counters": Counters(), "assemblies": {}, "lost": None}
 
-    def pipeline(self, model: SentenceTransformer) -> Pipeline | Unsupported:
-        """What runs the model as it is now."""
+    def pipeline(self, model: SentenceTransformer, route: str | None) -> Pipeline | Unsupported:
+        """What runs a route of the model as it is now."""
         with _without_autocast(model.device.type):
-            return self._pipeline(model)
+            return self._pipeline(model, route)
 
-    def _pipeline(self, model: SentenceTransformer) -> Pipeline | Unsupported:
-        where, assembly = partial(self._where, model), self.assembly
+    def _pipeline(self, model: SentenceTransformer, route: str | None) -> Pipeline | Unsupported:
+        where, assembly = partial(self._where, model), self.assemblies.get(route)
         found = None if assembly is None else assembly.prepare(model, where)
         for _ in range(_TRIES):
             if found is not None:
                 return found
-            self.assembly = assembly = Assembly(model, where(), self._impl, assembly)
+            assembly = self._assembled(model, route, where())
+            # What was derived for routes that are gone is dropped.
+            kept = {name: each for name, each in self.assemblies.items() if name in routes(model)}
+            self.assemblies = kept | {route: assembly}
             found = assembly.prepare(model, where)
         return found or Unsupported("the model kept changing while it was being read")
 
+    def _assembled(self, model: SentenceTransformer, route: str | None, where: Where) -> Assembly:
+        return Assembly(model, route, where, self._impl, self.assemblies.values())
+
     def ready(
-        self, model: SentenceTransformer, device: str | torch.device | None
+        self, model: SentenceTransformer, task: Any, device: str | torch.device | None
     ) -> Pipeline | Unsupported:
         """What runs a call; the check is made once for the call.
 
         Args:
             model: the model, which is moved and put into eval mode; not where it is refused.
+            task: chooses the route, see :func:`sbert_fast.routes.route_of`.
             device: where to run it; None for where it is.
 
         Raises:
@@ -98,30 +106,38 @@ class Session:
                 _move(model, place)
                 return Unsupported("a mode or transform of torch is on", counts=False)
             forking.settle()
-            found = self._placed(model, place)
+            try:
+                route = route_of(model, task)
+            except UnsupportedModelError as error:
+                return Unsupported(str(error))
+            found = self._placed(model, route, place)
         if isinstance(found, Unsupported):
             return found
         reason = found.engine.admitted.bypassed
         return found if reason is None else Unsupported(reason)
 
-    def _placed(self, model: SentenceTransformer, place: torch.device) -> Pipeline | Unsupported:
+    def _placed(
+        self, model: SentenceTransformer, route: str | None, place: torch.device
+    ) -> Pipeline | Unsupported:
         """What runs the model on `place`, where it is moved; errors as for :meth:`ready`."""
         if place == model.device:
-            return self._in_eval_mode(model)
+            return self._in_eval_mode(model, route)
         # It raises what needs no prepared weights to be known.
-        Assembly(model, self._where(model, place), self._impl, self.assembly)
+        self._assembled(model, route, self._where(model, place))
         with _undone_if_refused(model):
             _move(model, place)
-            return self._in_eval_mode(model)
+            return self._in_eval_mode(model, route)
 
-    def _in_eval_mode(self, model: SentenceTransformer) -> Pipeline | Unsupported:
-        found = self.pipeline(model)
+    def _in_eval_mode(
+        self, model: SentenceTransformer, route: str | None
+    ) -> Pipeline | Unsupported:
+        found = self.pipeline(model, route)
         if isinstance(found, Pipeline) and (
             model.training or found.engine.admitted.drops or found.head.is_training
         ):
             with _undone_if_refused(model):
                 model.eval()
-                return self.pipeline(model)
+                return self.pipeline(model, route)
         return found
 
     def run(
@@ -142,7 +158,7 @@ class Session:
         asks_prompt = call.output_value is None or not head.include_prompt
         request = Request(
             prompt=prompt or "",
-            prompt_tokens=_prompt_tokens(model, pipeline, prompt) if prompt and asks_prompt else 0,
+            prompt_tokens=_prompt_tokens(pipeline, prompt) if prompt and asks_prompt else 0,
             batch_tokens=self._token_budget(pipeline, call.batch_size),
             normalize=call.normalize_embeddings and call.is_of_sentences,
             dimension=min(call.truncate_dim or head.dimension, head.dimension),
@@ -163,13 +179,18 @@ class Session:
 
     def announce(self, model: SentenceTransformer) -> None:
         """Tell the caller of a constructor how the model will run."""
-        found = self.pipeline(model)
+        for route in routes(model):
+            self._announce(model, route)
+
+    def _announce(self, model: SentenceTransformer, route: str | None) -> None:
+        found = self.pipeline(model, route)
         if isinstance(found, Unsupported):
             self.counters.expect_fallback(found.reason)
+            what = "this model" if route is None else f"route {route!r} of this model"
             warnings.warn(
-                f"{type(model).__name__} runs this model in sentence-transformers, unaccelerated: "
+                f"{type(model).__name__} runs {what} in sentence-transformers, unaccelerated: "
                 f"{found.reason}",
-                stacklevel=3,
+                stacklevel=4,
             )
             return
         engine = found.engine
@@ -287,13 +308,13 @@ def _give_back(tensor: Tensor, data: Tensor) -> None:
         torch.utils.swap_tensors(tensor, fresh)
 
 
-def _prompt_tokens(model: SentenceTransformer, pipeline: Pipeline, prompt: str) -> int:
+def _prompt_tokens(pipeline: Pipeline, prompt: str) -> int:
     """Tokens of the prompt without a trailing special token; the first module remembers them.
 
     They are counted by our copy of its tokenizer, which threads may share.
     """
-    kept = model[0]._prompt_length_mapping
+    kept = pipeline.first._prompt_length_mapping
     if (prompt,) not in kept:
         ids = pipeline.tokenizer([prompt]).ids
-        kept[prompt,] = len(ids) - int(ids[-1] in model.tokenizer.all_special_ids)
+        kept[prompt,] = len(ids) - int(ids[-1] in pipeline.first.tokenizer.all_special_ids)
     return int(kept[prompt,])

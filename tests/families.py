@@ -147,6 +147,7 @@ VARIANTS: dict[str, Variant] = {name: Variant(name) for name in FAMILIES} | {
     "bert-odd-eps": Variant("bert", {"layer_norm_eps": 3e-3}),
     "roberta-one-type": Variant("roberta", {"type_vocab_size": 1, "layer_norm_eps": 1e-5}),
     "distilbert-gelu-new": Variant("distilbert", {"hidden_act": "gelu_new"}),
+    "albert-one-group": Variant("albert", {"num_hidden_groups": 1}),
     "albert-pairs-of-layers": Variant("albert", {"inner_group_num": 2, "embedding_size": 40}),
     "electra-projection": Variant("electra", {"embedding_size": 40}),
     "deberta-v2-projection": Variant("deberta-v2", {"embedding_size": 40, "type_vocab_size": 2}),

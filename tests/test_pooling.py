@@ -52,7 +52,7 @@ def check(st: SentenceTransformer, texts: list[str], launches: Launches, **argum
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["bert", "modernbert"])
+@pytest.mark.parametrize("family", ["bert", "modernbert", "albert-one-group"])
 def test_of_the_last_layer_only_first_tokens_are_computed(
     family: str, dtype: str, feed_forward_rows: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,9 +137,9 @@ def test_what_only_preparing_can_tell_leaves_the_model_as_it_was(
 ) -> None:
     pipeline = Session.pipeline
 
-    def prepare(own: Session, model: SentenceTransformer) -> Pipeline | assembly.Unsupported:
+    def prepare(own: Session, model: Any, route: Any) -> Pipeline | assembly.Unsupported:
         if model.device.type == "cpu" and model.training:
-            return pipeline(own, model)
+            return pipeline(own, model, route)
         raise InvalidWeightsError("NaN")
 
     monkeypatch.setattr(assembly, "DEVICES", (*assembly.DEVICES, "meta"))

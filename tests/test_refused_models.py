@@ -58,14 +58,15 @@ def _layer_norm_tail(_: Path) -> list[nn.Module]:
 
 
 def _static(_: Path) -> list[nn.Module]:
-    return [StaticEmbedding(make_tokenizer("bert").backend_tokenizer, embedding_dim=16)]
+    table = StaticEmbedding(make_tokenizer("bert").backend_tokenizer, embedding_dim=16)
+    return [table, LayerNorm(16)]
 
 
 UNSUPPORTED = {
     _xlnet: "XLNetModel is not supported",
     _own_pooling: "the second module must be Pooling, got TwiceFirst",
     _layer_norm_tail: "modules after Pooling must be Dense or Normalize, got LayerNorm",
-    _static: "the first module must be Transformer, got StaticEmbedding",
+    _static: "modules after StaticEmbedding must be Dense or Normalize, got LayerNorm",
 }
 
 

@@ -140,7 +140,7 @@ def test_models_of_other_modalities_take_what_they_take(
 ) -> None:
     if silent:
         monkeypatch.delattr(Numbers, "modalities")
-    with pytest.warns(UserWarning, match="the first module must be Transformer, got Numbers"):
+    with pytest.warns(UserWarning, match="the first module must be .*, got Numbers"):
         encoder = FastEncoder(modules=[Numbers()], device="cpu")
     assert encoder.encode([3.0, 4.0]).tolist() == [[3.0] * 4, [4.0] * 4]
     assert sum(encoder.stats.fallbacks.values()) == 1

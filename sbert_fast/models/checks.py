@@ -43,7 +43,7 @@ def check(model: nn.Module, architecture: Architecture, weights: EncoderWeights)
             raise UnsupportedModelError(
                 f"module {name!r} is a {home}.{type(module).__qualname__}, not one of transformers"
             )
-    _check_parameters(model, weights)
+    check_parameters(model, weights)
 
 
 def _check_attention(name: str | None, model: nn.Module) -> None:
@@ -113,7 +113,12 @@ def _check_norms(weights: EncoderWeights) -> None:
             raise UnsupportedModelError(f"eps of the norms of heads differ: {query.eps}, {key.eps}")
 
 
-def _check_parameters(model: nn.Module, weights: EncoderWeights) -> None:
+def check_parameters(model: nn.Module, weights: EncoderWeights) -> None:
+    """Refuse parameters that the engine would leave out, or read as something else.
+
+    Raises:
+        UnsupportedModelError: with the reason.
+    """
     known = {id(tensor) for tensor in weights.tensors()}
     if not known <= {id(tensor) for tensor in (*model.parameters(), *model.buffers())}:
         raise UnsupportedModelError("a weight is not among the parameters of the model")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from sbert_fast.errors import InputError
@@ -24,7 +24,7 @@ Ranges = tuple[list[tuple[int, int]], int]
 
 
 def token_ranges(
-    model: SentenceTransformer,
+    first: Any,  # noqa: ANN401
     prompt: str,
     documents: list[str],
     spans: Any,  # noqa: ANN401
@@ -32,7 +32,7 @@ def token_ranges(
     """The tokens that have a character of each span.
 
     Args:
-        model: gives the tokenizer, and how many tokens are kept.
+        first: the module that has the tokenizer, and tells how many tokens are kept.
         prompt: in front of every document.
         documents: texts.
         spans: of each document a list of `(start, end)`, in characters.
@@ -42,7 +42,7 @@ def token_ranges(
             that are not kept; names it.
         InputError: the tokenizer does not tell where its tokens are.
     """
-    tokenizer: Any = model.tokenizer
+    tokenizer: Any = first.tokenizer
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(
             f"encode_chunks needs a tokenizer that gives offsets, got {type(tokenizer).__name__}"
@@ -52,7 +52,7 @@ def token_ranges(
         raise ValueError(
             f"spans must hold the spans of each of {len(documents)} documents, got {found}"
         )
-    cuts = {"truncation": True, "max_length": model.max_seq_length}
+    cuts = {"truncation": True, "max_length": first.max_seq_length}
     ranges: list[Ranges] = []
     for i, (document, parts) in enumerate(zip(documents, spans, strict=True)):
         whole, kept = (_offsets(tokenizer, prompt + document, how) for how in ({}, cuts))
@@ -102,6 +102,7 @@ def _inside(offsets: NDArray[np.int64], start: int, end: int) -> NDArray[np.int6
 
 def embed_ranges(
     model: SentenceTransformer,
+    modules: list[nn.Module],
     states: list[Tensor],
     ranges: list[Ranges],
     *,
@@ -111,7 +112,8 @@ def embed_ranges(
     """Embeddings fp32 `[P, dimension]` of the parts of each document, by the model's own pooling.
 
     Args:
-        model: its first module has computed the states, the others pool them.
+        model: what the states are of.
+        modules: those behind the one that has computed the states.
         states: `[L, E]` of each document.
         ranges: see :func:`token_ranges`.
         normalize: L2-normalise at the end.
@@ -132,7 +134,7 @@ def embed_ranges(
             "token_embeddings": pad_sequence(parts, batch_first=True),
             "attention_mask": pad_sequence(kept, batch_first=True),
         }
-        for module in list(model)[1:]:
+        for module in modules:
             features = module(features)
         pooled = features["sentence_embedding"][:, :dimension].float()
         results.append(F.normalize(pooled, dim=1) if normalize else pooled)

@@ -193,7 +193,7 @@ class FastCrossEncoder(PackedModel, CrossEncoder):
 
     def _ready(self, call: Call, reason: str | None) -> Pipeline | Unsupported:
         """What runs a call; `reason` says why its inputs do not run packed, if they do not."""
-        found = self._session.ready(self, call.moves_to)
+        found = self._session.ready(self, None, call.moves_to)
         if isinstance(found, Pipeline):
             for name in ("forward", "preprocess", "tokenize"):
                 if getattr(type(self), name, None) is not getattr(CrossEncoder, name, None):

@@ -18,6 +18,7 @@ from sbert_fast.assembly import Unsupported
 from sbert_fast.call import Call
 from sbert_fast.finite import check_embeddings
 from sbert_fast.inference import Pipeline
+from sbert_fast.routes import modules_on, route_of
 from sbert_fast.sentence_transformers.chunks import embed_ranges, token_ranges
 from sbert_fast.sentence_transformers.packed_model import PackedModel, shared_arguments
 from sbert_fast.sentence_transformers.stock import checked, read_inputs, reason_of_call
@@ -66,9 +67,9 @@ class FastEncoder(PackedModel, SentenceTransformer):
 
     def _ready(self, call: Call, reason: str | None) -> Pipeline | Unsupported:
         """What runs a call; `reason` says why its inputs do not run packed, if they do not."""
-        found = self._session.ready(self, call.moves_to)
+        found = self._session.ready(self, call.keywords.get("task"), call.moves_to)
         if isinstance(found, Pipeline):
-            reason = reason_of_call(self, call) or reason
+            reason = reason_of_call(self, call, found) or reason
             found = found if reason is None else Unsupported(reason)
         return found
 
@@ -185,7 +186,7 @@ class FastEncoder(PackedModel, SentenceTransformer):
             normalize_embeddings: L2-normalise.
             truncate_dim: components to keep.
             **kwargs: further arguments of :meth:`encode`: `batch_size`, `show_progress_bar`,
-                `device`.
+                `device`, `task`.
 
         Returns:
             Of each document float32 `[len(spans), dimension]`, for a single document not in a list.
@@ -202,10 +203,11 @@ class FastEncoder(PackedModel, SentenceTransformer):
         texts = [documents] if isinstance(documents, str) else list(documents)
         parts = [spans] if is_single else spans
         prompt = self._resolve_prompt(prompt, prompt_name) or ""
-        ranges = token_ranges(self, prompt, texts, parts)
+        first, *others = modules_on(self, route_of(self, kwargs.get("task"))).values()
+        ranges = token_ranges(first, prompt, texts, parts)
         states = self.encode(texts, prompt=prompt, output_value="token_embeddings", **kwargs)
         results = embed_ranges(
-            self, states, ranges, normalize=normalize_embeddings, dimension=truncate_dim
+            self, others, states, ranges, normalize=normalize_embeddings, dimension=truncate_dim
         )
         out = results if convert_to_tensor else [result.cpu().numpy() for result in results]
         return out[0] if is_single else out

@@ -15,8 +15,9 @@ from sbert_fast import ops
 from sbert_fast.arguments import check_device, check_positive, parse_dtype
 from sbert_fast.assembly import Unsupported
 from sbert_fast.engine import PackedEncoder
-from sbert_fast.errors import SbertFastError
+from sbert_fast.errors import SbertFastError, UnsupportedModelError
 from sbert_fast.inference import Pipeline
+from sbert_fast.routes import route_of
 from sbert_fast.sentence_transformers.stock import stock_class, stock_words, written_as_stock
 from sbert_fast.session import Session
 from sbert_fast.stats import EncoderStats
@@ -140,7 +141,8 @@ class PackedModel:
     def unsupported_reason(self) -> str | None:
         """Why the packed engine does not run this model; None if it does.
 
-        If calls raise an error because of the model, this is the message of that error.
+        If calls raise an error because of the model, this is the message of that error. Of a model
+        with routes, this and the properties below tell of texts without a task.
         """
         try:
             found = self._pipeline()
@@ -169,10 +171,15 @@ class PackedModel:
 
         Needed after a write through `.data` or numpy to less than a row of a matrix.
         """
-        self._session.assembly = None
+        self._session.assemblies = {}
 
     def _pipeline(self) -> Pipeline | Unsupported:
-        return self._session.pipeline(self)
+        """What runs texts without a task."""
+        try:
+            route = route_of(self, None)  # type: ignore[arg-type]
+        except UnsupportedModelError as error:
+            return Unsupported(str(error))
+        return self._session.pipeline(self, route)
 
     def _create_model_card(self, *args: Any, **kwargs: Any) -> None:
         with written_as_stock(self) as model:

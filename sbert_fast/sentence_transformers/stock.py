@@ -14,6 +14,9 @@ from sentence_transformers.base.modality import infer_modality, is_message_dict
 from sbert_fast.arguments import as_list, check_keywords, check_positive
 from sbert_fast.call import Call
 from sbert_fast.errors import InputError
+from sbert_fast.inference import Pipeline
+from sbert_fast.pooling import is_module
+from sbert_fast.static import StaticEncoder
 from sbert_fast.tokenization import check_texts
 from sbert_fast.values import PRECISIONS, shown
 
@@ -116,12 +119,18 @@ def checked(model: SentenceTransformer, call: Call, prompt_name: str | None) -> 
     return call
 
 
-def reason_of_call(model: SentenceTransformer, call: Call) -> str | None:
-    """Why sentence-transformers runs a call of a supported model; None if it does not."""
+def reason_of_call(model: SentenceTransformer, call: Call, pipeline: Pipeline) -> str | None:
+    """Why sentence-transformers runs a call of a model with a pipeline; None if it does not."""
     for name in ("forward", "preprocess", "tokenize"):
         if getattr(type(model), name) is not getattr(SentenceTransformer, name):
             return f"{type(model).__name__} has a {name} of its own"
-    config = model[0].auto_model.config
+    if isinstance(pipeline.engine, StaticEncoder) and not call.is_of_sentences:
+        return f"output_value={call.output_value!r} of StaticEmbedding"
+    if (reason := _other_modalities(model)) is not None:
+        return reason
+    if call.output_value is None and is_module(model[0], "Router"):
+        return "output_value=None of a Router"
+    config = getattr(pipeline.engine.model, "config", None)
     if call.output_value is None and any(getattr(config, f"output_{n}", False) for n in _OUTPUTS):
         return "output_value=None of a model that outputs hidden states or attentions"
     # sentence-transformers refuses the names it does not know, whatever their value.
@@ -130,7 +139,7 @@ def reason_of_call(model: SentenceTransformer, call: Call) -> str | None:
             return f"argument {name!r}"
     if call.is_quantized and not call.is_of_sentences:
         return f"precision={call.precision!r} of {call.output_value}"
-    if not call.is_of_sentences and model.tokenizer.padding_side != "right":
+    if not call.is_of_sentences and pipeline.first.tokenizer.padding_side != "right":
         return f"output_value={call.output_value!r} where padding comes first"
     return None
 
@@ -143,13 +152,20 @@ def read_inputs(model: SentenceTransformer, inputs: Any) -> tuple[Any, bool, str
         InputError: an input is not one that a text model embeds. Inputs of other models are not
             checked.
     """
-    # Modules of other packages may not say.
-    modalities = getattr(model[0], "modalities", ())
-    if "text" not in modalities or any(m not in ("text", "message") for m in modalities):
-        return inputs, False, f"inputs of {modalities}"
+    if (reason := _other_modalities(model)) is not None:
+        return inputs, False, reason
     texts, is_single = listed(model, inputs)
     other = check_inputs(model, texts)
     return texts, is_single, None if other is None else f"inputs of type {other.__name__}"
+
+
+def _other_modalities(model: SentenceTransformer) -> str | None:
+    """Why a string may be something else than a text to a model; None if it is a text."""
+    # Modules of other packages may not say.
+    modalities = getattr(model[0], "modalities", ())
+    if "text" in modalities and all(m in ("text", "message") for m in modalities):
+        return None
+    return f"inputs of {modalities}"
 
 
 def listed(model: SentenceTransformer, inputs: Any) -> tuple[list[Any], bool]:

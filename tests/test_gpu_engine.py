@@ -49,7 +49,11 @@ triton = pytest.mark.skipif(
     ("name", "pooling"),
     [
         *(("bert", pooling) for pooling in ("mean", "cls", ("mean", "max"))),
-        *((n, "mean") for n in ("modernbert", "qwen3", "gemma3_text") if n in families.FAMILIES),
+        *(
+            (n, "mean")
+            for n in ("deberta-v2", "modernbert", "qwen3", "gemma3_text")
+            if n in families.FAMILIES
+        ),
     ],
     ids=str,
 )

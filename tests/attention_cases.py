@@ -161,12 +161,14 @@ def assert_neighbours_change_no_bit(attend: Attend, args: Sequence[Any]) -> None
         assert_same_bits(attend(args)[rows, 0], expected[rows, 0])
 
 
-def assert_nan_stays_in_its_sequence(attend: Attend, part: int, dtype: torch.dtype) -> None:
+def assert_nan_stays_in_its_sequence(
+    attend: Attend, part: int, dtype: torch.dtype, **options: Any
+) -> None:
     """`part` 0 is a query, 1 a key, 2 a value: of one token of one head."""
     lengths = (12, 10, 20, 140, 20)
     cu_seqlens = pack_lengths(lengths)
     for index, at in ((0, 3), (2, 30), (3, 50)):
-        args = Case(lengths, 32, dtype).args()
+        args = Case(lengths, 32, dtype, **options).args()
         args[0][at, part, 0] = float("nan")
         expected = torch.zeros(sum(lengths) + DEAD_TAIL, HEADS, 32, dtype=torch.bool)
         rows = slice(at, at + 1) if part == 0 else sequence_rows(cu_seqlens, index)

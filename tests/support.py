@@ -59,7 +59,7 @@ def on_gpu(name: str, implementation: str) -> str:
     """Whether the kernels have every op, asked of the schemas: no GPU is needed to know it."""
     for op, how in PackedEncoder(families.make_model(name)).required_ops():
         needs = (*how.get("needs", ()), *(n for n, v in how.get("options", {}).items() if v))
-        lacked = schemas.LACKED[implementation].get(op, ())
+        lacked = schemas.LACKED.get(implementation, {}).get(op, ())
         if implementation not in schemas.implementations(op) or set(needs) & set(lacked):
             return "part"
         if implementation == "cuda" and how.get("head_dim", 0) > limits.MAX_HEAD_DIM:

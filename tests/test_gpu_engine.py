@@ -44,7 +44,7 @@ triton = pytest.mark.skipif(
 )
 
 # Norms that come first, and layers that are one.
-_OTHERS = ("modernbert", "qwen3", "gemma3_text", "albert-one-group")
+_OTHERS = ("deberta-v2", "modernbert", "qwen3", "gemma3_text", "albert-one-group")
 
 
 @triton

@@ -18,6 +18,7 @@ from attention_cases import (
     KINDS,
     RAGGED,
     SHORT,
+    TABLE_REACH,
     Attend,
     Case,
     assert_dead_tail_is_zero,
@@ -27,6 +28,7 @@ from attention_cases import (
     assert_place_changes_no_bit,
     assert_same_bits,
     check,
+    sequence_rows,
     tiles_of,
 )
 from sbert_fast import ops
@@ -49,7 +51,12 @@ DECODERS: dict[str, dict[str, Any]] = {
     "all": {"causal": True, "kv_heads": 1, "heads": 3, "normed": True, "rotary": True},
     "bias": {"causal": True, "kv_heads": 2, "heads": 4, "normed": True, "reach": 9, "window": 40},
 }
-ENCODERS = {"encoder": {"reach": 4, "window": 50, "rotary": True}, "plain": {}}
+BOTH = (True, True)
+ENCODERS = {
+    "encoder": {"reach": 4, "window": 50, "rotary": True},
+    "disentangled": {"tables": BOTH},
+    "plain": {},
+}
 MIXTURES = ENCODERS | {"all": DECODERS["all"]}
 every_mixture = pytest.mark.parametrize("mixture", MIXTURES)
 
@@ -138,6 +145,39 @@ def test_all_options_at_once(attend: Attend, dtype: torch.dtype) -> None:
 
 @every_dtype
 @pytest.mark.parametrize(
+    ("dim", "tables"),
+    [(26, BOTH), (64, (True, False)), (64, (False, True)), (136, BOTH), (256, BOTH)],
+    ids=str,
+)
+def test_tables_of_distances(
+    attend: Attend, tables: tuple[bool, bool], dim: int, dtype: torch.dtype
+) -> None:
+    check(Case((5, 0, 17, 70), dim, dtype, tables=tables, scale=(3 * dim) ** -0.5), attend)
+
+
+@every_dtype
+@pytest.mark.parametrize("decoder", ["all", "bias"])
+def test_tables_of_distances_in_decoders(attend: Attend, decoder: str, dtype: torch.dtype) -> None:
+    check(Case((5, 17, 70), 26, dtype, tables=BOTH, **DECODERS[decoder]), attend, 128)
+
+
+@every_place
+def test_rows_of_distances_beyond_a_sequence_reach_nothing(
+    attend: Attend, dtype: torch.dtype
+) -> None:
+    args = Case((5, 20, 40), 32, dtype, tables=BOTH).args()
+    tables, buckets, expected = args[-3:-1], args[-1], attend(args)
+    for index, length in enumerate((5, 20, 40)):
+        used = buckets[TABLE_REACH - length + 1 : TABLE_REACH + length].long()
+        for at, table in zip((-3, -2), tables, strict=True):
+            args[at] = torch.full_like(table, float("nan"))
+            args[at][:, used] = table[:, used]
+        rows = sequence_rows(args[1], index)
+        assert_same_bits(attend(args)[rows], expected[rows])
+
+
+@every_dtype
+@pytest.mark.parametrize(
     ("decoder", "dim"), [*((name, 26) for name in DECODERS), ("all", 256), ("bias", 256)]
 )
 def test_decoders(attend: Attend, decoder: str, dim: int, dtype: torch.dtype) -> None:
@@ -190,11 +230,13 @@ def test_neighbours_change_no_bit(attend: Attend, mixture: str, dtype: torch.dty
 
 
 @every_place
-@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize(
+    ("part", "mixture"), [*((part, "plain") for part in range(3)), (1, "disentangled")]
+)
 def test_nan_spreads_through_its_own_sequence_only(
-    attend: Attend, part: int, dtype: torch.dtype
+    attend: Attend, part: int, mixture: str, dtype: torch.dtype
 ) -> None:
-    assert_nan_stays_in_its_sequence(attend, part, dtype)
+    assert_nan_stays_in_its_sequence(attend, part, dtype, **MIXTURES[mixture])
 
 
 @every_place

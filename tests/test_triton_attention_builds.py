@@ -31,6 +31,9 @@ def builds(
     table = meta(tokens, dim // 2) if options.get("rotary") else None
     bias = meta(heads, 257) if options.get("bias") else None
     norm = meta(dim) if options.get("normed") else None
+    rows = buckets = None
+    if options.get("disentangled"):
+        rows, buckets = meta(heads, 512, dim, to=dtype), meta(1023, to=torch.int32)
     for launch in kernel.plan(
         meta(tokens, *shape, dim, to=dtype),
         meta(tokens, heads, dim, to=dtype),
@@ -41,7 +44,9 @@ def builds(
         (bias, table, table),
         meta(tokens // 128, 4, to=torch.int32),
         (arch // 10, arch % 10),
-        kernel.Options(options.get("causal", False), kv_heads, norm, norm, 1e-6),
+        kernel.Options(
+            *(options.get("causal", False), kv_heads, norm, norm, 1e-6), rows, rows, buckets
+        ),
     ):
         yield aot.build_of(launch.kernel, launch.arguments, launch.options, arch)
 
@@ -54,6 +59,7 @@ def test_compiled_kernels_fit(arch: int) -> None:
         *(b for dim in (32, 64) for s in (16, 64, 512) for b in builds(dim, HALF, arch, s)),
         *builds(64, HALF, arch, 512, **DECODER),
         *builds(256, HALF, arch, 512, **DECODER),
+        *builds(64, HALF, arch, 512, disentangled=True),
     ]
     # The others differ in what they have room for, and the kernels that need most are above.
     if arch == 90:
@@ -75,6 +81,10 @@ def test_compiled_kernels_fit(arch: int) -> None:
             *(b for dim in (136, 256) for s in (16, 512) for b in builds(dim, HALF, arch, s)),
             *builds(256, HALF, arch, 512, **DECODER, bias=True, window=64),
             *builds(256, SINGLE, arch, 512, **DECODER),
+            *builds(32, HALF, arch, 512, disentangled=True),
+            *builds(64, SINGLE, arch, 512, disentangled=True),
+            *builds(256, HALF, arch, 512, disentangled=True),
+            *builds(64, HALF, arch, 512, **DECODER, bias=True, window=64, disentangled=True),
         ]
     unique = list({repr(build): build for build in wanted}.values())
     usages = aot.compile_all(unique)
@@ -109,7 +119,8 @@ def test_norms_of_heads_are_added_up_alike_in_every_batch(
     bits: int, width: int, rotary: bool
 ) -> None:
     """The threads that hold a row decide about the order of its sum."""
-    how: dict[str, Any] = {"plain": False, "rotary": rotary, "normed": True, "capability": (9, 0)}
+    how: dict[str, Any] = {"plain": False, "rotary": rotary, "normed": True, "disentangled": False}
+    how["capability"] = (9, 0)
     rows = {tuning.attention(width, bits, longest, **how) for longest in (16, 256, 257, 9999)}
     assert len(rows) == 1
     # One by one, sequences that share a program have as many threads each.

@@ -41,6 +41,7 @@ class Variant:
     window: bool = False
     rotary: bool = False
     decoder: bool = False
+    disentangled: bool = False
 
     def shape(self, tokens: int, heads: int) -> tuple[int, ...]:
         """That of qkv; in a decoder, all heads share one of keys and values."""
@@ -125,6 +126,11 @@ class Lab:
         if variant.decoder:
             norm = torch.linspace(0.5, 1.5, variant.dim, device=self.device)
             more = Options(True, 1, norm, norm.flip(0), 1e-6)
+        if variant.disentangled:
+            distances = 2 * _REACH + 1
+            rows = randn(self.device, variant.dtype, self.heads, distances, variant.dim, seed=2)
+            buckets = torch.arange(distances, dtype=torch.int32, device=self.device)
+            more = Options(position_keys=rows, position_queries=-rows, buckets=buckets)
         return Given(sets, lengths, cu_seqlens, tiles, variant, (bias, cos, sin), more)
 
     def variants(self) -> list[Variant]:
@@ -138,6 +144,7 @@ class Lab:
             Variant(dtype, width, rotary=True),
             Variant(dtype, odd, bias=True, window=True, rotary=True),
             Variant(dtype, width, rotary=True, decoder=True),
+            Variant(dtype, width, disentangled=True),
         ]
         # The interpreter multiplies bf16 wrongly.
         if bits == 16 and self.device.type == "cuda":

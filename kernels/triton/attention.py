@@ -1,17 +1,18 @@
 """Attention over packed sequences: `softmax(scale * q k^T + bias) v`, a sequence at a time.
 
 qkv `[T, 3, H, D]`, or `[T, H + 2 KV, D]` where heads share keys and values -> out `[T, H, D]`, both
-contiguous. Which kernel computes a sequence, and in which steps, depends on its own length, the
-head dim, the dtype and the options, never on its batch, so a sequence keeps its bits wherever it
-lies:
+contiguous. What disentangled attention adds to `q k^T` is told in `distances.py`. Which kernel
+computes a sequence, and in which steps, depends on its own length, the head dim, the dtype and the
+options, never on its batch, so a sequence keeps its bits wherever it lies:
 
-* the short kernel takes sequences of at most 32 tokens (16 with D > 64, or with rotary tables or
-  norms of heads and D > 32 in half precision): of a few neighbours at once, those of at most 16
-  tokens, then the others. Each has one matrix of scores, on a warp of its own. It reads no table of
-  tiles;
+* the short kernel takes sequences of at most 32 tokens (16 with D > 64, with tables by distance, or
+  with rotary tables or norms of heads and D > 32 in half precision): of a few neighbours at once,
+  those of at most 16 tokens, then the others. Each has one matrix of scores, on a warp of its own.
+  It reads no table of tiles;
 * the long kernel takes a tile, or a query block of a sequence, skips what is short, and lets the
-  keys of a sequence pass in blocks of 64 (32 in fp32; half as many with D > 128), counted from the
-  start of the sequence, with the streaming softmax. Causal attention ends with the last query.
+  keys of a sequence pass in blocks of 64 (32 in fp32; half as many with D > 128, and with tables by
+  distance, but at least 16), counted from the start of the sequence, with the streaming softmax.
+  Causal attention ends with the last query.
 
 No matrix holds two sequences: a block-diagonal tile would let a NaN of one reach the others as
 `0 * NaN`, and would spend most of its softmax on zeros. The sums of a row have the same terms in
@@ -29,13 +30,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sbert_fast.kernels.distances import add_products
 from sbert_fast.kernels.heads import load_heads, load_qk, restrict, softmax_weights, store_heads
 
 
 @triton.jit
 def _group(
     qkv_ptr, out_ptr, bias_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr,
-    origin, start, length, head, scale, reach, window, norm_eps,
+    origin, start, length, head, scale, reach, window, norm_eps, tables,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
     SIDE: tl.constexpr, GROUP: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
     BIAS: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, ROTARY: tl.constexpr,
@@ -68,8 +70,12 @@ def _group(
         v = load_heads(v_at, origin, row, live, None, None, ROW, D, WIDTH, False)
         scores = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision=PRECISION)
         if SIDE:
-            k_side = tl.permute(k_side, (0, 2, 1))
-            scores = tl.dot(q_side, k_side, scores, input_precision=PRECISION)
+            k_rest = tl.permute(k_side, (0, 2, 1))
+            scores = tl.dot(q_side, k_rest, scores, input_precision=PRECISION)
+        scores = add_products(
+            scores, q, q_side, k, k_side, allowed, 1 - SLOTS, head, tables, D, WIDTH, SIDE,
+            PRECISION,
+        )  # fmt: skip
         weights, _, _ = softmax_weights(
             scores, allowed, distance, nothing, scale, bias_ptr, head, reach, BIAS, PLAIN, False
         )
@@ -96,7 +102,8 @@ def _clear_dead_tail(out_ptr, end, tokens, WIDTH: tl.constexpr):
 @triton.jit(do_not_specialize=["tokens", "sequences", "reach", "window"])
 def short_kernel(
     qkv_ptr, out_ptr, cu_ptr, bias_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr,
-    tokens, sequences, scale, reach, window, norm_eps,
+    keys_ptr, queries_ptr, buckets_ptr,
+    tokens, sequences, scale, reach, window, norm_eps, table_rows, table_reach,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
     SIDE: tl.constexpr, GROUP: tl.constexpr, SHORTEST: tl.constexpr, SHORT: tl.constexpr,
     STAGES: tl.constexpr,
@@ -106,8 +113,10 @@ def short_kernel(
     """Those of GROUP sequences that are short, HEADS heads; and the dead tail.
 
     `tokens` T, `sequences` B; `scale` carries log2(e); `reach` is the R of the bias `[H, 2R + 1]`;
-    the norms of heads are `[D]` fp32, or None, as is their eps.
+    the norms of heads are `[D]` fp32, or None, as is their eps; the tables by distance are told in
+    `distances.py`, `table_rows` P, `table_reach` R, None where there is none.
     """
+    tables = (keys_ptr, queries_ptr, buckets_ptr, table_rows, table_reach)
     _clear_dead_tail(out_ptr, tl.load(cu_ptr + sequences), tokens, H * D)
     HEAD_GROUPS: tl.constexpr = H // HEADS
     sequence = tl.program_id(0) // HEAD_GROUPS * GROUP
@@ -123,23 +132,25 @@ def short_kernel(
     if tl.max(shortest, 0) > 0:
         _group(
             qkv_ptr, out_ptr, bias_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr,
-            origin, start, shortest, head, scale, reach, window, norm_eps, H, KV, D, HEADS, WIDTH,
-            SIDE, GROUP, SHORTEST, STAGES, BIAS, WINDOW, CAUSAL, ROTARY, PLAIN, PRECISION,
+            origin, start, shortest, head, scale, reach, window, norm_eps, tables, H, KV, D, HEADS,
+            WIDTH, SIDE, GROUP, SHORTEST, STAGES, BIAS, WINDOW, CAUSAL, ROTARY, PLAIN,
+            PRECISION,
         )  # fmt: skip
     if SHORT > SHORTEST:
         short = tl.where((length > SHORTEST) & (length <= SHORT), length, 0)
         if tl.max(short, 0) > 0:
             _group(
                 qkv_ptr, out_ptr, bias_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr,
-                origin, start, short, head, scale, reach, window, norm_eps, H, KV, D, HEADS, WIDTH,
-                SIDE, GROUP, SHORT, STAGES, BIAS, WINDOW, CAUSAL, ROTARY, PLAIN, PRECISION,
+                origin, start, short, head, scale, reach, window, norm_eps, tables, H, KV, D, HEADS,
+                WIDTH, SIDE, GROUP, SHORT, STAGES, BIAS, WINDOW, CAUSAL, ROTARY, PLAIN,
+                PRECISION,
             )  # fmt: skip
 
 
 @triton.jit
 def _long(
     qkv_ptr, out_ptr, bias_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr,
-    start, end, q_start, q_end, head, scale, reach, window, norm_eps,
+    start, end, q_start, q_end, head, scale, reach, window, norm_eps, tables,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
     SIDE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     BIAS: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, ROTARY: tl.constexpr,
@@ -171,18 +182,20 @@ def _long(
     for block in tl.range(first, stop, BLOCK, num_stages=STAGES):
         token = start.to(tl.int64) + (block - start)
         known = slot < end - block
-        k_at = at + H * D
         k, k_side = load_qk(
-            k_at, token, slot, known, cos_ptr, sin_ptr, k_norm_ptr, norm_eps, ROW, D, WIDTH, SIDE,
-            ROTARY,
+            at + H * D, token, slot, known, cos_ptr, sin_ptr, k_norm_ptr, norm_eps, ROW, D, WIDTH,
+            SIDE, ROTARY,
         )  # fmt: skip
-        v_at = at + (H + KV) * D
-        v = load_heads(v_at, token, slot, known, None, None, ROW, D, WIDTH, False)
+        v = load_heads(at + (H + KV) * D, token, slot, known, None, None, ROW, D, WIDTH, False)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_Q, BLOCK] fp32
         if SIDE:
             scores = tl.dot(q_side, tl.trans(k_side), scores, input_precision=PRECISION)
         distance = slot[None, :] - row[:, None] + (block - q_start)
         allowed = restrict(known[None, :], distance, window, WINDOW, CAUSAL)
+        scores = add_products(
+            scores, q, q_side, k, k_side, allowed, block - q_start - (BLOCK_Q - 1), head, tables, D,
+            WIDTH, SIDE, PRECISION,
+        )  # fmt: skip
         old = top
         weights, top, finite = softmax_weights(
             scores, allowed, distance, old, scale, bias_ptr, head, reach, BIAS, PLAIN, WINDOW
@@ -201,7 +214,8 @@ def _long(
 @triton.jit(do_not_specialize=["q_blocks", "reach", "window"])
 def long_kernel(
     qkv_ptr, out_ptr, cu_ptr, tiles_ptr, bias_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr,
-    q_blocks, scale, reach, window, norm_eps,
+    keys_ptr, queries_ptr, buckets_ptr,
+    q_blocks, scale, reach, window, norm_eps, table_rows, table_reach,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, SIDE: tl.constexpr,
     SHORT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     TILES: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr,
@@ -212,6 +226,7 @@ def long_kernel(
     Without a table of tiles, tile i is the query block `i % q_blocks` of sequence `i // q_blocks`.
     """
     LOOK_AHEAD: tl.constexpr = 16
+    tables = (keys_ptr, queries_ptr, buckets_ptr, table_rows, table_reach)
     tile = tl.program_id(0) // H
     head = tl.program_id(0) % H
     if TILES:
@@ -241,8 +256,8 @@ def long_kernel(
             _long(
                 qkv_ptr, out_ptr, bias_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr,
                 start, end, q_start, tl.minimum(stop, q_start + BLOCK_Q), head, scale, reach,
-                window, norm_eps, H, KV, D, WIDTH, SIDE, BLOCK_Q, BLOCK, STAGES, BIAS, WINDOW,
-                CAUSAL, ROTARY, PLAIN, PRECISION,
+                window, norm_eps, tables, H, KV, D, WIDTH, SIDE, BLOCK_Q, BLOCK, STAGES, BIAS,
+                WINDOW, CAUSAL, ROTARY, PLAIN, PRECISION,
             )  # fmt: skip
             q_start = tl.minimum(stop, q_start + BLOCK_Q)
             sequence += (q_start == stop).to(tl.int32)

@@ -48,6 +48,7 @@ def attention(
     plain: bool,
     rotary: bool,
     normed: bool,
+    disentangled: bool,
     capability: tuple[int, int],
 ) -> Attention:
     """The row of the table.
@@ -56,10 +57,13 @@ def attention(
         width: head dim, padded to a power of two from 16 to 256.
         bits: 16 for fp16 and bf16, 32 for fp32.
         max_seqlen: of the batch, in tokens.
-        plain: neither bias, window, rotary tables nor norms of heads, and not causal.
+        plain: neither bias, window, rotary tables, norms of heads nor tables by distance, and not
+            causal.
         rotary: with rotary tables, which take twice the registers while q and k are loaded.
         normed: with norms of heads, which are computed in fp32 while q and k are loaded. The order
             of their sums is that of the threads of a program: far batches have no other programs.
+        disentangled: with tables by distance. Blocks of queries and of keys are of one size, so
+            that the distances between them fill a power of two.
         capability: compute capability of the device.
     """
     row = _ATTENTION[bits, width]
@@ -72,6 +76,12 @@ def attention(
     if not plain and (bits, width) == (16, 256):
         # Whatever else is asked for takes the registers of half the queries.
         row = replace(row, block_q=32, warps=8)
+    if disentangled:
+        # Rows of the tables, and their products, take the registers of larger blocks. Even so, fp32
+        # spills with D > 64.
+        block, group = max(16, row.block // 2), row.group if width < 256 else 1
+        row = replace(row, short=16, block=block, group=group, head_stages=1)
+        row = replace(row, block_q=block, warps=4)
     if not plain:
         # A relative bias would be pipelined too, a score at a time.
         return replace(row, stages=1, registers=None)

@@ -40,6 +40,9 @@ class Options(NamedTuple):
     query_norm: Tensor | None = None
     key_norm: Tensor | None = None
     norm_eps: float = 0.0
+    position_keys: Tensor | None = None
+    position_queries: Tensor | None = None
+    buckets: Tensor | None = None
 
 
 _DEFAULTS = Options()
@@ -60,6 +63,9 @@ def varlen_attention(
     query_norm: Tensor | None = None,
     key_norm: Tensor | None = None,
     norm_eps: float = 0.0,
+    position_keys: Tensor | None = None,
+    position_queries: Tensor | None = None,
+    buckets: Tensor | None = None,
 ) -> Tensor:
     """Launch the kernels; what they compute is told in :func:`sbert_fast.ops.varlen_attention`.
 
@@ -77,6 +83,8 @@ def varlen_attention(
         kv_heads: heads of keys and values, a divisor of H; 0 is one for every query head.
         query_norm, key_norm: fp32 `[D]`, weights of RMSNorm of every head, or None.
         norm_eps: epsilon of that norm.
+        position_keys, position_queries: `[H, P, D]`, dtype of `qkv`, or None.
+        buckets: int32 `[2R + 1]`, their rows by distance, or None.
 
     Returns:
         `[T, H, D]`, dtype of `qkv`; zeros in the dead tail.
@@ -85,7 +93,8 @@ def varlen_attention(
     if out.numel() > 0:
         tables = (bias, rotary_cos, rotary_sin)
         capability = torch.cuda.get_device_capability(qkv.device) if qkv.is_cuda else (0, 0)
-        more = Options(causal, kv_heads, query_norm, key_norm, norm_eps)
+        norms, rows = (query_norm, key_norm, norm_eps), (position_keys, position_queries, buckets)
+        more = Options(causal, kv_heads, *norms, *rows)
         for kernel, programs, arguments, options in plan(
             qkv, out, cu_seqlens, max_seqlen, scale, window, tables, tiles, capability, more
         ):
@@ -129,13 +138,15 @@ def plan(
         plain=_is_plain(window, tables, more),
         rotary=constants["ROTARY"],
         normed=more.query_norm is not None,
+        disentangled=more.buckets is not None,
         capability=capability,
     )
     bias = tables[0]
     reach = 0 if bias is None else bias.shape[1] // 2
     eps = None if more.query_norm is None else more.norm_eps
-    numbers = (scale * math.log2(math.e), reach, window, eps)
-    vectors = (*tables, more.query_norm, more.key_norm)
+    numbers = (scale * math.log2(math.e), reach, window, eps, *_sizes(more))
+    by_distance = (more.position_keys, more.position_queries, more.buckets)
+    tensors = (*tables, more.query_norm, more.key_norm, *by_distance)
 
     if config.group * max_seqlen * (heads + 2 * kv_heads) * dim > _MAX_OFFSET:
         # A group lies behind its longest sequence. Alone, a short one has no offset.
@@ -145,7 +156,7 @@ def plan(
     yield Launch(
         short_kernel,
         groups * (heads // together),
-        (qkv, out, cu_seqlens, *vectors, tokens, sequences, *numbers),
+        (qkv, out, cu_seqlens, *tensors, tokens, sequences, *numbers),
         constants | _short_options(config, together, max_seqlen),
     )
     q_blocks = triton.cdiv(max_seqlen, config.block_q)
@@ -154,7 +165,7 @@ def plan(
         yield Launch(
             long_kernel,
             num_tiles * heads,
-            (qkv, out, cu_seqlens, tiles, *vectors, q_blocks, *numbers),
+            (qkv, out, cu_seqlens, tiles, *tensors, q_blocks, *numbers),
             constants | {"TILES": tiles is not None} | _long_options(config, constants),
         )
 
@@ -191,7 +202,16 @@ def _is_plain(
     window: int, tables: tuple[Tensor | None, Tensor | None, Tensor | None], more: Options
 ) -> bool:
     """Whether keys are loaded as they are, and all of a sequence are attended to alike."""
-    return all(t is None for t in (*tables, more.query_norm)) and window < 0 and not more.causal
+    extras = (*tables, more.query_norm, more.buckets)
+    return all(t is None for t in extras) and window < 0 and not more.causal
+
+
+def _sizes(more: Options) -> tuple[int | None, int | None]:
+    """P and R of the tables by distance."""
+    if more.buckets is None:
+        return None, None
+    some = (more.position_keys, more.position_queries)
+    return next(t.shape[1] for t in some if t is not None), more.buckets.shape[0] // 2
 
 
 def _short_options(config: tuning.Attention, together: int, max_seqlen: int) -> dict[str, Any]:

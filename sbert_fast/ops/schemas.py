@@ -58,7 +58,6 @@ WITHOUT_CUDA_KERNEL = frozenset({"add_norm_sum", "gated_activation"})
 _DISENTANGLED = ("position_keys", "position_queries")
 # What implementations lack of an op: options, and tensors that they cannot do without.
 LACKED: dict[str, dict[str, tuple[str, ...]]] = {
-    "triton": {"varlen_attention": _DISENTANGLED},
     "cuda": {
         "varlen_attention": ("causal", "kv_heads", "query_norm", "rotary", *_DISENTANGLED),
         "embed_norm": ("rms", "without position_table", "without weight"),

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from torch import nn
@@ -17,6 +16,7 @@ from sbert_fast.admission import Admission
 from sbert_fast.classification import ClassificationHead
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import InvalidWeightsError, UnsupportedModelError
+from sbert_fast.generation import ChatTokenizer, LogitHead
 from sbert_fast.inference import Head, Pipeline
 from sbert_fast.originals import SYNTAX, originals
 from sbert_fast.pairs import PairTokenizer
@@ -25,38 +25,19 @@ from sbert_fast.routes import modules_off, modules_on
 from sbert_fast.state import Snapshot
 from sbert_fast.static import StaticEncoder, StaticTokenizer
 from sbert_fast.tokenization import TextTokenizer
+from sbert_fast.transformer_module import (
+    EMBEDDING,
+    GENERATING,
+    KNOWN,
+    SCORING,
+    check_transformer,
+    formats,
+    max_length,
+)
 
 DEVICES = ("cpu", "cuda")
-# transformers' value for "no limit" is far above this.
-_NO_LIMIT = 1_000_000_000
 # The methods that encoding calls.
 _ROOTS = (*SYNTAX, "encode", "forward", "predict")
-# Attributes of a Transformer module that are checked below, change nothing after loading, or only
-# remember what was computed. Any other that is set changes what the module does.
-_KNOWN = {
-    *vars(nn.Module()),
-    "_chat_template_suffix_cache",
-    "_declared_forward_params",
-    "_method_signature_cache",
-    "_prompt_length_mapping",
-    "_unpad_inputs",
-    "backend",
-    "can_flatten_inputs",
-    "do_lower_case",
-    "input_formatter",
-    "modality_config",
-    "model_forward_params",
-    "module_output_name",
-    "processor",
-    "transformer_task",
-}
-# By the task of a Transformer module: what sentence-transformers takes from the model in it, and
-# what it calls that.
-_READ = {
-    "feature-extraction": ("last_hidden_state", "token_embeddings"),
-    "sequence-classification": ("logits", "scores"),
-}
-
 # The dtype to compute in, or None for the dtype of the model; and the device to compute on.
 Where = tuple[torch.dtype | None, torch.device]
 
@@ -95,9 +76,9 @@ def build_pipeline(
         raise UnsupportedModelError(
             f"the model is on {device}: there are kernels for {' and '.join(DEVICES)}"
         )
-    is_static = is_module(first, "StaticEmbedding")
+    is_static, task = is_module(first, "StaticEmbedding"), ""
     if not is_static:
-        _check_transformer(first, "sequence-classification" if scores else "feature-extraction")
+        task = check_transformer(first, SCORING if scores else [EMBEDDING])
     base, kind = base_model(first), StaticEncoder if is_static else PackedEncoder
     serving = (e for e in known if e.model is base and e.requested_dtype == dtype)
     engine = next(serving, None) or kind(base, dtype=dtype, impl=impl, device=device)
@@ -109,29 +90,36 @@ def build_pipeline(
         tokenizer = StaticTokenizer(first.tokenizer)
         head = PoolingHead(mean_of_tokens(after, admission.architecture.hidden_size))
     else:
-        tokenizer, head = _around(first, after, admission, scores=scores)
+        tokenizer, head = _around(model, first, after, task, admission)
     if device.type != "cpu" and impl == "auto" and implementation == "reference":
         raise UnsupportedModelError(f"no kernels run on {device}:\n{ops.explain_ops()}")
     return Pipeline(first, tokenizer, engine, head)
 
 
 def _around(
-    transformer: Any, after: dict[str, nn.Module], admission: Admission, *, scores: bool
+    model: SentenceTransformer,
+    transformer: Any,  # noqa: ANN401
+    after: dict[str, nn.Module],
+    task: str,
+    admission: Admission,
 ) -> tuple[TextTokenizer, Head]:
     """What comes before and after the base model of a Transformer module."""
-    architecture = admission.architecture
+    architecture, scores = admission.architecture, isinstance(model, CrossEncoder)
     head: Head
-    if scores:
-        head = ClassificationHead(transformer.auto_model, after)
-    else:
+    if task == EMBEDDING:
         head = PoolingHead(read_pooling(after, architecture.hidden_size))
+    elif task in GENERATING:
+        head = LogitHead(transformer.auto_model, after)
+    else:
+        head = ClassificationHead(transformer.auto_model, after)
     has_table = admission.weights.embeddings.position is not None
     side = transformer.tokenizer.padding_side
-    if side != "right" and (has_table or not head.takes_left_padding):
+    if side not in head.padding_sides or (side == "left" and has_table):
         raise UnsupportedModelError(f"the tokenizer pads on the {side}")
-    max_length = _max_length(transformer, architecture.max_tokens, has_table, pair=scores)
-    reader = PairTokenizer if scores else TextTokenizer
-    return reader(transformer.tokenizer, max_length), head
+    length = max_length(transformer, architecture.max_tokens, has_table, pair=scores)
+    if formats(transformer):
+        return ChatTokenizer(model, length), head
+    return (PairTokenizer if scores else TextTokenizer)(transformer.tokenizer, length), head
 
 
 def _first_of(modules: dict[str, nn.Module], names: Sequence[str]) -> Any:  # noqa: ANN401
@@ -164,36 +152,6 @@ def _check_placement(model: SentenceTransformer) -> None:
         )
 
 
-def _check_transformer(transformer: Any, task: str) -> None:
-    """Refuse options of the Transformer module that the packed engine would ignore."""
-    taken, called = _READ[task]
-    read = {
-        "modality_config": {"text": {"method": "forward", "method_output_name": taken}},
-        "module_output_name": called,
-        "transformer_task": task,
-    }
-    for name, expected in read.items():
-        found = getattr(transformer, name, expected)
-        if found != expected:
-            raise UnsupportedModelError(f"Transformer.{name} must be {expected}, got {found}")
-    parameters = transformer.model_forward_params
-    if parameters is not None and not {"input_ids", "attention_mask"} <= parameters:
-        raise UnsupportedModelError(f"Transformer.model_forward_params is {parameters}")
-    tokenizer = transformer.tokenizer
-    if tokenizer is None:
-        raise UnsupportedModelError("the Transformer module has no tokenizer")
-    if not type(tokenizer).__module__.startswith("transformers."):
-        raise UnsupportedModelError(
-            f"the tokenizer must be one of transformers, got {type(tokenizer).__module__}."
-            f"{type(tokenizer).__qualname__}"
-        )
-    if not {"input_ids", "attention_mask"} <= set(tokenizer.model_input_names):
-        raise UnsupportedModelError(
-            "the tokenizer must give input_ids and attention_mask, got "
-            f"{tokenizer.model_input_names}"
-        )
-
-
 def _check_own(part: Any, names: Set[str]) -> None:
     """Refuse a module or tokenizer that does more than its class, or something else.
 
@@ -208,35 +166,10 @@ def _check_own(part: Any, names: Set[str]) -> None:
             reason = f"{name} of {kind.__name__} was replaced on an instance"
     if is_module(part, "Transformer"):
         for name, value in vars(part).items():
-            if name in names - _KNOWN and value and not callable(getattr(kind, name, None)):
+            if name in names - KNOWN and value and not callable(getattr(kind, name, None)):
                 reason = f"the Transformer module sets {name.lstrip('_')}"
     if reason is not None:
         raise UnsupportedModelError(reason)
-
-
-def _max_length(transformer: Any, room: int, has_table: bool, *, pair: bool) -> int:
-    """Tokens kept of a text or a pair, given how many positions there are, in a table or
-    computed."""
-    tokenizer = transformer.tokenizer
-    value = tokenizer.model_max_length
-    if value is None:
-        raise UnsupportedModelError("max_seq_length is None")
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer)):
-        raise ValueError(f"max_seq_length must be an integer, got {value!r}")
-    # sentence-transformers falls back to the size of the whole table, offset rows included.
-    table = transformer.auto_model.config.max_position_embeddings
-    if value >= _NO_LIMIT or room < value == table:
-        return room
-    # Tokenizers cut nothing if the special tokens alone are too many.
-    least = max(1, tokenizer.num_special_tokens_to_add(pair=pair))
-    if value > room and not has_table:
-        raise UnsupportedModelError(f"max_seq_length {value} is beyond the {room} positions")
-    if not least <= value <= room or value != int(value):
-        raise ValueError(
-            f"max_seq_length must be an integer from {least}, the special tokens of a text, to "
-            f"{room}, the room of the position table, got {value}"
-        )
-    return int(value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 from torch import nn
@@ -62,12 +62,12 @@ class Caller:
 
     Attributes:
         module: the module.
-        methods: the names of its methods that wait, the innermost first.
+        methods: the code of its methods that wait, the innermost first.
         inputs: the first argument of the innermost one; None where it has none.
     """
 
     module: nn.Module
-    methods: list[str]
+    methods: list[CodeType]
     inputs: Any
 
 
@@ -83,7 +83,7 @@ def callers_of(model: nn.Module) -> list[Caller]:
                 if id(holder) not in found:
                     second = code.co_varnames[1] if code.co_argcount > 1 else ""
                     found[id(holder)] = Caller(holder, [], frame.f_locals.get(second))
-                found[id(holder)].methods.append(code.co_name)
+                found[id(holder)].methods.append(code)
         frame = frame.f_back
     return list(found.values())
 

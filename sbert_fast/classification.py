@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,8 @@ class ClassificationHead:
     """
 
     include_prompt = True
-    takes_left_padding = False
+    padding_sides = ("right",)
+    takes_empty = False
 
     def __init__(self, model: Any, after: dict[str, nn.Module]) -> None:  # noqa: ANN401
         if after:
@@ -70,25 +71,24 @@ class ClassificationHead:
     def fuses(self, dimension: int) -> bool:
         return False
 
-    def reads_first(self, skip: int) -> bool:
-        """Whether nothing but the first token of each sequence is read."""
-        return self._mode != "mean"
+    def reads(self, skip: int) -> Literal["first"] | None:
+        """The token of each sequence that is read, if no other is."""
+        return None if self._mode == "mean" else "first"
 
     def prepare(self, dtype: torch.dtype, device: torch.device, impl: str) -> None:
         """Check the modules as they are now.
 
         Raises:
             UnsupportedModelError: one is not what the class makes of the config: it may read more
-                than one state; or weights have another dtype than those of the encoder, `dtype`.
+                than one state, or give other labels; or weights have another dtype than those of
+                the encoder, `dtype`.
         """
         parts = self._parts(self._model)
         mine = kinds_of(parts)
         for name in mine.keys() | self._kinds.keys():
-            if mine.get(name) is not self._kinds.get(name):
-                found = mine[name].__name__ if name in mine else "nothing"
+            if mine.get(name) != self._kinds.get(name):
                 raise UnsupportedModelError(
-                    f"module {name!r} is {found}, which a fresh {type(self._model).__name__} does "
-                    "not have there"
+                    f"module {name!r} is not what a fresh {type(self._model).__name__} has there"
                 )
         if any(p.dtype != dtype for part in parts.values() for p in part.parameters()):
             raise UnsupportedModelError("parameters have several dtypes")
@@ -126,10 +126,10 @@ class ClassificationHead:
         return torch.cat(logits)[:count]
 
 
-def kinds_of(parts: dict[str, nn.Module]) -> dict[str, type]:
-    """The class of every module in `parts`, by name."""
+def kinds_of(parts: dict[str, nn.Module]) -> dict[str, tuple[Any, ...]]:
+    """The class of every module in `parts`, and the shapes of its parameters, by name."""
     return {
-        f"{name}.{inner}".rstrip("."): type(module)
+        f"{name}.{inner}".rstrip("."): (type(module), *(p.shape for p in module.parameters(False)))
         for name, part in parts.items()
         for inner, module in part.named_modules()
     }

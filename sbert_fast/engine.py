@@ -310,10 +310,12 @@ class PackedEncoder:
         with torch.no_grad():
             yield from prepared.stack.states(_embed(prepared, batch), batch, kept)
 
-    def first_states(self, batch: PackedBatch, prepared: Prepared) -> Tensor:
-        """The last states of first tokens, `[B, E]` padded to 16 rows; no sequence may be empty."""
-        starts = batch.cu_seqlens[:-1].long()
-        kept = F.pad(starts, (0, -starts.shape[0] % ROW_ALIGNMENT))
+    def single_states(self, batch: PackedBatch, prepared: Prepared, token: str) -> Tensor:
+        """The last states of the "first" or the "last" token of each sequence, none of them empty:
+        `[B, E]` padded to 16 rows."""
+        bounds = batch.cu_seqlens.long()
+        rows = bounds[:-1] if token == "first" else bounds[1:] - 1
+        kept = F.pad(rows, (0, -rows.shape[0] % ROW_ALIGNMENT))
         (x,) = deque(self.states(batch, prepared, kept), maxlen=1)
         return x
 
@@ -328,7 +330,7 @@ def _embed(p: Prepared, batch: PackedBatch) -> Tensor:
     x: Tensor = p.embed(
         batch.input_ids,
         None if p.position is None else batch.position_ids,
-        batch.token_type_ids,
+        None if p.token_type is None else batch.token_type_ids,
         p.word,
         p.position,
         p.token_type,

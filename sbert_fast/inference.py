@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sbert_fast import budget, packing
 from sbert_fast.engine import PackedEncoder, Prepared
-from sbert_fast.errors import TokenIdError
+from sbert_fast.errors import InputError, TokenIdError
 from sbert_fast.layers import PoolKernels, Unfinished
 from sbert_fast.packing import PackedBatch
 from sbert_fast.stats import Counters
@@ -35,12 +35,15 @@ class Head(Protocol):
         dimension: components of a result, before truncation.
         include_prompt: False leaves out the tokens of the prompt.
         is_training: whether it must be put into eval mode.
-        takes_left_padding: whether sentence-transformers gives the same results wherever it pads,
-            if the model has no positions but distances.
+        padding_sides: where sentence-transformers may pad, and the results are the same.
+        takes_empty: whether a sequence without tokens has a result.
     """
 
     @property
-    def takes_left_padding(self) -> bool: ...
+    def padding_sides(self) -> tuple[str, ...]: ...
+
+    @property
+    def takes_empty(self) -> bool: ...
 
     @property
     def dimension(self) -> int: ...
@@ -57,8 +60,8 @@ class Head(Protocol):
     def fuses(self, dimension: int) -> bool:
         """Whether it takes states before their last norm."""
 
-    def reads_first(self, skip: int) -> bool:
-        """Whether it reads nothing but the first token of a sequence."""
+    def reads(self, skip: int) -> Literal["first", "last"] | None:
+        """The token of a sequence that it reads, if it reads no other."""
 
     def __call__(
         self,
@@ -214,6 +217,9 @@ def _run_slice(
 ) -> None:
     """Run the slice that begins with text `offset` of the caller's input."""
     prepared = pipeline.prepared or pipeline.engine.prepared()
+    if not (pipeline.head.takes_empty or tokens.lengths.all()):
+        index = offset + int(np.argmin(tokens.lengths))
+        raise InputError(f"inputs[{index}] must have tokens, got none")
     _check_ids(pipeline.tokenizer, tokens, offset, prepared)
     every = np.arange(tokens.lengths.shape[0])
     left = deque(_plan(tokens.lengths, every, pipeline.limit.apply(batch_tokens)))
@@ -262,6 +268,7 @@ def run(
 
     Raises:
         TokenIdError: a token has no row in the embedding table; names the text and the token.
+        InputError: a text has no tokens, and the head needs one; names the text.
     """
     for first, last in _slices(texts, pipeline.engine.device.type):
         part = texts[first:last]
@@ -306,8 +313,8 @@ def embed_batch(
     x: Tensor | Unfinished
     if kernels.norm_pool is not None and head.fuses(out.shape[1]):
         x = engine.unfinished(batch, prepared)
-    elif head.reads_first(options["skip"]) and batch.lengths.min() > 0:
-        x, batch = engine.first_states(batch, prepared), batch.first_tokens()
+    elif (token := head.reads(options["skip"])) is not None and batch.lengths.min() > 0:
+        x, batch = engine.single_states(batch, prepared, token), batch.single_tokens()
     else:
         x = engine(batch, prepared)
     head(x, batch, kernels, out, rows, **options)

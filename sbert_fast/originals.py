@@ -37,6 +37,8 @@ _Cached = type(cache(len))
 _MISSING = object()
 # Methods that are called without being named.
 SYNTAX = ("__call__", "__getattr__", "__getattribute__", "__getitem__", "__iter__", "__len__")
+# No forward reaches it, but it shares names with what a forward reaches.
+_GENERATION = "transformers.generation."
 # The defaults of each function when it was first seen.
 _defaults: dict[FunctionType, tuple[Any, ...]] = {}
 # Decorators made by these are wrappers like any other.
@@ -257,9 +259,13 @@ _known: dict[tuple[frozenset[type], tuple[str, ...]], Originals] = {}
 
 
 def originals(classes: Iterable[type], roots: tuple[str, ...]) -> Originals:
-    """:class:`Originals` of the packages' classes among `classes` and their bases."""
+    """:class:`Originals` of the packages' classes among `classes` and their bases, but for those
+    that generate texts."""
     family = frozenset(
-        base for cls in classes for base in cls.__mro__ if is_theirs_by_name(base.__module__)
+        base
+        for cls in classes
+        for base in cls.__mro__
+        if is_theirs_by_name(base.__module__) and not base.__module__.startswith(_GENERATION)
     )
     found = _known.get((family, roots))
     if found is None or not found.is_current():

@@ -152,8 +152,8 @@ class PackedBatch:
     def num_sequences(self) -> int:
         return int(self.lengths.shape[0])
 
-    def first_tokens(self) -> PackedBatch:
-        """The batch as if every sequence ended with its first token."""
+    def single_tokens(self) -> PackedBatch:
+        """The batch as if every sequence were one token long."""
         count, device = self.num_sequences, self.cu_seqlens.device
         return replace(
             self,

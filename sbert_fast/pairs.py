@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -92,7 +92,7 @@ class PairTokenizer(TextTokenizer):
         known = self._pairs.parts if keeps and self._pairs is not None else None
         parts, join = self._private(live, added, known), self._backend
         first, second = (parts.encode(text, add_special_tokens=False) for text in _PROBE)
-        layout = _Layout.of(first, second, join.post_process(first, second))
+        layout = _Layout.of(first, second, parts.encode(*_PROBE))
         self._pairs = _Backend(parts, join, layout)
 
     def prepend(self, prompt: str, texts: Sequence[Any]) -> list[Any]:
@@ -116,7 +116,10 @@ class PairTokenizer(TextTokenizer):
         too_long = sizes[owners].sum(axis=1) > room
         # Those the tokenizer joins: it cuts them, or there is no telling what it puts around them.
         (apart,) = np.nonzero(too_long | (backend.layout is None))
-        joined = [backend.join.post_process(*(parts[i] for i in owners[pair])) for pair in apart]
+        if backend.layout is None:
+            joined = tokenize(backend.join.encode_batch_fast, [tuple(pair) for pair in pairs])
+        else:
+            joined = [backend.join.post_process(*(parts[i] for i in at)) for at in owners[apart]]
 
         pieces = [*parts, *joined]
         lengths = np.array([*np.diff(layout.bounds), *map(len, pieces)], dtype=np.int64)
@@ -140,13 +143,21 @@ class PairTokenizer(TextTokenizer):
         )
         types = None
         if self.returns_types:
-            of_joined = chain.from_iterable(piece.type_ids for piece in joined)
+            own_types = dict(enumerate(backend.layout.own if backend.layout else ()))
+            of_joined = (kind for piece in joined for kind in _types(piece, own_types))
             known = np.zeros(every, dtype=np.int32)
             known[: layout.types.size] = layout.types
             known[own:] = np.fromiter(of_joined, np.int32, every - own)
             of_texts = np.tile([0, layout.own[0], 0, layout.own[1], 0], len(pairs))
             types = known[source] + np.repeat(of_texts, counts.ravel()).astype(np.int32)
         return ids[source], counts.sum(axis=1, dtype=np.int32), types, int(too_long.sum())
+
+
+def _types(joined: Any, own: dict[int, int]) -> Iterator[int]:  # noqa: ANN401
+    """The types of the tokens of a pair, given those of its texts: what it was joined of does not
+    know that it comes second."""
+    for text, kind in zip(joined.sequence_ids, joined.type_ids, strict=True):
+        yield own.get(text, kind)
 
 
 def _ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:

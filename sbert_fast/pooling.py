@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +30,13 @@ _MODES = {
     "lasttoken": "last_token",
 }
 
-
+# Modes that read one token of a sequence.
+_SINGLE: dict[tuple[str, ...], Literal["first", "last"]] = {
+    ("cls",): "first",
+    ("last_token",): "last",
+}
 # What a `Dense` may end in: a row of the result depends on no other row, nor on training mode.
-_ACTIVATIONS = frozenset(
+ACTIVATIONS = frozenset(
     getattr(nn, name)
     for name in (
         "CELU ELU GELU Hardshrink Hardsigmoid Hardswish Hardtanh Identity LeakyReLU LogSigmoid "
@@ -138,7 +142,7 @@ def _check_part(module: Any, width: int) -> int:
     ):
         raise UnsupportedModelError(f"{name} has a residual that does not fit its features")
     activation = module.activation_function
-    if type(activation) not in _ACTIVATIONS:
+    if type(activation) not in ACTIVATIONS:
         raise UnsupportedModelError(
             f"{name}.activation_function must be one of torch.nn that acts on each value alone, "
             f"got {type(activation).__name__}"
@@ -233,19 +237,22 @@ class PoolingHead:
     def include_prompt(self) -> bool:
         return self.spec.include_prompt
 
+    takes_empty = True
+
     @property
-    def takes_left_padding(self) -> bool:
+    def padding_sides(self) -> tuple[str, ...]:
         """Older versions of sentence-transformers find the first token by its column."""
-        return self.include_prompt and not {"cls", "weighted_mean"} & {*self.spec.modes}
+        anywhere = self.include_prompt and not {"cls", "weighted_mean"} & {*self.spec.modes}
+        return ("right", "left") if anywhere else ("right",)
 
     @property
     def is_training(self) -> bool:
         """Whether it computes something else in training mode, and is in it: nothing here does."""
         return False
 
-    def reads_first(self, skip: int) -> bool:
-        """Whether nothing but the first token of each sequence is read."""
-        return self.spec.modes == ("cls",) and skip == 0
+    def reads(self, skip: int) -> Literal["first", "last"] | None:
+        """The token of each sequence that is read, if no other is."""
+        return _SINGLE.get(self.spec.modes) if skip == 0 else None
 
     def fuses(self, dimension: int) -> bool:
         """Whether embeddings of `dimension` components are made in one pass over the tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from itertools import pairwise
 from typing import Any
@@ -14,7 +15,7 @@ from sbert_fast import bypass
 from sbert_fast.callers import Caller, callers_of
 from sbert_fast.classification import kinds_of, with_finished_base
 from sbert_fast.models.twin import fresh_modules
-from sbert_fast.originals import originals
+from sbert_fast.originals import is_genuine, originals
 from sbert_fast.packed_forward import StandIn
 from sbert_fast.pooling import is_module
 
@@ -73,6 +74,7 @@ class SparseForward(StandIn):
             and mask.dim() == 2
             and bool(mask[:, 0].all())
             and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(mask.device.type)
             and not model.training
             and not model.config.output_hidden_states
             and bool(readers := self._readers())
@@ -128,13 +130,10 @@ def _is_encoding(caller: Caller) -> bool:
     """Whether `caller` is in the loop over batches of sentence-transformers."""
     from sentence_transformers import SparseEncoder
 
-    kind = type(caller.module)
-    own = [
-        m
-        for m in ("encode", "_inference")
-        if getattr(kind, m, 0) is getattr(SparseEncoder, m, None)
-    ]
-    return isinstance(caller.module, SparseEncoder) and any(name in caller.methods for name in own)
+    # New in sentence-transformers 6.2.
+    loop = getattr(SparseEncoder, "_inference", SparseEncoder.encode)
+    own = isinstance(caller.module, SparseEncoder) and is_genuine(loop, SparseEncoder)
+    return own and inspect.unwrap(loop).__code__ in caller.methods
 
 
 def _is_known(reader: nn.Module) -> bool:
@@ -143,8 +142,10 @@ def _is_known(reader: nn.Module) -> bool:
         return bool(reader.pooling_strategy == "max")
     from sentence_transformers import SparseEncoder
 
+    if isinstance(reader, SparseEncoder):
+        return type(reader).forward is SparseEncoder.forward
     names = ("Transformer", "MLMTransformer", "Router")
-    return isinstance(reader, SparseEncoder) or any(is_module(reader, name) for name in names)
+    return any(is_module(reader, name) for name in names)
 
 
 def _head(model: Any) -> dict[str, nn.Module]:  # noqa: ANN401

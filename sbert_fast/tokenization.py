@@ -272,7 +272,7 @@ def _is_local(part: dict[str, Any]) -> bool:
     return part["type"] in _LOCAL and part.get("split", True) and part.get("use_regex", True)
 
 
-def tokenize(encode: Any, texts: Sequence[str]) -> list[Any]:  # noqa: ANN401
+def tokenize(encode: Any, texts: Sequence[Any]) -> list[Any]:  # noqa: ANN401
     """`encode(texts)`; a panic of the tokenizer becomes an InputError."""
     try:
         return encode(texts)

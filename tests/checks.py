@@ -65,6 +65,17 @@ def assert_same_result(ours: Any, theirs: Any) -> None:
         assert ours == theirs
 
 
+def assert_same_scores(ours: Any, theirs: Any) -> None:
+    """The same type, dtype and shape, and the same scores to 1e-5."""
+    assert type(ours) is type(theirs)
+    if isinstance(theirs, list):
+        assert len(ours) == len(theirs)
+        ours, theirs = (torch.stack(x) if x else torch.tensor([]) for x in (ours, theirs))
+    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+    delta = np.asarray(ours, dtype=np.float64) - np.asarray(theirs)
+    assert np.abs(delta).max(initial=0) < 1e-5
+
+
 def bits(vectors: Any) -> np.ndarray:
     """fp32 vectors as the integers that hold them: equal only where every bit is."""
     array = vectors.numpy() if isinstance(vectors, Tensor) else np.asarray(vectors)

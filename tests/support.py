@@ -7,6 +7,7 @@ import warnings
 import torch
 
 import families
+import rerankers
 from patched import pair, run
 from sbert_fast import FastCrossEncoder, FastEncoder, ops
 from sbert_fast.engine import PackedEncoder
@@ -42,8 +43,9 @@ def _encodes(name: str) -> bool:
 
 
 def _scores(name: str) -> bool:
+    make = rerankers.make_reranker if name in rerankers.NAMES else families.make_cross_encoder
     with warnings.catch_warnings(action="ignore"):
-        model = FastCrossEncoder(families.make_cross_encoder(name))
+        model = FastCrossEncoder(make(name))
     model.predict([(text, TEXTS[0]) for text in TEXTS])
     return not model.stats.fallbacks
 

@@ -254,6 +254,15 @@ def test_no_max_seq_length_means_the_room_of_the_position_table(family: str) -> 
 
 
 @pytest.mark.filterwarnings("ignore:FastEncoder runs this model in sentence-transformers")
+@pytest.mark.parametrize("family", ["modernbert", "qwen3"])
+def test_no_max_seq_length_means_no_end_where_positions_are_computed(family: str) -> None:
+    st = make_sentence_transformer(family)
+    st.max_seq_length = transformers.tokenization_utils_base.VERY_LARGE_INTEGER
+    texts = make_texts(4, max_words=400)
+    assert_same_vectors(FastEncoder(st).encode(texts), st.encode(texts))
+
+
+@pytest.mark.filterwarnings("ignore:FastEncoder runs this model in sentence-transformers")
 def test_max_seq_length_of_none_fails_as_in_stock() -> None:
     st = make_sentence_transformer()
     st.max_seq_length = None

@@ -15,6 +15,7 @@ import torch
 from sentence_transformers import CrossEncoder
 from torch import nn
 
+from checks import assert_same_scores
 from families import FAMILIES, make_cross_encoder, make_texts
 from sbert_fast import FastCrossEncoder, explain
 from sbert_fast.errors import InputError, NonFiniteEmbeddingError
@@ -33,15 +34,6 @@ def stock() -> CrossEncoder:
 @pytest.fixture
 def model(stock: CrossEncoder) -> FastCrossEncoder:
     return FastCrossEncoder(stock)
-
-
-def assert_same_scores(ours: Any, theirs: Any) -> None:
-    assert type(ours) is type(theirs)
-    if isinstance(theirs, list):
-        assert len(ours) == len(theirs)
-        ours, theirs = (torch.stack(x) if x else torch.tensor([]) for x in (ours, theirs))
-    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
-    assert np.abs(np.asarray(ours) - np.asarray(theirs)).max(initial=0) < 1e-5
 
 
 def test_signatures_are_those_of_sentence_transformers() -> None:

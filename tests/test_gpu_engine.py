@@ -43,7 +43,7 @@ triton = pytest.mark.skipif(
     reason=str(reason),
 )
 
-# Norms that come first, and layers that are one.
+# Tables of distances, norms that come first, layers that are one.
 _OTHERS = ("deberta-v2", "modernbert", "qwen3", "gemma3_text", "albert-one-group")
 
 

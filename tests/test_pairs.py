@@ -61,6 +61,27 @@ def test_what_surrounds_the_texts_may_take_any_form() -> None:
     check(tokenizer, 30, drawn(50))
 
 
+_CLS, _SEP = ("[CLS]", 2), ("[SEP]", 3)
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        None,
+        processors.BertProcessing(_SEP, _CLS),
+        processors.RobertaProcessing(_SEP, _CLS),
+        processors.ByteLevel(),
+        processors.Sequence([processors.ByteLevel(), processors.BertProcessing(_SEP, _CLS)]),
+    ],
+    ids=lambda processor: type(processor).__name__,
+)
+def test_any_post_processor(processor: Any) -> None:
+    tokenizer = make_tokenizer("bert")
+    tokenizer.backend_tokenizer.post_processor = processor
+    for limit in (7, 20, 64):
+        check(tokenizer, limit, drawn(50))
+
+
 def test_added_tokens() -> None:
     tokenizer = make_tokenizer("bert")
     tokenizer.add_tokens([AddedToken(f"word{i}", normalized=False) for i in range(80)])

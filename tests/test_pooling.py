@@ -52,14 +52,24 @@ def check(st: SentenceTransformer, texts: list[str], launches: Launches, **argum
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["bert", "modernbert", "albert-one-group"])
-def test_of_the_last_layer_only_first_tokens_are_computed(
-    family: str, dtype: str, feed_forward_rows: list[int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("family", "pooling"),
+    [
+        *(("bert", "cls"), ("modernbert", "cls"), ("albert-one-group", "cls")),
+        ("qwen3", "lasttoken"),
+    ],
+)
+def test_of_the_last_layer_only_what_is_pooled_is_computed(
+    family: str,
+    pooling: str,
+    dtype: str,
+    feed_forward_rows: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    encoder = FastEncoder(make_sentence_transformer(family, pooling="cls"), dtype=dtype)
+    encoder = FastEncoder(make_sentence_transformer(family, pooling=pooling), dtype=dtype)
     embeddings, rows = encoder.encode(TEXTS), feed_forward_rows
     assert rows[-1] == 48 and rows[-2] > 300
-    monkeypatch.setattr(PoolingHead, "reads_first", lambda *_: False)
+    monkeypatch.setattr(PoolingHead, "reads", lambda *_: None)
     assert np.array_equal(encoder.encode(TEXTS), embeddings)
     assert rows[-1] == rows[-2]
 

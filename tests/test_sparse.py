@@ -154,6 +154,32 @@ def _own_loop(model: SparseEncoder) -> None:
     model.__class__ = OwnEncoder
 
 
+class OwnForward(SparseEncoder):
+    """Somebody's own: it looks at the logits."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        features = super().forward(*args, **kwargs)
+        assert features["token_embeddings"].shape[1] > 1
+        return features
+
+
+def _own_forward(model: SparseEncoder) -> None:
+    model.__class__ = OwnForward
+
+
+class OwnInference(SparseEncoder):
+    """Somebody's own loop under the `encode` of sentence-transformers since 6.2."""
+
+    def _inference(self, inputs: list[str], **_: Any) -> Tensor:
+        return OwnEncoder.encode(self, inputs)  # type: ignore[arg-type]
+
+
+def _own_inference(model: SparseEncoder) -> None:
+    if not hasattr(SparseEncoder, "_inference"):
+        pytest.skip("this version of sentence-transformers calls no _inference")
+    model.__class__ = OwnInference
+
+
 def _masked_first(model: SparseEncoder) -> None:
     model.tokenizer.padding_side = "left"
 
@@ -170,6 +196,8 @@ def _masked_first(model: SparseEncoder) -> None:
         _all_states,
         _followed,
         _own_loop,
+        _own_forward,
+        _own_inference,
         _masked_first,
     ],
     ids=lambda change: change.__name__.strip("_"),
@@ -182,6 +210,15 @@ def test_all_logits_for_whoever_may_read_them(
     model = accelerate(copy.deepcopy(original))
     with torch.inference_mode():
         assert_same_vectors(_embed(model), _embed(original))
+    assert not heads
+
+
+def test_autocast_is_that_of_stock(heads: list[int]) -> None:
+    original = _splade()
+    model = accelerate(copy.deepcopy(original))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, theirs = _embed(model), _embed(original)
+    assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
     assert not heads
 
 
@@ -208,4 +245,14 @@ def test_training_is_that_of_stock(heads: list[int]) -> None:
     features = model.preprocess(TEXTS)
     model(features)["sentence_embedding"].sum().backward()
     assert model[0].model.bert.embeddings.word_embeddings.weight.grad.any()
+    assert not heads
+
+
+def test_a_loop_that_was_replaced(heads: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "_inference" if hasattr(SparseEncoder, "_inference") else "encode"
+    monkeypatch.setattr(SparseEncoder, name, OwnEncoder.encode)
+    original = _splade()
+    model = accelerate(copy.deepcopy(original))
+    with torch.inference_mode():
+        assert_same_vectors(_embed(model), _embed(original))
     assert not heads

@@ -13,6 +13,7 @@ from sentence_transformers import CrossEncoder
 from sentence_transformers.util.decorators import cross_encoder_predict_rank_args_decorator
 from torch import Tensor
 
+from sbert_fast import bypass
 from sbert_fast.arguments import (
     DEFAULT_BATCH_SIZE,
     Chunk,
@@ -23,6 +24,7 @@ from sbert_fast.assembly import Unsupported
 from sbert_fast.call import Call
 from sbert_fast.finite import check_embeddings
 from sbert_fast.inference import Pipeline
+from sbert_fast.pooling import ACTIVATIONS
 from sbert_fast.sentence_transformers.packed_model import PackedModel, shared_arguments
 from sbert_fast.sentence_transformers.stock import check_pairs, stock_words
 
@@ -30,7 +32,9 @@ from sbert_fast.sentence_transformers.stock import check_pairs, stock_words
 # to threads: rows are padded to a multiple of this, and so many are activated at once, that the
 # bits of a score depend on no other.
 _ROWS, _MANY_ROWS = 64, 1 << 14
-
+_FUNCTIONS = (torch.sigmoid, torch.tanh)
+# Until 6.2, sentence-transformers squeezed scores last, and took a false activation for none.
+_IS_OLD = "_inference" not in vars(CrossEncoder)
 
 # Arguments of a call that `_inference` takes too.
 _NAMES = {"prompt", "batch_size", "show_progress_bar", "device"}
@@ -43,6 +47,11 @@ class FastCrossEncoder(PackedModel, CrossEncoder):
     expected. Pairs run packed: each different text is tokenised once, pairs are cut into batches by
     tokens and never padded, the last layer computes what the head reads and no more. What the
     packed engine does not support runs in sentence-transformers, with one warning.
+
+    Rerankers that generate run packed too: of the logits of the last token, only those that a
+    `LogitScore` reads are computed. Where a chat template formats the pairs, sentence-transformers
+    renders and tokenises each as a whole, the query with every passage: the ids of a text depend on
+    what the template puts next to it.
 
     Args:
         model_name_or_path: name or path of a model, or a loaded `CrossEncoder`, whose modules are
@@ -65,6 +74,7 @@ class FastCrossEncoder(PackedModel, CrossEncoder):
     """
 
     method = "predict"
+    _kept = (*PackedModel._kept, "activation_fn")
 
     @staticmethod
     def _arguments_of(source: CrossEncoder) -> dict[str, Any]:
@@ -98,7 +108,7 @@ class FastCrossEncoder(PackedModel, CrossEncoder):
             inputs: a pair of texts, or a list, tuple or numpy array of pairs. Other inputs that the
                 model scores, such as single texts, run in sentence-transformers.
             prompt_name: name of a prompt in `self.prompts` to prepend to the first text of a pair.
-            prompt: text to prepend.
+            prompt: text to prepend; to a chat template, a message of the system.
             batch_size: limits memory, not rows; see :meth:`FastEncoder.encode`.
             show_progress_bar: default: shown if the logger of sentence-transformers is at INFO.
             activation_fn: applied to the logits `[N, labels]`; default: `self.activation_fn`.
@@ -151,7 +161,7 @@ class FastCrossEncoder(PackedModel, CrossEncoder):
             return result
         result = self._scores(found, pairs, call, activation_fn, apply_softmax)
         if not convert_to_tensor:
-            result = result.cpu().numpy() if convert_to_numpy else list(result)
+            result = result.float().cpu().numpy() if convert_to_numpy else list(result)
             result = np.array([]) if convert_to_numpy and not pairs else result
         return result[0] if is_single else result
 
@@ -215,12 +225,34 @@ class FastCrossEncoder(PackedModel, CrossEncoder):
         scores: Tensor = self._session.run(self, pipeline, pairs, call)
         if not len(scores):
             return torch.tensor([], device=scores.device)
-        activate = activation_fn or self.activation_fn
-        padded = F.pad(scores, (0, 0, 0, -len(pairs) % _ROWS))
-        scores = torch.cat([activate(rows) for rows in padded.split(_MANY_ROWS)])[: len(pairs)]
-        if self.num_labels == 1 and scores.ndim > 1:
-            scores = scores.squeeze(-1)
-        return scores.softmax(dim=1) if apply_softmax and scores.ndim > 1 else scores
+        activate: Any = activation_fn
+        if activate is None or (_IS_OLD and not activate):
+            activate = self.activation_fn
+        if activate is not None:
+            scores = self._activated(scores, pairs, call.batch_size, activate)
+        if not _IS_OLD:
+            scores = self._squeezed(scores)
+        if apply_softmax and scores.ndim > 1:
+            scores = scores.softmax(dim=1)
+        return self._squeezed(scores)
+
+    def _squeezed(self, scores: Tensor) -> Tensor:
+        return scores.squeeze(-1) if self.num_labels == 1 and scores.ndim > 1 else scores
+
+    def _activated(
+        self, scores: Tensor, pairs: list[Any], batch_size: int, activate: Any
+    ) -> Tensor:
+        """The activated scores; what may look across rows gets the batches that it gets in
+        sentence-transformers."""
+        if activate in _FUNCTIONS or (
+            type(activate) in ACTIVATIONS and not bypass.reason([activate])
+        ):
+            padded = F.pad(scores, (0, 0, 0, -len(pairs) % _ROWS))
+            return torch.cat([activate(rows) for rows in padded.split(_MANY_ROWS)])[: len(pairs)]
+        order = np.argsort([-self._input_length(pair) for pair in pairs])
+        batches = torch.from_numpy(order).to(scores.device).split(batch_size)
+        parts = [part for batch in batches for part in activate(scores[batch])]
+        return torch.stack([parts[index] for index in np.argsort(order)])
 
 
 def _call(**arguments: Any) -> Call:

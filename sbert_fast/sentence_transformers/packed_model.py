@@ -57,6 +57,8 @@ class PackedModel:
     """
 
     method = "encode"
+    # What a model has of the one it is made of, whatever its constructor makes of arguments.
+    _kept: tuple[str, ...] = ("module_kwargs", "_model_card_text")
 
     @staticmethod
     def _arguments_of(source: Any) -> dict[str, Any]:  # noqa: ANN401
@@ -85,9 +87,10 @@ class PackedModel:
             model_name_or_path = os.fspath(model_name_or_path)
         stock = stock_class(type(self))
         _check_source(model_name_or_path, modules, stock)
-        source = None
+        kept: dict[str, Any] = {}
         if isinstance(model_name_or_path, stock):
             source, model_name_or_path = model_name_or_path, None
+            kept = {name: getattr(source, name) for name in self._kept if name not in kwargs}
             modules = OrderedDict(source._modules)
             kwargs = self._arguments_of(source) | kwargs
             device = source.device if device is None else device
@@ -98,9 +101,8 @@ class PackedModel:
         super().__init__(  # type: ignore[call-arg]
             model_name_or_path, modules=modules, device=device, **kwargs
         )
-        if source is not None:
-            self.module_kwargs = source.module_kwargs
-            self._model_card_text = source._model_card_text
+        for name, value in kept.items():
+            setattr(self, name, value)
         named = {"dtype", "torch_dtype"} & set(kwargs.get("model_kwargs") or {})
         self._session = Session(
             requested_dtype,

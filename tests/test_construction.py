@@ -146,7 +146,7 @@ def test_auto_dtype_is_that_of_the_model(
     [
         ({"dtype": "float64"}, "dtype must be one of .*, got 'float64'"),
         ({"dtype": torch.float64}, "dtype must be one of .*, got torch.float64"),
-        ({"dtype": "int8"}, "dtype must be one of .*, got 'int8'"),
+        ({"dtype": "int4"}, "dtype must be one of .*, got 'int4'"),
         ({"dtype": None}, "dtype must be one of .*, got None"),
         ({"dtype": ["bfloat16"]}, "dtype must be one of .*, got \\['bfloat16'\\]"),
         ({"impl": "fastest"}, "impl must be one of auto, .*, got 'fastest'"),

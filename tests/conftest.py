@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 from collections.abc import Callable, Iterator
 
@@ -33,6 +34,11 @@ M_PERTURB = -6  # of glibc's mallopt
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 triton_interpreter.install()
+
+
+def pytest_collection_finish() -> None:
+    """No collection of garbage need look again at what is there by now: modules, and all tests."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -51,56 +51,41 @@ def builds(
         yield aot.build_of(launch.kernel, launch.arguments, launch.options, arch)
 
 
+def wanted(arch: int) -> Iterator[aot.Build]:
+    """What needs most of a GPU; for compute capability 9.0 something of every kind."""
+    for max_seqlen in (64, 512):
+        yield from builds(64, HALF, arch, max_seqlen)
+    yield from builds(64, HALF, arch, 512, **DECODER)
+    yield from builds(256, HALF, arch, 512, **DECODER)
+    yield from builds(64, HALF, arch, 512, disentangled=True)
+    if arch != 90:
+        return
+    # Widths of the table, and dims that do not fill them.
+    for dim in (26, 32, 58, 80, 128, 136, 256):
+        yield from builds(dim, HALF, arch, 512)
+    yield from builds(32, HALF, arch, 64)
+    for dtype in (BFLOAT, SINGLE):
+        yield from builds(64, dtype, arch, 64)
+    for options in ({"bias": True}, {"causal": True}, {"bias": True, "window": 64, "rotary": True}):
+        yield from builds(64, HALF, arch, 64, **options)
+    yield from builds(64, HALF, arch, 512, kv_heads=4)
+    yield from builds(128, HALF, arch, 512, **DECODER)
+    yield from builds(256, HALF, arch, 512, **DECODER, bias=True, window=64)
+    yield from builds(256, SINGLE, arch, 512, **DECODER)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", aot.ARCHS)
-def test_compiled_kernels_fit(arch: int) -> None:
+def test_compiled_kernels_fit(request: pytest.FixtureRequest) -> None:
     """No spills; prints the table of registers and shared memory under `pytest -s`."""
-    wanted = [
-        *(b for dim in (32, 64) for s in (16, 64, 512) for b in builds(dim, HALF, arch, s)),
-        *builds(64, HALF, arch, 512, **DECODER),
-        *builds(256, HALF, arch, 512, **DECODER),
-        *builds(64, HALF, arch, 512, disentangled=True),
-    ]
-    # The others differ in what they have room for, and the kernels that need most are above.
-    if arch == 90:
-        wanted += [
-            *(b for s in (16, 64, 512) for b in builds(26, HALF, arch, s)),
-            *(
-                b
-                for dim in (58, 80, 96, 128)
-                for s in (16, 64, 512)
-                for b in builds(dim, HALF, arch, s)
-            ),
-            *(b for dim in (32, 64) for s in (16, 64) for b in builds(dim, BFLOAT, arch, s)),
-            *builds(64, HALF, arch, 64, bias=True),
-            *builds(64, HALF, arch, 64, bias=True, window=64, rotary=True),
-            *builds(64, SINGLE, arch, 64),
-            *builds(64, HALF, arch, 64, causal=True),
-            *builds(64, HALF, arch, 512, kv_heads=4),
-            *(b for dim in (32, 128) for b in builds(dim, HALF, arch, 512, **DECODER)),
-            *(b for dim in (136, 256) for s in (16, 512) for b in builds(dim, HALF, arch, s)),
-            *builds(256, HALF, arch, 512, **DECODER, bias=True, window=64),
-            *builds(256, SINGLE, arch, 512, **DECODER),
-            *builds(32, HALF, arch, 512, disentangled=True),
-            *builds(64, SINGLE, arch, 512, disentangled=True),
-            *builds(256, HALF, arch, 512, disentangled=True),
-            *builds(64, HALF, arch, 512, **DECODER, bias=True, window=64, disentangled=True),
-        ]
-    unique = list({repr(build): build for build in wanted}.values())
+    every = [build for arch in aot.ARCHS for build in wanted(arch)]
+    request.getfixturevalue("tf32")
+    dims = {80: (64, 256), 90: (32, 64, 128, 256)}
+    turned = [b for arch in dims for dim in dims[arch] for b in builds(dim, SINGLE, arch, 512)]
+    assert {build.constexprs["PRECISION"] for build in turned} == {"tf32"}
+    unique = list({repr(build): build for build in (*every, *turned)}.values())
     usages = aot.compile_all(unique)
     print("\n" + aot.table(unique, usages))
     aot.assert_fits(unique, usages)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("tf32")
-@pytest.mark.parametrize("arch", [80, 90])
-def test_compiled_kernels_in_tf32_fit(arch: int) -> None:
-    wanted = [b for dim in (32, 64, 128, 256) for b in builds(dim, SINGLE, arch, 512)]
-    assert {build.constexprs["PRECISION"] for build in wanted} == {"tf32"}
-    usages = aot.compile_all(wanted)
-    print("\n" + aot.table(wanted, usages))
-    aot.assert_fits(wanted, usages)
 
 
 def test_short_kernels_fill_a_multiprocessor() -> None:

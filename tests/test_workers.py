@@ -194,15 +194,13 @@ def test_list_of_devices(st: SentenceTransformer, tmp_path: Path, launches: Laun
 # Texts that are named where a worker ran them
 
 
-POISON = "river"
-CLEAN = [text for text in TEXTS if POISON not in text]
+POISON, HUGE = "river", "mountain"
+CLEAN = [text for text in TEXTS if POISON not in text and HUGE not in text]
 POISONED = [*CLEAN[:3], POISON, *CLEAN[3:20], f"{POISON} and sea", *CLEAN[20:]]
 
 
 class PoisonedEncoder(FastEncoder):
-    """The engine turns the hidden state of one word into NaN, or finds no memory for it."""
-
-    out_of_memory = False
+    """The engine turns the hidden state of one word into NaN, and finds no memory for another."""
 
     def encode(self, *args: Any, **how: Any) -> Any:
         with self._poison():
@@ -214,12 +212,12 @@ class PoisonedEncoder(FastEncoder):
 
     def _poison(self) -> Any:
         forward = PackedEncoder.__call__
-        token = self.tokenizer.convert_tokens_to_ids(POISON)
+        poison, huge = self.tokenizer.convert_tokens_to_ids([POISON, HUGE])
 
         def poisoned(engine: PackedEncoder, batch: PackedBatch, *rest: Any) -> torch.Tensor:
-            found = batch.input_ids == token
-            if self.out_of_memory and found.any():
+            if (batch.input_ids == huge).any():
                 raise torch.OutOfMemoryError("no memory")
+            found = batch.input_ids == poison
             return forward(engine, batch, *rest).masked_fill(found[:, None], float("nan"))
 
         return patch.object(PackedEncoder, "__call__", poisoned)
@@ -267,16 +265,15 @@ def test_non_finite_result_of_a_worker(
     not hasattr(SentenceTransformer, "_inference"),
     reason="an error ends the workers of this sentence-transformers",
 )
-def test_other_errors_of_a_worker(poisoned: PoisonedEncoder) -> None:
+def test_other_errors_of_a_worker(poisoned: PoisonedEncoder, poisoned_pool: Pool) -> None:
     tokens: dict[str, Any] = {"output_value": "token_embeddings", "precision": "int8"}
-    failing = PoisonedEncoder(poisoned)
-    failing.out_of_memory = True
-    for encoder, arguments, error, message in (
-        (poisoned, tokens, NonFiniteEmbeddingError, r"inputs\[3\]"),
-        (failing, {}, torch.OutOfMemoryError, r"^inputs\[3\] with its \d+ tokens"),
+    huge = [HUGE if text == POISON else text for text in POISONED]
+    for texts, arguments, error, message in (
+        (POISONED, tokens, NonFiniteEmbeddingError, r"inputs\[3\]"),
+        (huge, {}, torch.OutOfMemoryError, r"^inputs\[3\] with its \d+ tokens"),
     ):
         with pytest.raises(error, match=message):
-            encoder.encode(POISONED, device=["cpu"], chunk_size=1, **arguments)
+            poisoned.encode(texts, pool=poisoned_pool, chunk_size=1, **arguments)
 
 
 def test_chunks_know_where_they_begin() -> None:

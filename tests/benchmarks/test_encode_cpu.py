@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import platform
+import runpy
 import shutil
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from benchmarks import ROOT
-from benchmarks.common import provenance
+from benchmarks.common import arguments, provenance
 from benchmarks.common.models import ModelFolder
 from benchmarks.common.text import OURS, REFERENCE
 from benchmarks.encode import breakdown, cpu, peers
@@ -27,24 +28,35 @@ from benchmarks.report import render
 TEXTS = ["A cat.", "Rain is expected in the north for most of the week.", "", "Why?"]
 
 
-def run(module: str, path: Path, *arguments: str) -> dict[str, Any]:
-    """The document that a benchmark stores, and prints last."""
+@pytest.fixture
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., dict[str, Any]]:
+    """Runs a command in this process, which it does not pin to a CPU: the document that it stores,
+    and prints last."""
+    path = tmp_path / "new" / "tiny.json"
     tiny = ("--texts", "24", "--rounds", "2", "--threads", "1", "--json", str(path))
-    command = [sys.executable, "-m", f"benchmarks.{module}", *tiny, *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    assert done.stdout.endswith(render(stored) + "\n")
-    return stored
+    monkeypatch.setattr(arguments, "pin", lambda threads: None)
+    monkeypatch.chdir(ROOT)
+
+    def run(module: str, *chosen: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", [module, *tiny, *chosen])
+        with pytest.raises(SystemExit, match="^0$"):
+            runpy.run_module(f"benchmarks.{module}", run_name="__main__")
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        assert capsys.readouterr().out.endswith(render(stored) + "\n")
+        return stored
+
+    return run
 
 
 @pytest.mark.slow
-def test_a_run(tmp_path: Path) -> None:
+def test_a_run(run: Callable[..., dict[str, Any]]) -> None:
     """Beside every peer that starts quickly."""
     needs = {OURS: (), REFERENCE: (), "zentorch": ("zentorch",)}
     needs |= {name: (name, "onnx", "onnxscript") for name in ("onnxruntime", "openvino")}
     chosen = ("--sweep-texts", "8", "--latency", "--peers", ",".join([*needs][1:]))
-    document = run("encode", tmp_path / "new" / "tiny.json", *chosen)
+    document = run("encode", *chosen)
     assert document["device"]["threads"] == document["settings"]["threads"] == 1
     assert set(document["versions"]) == {"python", *provenance.PACKAGES}
     assert document["model"]["sha256"].startswith("53aa5117")
@@ -130,8 +142,8 @@ def test_lengths_agree_with_sentence_transformers(minilm: ModelFolder) -> None:
 
 
 @pytest.mark.slow
-def test_breakdown(tmp_path: Path) -> None:
-    (row,) = run("encode.breakdown", tmp_path / "breakdown.json")["rows"]
+def test_breakdown(run: Callable[..., dict[str, Any]]) -> None:
+    (row,) = run("encode.breakdown")["rows"]
     # The rest is what is left of the whole: less than nothing where a part is counted twice.
     for times in row["passes"]:
         assert all(times[part] > 0 for part in (*breakdown.PARTS, breakdown.REST))
@@ -143,16 +155,16 @@ def test_breakdown(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_cost_of_comparisons(tmp_path: Path) -> None:
-    document = run("encode.comparison", tmp_path / "checks.json")
+def test_the_cost_of_comparisons(run: Callable[..., dict[str, Any]]) -> None:
+    document = run("encode.comparison")
     samples = document["one_text"]["samples"]
     assert len(samples["checked"]) == len(samples["unchecked"]) == 200
     assert document["corpus"]["comparisons"] == 1
 
 
 @pytest.mark.slow
-def test_reranking(tmp_path: Path) -> None:
-    rows = run("encode.rerank", tmp_path / "rerank.json")["rows"]
+def test_reranking(run: Callable[..., dict[str, Any]]) -> None:
+    rows = run("encode.rerank")["rows"]
     assert [row["system"] for row in rows] == [REFERENCE, OURS]
     assert all(len(row["samples"]["short"]) == 2 for row in rows)
     assert rows[0]["batch_size"] and rows[1]["ratios"]["float32"]["all"] > 0

@@ -120,7 +120,10 @@ def max_length(transformer: Any, room: int, has_table: bool, *, pair: bool) -> i
         raise ValueError(f"max_seq_length must be an integer, got {value!r}")
     # sentence-transformers falls back to the size of the whole table, offset rows included.
     table = transformer.auto_model.config.max_position_embeddings
-    if has_table and (value >= _NO_LIMIT or room < value == table):
+    if has_table and room < value == table:
+        return room
+    # Where positions are computed, there is no end but one beyond any text.
+    if value >= _NO_LIMIT and (has_table or room >= _NO_LIMIT):
         return room
     # Tokenizers cut nothing if the special tokens alone are too many.
     least = max(1, tokenizer.num_special_tokens_to_add(pair=pair))

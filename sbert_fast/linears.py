@@ -130,7 +130,7 @@ class LiveLinear(_Linear):
             if part.module is None:
                 shape = tuple(part.weight.shape)
                 raise UnsupportedModelError(
-                    f"live weights need a module for every linear layer, that of {shape} has none"
+                    f"live weights need a module for every linear layer; that of {shape} has none"
                 )
             self.modules.append(part.module)
 

@@ -122,7 +122,7 @@ class Session:
         """What runs the model on `place`, where it is moved; errors as for :meth:`ready`."""
         if place == model.device:
             return self._in_eval_mode(model, route)
-        # It raises what needs no prepared weights to be known.
+        # It raises every error that does not depend on prepared weights.
         self._assembled(model, route, self._where(model, place))
         with _undone_if_refused(model):
             _move(model, place)

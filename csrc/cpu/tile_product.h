@@ -2,7 +2,9 @@
 //
 // A block of 32 rows and 32 columns has its sums in four tiles, from the first step along K to the
 // last: a row goes through the same steps in whatever block it is, so it depends on no other row
-// and not on how many there are.
+// and not on how many there are. A block of rows stays in the L1 cache, weights pass by it; while a
+// group of weights is used on all rows of an item, the next one is asked for. Vector units work in
+// small steps between the tile instructions.
 #pragma once
 
 #include "kernels.h"

@@ -38,8 +38,8 @@ def token_ranges(
         spans: of each document a list of `(start, end)`, in characters.
 
     Raises:
-        TypeError, ValueError: a span is no pair, not within its document, holds no token, or some
-            that are not kept; names it.
+        TypeError, ValueError: a span is not a pair, not within its document, holds no token, or
+            some that are not kept; names it.
         InputError: the tokenizer does not tell where its tokens are.
     """
     tokenizer: Any = first.tokenizer

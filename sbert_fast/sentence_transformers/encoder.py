@@ -192,8 +192,8 @@ class FastEncoder(PackedModel, SentenceTransformer):
             Of each document float32 `[len(spans), dimension]`, for a single document not in a list.
 
         Raises:
-            TypeError, ValueError: a span is no pair, is not within its document, holds no token, or
-                some that are cut off behind `max_seq_length`; names the span.
+            TypeError, ValueError: a span is not a pair, is not within its document, holds no token,
+                or some that are cut off behind `max_seq_length`; names the span.
             InputError: the tokenizer does not tell where its tokens are.
 
         Source:

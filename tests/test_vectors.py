@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,14 +27,6 @@ EVERY = 6  # One text in this many is compared in bfloat16 too.
 
 
 # Equality on real weights
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Texts, and their vectors by unpatched sentence-transformers in fp32."""
-
-    texts: list[str]
-    vectors: np.ndarray
 
 
 def _recombine(texts: Sequence[str], sizes: Sequence[int], seed: int) -> list[str]:
@@ -66,25 +57,29 @@ def st_512(minilm_path: str) -> SentenceTransformer:
 
 
 @pytest.fixture(scope="module")
-def reference(st_512: SentenceTransformer) -> Reference:
+def texts() -> list[str]:
     english = _recombine(sample_texts(), _sizes(1500, 2600, seed=1), seed=2)
     others = _recombine(multilingual_texts(), _sizes(560, 900, seed=3), seed=4)
-    texts = [*english, *others, "", *multilingual_texts()]
-    ops.reset_launches()
-    vectors = st_512.encode(texts)
-    assert ops.launches() == {}
-    return Reference(texts, vectors)
+    return [*english, *others, "", *multilingual_texts()]
 
 
-def test_corpus_is_as_wide_as_it_claims(reference: Reference, st_512: SentenceTransformer) -> None:
-    tokens = st_512.tokenizer(reference.texts, truncation=False, verbose=False)["input_ids"]
+def test_corpus_is_as_wide_as_it_claims(texts: list[str], st_512: SentenceTransformer) -> None:
+    tokens = st_512.tokenizer(texts, truncation=False, verbose=False)["input_ids"]
     lengths = np.array([len(ids) for ids in tokens])
-    assert len(set(reference.texts)) >= 2000
-    assert sum(not text.isascii() for text in reference.texts) >= 500
+    assert len(set(texts)) >= 2000
+    assert sum(not text.isascii() for text in texts) >= 500
     assert lengths.min() == 2
     assert lengths.max() > MAX_LENGTH
     histogram, _ = np.histogram(lengths, bins=[2, 4, 8, 16, 32, 64, 128, 256, 512, 10_000])
     assert histogram.min() >= 10
+
+
+def _encode_stock(st: SentenceTransformer, texts: list[str]) -> np.ndarray:
+    """Vectors of unpatched sentence-transformers."""
+    ops.reset_launches()
+    vectors = st.encode(texts)
+    assert ops.launches() == {}
+    return vectors
 
 
 def _encode_packed(st: SentenceTransformer, texts: list[str], dtype: str) -> np.ndarray:
@@ -112,26 +107,24 @@ def _encode_packed(st: SentenceTransformer, texts: list[str], dtype: str) -> np.
 
 
 def test_fp32_vectors_are_those_of_sentence_transformers(
-    st_512: SentenceTransformer, reference: Reference
+    st_512: SentenceTransformer, texts: list[str]
 ) -> None:
-    ours = _encode_packed(st_512, reference.texts, "float32")
+    theirs = _encode_stock(st_512, texts)
     # Unit vectors: the budget of a component is absolute.
-    assert np.allclose(np.linalg.norm(reference.vectors, axis=1), 1)
-    assert_same_vectors(ours, reference.vectors)
+    assert np.allclose(np.linalg.norm(theirs, axis=1), 1)
+    assert_same_vectors(_encode_packed(st_512, texts, "float32"), theirs)
 
 
 def test_bf16_vectors_lose_no_more_than_those_of_sentence_transformers(
-    st_512: SentenceTransformer, reference: Reference, minilm_path: str
+    st_512: SentenceTransformer, texts: list[str], minilm_path: str
 ) -> None:
-    texts, exact = reference.texts[::EVERY], reference.vectors[::EVERY]
     model_kwargs = {"dtype": torch.bfloat16}
     peer = SentenceTransformer(minilm_path, device="cpu", model_kwargs=model_kwargs)
     peer.max_seq_length = MAX_LENGTH
-    ops.reset_launches()
-    theirs = peer.encode(texts)
-    assert ops.launches() == {}
+    some = texts[::EVERY]
+    exact, theirs = _encode_stock(st_512, some), _encode_stock(peer, some)
     allowed = 2 * cosine_distances(theirs, exact).max() + 1e-6
-    ours = cosine_distances(_encode_packed(st_512, texts, "bfloat16"), exact).max()
+    ours = cosine_distances(_encode_packed(st_512, some, "bfloat16"), exact).max()
     assert ours <= min(allowed, MAX_16_BIT_DISTANCE)
 
 

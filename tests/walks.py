@@ -217,7 +217,7 @@ class Subject:
             if isinstance(ours, BaseException):
                 problem = _wrong_error(ours, expected)
             elif isinstance(expected, BaseException):
-                problem = f"stock raises {expected!r}"
+                problem = self._beyond_stock(call, ours, expected)
             elif ours.shape != expected.shape:
                 problem = f"shape {ours.shape}, stock gives {expected.shape}"
             elif ran_packed or how is not None:
@@ -230,6 +230,18 @@ class Subject:
             if problem is not None:
                 return f"{name}, {'packed' if ran_packed else 'not packed'}: {problem}"
         return None
+
+    def _beyond_stock(self, call: Call, ours: np.ndarray, error: BaseException) -> str | None:
+        """Stock may mix dtypes under autocast that torch refuses; `encode` keeps its own there."""
+        kept = self.contexts
+        self.contexts = {name: make for name, make in kept.items() if name != "autocast"}
+        try:
+            plain = self.stock(call)
+            if not isinstance(self.model, FastEncoder) or isinstance(plain, BaseException):
+                return f"stock raises {error!r}"
+            return self._difference(call, ours, plain)
+        finally:
+            self.contexts = kept
 
     def _difference(self, call: Call, ours: np.ndarray, expected: np.ndarray) -> str | None:
         """Within the fp32 budget, or within twice the error of stock itself against fp64."""

@@ -111,7 +111,7 @@ def _around(
     elif task in GENERATING:
         head = LogitHead(transformer.auto_model, after)
     else:
-        head = ClassificationHead(transformer.auto_model, after)
+        head = ClassificationHead(transformer.auto_model, after, transformer.tokenizer.pad_token_id)
     has_table = admission.weights.embeddings.position is not None
     side = transformer.tokenizer.padding_side
     if side not in head.padding_sides or (side == "left" and has_table):

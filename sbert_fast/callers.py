@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from sbert_fast import bypass
+from sbert_fast.classification import reads_last_id
 from sbert_fast.pooling import is_module
 
 # The modules of sentence-transformers that take every token for itself, or only those that the
@@ -92,7 +95,7 @@ def reads_first_column(caller: Caller) -> bool:
     """Whether `caller` may read the states of the first column, masked or not."""
     module = caller.module
     if type(module).__module__.startswith("transformers."):
-        return not type(module).__name__.endswith(_READ_NO_FIRST)
+        return not (type(module).__name__.endswith(_READ_NO_FIRST) or reads_last_id(module))
     if _is_row(module) or is_module(module, "Router"):
         return any(map(_pools_first, parts_of(module)))
     return not any(is_module(module, name) for name in ("Transformer", "MLMTransformer"))
@@ -105,14 +108,24 @@ def _pools_first(module: nn.Module) -> bool:
     return not _POOL_ANYWHERE.issuperset((modes,) if isinstance(modes, str) else modes)
 
 
-def reader_of_padding(caller: Caller) -> str | None:
+def reader_of_padding(
+    caller: Caller, keep: NDArray[np.bool_], ids: NDArray[np.int64] | None
+) -> str | None:
     """The class of what may read padding, or None: `caller`, where that is a model of transformers,
-    or one of its modules, where it is a SentenceTransformer."""
+    or one of its modules, where it is a SentenceTransformer.
+
+    Args:
+        caller: waits for the states.
+        keep: the tokens that the mask keeps, `[B, S]`.
+        ids: the token ids `[B, S]`; None where embeddings were given.
+    """
     module = caller.module
     name = type(module).__name__
     if type(module).__module__.startswith("transformers."):
         summary = getattr(module, "sequence_summary", None)
         known = name.endswith(_HEADS) and getattr(summary, "summary_type", "first") == "first"
+        if known and reads_last_id(module):
+            known = bool(keep[np.arange(len(keep)), _last_ids(module, ids)].all())
         return None if known else name
     if _scores_masked(caller.inputs):
         return "MultiVectorMask"
@@ -122,6 +135,14 @@ def reader_of_padding(caller: Caller) -> str | None:
         if not _reads_no_padding(part):
             return type(part).__name__
     return None
+
+
+def _last_ids(module: Any, ids: NDArray[np.int64] | None) -> NDArray[np.int64] | int:  # noqa: ANN401
+    """The column that such a head reads of each row."""
+    padding = module.config.get_text_config().pad_token_id
+    if ids is None or padding is None:
+        return -1
+    return (np.arange(ids.shape[1]) * (ids != padding)).argmax(axis=1)
 
 
 def _scores_masked(inputs: Any) -> bool:  # noqa: ANN401

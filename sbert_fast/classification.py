@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from sbert_fast import ops
 from sbert_fast.errors import UnsupportedModelError
@@ -15,15 +19,21 @@ from sbert_fast.models.base import pool
 from sbert_fast.models.twin import fresh_modules
 from sbert_fast.packing import ROW_ALIGNMENT, PackedBatch
 
-# Classes of transformers whose forward reads one state of a text: that of its first token, or the
-# mean of all where the config says so.
+# Classes of transformers whose forward reads one state of a text: that of its first token, of its
+# last if they are decoders, or the mean of all where the config says so.
 CLASSIFIERS = frozenset(
     f"{family}ForSequenceClassification"
     for family in (
-        "Albert Bert Camembert DebertaV2 DistilBert Electra EuroBert Gte JinaEmbeddingsV3 MPNet "
-        "ModernBert NomicBert Roberta XLMRoberta"
+        "Albert Bert Camembert DebertaV2 DistilBert Electra EuroBert Gemma3Text Gte "
+        "JinaEmbeddingsV3 MPNet ModernBert NomicBert Qwen3 Roberta XLMRoberta"
     ).split()
 )
+
+
+def reads_last_id(model: nn.Module) -> bool:
+    """Whether a model of transformers classifies a row by the state of its last id that is not the
+    padding id of the config, wherever padding is."""
+    return isinstance(model, GenericForSequenceClassification)
 
 
 class ClassificationHead:
@@ -34,16 +44,21 @@ class ClassificationHead:
     Args:
         model: a model of transformers for sequence classification.
         after: the modules that follow it, by name.
+        padding_id: what its tokenizer pads with.
 
     Raises:
         UnsupportedModelError: its class or an option is not supported, or modules follow.
     """
 
     include_prompt = True
-    padding_sides = ("right",)
     takes_empty = False
 
-    def __init__(self, model: Any, after: dict[str, nn.Module]) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        model: Any,  # noqa: ANN401
+        after: dict[str, nn.Module],
+        padding_id: int | None,
+    ) -> None:
         if after:
             raise UnsupportedModelError(f"modules follow the Transformer: {', '.join(after)}")
         cls = type(model)
@@ -55,6 +70,16 @@ class ClassificationHead:
         self._mode = getattr(model.config, "classifier_pooling", "cls")
         if self._mode not in ("bos", "cls", "mean"):
             raise UnsupportedModelError(f"config.classifier_pooling is {self._mode!r}")
+        self._reads: Callable[[PackedBatch], Tensor] = PackedBatch.first_rows
+        self.padding_sides: tuple[str, ...] = ("right",)
+        if reads_last_id(model):
+            expected = model.config.pad_token_id
+            if expected is None or expected != padding_id:
+                raise UnsupportedModelError(
+                    f"config.pad_token_id is {expected}, and the tokenizer pads with {padding_id}"
+                )
+            self._reads = partial(PackedBatch.last_rows, padding_id=expected)
+            self.padding_sides = ("right", "left")
         self._kinds = kinds_of(self._parts(fresh_modules(cls, model.config)[""]))
         self.dimension = int(model.config.num_labels)
 
@@ -71,9 +96,9 @@ class ClassificationHead:
     def fuses(self, dimension: int) -> bool:
         return False
 
-    def reads(self, skip: int) -> Literal["first"] | None:
-        """The token of each sequence that is read, if no other is."""
-        return None if self._mode == "mean" else "first"
+    def reads(self, skip: int) -> Callable[[PackedBatch], Tensor] | None:
+        """What finds the token of each sequence that is read, if no other is."""
+        return None if self._mode == "mean" else self._reads
 
     def prepare(self, dtype: torch.dtype, device: torch.device, impl: str) -> None:
         """Check the modules as they are now.
@@ -121,7 +146,7 @@ class ClassificationHead:
         padded = F.pad(states.to(model.dtype), (0, 0, 0, -count % ROW_ALIGNMENT))[:, None]
         blocks = padded.split(ROW_ALIGNMENT if states.device.type == "cpu" else len(padded))
         mask = padded.new_ones((len(blocks[0]), 1), dtype=torch.long)
-        inputs = {"attention_mask": mask, "return_dict": True}
+        inputs = {"input_ids": mask, "attention_mask": mask, "return_dict": True}
         logits = [head(inputs_embeds=block, **inputs).logits for block in blocks]
         return torch.cat(logits)[:count]
 
@@ -153,7 +178,5 @@ class _Finished(nn.Module):
         self.pooler_activation = getattr(base, "pooler_activation", None)
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
         pooled = pool(self, inputs_embeds)
-        return BaseModelOutputWithPooling(last_hidden_state=inputs_embeds, pooler_output=pooled)
+        return BaseModelOutputWithPoolingAndCrossAttentions(inputs_embeds, pooled)

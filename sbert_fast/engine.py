@@ -310,11 +310,8 @@ class PackedEncoder:
         with torch.no_grad():
             yield from prepared.stack.states(_embed(prepared, batch), batch, kept)
 
-    def single_states(self, batch: PackedBatch, prepared: Prepared, token: str) -> Tensor:
-        """The last states of the "first" or the "last" token of each sequence, none of them empty:
-        `[B, E]` padded to 16 rows."""
-        bounds = batch.cu_seqlens.long()
-        rows = bounds[:-1] if token == "first" else bounds[1:] - 1
+    def single_states(self, batch: PackedBatch, prepared: Prepared, rows: Tensor) -> Tensor:
+        """The last states of some tokens, `rows` of `[T]`: `[B, E]` padded to 16 rows."""
         kept = F.pad(rows, (0, -rows.shape[0] % ROW_ALIGNMENT))
         (x,) = deque(self.states(batch, prepared, kept), maxlen=1)
         return x

@@ -3,10 +3,10 @@ states of last tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain, compress
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,8 +98,8 @@ class LogitHead:
     def fuses(self, dimension: int) -> bool:
         return False
 
-    def reads(self, skip: int) -> Literal["last"]:
-        return "last"
+    def reads(self, skip: int) -> Callable[[PackedBatch], Tensor]:
+        return PackedBatch.last_rows
 
     def prepare(self, dtype: torch.dtype, device: torch.device, impl: str) -> None:
         """Check the head of the model as it is now.

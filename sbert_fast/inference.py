@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -60,8 +60,8 @@ class Head(Protocol):
     def fuses(self, dimension: int) -> bool:
         """Whether it takes states before their last norm."""
 
-    def reads(self, skip: int) -> Literal["first", "last"] | None:
-        """The token of a sequence that it reads, if it reads no other."""
+    def reads(self, skip: int) -> Callable[[PackedBatch], Tensor] | None:
+        """What finds the token of each sequence that it reads, if it reads no other."""
 
     def __call__(
         self,
@@ -313,8 +313,8 @@ def embed_batch(
     x: Tensor | Unfinished
     if kernels.norm_pool is not None and head.fuses(out.shape[1]):
         x = engine.unfinished(batch, prepared)
-    elif (token := head.reads(options["skip"])) is not None and batch.lengths.min() > 0:
-        x, batch = engine.single_states(batch, prepared, token), batch.single_tokens()
+    elif (rows_of := head.reads(options["skip"])) is not None and batch.lengths.min() > 0:
+        x, batch = engine.single_states(batch, prepared, rows_of(batch)), batch.single_tokens()
     else:
         x = engine(batch, prepared)
     head(x, batch, kernels, out, rows, **options)

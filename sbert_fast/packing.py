@@ -152,6 +152,20 @@ class PackedBatch:
     def num_sequences(self) -> int:
         return int(self.lengths.shape[0])
 
+    def first_rows(self) -> Tensor:
+        """Where the first token of each sequence is in `[T]`: int64 `[B]`; none may be empty."""
+        return self.cu_seqlens[:-1].long()
+
+    def last_rows(self, padding_id: int | None = None) -> Tensor:
+        """As :meth:`first_rows`, of the last token; or of the last that is not `padding_id`, and of
+        the first token where all are."""
+        first, last = self.first_rows(), self.cu_seqlens[1:].long() - 1
+        if padding_id is None:
+            return last
+        places = torch.arange(self.input_ids.shape[0], device=last.device)
+        others = torch.where(self.input_ids != padding_id, places, -1)
+        return others.cummax(0).values[last].maximum(first)
+
     def single_tokens(self) -> PackedBatch:
         """The batch as if every sequence were one token long."""
         count, device = self.num_sequences, self.cu_seqlens.device

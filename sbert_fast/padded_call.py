@@ -101,7 +101,7 @@ def read(engine: PackedEncoder, arguments: dict[str, Any], padding: str) -> Call
     weights, mask = engine.admitted.weights, arguments.get("attention_mask")
     keep = _kept(mask, shape, multiplies=weights.embeddings.masked)
     if not keep.all():
-        _check_padding(engine.model, keep, embeddings, padding)
+        _check_padding(engine.model, keep, ids, embeddings, padding)
         if weights.measures_distances and _has_gaps(keep):
             raise UseOriginalError("attention_mask has gaps, and the model measures distances")
 
@@ -236,7 +236,11 @@ def _has_gaps(keep: NDArray[np.bool_]) -> bool:
 
 
 def _check_padding(
-    model: nn.Module, keep: NDArray[np.bool_], embeddings: Tensor | None, padding: str
+    model: nn.Module,
+    keep: NDArray[np.bool_],
+    ids: NDArray[np.int64],
+    embeddings: Tensor | None,
+    padding: str,
 ) -> None:
     """Refuse a padded call whose padding somebody reads, or that reaches the other tokens."""
     if padding == "stock":
@@ -252,6 +256,6 @@ def _check_padding(
     ):
         raise UseOriginalError("the first token of a row is masked")
     for caller in callers:
-        reader = reader_of_padding(caller)
+        reader = reader_of_padding(caller, keep, ids if embeddings is None else None)
         if reader is not None:
             raise UseOriginalError(f"{reader}, behind the model, may read padding")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +32,9 @@ _MODES = {
 }
 
 # Modes that read one token of a sequence.
-_SINGLE: dict[tuple[str, ...], Literal["first", "last"]] = {
-    ("cls",): "first",
-    ("last_token",): "last",
+_SINGLE: dict[tuple[str, ...], Callable[[PackedBatch], Tensor]] = {
+    ("cls",): PackedBatch.first_rows,
+    ("last_token",): PackedBatch.last_rows,
 }
 # What a `Dense` may end in: a row of the result depends on no other row, nor on training mode.
 ACTIVATIONS = frozenset(
@@ -250,8 +251,8 @@ class PoolingHead:
         """Whether it computes something else in training mode, and is in it: nothing here does."""
         return False
 
-    def reads(self, skip: int) -> Literal["first", "last"] | None:
-        """The token of each sequence that is read, if no other is."""
+    def reads(self, skip: int) -> Callable[[PackedBatch], Tensor] | None:
+        """What finds the token of each sequence that is read, if no other is."""
         return _SINGLE.get(self.spec.modes) if skip == 0 else None
 
     def fuses(self, dimension: int) -> bool:

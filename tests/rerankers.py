@@ -11,7 +11,7 @@ from sentence_transformers.cross_encoder.modules import LogitScore
 
 from families import FAMILIES, make_tokenizer, save_model
 
-# The families that generate.
+# The families that generate, whose classifiers read the last token.
 NAMES = [name for name in ("gemma3_text", "qwen3") if name in FAMILIES]
 # How a chat template may lay out a pair; what comes last is there only if a model asks for it.
 CHAT_TEMPLATE = (

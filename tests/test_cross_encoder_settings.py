@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from checks import assert_same_scores
 from families import make_cross_encoder, make_texts, make_tokenizer, save_model
+from rerankers import NAMES
 from sbert_fast import FastCrossEncoder
 from sbert_fast.errors import InputError
 from sbert_fast.sentence_transformers.stock import as_stock
@@ -128,3 +129,31 @@ def test_pairs_without_tokens_are_refused(family: str) -> None:
     with pytest.raises(InputError, match=r"inputs\[2\] must have tokens, got none"):
         model.predict([*PAIRS[:2], ("", "")])
     assert_same_scores(model.predict(PAIRS[:9]), stock.predict(PAIRS[:9]))
+
+
+# Heads that read the last token
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", NAMES)
+def test_a_head_reads_the_last_token_that_is_not_for_padding(family: str, side: str) -> None:
+    stock = make_cross_encoder(family)
+    stock.tokenizer.padding_side = side
+    stock.tokenizer.backend_tokenizer.post_processor = None
+    model = FastCrossEncoder(stock)
+    pairs = [*PAIRS[:9], ("a", "b [PAD] [PAD]"), ("[PAD] a", "[PAD]")]
+    assert_same_scores(model.predict(pairs), stock.predict(pairs))
+    nothing_else = ("[PAD]", "[PAD] [PAD]")
+    assert_same_scores(model.predict(nothing_else), stock.predict(nothing_else))
+    assert not model.stats.fallbacks
+
+
+@pytest.mark.parametrize("padding_id", [None, 4])
+def test_padding_that_the_head_does_not_know(padding_id: int | None) -> None:
+    model = FastCrossEncoder(make_cross_encoder("qwen3"))
+    model.config.pad_token_id = padding_id
+    reason = f"config.pad_token_id is {padding_id}, and the tokenizer pads with 0"
+    # Without a padding id, stock scores one pair at a time.
+    pairs = PAIRS[: 1 if padding_id is None else 3]
+    assert np.array_equal(model.predict(pairs), as_stock(model).predict(pairs))
+    assert model.stats.fallbacks == {reason: 1}

@@ -17,6 +17,7 @@ from torch import nn
 import families
 from checks import assert_same_vectors
 from patched import LENGTHS, Batch, assert_identical, assert_same_states, pair, run
+from rerankers import NAMES
 from sbert_fast import accelerate, counts, packed_forward
 
 MASKED_FIRST = {"the first token of a row is masked": 1}
@@ -104,6 +105,31 @@ def test_heads_that_read_padding(name: str, head: str, setting: dict[str, str]) 
     for mine, other in zip(ours.to_tuple(), theirs.to_tuple(), strict=True):
         assert torch.equal(mine, other)
     assert counts(model) == {f"{type(model).__name__}, behind the model, may read padding": 1}
+
+
+LAST: dict[str, tuple[dict[str, Any], bool]] = {
+    "right": ({}, True),
+    "left": ({}, True),
+    "embeddings": ({}, False),
+    "other padding": ({"pad_token_id": 4}, False),
+}
+
+
+@pytest.mark.parametrize("case", LAST)
+@pytest.mark.parametrize("name", NAMES)
+def test_heads_that_read_the_last_token(name: str, case: str) -> None:
+    """They look for it among the ids, and know no other padding than that of the config."""
+    settings, runs_packed = LAST[case]
+    original = families.make_model(name, head="AutoModelForSequenceClassification", **settings)
+    model = accelerate(copy.deepcopy(original))
+    batch = _left_padded(name) if case == "left" else families.make_batch(name, LENGTHS)
+    if case == "embeddings":
+        ids = batch.pop("input_ids")
+        batch["inputs_embeds"] = original.get_input_embeddings()(ids).detach()
+    ours, theirs = run(model, batch).logits, run(original, batch).logits
+    reader = f"{type(model).__name__}, behind the model, may read padding"
+    assert counts(model) == {"packed" if runs_packed else reader: 1}
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * runs_packed)
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "distilbert"])

@@ -15,7 +15,6 @@ import torch
 import families
 from checks import MAX_DISTANCE, cosine_distances
 from sbert_fast import FastCrossEncoder, FastEncoder
-from sbert_fast.classification import CLASSIFIERS
 
 COUNT = int(os.environ.get("SBERT_FAST_TEXTS", "60"))
 LONGEST = 256
@@ -48,15 +47,8 @@ def test_embeddings(name: str) -> None:
     assert not encoder.stats.fallbacks and encoder.stats.texts == COUNT
 
 
-def _has_classifier(name: str) -> bool:
-    model = families.make_model(name, head="AutoModelForSequenceClassification")
-    return type(model).__name__ in CLASSIFIERS
-
-
 @every_family
 def test_scores(name: str) -> None:
-    if not _has_classifier(name):
-        pytest.skip("its head reads the last token")
     stock = families.make_cross_encoder(name, **_room(name))
     stock.max_seq_length = LONGEST
     first, *others = _texts(COUNT)

@@ -37,8 +37,7 @@ _READ_NO_PADDING = {
     "SpladePooling",
     "Transformer",
 }
-# Models of transformers that do so, by the end of their names. Answers to questions are the best of
-# all columns, the masked ones among them.
+# Models of transformers that do so, by the end of their names.
 _HEADS = (
     "DPRContextEncoder",
     "DPREncoder",
@@ -106,6 +105,12 @@ def _pools_first(module: nn.Module) -> bool:
         return False
     modes: Any = module.pooling_mode
     return not _POOL_ANYWHERE.issuperset((modes,) if isinstance(modes, str) else modes)
+
+
+def answers_questions(module: nn.Module) -> bool:
+    """Whether a head gives logits for all columns, of which the caller may take the best, masked or
+    not."""
+    return type(module).__name__.endswith("ForQuestionAnswering")
 
 
 def reader_of_padding(

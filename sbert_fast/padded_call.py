@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from transformers.utils import output_capturing
 
 from sbert_fast import bypass
-from sbert_fast.callers import callers_of, reader_of_padding, reads_first_column
+from sbert_fast.callers import (
+    answers_questions,
+    callers_of,
+    reader_of_padding,
+    reads_first_column,
+)
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.packing import PackedBatch, pack_padded, padded_positions
 
@@ -257,5 +262,6 @@ def _check_padding(
         raise UseOriginalError("the first token of a row is masked")
     for caller in callers:
         reader = reader_of_padding(caller, keep, ids if embeddings is None else None)
-        if reader is not None:
+        masks = padding == "zeros" and answers_questions(caller.module)
+        if reader is not None and not masks:
             raise UseOriginalError(f"{reader}, behind the model, may read padding")

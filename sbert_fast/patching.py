@@ -63,7 +63,7 @@ def accelerate(
     *,
     dtype: str | torch.dtype | None = None,
     impl: str = "auto",
-    padding: Literal["zeros", "stock"] = "zeros",
+    padding: Literal["auto", "zeros", "stock"] = "auto",
 ) -> nn.Module:
     """Make every supported base model inside `model` run packed, in place and reversibly.
 
@@ -72,7 +72,9 @@ def accelerate(
     over all columns, a convolution or an LSTM over the states, a loss whose labels on masked tokens
     are not -100. `padding="stock"` is for them. Two kinds are found, whose padded calls go to the
     original forward: modules in a SentenceTransformer other than its token-wise and pooling ones,
-    and heads of transformers that compare all columns (question answering, ELECTRA's summaries).
+    and heads of transformers that read masked tokens: question answering, whose answers are the
+    best of all columns, ELECTRA's summaries other than of the first token, and heads that take the
+    last token for text though it is masked. All other heads run packed.
 
     `state_dict`, parameters and saving are untouched, changed weights are followed, and copies
     serve their own. What the packed path does not do (attention weights, masks that are not
@@ -92,8 +94,10 @@ def accelerate(
             or the torch dtype. None and "auto" are the dtype of the model. Outputs have the dtype
             of the model either way.
         impl: implementation of the ops, see :mod:`sbert_fast.ops`.
-        padding: "zeros" are the states of masked tokens; "stock" runs the original forward wherever
-            tokens are masked, and is packed where none are.
+        padding: what runs where tokens are masked. "auto": zeros are their states, and the original
+            forward runs where something is known to read them. "zeros": heads of question answering
+            run packed too; it is for callers who look for answers among real tokens alone, because
+            the logits of masked ones are those of zeros. "stock": the original forward.
 
     Returns:
         `model`.
@@ -107,8 +111,8 @@ def accelerate(
     """
     _check_module("accelerate", model)
     requested_dtype = None if dtype is None else parse_dtype(dtype)
-    if padding not in ("zeros", "stock"):
-        raise ValueError(f"padding must be 'zeros' or 'stock', got {padding!r}")
+    if padding not in ("auto", "zeros", "stock"):
+        raise ValueError(f"padding must be 'auto', 'zeros' or 'stock', got {padding!r}")
     found = candidates(model)
     reasons = {name: refusal(module) for name, module in found.items()}
     if all(reasons.values()):

@@ -107,6 +107,41 @@ def test_heads_that_read_padding(name: str, head: str, setting: dict[str, str]) 
     assert counts(model) == {f"{type(model).__name__}, behind the model, may read padding": 1}
 
 
+HEADS = """
+MaskedLM MultipleChoice NextSentencePrediction QuestionAnswering SequenceClassification
+TokenClassification""".split()
+
+
+@pytest.mark.parametrize("padding", ["auto", "zeros", "stock"])
+@pytest.mark.parametrize("head", HEADS)
+def test_what_runs_by_head(head: str, padding: Any) -> None:
+    model = accelerate(families.make_model("bert", head=f"AutoModelFor{head}"), padding=padding)
+    batch = families.make_batch("bert", LENGTHS)
+    if head == "MultipleChoice":
+        batch = {key: value[None] for key, value in batch.items()}
+    run(model, batch)
+    runs_packed = padding == "zeros" or (padding == "auto" and head != "QuestionAnswering")
+    assert counts(model).get("packed", 0) == runs_packed
+
+
+@pytest.mark.parametrize("reader", ["electra", "qwen3", "CNN"])
+def test_zeros_are_for_answers_alone(reader: str) -> None:
+    """Nobody could mask what these make of the states of padding."""
+    batch = families.make_batch("bert", LENGTHS)
+    if reader == "CNN":
+        model: Any = accelerate(_with_reader(reader), padding="zeros")
+        _embed(model)
+    elif reader == "electra":
+        head = {"head": "AutoModelForMultipleChoice", "summary_type": "mean"}
+        model = accelerate(families.make_model("electra", **head), padding="zeros")
+        run(model, {key: value[None] for key, value in batch.items()})
+    else:
+        head = {"head": "AutoModelForSequenceClassification", "pad_token_id": 4}
+        model = accelerate(families.make_model("qwen3", **head), padding="zeros")
+        run(model, batch)
+    assert "packed" not in counts(model)
+
+
 LAST: dict[str, tuple[dict[str, Any], bool]] = {
     "right": ({}, True),
     "left": ({}, True),
@@ -148,7 +183,7 @@ def test_padding_as_in_stock(name: str) -> None:
 
 def test_padding_is_one_of_two() -> None:
     model = families.make_model("bert")
-    with pytest.raises(ValueError, match="^padding must be 'zeros' or 'stock', got 'zero'$"):
+    with pytest.raises(ValueError, match="^padding must be 'auto', 'zeros' or 'stock', got"):
         accelerate(model, padding="zero")
     assert "forward" not in model.__dict__
 

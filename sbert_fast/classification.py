@@ -113,7 +113,8 @@ class ClassificationHead:
         for name in mine.keys() | self._kinds.keys():
             if mine.get(name) != self._kinds.get(name):
                 raise UnsupportedModelError(
-                    f"module {name!r} is not what a fresh {type(self._model).__name__} has there"
+                    f"{name} of {type(self._model).__name__} must be "
+                    f"{_told(self._kinds.get(name))}, got {_told(mine.get(name))}"
                 )
         if any(p.dtype != dtype for part in parts.values() for p in part.parameters()):
             raise UnsupportedModelError("parameters have several dtypes")
@@ -158,6 +159,12 @@ def kinds_of(parts: dict[str, nn.Module]) -> dict[str, tuple[Any, ...]]:
         for name, part in parts.items()
         for inner, module in part.named_modules()
     }
+
+
+def _told(kind: tuple[Any, ...] | None) -> str:
+    if kind is None:
+        return "nothing"
+    return " ".join([kind[0].__name__, *(str(list(shape)) for shape in kind[1:])])
 
 
 def with_finished_base(model: Any) -> Any:  # noqa: ANN401

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from checks import assert_same_scores
 from families import make_cross_encoder, make_texts, make_tokenizer, save_model
 from rerankers import NAMES
-from sbert_fast import FastCrossEncoder
+from sbert_fast import FastCrossEncoder, explain
 from sbert_fast.errors import InputError
 from sbert_fast.sentence_transformers.stock import as_stock
 
@@ -89,6 +89,19 @@ def test_softmax(labels: int) -> None:
     assert_same_scores(*both)
 
 
+@pytest.mark.parametrize(
+    "activate",
+    [nn.PReLU(2), nn.Linear(2, 1), nn.Softmax(dim=3), lambda x: x[:, 5], lambda x: x[1:]],
+)
+def test_activations_that_do_not_fit_the_labels(activate: Callable[[Tensor], Tensor]) -> None:
+    stock = make_cross_encoder(num_labels=3)
+    with pytest.raises(Exception) as theirs:
+        stock.predict(PAIRS[:4], activation_fn=activate)
+    with pytest.raises((theirs.type, ValueError)) as ours:
+        FastCrossEncoder(stock).predict(PAIRS[:4], activation_fn=activate)
+    assert ours.value.__notes__ == ["activation_fn was given logits of shape [4, 3]"]
+
+
 # Settings
 
 
@@ -100,14 +113,47 @@ def _types(model: CrossEncoder) -> None:
     model[0].model_forward_params = {"input_ids", "attention_mask"}
 
 
-@pytest.mark.parametrize("change", [_labels, _types])
+def _no_classifier(model: CrossEncoder) -> None:
+    del model[0].auto_model.classifier
+
+
+def _no_weight(model: CrossEncoder) -> None:
+    model[0].auto_model.classifier.weight = None
+
+
+def _another_shape(model: CrossEncoder) -> None:
+    model[0].auto_model.classifier.weight = nn.Parameter(torch.randn(1, 32))
+
+
+def _more_labels(model: CrossEncoder) -> None:
+    model[0].auto_model.classifier = nn.Linear(64, 2)
+
+
+CHANGES: dict[Callable[[CrossEncoder], None], str] = {
+    _labels: "classifier of {} must be Linear [3, 64] [3], got Linear [1, 64] [1]",
+    _types: "Transformer.model_forward_params is",
+    _no_classifier: "classifier of {} must be Linear [1, 64] [1], got nothing",
+    _no_weight: "classifier of {} must be Linear [1, 64] [1], got Linear [1]",
+    _another_shape: "classifier of {} must be Linear [1, 64] [1], got Linear [1, 32] [1]",
+    _more_labels: "classifier of {} must be Linear [1, 64] [1], got Linear [2, 64] [2]",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_runs_in_sentence_transformers(change: Callable[[CrossEncoder], None]) -> None:
     model = FastCrossEncoder(make_cross_encoder())
     model.predict(PAIRS)
     change(model)
-    expected = as_stock(model).predict(PAIRS)
-    assert np.array_equal(model.predict(PAIRS), expected)
-    assert sum(model.stats.fallbacks.values()) == 1
+    try:
+        expected = as_stock(model).predict(PAIRS)
+    except Exception as error:
+        with pytest.raises(type(error)):
+            model.predict(PAIRS)
+    else:
+        assert np.array_equal(model.predict(PAIRS), expected)
+    (reason,) = model.stats.fallbacks
+    assert reason.startswith(CHANGES[change].format("BertForSequenceClassification"))
+    assert reason in explain(model)
 
 
 def test_types_that_the_model_does_not_have() -> None:

@@ -176,6 +176,18 @@ REFUSED = {
         _with("config.num_key_value_heads", 3, "qwen3"),
         "divide that of heads, 4, got 3",
     ),
+    "heads that divide no states": (
+        _with("config.num_attention_heads", 5),
+        "hidden size 64 is not a multiple of 5 heads",
+    ),
+    "an activation that nobody knows": (
+        _with("config.hidden_act", "nope", "qwen3"),
+        "activation must be one of .*, got 'nope'",
+    ),
+    "no base of rotary positions": (
+        _with("config.rope_parameters", {"rope_type": "default"}, "qwen3"),
+        "Qwen3Model cannot be made of its config: KeyError: 'rope_theta'",
+    ),
     "no heads of keys": (
         _with("config.num_key_value_heads", 0, "qwen3"),
         "keys must be 1 to 4",

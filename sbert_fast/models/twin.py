@@ -59,7 +59,7 @@ def fresh_modules(cls: Any, config: Any) -> dict[str, nn.Module]:
             twin = cls(config)
     except Exception as error:
         raise UnsupportedModelError(
-            f"{cls.__name__} cannot be made of its config: {error}"
+            f"{cls.__name__} cannot be made of its config: {type(error).__name__}: {error}"
         ) from error
     modules = dict(twin.named_modules())
     _twins[cls] = values, modules

@@ -229,7 +229,11 @@ class FastCrossEncoder(PackedModel, CrossEncoder):
         if activate is None or (_IS_OLD and not activate):
             activate = self.activation_fn
         if activate is not None:
-            scores = self._activated(scores, pairs, call.batch_size, activate)
+            try:
+                scores = self._activated(scores, pairs, call.batch_size, activate)
+            except Exception as error:
+                error.add_note(f"activation_fn was given logits of shape {list(scores.shape)}")
+                raise
         if not _IS_OLD:
             scores = self._squeezed(scores)
         if apply_softmax and scores.ndim > 1:
@@ -252,6 +256,8 @@ class FastCrossEncoder(PackedModel, CrossEncoder):
         order = np.argsort([-self._input_length(pair) for pair in pairs])
         batches = torch.from_numpy(order).to(scores.device).split(batch_size)
         parts = [part for batch in batches for part in activate(scores[batch])]
+        if len(parts) != len(pairs):
+            raise ValueError(f"activation_fn must give a row a pair, got {len(parts)} rows")
         return torch.stack([parts[index] for index in np.argsort(order)])
 
 

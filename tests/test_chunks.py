@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from checks import assert_same_vectors
 from families import make_sentence_transformer, make_texts, make_xlnet
 from sbert_fast import FastEncoder
 from sbert_fast.errors import InputError
+from sbert_fast.sentence_transformers import chunks
 
 DOCUMENT = "The river runs south. In winter it is cold, and few people walk there!  "
 SPANS = [(0, 21), (22, 43), (10, 30), (len(DOCUMENT) - 9, len(DOCUMENT))]
@@ -55,6 +57,26 @@ def test_several_documents(launches: Any) -> None:
         assert part.shape[1] == 64
         if own:
             assert_same_vectors(part, encoder.encode_chunks(document, own))
+
+
+def test_parts_of_any_length_take_no_more_memory_than_the_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes: list[int] = []
+    pad = chunks.pad_sequence
+
+    def record(parts: Any, **how: Any) -> torch.Tensor:
+        padded = pad(parts, **how)
+        sizes.append(padded.shape[:2].numel())
+        return padded
+
+    monkeypatch.setattr(chunks, "pad_sequence", record)
+    stock = make_sentence_transformer()
+    words = [match.span() for match in re.finditer(r"\w+", DOCUMENT)]
+    spans = [(0, len(DOCUMENT)), *words, *SPANS, *words]
+    found = FastEncoder(stock).encode_chunks(DOCUMENT, spans)
+    assert_same_vectors(found, expected(stock, DOCUMENT, spans))
+    assert max(sizes) <= len(stock.tokenizer(DOCUMENT)["input_ids"])
 
 
 def test_options() -> None:

@@ -128,14 +128,32 @@ def embed_ranges(
         if not found:
             results.append(torch.empty(0, dimension or model.get_embedding_dimension()))
             continue
-        parts = [own[first:last].to(model.dtype) for first, last in found]
-        kept = [torch.ones(len(part), dtype=torch.long, device=part.device) for part in parts]
-        features: dict[str, Any] = {
-            "token_embeddings": pad_sequence(parts, batch_first=True),
-            "attention_mask": pad_sequence(kept, batch_first=True),
-        }
-        for module in modules:
-            features = module(features)
-        pooled = features["sentence_embedding"][:, :dimension].float()
+        own = own.to(model.dtype)
+        order = sorted({*found}, key=_length, reverse=True)
+        rows: dict[tuple[int, int], Tensor] = {}
+        while order:
+            # Padded to the longest of them, they take no more memory than the whole.
+            count = max(1, length // _length(order[0]))
+            some, order = order[:count], order[count:]
+            rows |= zip(some, _pool(modules, own, some), strict=True)
+        pooled = torch.stack([rows[each] for each in found])[:, :dimension].float()
         results.append(F.normalize(pooled, dim=1) if normalize else pooled)
     return results
+
+
+def _length(tokens: tuple[int, int]) -> int:
+    return tokens[1] - tokens[0]
+
+
+def _pool(modules: list[nn.Module], states: Tensor, ranges: list[tuple[int, int]]) -> Tensor:
+    """Embeddings `[P, E]` of ranges of `states` `[L, E]`."""
+    parts = [states[first:last] for first, last in ranges]
+    kept = [torch.ones(len(part), dtype=torch.long, device=part.device) for part in parts]
+    features: dict[str, Any] = {
+        "token_embeddings": pad_sequence(parts, batch_first=True),
+        "attention_mask": pad_sequence(kept, batch_first=True),
+    }
+    for module in modules:
+        features = module(features)
+    pooled: Tensor = features["sentence_embedding"]
+    return pooled

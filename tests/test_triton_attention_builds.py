@@ -57,7 +57,8 @@ def wanted(arch: int) -> Iterator[aot.Build]:
         yield from builds(64, HALF, arch, max_seqlen)
     yield from builds(64, HALF, arch, 512, **DECODER)
     yield from builds(256, HALF, arch, 512, **DECODER)
-    yield from builds(64, HALF, arch, 512, disentangled=True)
+    for dtype in (HALF, SINGLE):
+        yield from builds(64, dtype, arch, 512, disentangled=True)
     if arch != 90:
         return
     # Widths of the table, and dims that do not fill them.

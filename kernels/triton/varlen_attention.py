@@ -162,6 +162,9 @@ def plan(
     )
     q_blocks = triton.cdiv(max_seqlen, config.block_q)
     num_tiles = sequences * q_blocks if tiles is None else tiles.shape[0]
+    if more.buckets is not None and qkv.element_size() == 4 and constants["WIDTH"] > 32:
+        # Whole rows of fp32, of q, k and by distance, would take all 255 registers.
+        constants["SIDE"] = constants["WIDTH"] // 2
     if max_seqlen > config.short and num_tiles > 0:
         yield Launch(
             long_kernel,

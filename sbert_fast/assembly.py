@@ -17,7 +17,8 @@ from sbert_fast.classification import ClassificationHead
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import InvalidWeightsError, UnsupportedModelError
 from sbert_fast.generation import ChatTokenizer, LogitHead
-from sbert_fast.inference import Head, Pipeline
+from sbert_fast.heads import Head
+from sbert_fast.inference import Pipeline
 from sbert_fast.originals import SYNTAX, originals
 from sbert_fast.pairs import PairTokenizer
 from sbert_fast.pooling import PoolingHead, is_module, mean_of_tokens, read_pooling

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from sbert_fast import ops
 from sbert_fast.errors import UnsupportedModelError
+from sbert_fast.heads import Head, Rows
 from sbert_fast.layers import PoolKernels
 from sbert_fast.models.base import pool
 from sbert_fast.models.twin import fresh_modules
@@ -36,7 +36,7 @@ def reads_last_id(model: nn.Module) -> bool:
     return isinstance(model, GenericForSequenceClassification)
 
 
-class ClassificationHead:
+class ClassificationHead(Head):
     """Scores from hidden states, by the model's own modules.
 
     They are called as they are, on one state a text: their weights are never copied.
@@ -49,9 +49,6 @@ class ClassificationHead:
     Raises:
         UnsupportedModelError: its class or an option is not supported, or modules follow.
     """
-
-    include_prompt = True
-    takes_empty = False
 
     def __init__(
         self,
@@ -70,8 +67,7 @@ class ClassificationHead:
         self._mode = getattr(model.config, "classifier_pooling", "cls")
         if self._mode not in ("bos", "cls", "mean"):
             raise UnsupportedModelError(f"config.classifier_pooling is {self._mode!r}")
-        self._reads: Callable[[PackedBatch], Tensor] = PackedBatch.first_rows
-        self.padding_sides: tuple[str, ...] = ("right",)
+        self._reads: Rows = PackedBatch.first_rows
         if reads_last_id(model):
             expected = model.config.pad_token_id
             if expected is None or expected != padding_id:
@@ -93,11 +89,7 @@ class ClassificationHead:
     def is_training(self) -> bool:
         return any(m.training for part in self._parts(self._model).values() for m in part.modules())
 
-    def fuses(self, dimension: int) -> bool:
-        return False
-
-    def reads(self, skip: int) -> Callable[[PackedBatch], Tensor] | None:
-        """What finds the token of each sequence that is read, if no other is."""
+    def reads(self, skip: int) -> Rows | None:
         return None if self._mode == "mean" else self._reads
 
     def prepare(self, dtype: torch.dtype, device: torch.device, impl: str) -> None:
@@ -119,25 +111,14 @@ class ClassificationHead:
         if any(p.dtype != dtype for part in parts.values() for p in part.parameters()):
             raise UnsupportedModelError("parameters have several dtypes")
 
-    def __call__(
-        self,
-        x: Tensor,
-        batch: PackedBatch,
-        kernels: PoolKernels,
-        out: Tensor,
-        rows: Tensor,
-        *,
-        normalize: bool,
-        skip: int,
-    ) -> None:
-        """Write the logits of each sequence to `out[rows]`; see :class:`PoolingHead`."""
+    def scores(self, x: Tensor, batch: PackedBatch, kernels: PoolKernels) -> Tensor:
         count = batch.num_sequences
         states = x[:count]
         if self._mode == "mean":
             states = torch.empty((count, x.shape[1]), device=x.device, dtype=torch.float32)
             mode = ops.POOLING_MODES.index("mean")
             kernels.pool(x, batch.cu_seqlens, mode, False, 0, None, states, None)
-        out[rows.long()] = self._logits(states).float()
+        return self._logits(states)
 
     def _logits(self, states: Tensor) -> Tensor:
         """Logits `[B, labels]` of states `[B, E]`; on a CPU of 16 at a time, the last of them

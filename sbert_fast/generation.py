@@ -3,7 +3,7 @@ states of last tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain, compress
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sbert_fast.errors import UnsupportedModelError
+from sbert_fast.heads import Head, Rows
 from sbert_fast.layers import PoolKernels
 from sbert_fast.models.base import linear
 from sbert_fast.packing import PackedBatch
@@ -60,7 +61,7 @@ class ChatTokenizer(TextTokenizer):
         return ids, lengths, None, int((lengths == self.max_length).sum())
 
 
-class LogitHead:
+class LogitHead(Head):
     """Scores from hidden states: what the model's own head makes of the last state of a pair, of
     the tokens alone that a `LogitScore` reads. Its weights are never copied.
 
@@ -72,10 +73,7 @@ class LogitHead:
         UnsupportedModelError: its class or an option is not supported, or other modules follow.
     """
 
-    include_prompt = True
-    is_training = False
     padding_sides = ("left",)
-    takes_empty = False
     dimension = 1
 
     def __init__(self, model: Any, after: dict[str, nn.Module]) -> None:  # noqa: ANN401
@@ -95,10 +93,7 @@ class LogitHead:
         false = [] if score.false_token_id is None else [score.false_token_id]
         self._model, self._tokens = model, [score.true_token_id, *false]
 
-    def fuses(self, dimension: int) -> bool:
-        return False
-
-    def reads(self, skip: int) -> Callable[[PackedBatch], Tensor]:
+    def reads(self, skip: int) -> Rows:
         return PackedBatch.last_rows
 
     def prepare(self, dtype: torch.dtype, device: torch.device, impl: str) -> None:
@@ -122,21 +117,10 @@ class LogitHead:
     def _rows_of(self, parameter: Tensor) -> Tensor:
         return torch.stack([parameter[token] for token in self._tokens]).float()
 
-    def __call__(
-        self,
-        x: Tensor,
-        batch: PackedBatch,
-        kernels: PoolKernels,
-        out: Tensor,
-        rows: Tensor,
-        *,
-        normalize: bool,
-        skip: int,
-    ) -> None:
-        """Write the score of each sequence to `out[rows]`; see :class:`PoolingHead`."""
+    def scores(self, x: Tensor, batch: PackedBatch, kernels: PoolKernels) -> Tensor:
         layer, states = self._model.lm_head, x[: batch.num_sequences, None].float()
         # Sums of products, not a matrix product: the bits of a score depend on no other.
         logits = (states * self._rows_of(layer.weight)).sum(dim=-1)
         if layer.bias is not None:
             logits += self._rows_of(layer.bias)
-        out[rows.long()] = logits[:, :1] - logits[:, 1:].sum(dim=1, keepdim=True)
+        return logits[:, :1] - logits[:, 1:].sum(dim=1, keepdim=True)

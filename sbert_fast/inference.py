@@ -15,7 +15,8 @@ from torch import Tensor
 from sbert_fast import budget, packing
 from sbert_fast.engine import PackedEncoder, Prepared
 from sbert_fast.errors import InputError, TokenIdError
-from sbert_fast.layers import PoolKernels, Unfinished
+from sbert_fast.heads import Head
+from sbert_fast.layers import Unfinished
 from sbert_fast.packing import PackedBatch
 from sbert_fast.stats import Counters
 from sbert_fast.tokenization import TextTokenizer, TokenizedTexts
@@ -26,55 +27,6 @@ from sbert_fast.values import shown
 # about a million tokens of English; on a GPU it is smaller, because the GPU computes one slice
 # while the next is tokenised, and should start soon.
 _SLICES = {"cpu": (4_000_000, 65_536), "cuda": (1_000_000, 16_384)}
-
-
-class Head(Protocol):
-    """What makes one row of results of the hidden states of each sequence.
-
-    Attributes:
-        dimension: components of a result, before truncation.
-        include_prompt: False leaves out the tokens of the prompt.
-        is_training: whether it must be put into eval mode.
-        padding_sides: where sentence-transformers may pad, and the results are the same.
-        takes_empty: whether a sequence without tokens has a result.
-    """
-
-    @property
-    def padding_sides(self) -> tuple[str, ...]: ...
-
-    @property
-    def takes_empty(self) -> bool: ...
-
-    @property
-    def dimension(self) -> int: ...
-
-    @property
-    def include_prompt(self) -> bool: ...
-
-    @property
-    def is_training(self) -> bool: ...
-
-    def prepare(self, dtype: torch.dtype, device: torch.device, impl: str) -> None:
-        """Take over the weights as they are now; see :meth:`PoolingHead.prepare`."""
-
-    def fuses(self, dimension: int) -> bool:
-        """Whether it takes states before their last norm."""
-
-    def reads(self, skip: int) -> Callable[[PackedBatch], Tensor] | None:
-        """What finds the token of each sequence that it reads, if it reads no other."""
-
-    def __call__(
-        self,
-        x: Any,  # noqa: ANN401
-        batch: PackedBatch,
-        kernels: PoolKernels,
-        out: Tensor,
-        rows: Tensor,
-        *,
-        normalize: bool,
-        skip: int,
-    ) -> None:
-        """Write one result for each sequence; see :meth:`PoolingHead.__call__`."""
 
 
 @dataclass(frozen=True, slots=True)

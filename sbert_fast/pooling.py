@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from sbert_fast import ops
 from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.fingerprint import Fingerprint, derive, settle
+from sbert_fast.heads import Head, Rows
 from sbert_fast.layers import PoolKernels, Unfinished
 from sbert_fast.linears import PreparedLinear, prepare_linear
 from sbert_fast.models.base import linear
@@ -32,7 +32,7 @@ _MODES = {
 }
 
 # Modes that read one token of a sequence.
-_SINGLE: dict[tuple[str, ...], Callable[[PackedBatch], Tensor]] = {
+_SINGLE: dict[tuple[str, ...], Rows] = {
     ("cls",): PackedBatch.first_rows,
     ("last_token",): PackedBatch.last_rows,
 }
@@ -160,15 +160,21 @@ def _check_part(module: Any, width: int) -> int:
 _PreparedDense = tuple[PreparedLinear, PreparedLinear | None]
 
 
-class PoolingHead:
+class PoolingHead(Head):
     """Pools packed hidden states into rows of an output array.
 
     The weights of `Dense` modules are prepared like the encoder's: derived state, rebuilt when they
     change, never copied or pickled. Everything computes in fp32.
     """
 
+    takes_empty = True
+
     def __init__(self, spec: PoolingSpec) -> None:
         self.spec = spec
+        self.dimension, self.include_prompt = spec.dimension, spec.include_prompt
+        # Older versions of sentence-transformers find the first token by its column.
+        if spec.include_prompt and not {"cls", "weighted_mean"} & {*spec.modes}:
+            self.padding_sides = ("right", "left")
         self._dense: dict[str, tuple[_PreparedDense, Fingerprint]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -188,18 +194,6 @@ class PoolingHead:
         normalize: bool,
         skip: int,
     ) -> None:
-        """Write one embedding for each sequence.
-
-        Args:
-            x: hidden states `[T, E]` of `batch`; or, if `kernels` and :meth:`fuses` allow it, the
-                states before their last norm.
-            batch: the packed batch.
-            kernels: the kernels of the engine that made `x`.
-            out: fp32 `[N, dimension]`, or fewer columns if embeddings are truncated.
-            rows: int32 `[B]`: sequence i goes to `out[rows[i]]`.
-            normalize: L2-normalise at the end, after truncation.
-            skip: tokens of the prompt to leave out.
-        """
         spec, dimension = self.spec, out.shape[1]
         if self.fuses(dimension):
             ends_normalized = any(is_module(m, "Normalize") for m in spec.tail.values())
@@ -230,29 +224,7 @@ class PoolingHead:
         pooled = pooled[:, :dimension]
         out[rows.long()] = F.normalize(pooled, dim=1) if normalize else pooled
 
-    @property
-    def dimension(self) -> int:
-        return self.spec.dimension
-
-    @property
-    def include_prompt(self) -> bool:
-        return self.spec.include_prompt
-
-    takes_empty = True
-
-    @property
-    def padding_sides(self) -> tuple[str, ...]:
-        """Older versions of sentence-transformers find the first token by its column."""
-        anywhere = self.include_prompt and not {"cls", "weighted_mean"} & {*self.spec.modes}
-        return ("right", "left") if anywhere else ("right",)
-
-    @property
-    def is_training(self) -> bool:
-        """Whether it computes something else in training mode, and is in it: nothing here does."""
-        return False
-
-    def reads(self, skip: int) -> Callable[[PackedBatch], Tensor] | None:
-        """What finds the token of each sequence that is read, if no other is."""
+    def reads(self, skip: int) -> Rows | None:
         return _SINGLE.get(self.spec.modes) if skip == 0 else None
 
     def fuses(self, dimension: int) -> bool:
@@ -261,17 +233,7 @@ class PoolingHead:
         return len(spec.modes) == 1 and not spec.has_dense and dimension == spec.dimension
 
     def prepare(self, dtype: torch.dtype, device: torch.device, impl: str) -> None:
-        """Lay out the weights of every `Dense` as they are now: call this before calling the head.
-
-        Args:
-            dtype: of the encoder's weights: a `Dense` in another fails in sentence-transformers.
-            device: where the weights are.
-            impl: implementation of the ops.
-
-        Raises:
-            UnsupportedModelError: a `Dense` has another dtype.
-            InvalidWeightsError: weights hold NaN or infinity; the message names the tensor.
-        """
+        """Lay out the weights of every `Dense`, see :meth:`Head.prepare`."""
         for name, module in self.spec.tail.items():
             if not is_module(module, "Dense"):
                 continue

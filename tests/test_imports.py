@@ -27,7 +27,7 @@ LAYERS = (
     {"preparation"},
     {"admission"},
     {"tokenization", "engine", "transfer", "budget"},
-    {"pooling", "classification", "pairs", "static", "generation"},
+    {"heads", "pooling", "classification", "pairs", "static", "generation"},
     {"routes"},
     {"inference", "callers", "padded_call", "packed_forward", "sparse_forward", "arguments"},
     {"results", "call", "assembly", "transformer_module"},

@@ -17,6 +17,7 @@ from torch import nn
 
 from checks import assert_same_scores
 from families import FAMILIES, make_cross_encoder, make_texts
+from rerankers import NAMES, assert_runs_in_stock, make_reranker
 from sbert_fast import FastCrossEncoder, explain
 from sbert_fast.errors import InputError, NonFiniteEmbeddingError
 from sbert_fast.sentence_transformers.stock import as_stock
@@ -68,9 +69,9 @@ def test_scores(family: str, labels: int, launches: Launches) -> None:
     assert not model.stats.fallbacks
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
-def test_bfloat16_loses_no_more_than_twice_what_stock_loses(family: str) -> None:
-    stock = make_cross_encoder(family)
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", *NAMES])
+def test_bfloat16_loses_no_more_than_twice_what_stock_loses(name: str) -> None:
+    stock = (make_reranker if name in NAMES else make_cross_encoder)(name)
     exact = stock.predict(PAIRS, activation_fn=nn.Identity())
     ours = FastCrossEncoder(stock, dtype="bfloat16").predict(PAIRS, activation_fn=nn.Identity())
     theirs = copy.deepcopy(stock).bfloat16().predict(PAIRS, activation_fn=nn.Identity())
@@ -118,7 +119,13 @@ def test_softmax_of_several_labels() -> None:
         model.rank("a", ["b"])
 
 
-def test_rank(stock: CrossEncoder, model: FastCrossEncoder) -> None:
+every_kind = pytest.mark.parametrize("make", [make_cross_encoder, make_reranker])
+
+
+@every_kind
+def test_rank(make: Callable[[], CrossEncoder]) -> None:
+    stock = make()
+    model = FastCrossEncoder(stock)
     asked: dict[str, Any] = {"top_k": 7, "return_documents": True}
     ours, theirs = (m.rank(TEXTS[0], TEXTS[1:], **asked) for m in (model, stock))
     assert [each["corpus_id"] for each in ours] == [each["corpus_id"] for each in theirs]
@@ -138,9 +145,11 @@ def test_a_score_depends_on_its_own_pair_alone(family: str, dtype: str) -> None:
     assert np.array_equal(model.predict(PAIRS[::-1])[::-1], together)
 
 
+@every_kind
 def test_the_last_layer_computes_what_the_head_reads(
-    model: FastCrossEncoder, batch_tokens: list[int], feed_forward_rows: list[int]
+    make: Callable[[], CrossEncoder], feed_forward_rows: list[int]
 ) -> None:
+    model = FastCrossEncoder(make())
     model.predict(PAIRS[:20])
     rows, layers = feed_forward_rows, model.config.num_hidden_layers
     assert rows[layers - 1 :: layers] == [32]
@@ -190,11 +199,7 @@ def _other_pooler(model: CrossEncoder) -> None:
     "change", [_hook, _other_classifier, _forward, _module_behind, _other_pooler]
 )
 def test_changed_models_run_in_sentence_transformers(change: Callable[[Any], None]) -> None:
-    model = FastCrossEncoder(make_cross_encoder())
-    model.predict(PAIRS)
-    change(model)
-    assert np.array_equal(model.predict(PAIRS), as_stock(model).predict(PAIRS))
-    assert sum(model.stats.fallbacks.values()) == 1
+    assert_runs_in_stock(FastCrossEncoder(make_cross_encoder()), change, PAIRS)
 
 
 def _tuples(model: CrossEncoder) -> None:

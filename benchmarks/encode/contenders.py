@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.common.models import Tokens
+from benchmarks.common.corpora import Corpus
 from benchmarks.common.stopwatch import synchronize
 from benchmarks.common.text import OURS, OURS_CUDA, REFERENCE, say
-from benchmarks.encode.peers import Setting, System
+from benchmarks.encode.runtimes import Setting, System
 
 FLOAT32_LOSS = 1e-6
 WORST_LOSS = 5e-4
@@ -53,18 +53,6 @@ class Contender:
 
     def __str__(self) -> str:
         return f"{self.name} {self.precision}"
-
-
-class Corpus(NamedTuple):
-    """Texts and their tokens."""
-
-    texts: list[str]
-    tokens: Tokens
-
-    def first(self, count: int) -> Corpus:
-        """The corpus of the first texts."""
-        lengths = self.tokens.lengths[:count]
-        return Corpus(self.texts[:count], Tokens(self.tokens.ids[: lengths.sum()], lengths))
 
 
 class Sizes(NamedTuple):

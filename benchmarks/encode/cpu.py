@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -10,15 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common.corpora import describe, load_corpus
-from benchmarks.common.models import ModelFolder
+from benchmarks.common.checkpoints import Checkpoint
+from benchmarks.common.corpora import Corpus
 from benchmarks.common.products import LinearLayers
-from benchmarks.common.provenance import provenance
 from benchmarks.common.text import OURS, REFERENCE, message, say
-from benchmarks.encode import contenders, peers
-from benchmarks.encode.contenders import Contender, Corpus, Gates, Sizes
+from benchmarks.encode import contenders, runtimes
+from benchmarks.encode.contenders import Contender, Gates, Sizes
 from benchmarks.encode.memory import memory_of
-from benchmarks.encode.peers import NotAvailable, Setting
+from benchmarks.encode.runtimes import NotAvailable, Setting
 
 SCOPE = "strings to L2-normalised float32 numpy rows in input order, tokenisation included"
 SIZES = Sizes(first=8, reached=128, times=2)
@@ -31,7 +32,7 @@ LATENCY_TOKENS, LATENCY_CALLS, LATENCY_WARM_CALLS = 16, 300, 20
 
 
 def build_all(
-    names: list[str], precisions: list[str], folder: ModelFolder, onnx: Path
+    names: list[str], precisions: list[str], folder: Checkpoint, onnx: Path
 ) -> list[Contender]:
     """Ours, the reference and `names` in every precision; those that cannot run here say why.
 
@@ -44,7 +45,7 @@ def build_all(
     entries = [Contender(name, precision) for name, precision in dict.fromkeys(wanted)]
     for each in entries:
         try:
-            each.system = peers.build(each.name, each.precision, folder, onnx)
+            each.system = runtimes.build(each.name, each.precision, folder, onnx)
         except NotAvailable as reason:
             each.status = f"not measured ({reason})"
             if each.name == OURS or (each.name, each.precision) == (REFERENCE, "float32"):
@@ -96,23 +97,22 @@ def row_of(
     }
 
 
-def latency(running: list[Contender], folder: ModelFolder) -> dict[str, Any]:
+def latency(running: list[Contender], folder: Checkpoint) -> dict[str, Any]:
     """Milliseconds of single calls with one short text, systems in turn."""
-    texts = load_corpus("short", 200, 0, folder.count)
-    lengths = folder.tokenize(texts).lengths
-    nearest = int(np.abs(lengths - LATENCY_TOKENS).argmin())
+    short = Corpus.load("short", 200, 0, folder)
+    nearest = int(np.abs(short.tokens.lengths - LATENCY_TOKENS).argmin())
     calls = [(each, []) for each in running if each.name in (OURS, REFERENCE)]
     for _ in range(LATENCY_WARM_CALLS + LATENCY_CALLS):
         for each, seconds in calls:
             start = time.perf_counter()
-            each.system.encode([texts[nearest]], Setting(1))
+            each.system.encode([short.texts[nearest]], Setting(1))
             seconds.append(time.perf_counter() - start)
     rows = []
     for each, seconds in calls:
         p50, p95 = np.percentile(np.array(seconds[LATENCY_WARM_CALLS:]) * 1e3, (50, 95))
         row = {"system": each.name, "precision": each.precision}
         rows.append(row | {"p50_ms": float(p50), "p95_ms": float(p95)})
-    return {"tokens": int(lengths[nearest]), "calls": LATENCY_CALLS, "rows": rows}
+    return {"tokens": int(short.tokens.lengths[nearest]), "calls": LATENCY_CALLS, "rows": rows}
 
 
 def memory_of_many(running: list[Contender], shared: dict[str, Any], width: int) -> dict[str, Any]:
@@ -126,16 +126,18 @@ def memory_of_many(running: list[Contender], shared: dict[str, Any], width: int)
     return many | {"output_mb": MEMORY_TEXTS * width * 4 / 1e6, "rows": rows}
 
 
-def measure(args: argparse.Namespace, onnx: Path) -> dict[str, Any]:
-    """Everything the arguments ask for, as the document that report.py shows."""
-    document = provenance(args.threads)
-    load = document["load_average_before"][0]
+def measure(args: argparse.Namespace, folder: Checkpoint, corpus: Corpus) -> dict[str, Any]:
+    """Everything the arguments ask for."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return _measure(args, folder, corpus, Path(scratch, "model.onnx"))
+
+
+def _measure(
+    args: argparse.Namespace, folder: Checkpoint, corpus: Corpus, onnx: Path
+) -> dict[str, Any]:
+    load = os.getloadavg()[0]
     if load > BUSY * args.threads:
         say(f"this machine is busy (load average {load:.2f}): the figures will be doubtful")
-    folder = ModelFolder(args.model, args.threads)
-    texts = load_corpus(args.corpus, args.texts, args.seed, folder.count)
-    corpus = Corpus(texts, folder.tokenize(texts))
-    lengths = corpus.tokens.lengths
     entries = build_all(args.peers, args.dtype, folder, onnx)
     for each in entries:
         if each.system is not None:
@@ -159,14 +161,9 @@ def measure(args: argparse.Namespace, onnx: Path) -> dict[str, Any]:
         say(f"memory of {each}")
         own = shared | {"corpus": args.corpus, "texts": args.texts}
         each.more |= memory_of(each.name, each.precision, each.setting, **own)
-    settings = ("threads", "rounds", "seed", "sweep_texts")
-    swept = int(lengths[: args.sweep_texts].sum())
-    return document | {
-        "benchmark": "encode",
+    swept = int(corpus.tokens.lengths[: args.sweep_texts].sum())
+    return {
         "scope": SCOPE,
-        "model": {"name": args.model_name, "sha256": folder.weights_sha256()},
-        "corpus": describe(args.corpus, lengths),
-        "settings": {name: getattr(args, name) for name in settings},
         "gates": {precision: gates[OURS, precision] for precision in args.dtype},
         "rows": [row_of(each, running, truth, corpus, swept, gates) for each in entries],
         "linear_layers_alone": {p: limit.tokens_per_s for p, limit in limits.items()},

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.arguments import pin
-from benchmarks.encode.peers import Setting
+from benchmarks.common.options import pin
+from benchmarks.encode.runtimes import Setting
 
 
 def memory_of(name: str, precision: str, setting: Setting, **what: Any) -> dict[str, float]:
@@ -49,14 +49,14 @@ def _resident_mb(field: str) -> float:
 
 def _main(asked: dict[str, Any]) -> None:
     pin(asked["threads"])
+    from benchmarks.common.checkpoints import Checkpoint
     from benchmarks.common.corpora import load_corpus
-    from benchmarks.common.models import ModelFolder
-    from benchmarks.encode import peers
+    from benchmarks.encode import runtimes
 
-    folder = ModelFolder(Path(asked["model"]), asked["threads"])
-    built = peers.build(asked["name"], asked["precision"], folder, Path(asked["onnx"]))
+    folder = Checkpoint(Path(asked["model"]), asked["threads"])
+    built = runtimes.build(asked["name"], asked["precision"], folder, Path(asked["onnx"]))
     # By a tokenizer of its own, so that no system finds one that is loaded already.
-    count = ModelFolder(folder.path, asked["threads"]).count
+    count = Checkpoint(folder.path, asked["threads"]).count
     lines = load_corpus(asked["corpus"], asked["texts"], asked["seed"], count)
     loaded = _resident_mb("VmRSS")
     start = time.perf_counter()

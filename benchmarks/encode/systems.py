@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.common.models import ModelFolder, Tokens
+from benchmarks.common.checkpoints import Checkpoint, Tokens
 from benchmarks.common.text import COMPILED, OURS, OURS_CUDA, REFERENCE, UNPADDED
 from benchmarks.encode import unpadded
-from benchmarks.encode.peers import NotAvailable, Setting, System
+from benchmarks.encode.runtimes import NotAvailable, Setting, System
 
 if TYPE_CHECKING:
     from sbert_fast.staging import Staged
@@ -32,7 +32,7 @@ class Packed(System):
     batch_sizes = False
 
     def __init__(
-        self, folder: ModelFolder, device: torch.device, dtype: torch.dtype, impl: str = "auto"
+        self, folder: Checkpoint, device: torch.device, dtype: torch.dtype, impl: str = "auto"
     ) -> None:
         from sbert_fast import FastEncoder
 
@@ -59,7 +59,7 @@ class Packed(System):
 class SentenceTransformers(System):
     """SentenceTransformer, unpatched, padded."""
 
-    def __init__(self, folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
         self.folder, self.device = folder, device
         self.normalize = not folder.normalizes
         self.model = self._load(str(folder.path), dtype).eval()

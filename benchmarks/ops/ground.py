@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import products, results, stopwatch, tables
-from benchmarks.common.arguments import plain_parser
+from benchmarks.common import products, stopwatch, storage, tables
+from benchmarks.common.options import plain_parser
 from benchmarks.common.provenance import provenance
 from benchmarks.common.text import message, say
 
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kept = []
 
     def store(kind: str, row: dict[str, Any]) -> None:
-        results.append(args.rows, kind, {"benchmark": "ground"} | row)
+        storage.append(args.rows, kind, {"benchmark": "ground"} | row)
 
     store("run", provenance(torch.get_num_threads(), device.type))
     for part, figure in Ground(device, small=device.type == "cpu").figures():

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common import provenance, results, tree
-from benchmarks.common.arguments import plain_parser
+from benchmarks.common import provenance, storage, tree
+from benchmarks.common.options import plain_parser
 from benchmarks.common.text import markdown
 
 if TYPE_CHECKING:
@@ -215,13 +215,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from benchmarks.tune import lab
-    from benchmarks.tune import table as rows
+    from benchmarks.tune import table as launch_table
 
     if not torch.cuda.is_available():
         print("torch finds no NVIDIA GPU", file=sys.stderr)
         return 2
     device = torch.device("cuda")
-    table = rows.read_rows(rows.TABLE.read_text(encoding="utf-8"))
+    table = launch_table.read_rows(launch_table.TABLE.read_text(encoding="utf-8"))
     origin = provenance.provenance(torch.get_num_threads(), "cuda")
     steps: list[dict[str, Any]] = []
 
@@ -230,15 +230,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{found.step.name}: " + ", ".join(filter(None, found.line())), flush=True)
         if args.dry_run:
             return
-        rows.write(rows.TABLE, table)
+        launch_table.write(launch_table.TABLE, table)
         args.out.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(rows.TABLE, args.out / "tuning.py")
+        shutil.copyfile(launch_table.TABLE, args.out / "tuning.py")
         document = origin | {"benchmark": "tune", "seconds": args.seconds, "steps": steps}
-        results.write_json(document, args.out / "tune.json")
+        storage.write_json(document, args.out / "tune.json")
 
-    keys = args.row or rows.BY_VALUE
+    keys = args.row or launch_table.BY_VALUE
     make = partial(lab.Lab, device=device)
-    found = tune(table, keys, rows.STEPS, make, keep, args.seconds)
+    found = tune(table, keys, launch_table.STEPS, make, keep, args.seconds)
     print("\n" + "\n".join(markdown(HEADER, [each.line() for each in found])))
     return 0
 

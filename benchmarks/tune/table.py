@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from benchmarks import ROOT
-from benchmarks.common.results import write_text
+from benchmarks.common.storage import write_text
 from sbert_fast.kernels.tuning import Attention
 
 TABLE = ROOT / "kernels" / "triton" / "tuning.py"

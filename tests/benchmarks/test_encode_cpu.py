@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 
 from benchmarks import ROOT
-from benchmarks.common import arguments, provenance
-from benchmarks.common.models import ModelFolder
+from benchmarks.common import options, provenance
+from benchmarks.common.checkpoints import Checkpoint
+from benchmarks.common.corpora import Corpus
 from benchmarks.common.text import OURS, REFERENCE
-from benchmarks.encode import breakdown, cpu, peers
-from benchmarks.encode.contenders import FLOAT32_LOSS, Contender, Corpus
-from benchmarks.encode.peers import NotAvailable, Setting, System
+from benchmarks.encode import breakdown, cpu, runtimes
+from benchmarks.encode.contenders import FLOAT32_LOSS, Contender
+from benchmarks.encode.runtimes import NotAvailable, Setting, System
 from benchmarks.report import render
 
 TEXTS = ["A cat.", "Rain is expected in the north for most of the week.", "", "Why?"]
@@ -36,7 +37,7 @@ def run(
     and prints last."""
     path = tmp_path / "new" / "tiny.json"
     tiny = ("--texts", "24", "--rounds", "2", "--threads", "1", "--json", str(path))
-    monkeypatch.setattr(arguments, "pin", lambda threads: None)
+    monkeypatch.setattr(options, "pin", lambda threads: None)
     monkeypatch.chdir(ROOT)
 
     def run(module: str, *chosen: str) -> dict[str, Any]:
@@ -83,17 +84,17 @@ def test_a_run(run: Callable[..., dict[str, Any]]) -> None:
 
 
 def test_a_peer_that_is_absent_or_does_not_load_is_named(
-    minilm: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    minilm: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "zentorch.py").write_text("raise OSError('wrong torch')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "zentorch", raising=False)
     with pytest.raises(NotAvailable, match="does not load: OSError: wrong torch"):
-        peers.build("zentorch", "float32", minilm, tmp_path / "onnx")
+        runtimes.build("zentorch", "float32", minilm, tmp_path / "onnx")
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
     for name in ("onnxruntime", "openvino", "zentorch"):
         with pytest.raises(NotAvailable, match="^not installed$"):
-            peers.build(name, "float32", minilm, tmp_path / "onnx")
+            runtimes.build(name, "float32", minilm, tmp_path / "onnx")
 
 
 class Broken(System):
@@ -101,7 +102,7 @@ class Broken(System):
         raise MemoryError("no room\nand more")
 
 
-def test_a_peer_that_fails_is_left_out(minilm: ModelFolder) -> None:
+def test_a_peer_that_fails_is_left_out(minilm: Checkpoint) -> None:
     corpus = Corpus(TEXTS, minilm.tokenize(TEXTS))
     peer, ours = (Contender(name, "float32", system=Broken()) for name in ("openvino", OURS))
     cpu.prepare(peer, corpus, len(TEXTS))
@@ -111,16 +112,16 @@ def test_a_peer_that_fails_is_left_out(minilm: ModelFolder) -> None:
         cpu.prepare(ours, corpus, len(TEXTS))
 
 
-def test_padded_batches_keep_order_and_mean(minilm: ModelFolder) -> None:
-    def forward(inputs: peers.Inputs) -> np.ndarray:
+def test_padded_batches_keep_order_and_mean(minilm: Checkpoint) -> None:
+    def forward(inputs: runtimes.Inputs) -> np.ndarray:
         """The id of every token beside a 1, and rubbish where there is padding."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         states = np.where(mask == 1, ids, 1e6).astype(np.float32)
         return np.stack([states, np.ones_like(states)], axis=-1)
 
-    folder = ModelFolder(minilm.path, threads=1)
+    folder = Checkpoint(minilm.path, threads=1)
     folder.config = folder.config | {"hidden_size": 2}
-    system = peers.Padded(folder, lambda workers: forward, workers=(1, 2))
+    system = runtimes.Padded(folder, lambda workers: forward, workers=(1, 2))
     tokens = folder.tokenize(TEXTS)
     means = [tokens.of(row).mean() for row in range(len(TEXTS))]
     expected = np.array([[mean, 1] / np.hypot(mean, 1) for mean in means])
@@ -133,8 +134,8 @@ def test_padded_batches_keep_order_and_mean(minilm: ModelFolder) -> None:
     assert system.computed_tokens(TEXTS, Setting(4)) == 4 * tokens.lengths.max()
 
 
-def test_lengths_agree_with_sentence_transformers(minilm: ModelFolder) -> None:
-    reference = peers.build(REFERENCE, "float32", minilm, Path())
+def test_lengths_agree_with_sentence_transformers(minilm: Checkpoint) -> None:
+    reference = runtimes.build(REFERENCE, "float32", minilm, Path())
     texts = [*TEXTS, "word " * 1000]
     lengths = minilm.tokenize(texts).lengths
     assert minilm.max_length == reference.model.max_seq_length == lengths.max()

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import ROOT, report
 from benchmarks.common import provenance
-from benchmarks.common.results import append, write_json
+from benchmarks.common.storage import append, write_json
 from benchmarks.common.text import OURS, OURS_CUDA, REFERENCE
 from benchmarks.report import load, main, readme_figures, render
 from sbert_fast.ops import schemas

@@ -1,4 +1,4 @@
-"""The arguments that benchmarks over texts share, and the threads they run on."""
+"""The options that benchmarks over texts share, the threads they run on, and their documents."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.models import bundled_model
-from benchmarks.common.results import write_json
+from benchmarks.common.checkpoints import bundled_model
+from benchmarks.common.storage import write_json
 
+# From the options, the model and the corpus to what was found of them.
+Measure = Callable[[argparse.Namespace, Any, Any], dict[str, Any]]
 _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
@@ -88,15 +90,32 @@ def conclude(document: dict[str, Any], path: Path | None) -> None:
     print(render(document))
 
 
+def document(args: argparse.Namespace, benchmark: str, measure: Measure) -> dict[str, Any]:
+    """What `measure` finds, and where that comes from, as report.py shows it."""
+    from benchmarks.common.checkpoints import Checkpoint
+    from benchmarks.common.corpora import Corpus
+    from benchmarks.common.provenance import provenance
+
+    # The load of the machine is read first.
+    origin = provenance(args.threads) | {"benchmark": benchmark}
+    checkpoint = Checkpoint(args.model, args.threads)
+    corpus = Corpus.load(args.corpus, args.texts, args.seed, checkpoint)
+    named = ("threads", "rounds", "seed", "texts", "corpus", "sweep_texts")
+    return origin | {
+        "model": {"name": args.model_name, "sha256": checkpoint.weights_sha256()},
+        "corpus": corpus.describe(),
+        "settings": {name: getattr(args, name) for name in named if hasattr(args, name)},
+        **measure(args, checkpoint, corpus),
+    }
+
+
 def run(
-    description: str | None,
-    precisions: Sequence[str],
-    measure: Callable[[argparse.Namespace], dict[str, Any]],
+    description: str | None, precisions: Sequence[str], benchmark: str, measure: Measure
 ) -> int:
     """A command that asks for nothing more: measure, store and print."""
     parser = make_parser(description, *precisions)
     args = parser.parse_args()
     finish(args, parser)
     pin(args.threads)
-    conclude(measure(args), args.json)
+    conclude(document(args, benchmark, measure), args.json)
     return 0

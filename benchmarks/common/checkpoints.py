@@ -1,8 +1,8 @@
 """Folders of models: what they hold, in other precisions, and of other sizes with random weights.
 
-python -m benchmarks.common.models narrow FROM TO  # weights in float16: half the bytes
-python -m benchmarks.common.models widen FROM TO   # weights in float32
-python -m benchmarks.common.models random nomic_bert TO  # a family's usual size, MiniLM's tokenizer
+python -m benchmarks.common.checkpoints narrow FROM TO  # weights in float16: half the bytes
+python -m benchmarks.common.checkpoints widen FROM TO   # weights in float32
+python -m benchmarks.common.checkpoints random nomic_bert TO  # a family's usual size
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Tokens:
         }
 
 
-class ModelFolder:
+class Checkpoint:
     """A sentence-transformers model on disk, and what a driver of its weights must know.
 
     Args:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common.models import ModelFolder
+from benchmarks.common.checkpoints import Checkpoint
 from benchmarks.common.text import COMPILED, OURS, REFERENCE
 
 Inputs = dict[str, NDArray[np.int64]]
@@ -81,7 +81,7 @@ class Padded(System):
     """
 
     def __init__(
-        self, folder: ModelFolder, make_forward: MakeForward, workers: tuple[int, ...] = (1,)
+        self, folder: Checkpoint, make_forward: MakeForward, workers: tuple[int, ...] = (1,)
     ) -> None:
         self.folder, self.workers = folder, workers
         self._forward = cache(make_forward)
@@ -130,7 +130,7 @@ def _require(module: str) -> Any:
         raise NotAvailable(f"does not load: {type(error).__name__}: {error}") from error
 
 
-def _hugging_face(folder: ModelFolder, precision: str) -> Any:
+def _hugging_face(folder: Checkpoint, precision: str) -> Any:
     import torch
     from transformers import AutoModel
 
@@ -140,7 +140,7 @@ def _hugging_face(folder: ModelFolder, precision: str) -> Any:
     return model.eval()
 
 
-def export_onnx(folder: ModelFolder, target: Path) -> None:
+def export_onnx(folder: Checkpoint, target: Path) -> None:
     """Write the transformer of `folder` as ONNX with free batch and sequence dimensions.
 
     Raises:
@@ -189,7 +189,7 @@ def _quantized(onnx: Path) -> Path:
     return target
 
 
-def _onnxruntime(folder: ModelFolder, precision: str, onnx: Path) -> MakeForward:
+def _onnxruntime(folder: Checkpoint, precision: str, onnx: Path) -> MakeForward:
     if precision == "bfloat16":
         raise NotAvailable(f"has no {precision} kernels on a CPU")
     ort = _require("onnxruntime")
@@ -207,7 +207,7 @@ def _onnxruntime(folder: ModelFolder, precision: str, onnx: Path) -> MakeForward
     return make
 
 
-def _openvino(folder: ModelFolder, precision: str, onnx: Path) -> MakeForward:
+def _openvino(folder: Checkpoint, precision: str, onnx: Path) -> MakeForward:
     core = _require("openvino").Core()
     hint = {"float32": "f32", "bfloat16": "bf16"}.get(precision)
     if hint is None:
@@ -238,7 +238,7 @@ def _openvino(folder: ModelFolder, precision: str, onnx: Path) -> MakeForward:
 
 
 def _compiled(
-    folder: ModelFolder, precision: str, onnx: Path, backend: str = "inductor"
+    folder: Checkpoint, precision: str, onnx: Path, backend: str = "inductor"
 ) -> MakeForward:
     """torch.compile with weights frozen into the graph, and free batch and sequence dimensions."""
     import torch
@@ -266,7 +266,7 @@ TORCH: dict[str, Callable[..., MakeForward]] = {
 }
 
 
-def build(name: str, precision: str, folder: ModelFolder, onnx: Path) -> System:
+def build(name: str, precision: str, folder: Checkpoint, onnx: Path) -> System:
     """Make a system that runs on a CPU; the first one that needs the export `onnx` makes it.
 
     Raises:

@@ -20,8 +20,8 @@ from benchmarks import ROOT
 from benchmarks.common import storage, tables
 from benchmarks.common.options import plain_parser
 from benchmarks.common.provenance import commit, source_hash
-from benchmarks.common.tables import Document
-from benchmarks.common.text import OURS, REFERENCE
+from sbert_fast.bench.names import OURS, REFERENCE
+from sbert_fast.bench.tables import Document, asides, encode_on_cpu
 
 RESULTS = ROOT / "benchmarks" / "results"
 HEADLINE_CORPUS = "mixed"
@@ -45,7 +45,7 @@ def render(document: Document) -> str:
     if document["benchmark"] in ON_CPU:
         return ON_CPU[document["benchmark"]](document)
     if "gates" in document:
-        return tables.encode_on_cpu(document)
+        return encode_on_cpu(document)
     versions = ", ".join(f"{n} {v}" for n, v in document["versions"].items() if v)
     head = f"{document['device']['name']} | {document['date']} | {versions}"
     return "\n".join([head, "", *TABLES[document["benchmark"]](document["rows"])])
@@ -84,9 +84,9 @@ def _cpu_section(folder: str, documents: list[Document], others: list[Document])
         return f"{corpus['name']} ({corpus['lengths']['mean']:.0f} tokens), {precision}"
 
     told = _origin([*documents, *others], documents[0]["model"]["name"])
-    asides = [*tables.asides(documents), *map(_aside, others)]
+    told_beside = [*asides(documents), *map(_aside, others)]
     first = f"{told} (benchmarks/results/{folder})"
-    parts = (first, "\n".join(tables.systems(documents, label)), "\n".join(asides))
+    parts = (first, "\n".join(tables.systems(documents, label)), "\n".join(told_beside))
     return "\n\n".join(filter(None, parts))
 
 

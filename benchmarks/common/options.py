@@ -1,20 +1,17 @@
-"""The options that benchmarks over texts share, the threads they run on, and their documents."""
+"""The options that benchmarks over texts share, and what becomes of their documents."""
 
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.checkpoints import bundled_model
+from benchmarks.common.provenance import provenance
 from benchmarks.common.storage import write_json
-
-# From the options, the model and the corpus to what was found of them.
-Measure = Callable[[argparse.Namespace, Any, Any], dict[str, Any]]
-_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+from sbert_fast.bench.checkpoint import bundled_model
+from sbert_fast.bench.machine import pin
 
 
 def some_of(*allowed: str) -> Callable[[str], list[str]]:
@@ -65,22 +62,6 @@ def finish(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     args.model_name = f"{package} {version(package)}"
 
 
-def pin(threads: int) -> None:
-    """Give every thread pool of this process and its children `threads` CPUs and threads.
-
-    Comes before libraries are imported, which read the variables once. Progress bars are off, too.
-
-    Raises:
-        ValueError: this process may not use that many CPUs.
-    """
-    available = sorted(os.sched_getaffinity(0))
-    if threads > len(available):
-        raise ValueError(f"threads must be at most {len(available)} here, got {threads}")
-    os.sched_setaffinity(0, available[:threads])
-    os.environ |= {name: str(threads) for name in _VARIABLES}
-    os.environ |= {"TOKENIZERS_PARALLELISM": "true", "TQDM_DISABLE": "1"}
-
-
 def conclude(document: dict[str, Any], path: Path | None) -> None:
     """Store a document, where that is asked for, and print it."""
     from benchmarks.report import render
@@ -90,32 +71,19 @@ def conclude(document: dict[str, Any], path: Path | None) -> None:
     print(render(document))
 
 
-def document(args: argparse.Namespace, benchmark: str, measure: Measure) -> dict[str, Any]:
-    """What `measure` finds, and where that comes from, as report.py shows it."""
-    from benchmarks.common.checkpoints import Checkpoint
-    from benchmarks.common.corpora import Corpus
-    from benchmarks.common.provenance import provenance
-
-    # The load of the machine is read first.
-    origin = provenance(args.threads) | {"benchmark": benchmark}
-    checkpoint = Checkpoint(args.model, args.threads)
-    corpus = Corpus.load(args.corpus, args.texts, args.seed, checkpoint)
-    named = ("threads", "rounds", "seed", "texts", "corpus", "sweep_texts")
-    return origin | {
-        "model": {"name": args.model_name, "sha256": checkpoint.weights_sha256()},
-        "corpus": corpus.describe(),
-        "settings": {name: getattr(args, name) for name in named if hasattr(args, name)},
-        **measure(args, checkpoint, corpus),
-    }
-
-
 def run(
-    description: str | None, precisions: Sequence[str], benchmark: str, measure: Measure
+    description: str | None,
+    precisions: Sequence[str],
+    benchmark: str,
+    measure: Callable[..., dict[str, Any]],
 ) -> int:
     """A command that asks for nothing more: measure, store and print."""
     parser = make_parser(description, *precisions)
     args = parser.parse_args()
     finish(args, parser)
     pin(args.threads)
-    conclude(document(args, benchmark, measure), args.json)
+    from sbert_fast.bench.measure import make_document
+
+    document = make_document(args, provenance(args.threads), benchmark, measure)
+    conclude(document, args.json)
     return 0

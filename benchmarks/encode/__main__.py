@@ -13,9 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common import options
-from benchmarks.common.checkpoints import bundled_model
-from benchmarks.common.options import pin, some_of
-from benchmarks.common.text import COMPILED, PEERS, PRECISIONS, REFERENCE, UNPADDED
+from benchmarks.common.options import some_of
+from benchmarks.common.provenance import provenance
+from sbert_fast.bench.checkpoint import bundled_model
+from sbert_fast.bench.machine import pin
+from sbert_fast.bench.names import COMPILED, PEERS, PRECISIONS, REFERENCE, UNPADDED
 
 SCOPES = ("s3", "s1")
 # By device: peers that run there, those that run by default, and the precisions.
@@ -31,7 +33,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", default="cpu", choices=CHOICES)
     add("--peers", type=some_of(*PEERS, UNPADDED), help=f"default: {','.join(PEERS)}")
     add("--sweep-texts", type=int, default=1000, help="texts used to find the best batch size")
-    add("--latency", action="store_true", help="also time single calls with one short text")
+    latency = add("--latency", action="store_const", const=300, default=0, dest="calls")
+    latency.help = "also time single calls with one short text"
+    add("--by-length", type=int, default=0, metavar="TOKENS", help="also texts of one length each")
     add("--memory", action="store_true", help="also the peak memory of 100,000 short texts")
     on_gpu = parser.add_argument_group(
         "on a GPU", "--model may be random-base or random-large, with the tokenizer of --tokenizer"
@@ -62,9 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return gpu.main(args)
     # Before torch is imported.
     pin(args.threads)
-    from benchmarks.encode import cpu
+    from sbert_fast.bench.measure import make_document, measure
 
-    document = options.document(args, "encode", cpu.measure)
+    document = make_document(args, provenance(args.threads), "encode", measure)
     options.conclude(document, args.json)
     return 0 if all(gate["green"] for gate in document["gates"].values()) else 1
 

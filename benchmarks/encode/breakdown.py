@@ -20,8 +20,8 @@ from typing import Any
 from unittest import mock
 
 from benchmarks.common import options
-from benchmarks.common.text import PRECISIONS, say
-from benchmarks.encode.runtimes import NotAvailable
+from sbert_fast.bench.names import PRECISIONS, say
+from sbert_fast.bench.systems import NotAvailable
 
 # By what torch's profiler calls them: linear layers in panels, in oneDNN, in plain torch.
 PARTS = {

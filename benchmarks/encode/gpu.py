@@ -16,15 +16,15 @@ import numpy as np
 import torch
 
 from benchmarks.common import checkpoints, products, tables
-from benchmarks.common.checkpoints import Checkpoint
-from benchmarks.common.corpora import Corpus
 from benchmarks.common.provenance import provenance
 from benchmarks.common.storage import Record, append, latest, write_json
-from benchmarks.common.text import COMPILED, OURS, OURS_CUDA, REFERENCE, message, say
-from benchmarks.encode import contenders
-from benchmarks.encode.contenders import Contender, Gates, Sizes
-from benchmarks.encode.runtimes import Setting
 from benchmarks.encode.systems import SYSTEMS, cuda_ops
+from sbert_fast.bench import contenders
+from sbert_fast.bench.checkpoint import Checkpoint
+from sbert_fast.bench.contenders import Contender, Gates, Sizes
+from sbert_fast.bench.corpora import Corpus
+from sbert_fast.bench.names import COMPILED, OURS, OURS_CUDA, REFERENCE, message, say
+from sbert_fast.bench.systems import Setting
 
 FULL = "float32"
 SIZES = {"s1": Sizes(128, 256, 8192), "s3": Sizes(32, 256, 8192)}
@@ -54,7 +54,7 @@ class Benchmark:
         """Measure every system in a scope."""
         checked = self.corpus.first(CHECKED_TEXTS)
         reference = Contender(REFERENCE, FULL, setting=Setting(128))
-        reference.system = SYSTEMS[REFERENCE](self.folder, self.device, torch.float32)
+        reference.system = SYSTEMS[REFERENCE](self.folder, FULL, str(self.device))
         self.truth = contenders.embed(reference, scope, checked)
         del reference
         running = self.running = []
@@ -100,7 +100,7 @@ class Benchmark:
         names = dict.fromkeys((OURS, OURS_CUDA, REFERENCE, *self.args.peers))
         if scope == "s1":
             names.pop(COMPILED, None)
-        reason = cuda_ops(self.device, getattr(torch, precision))
+        reason = cuda_ops(self.device, precision)
         if reason is not None:
             del names[OURS_CUDA]
         if reason:
@@ -110,8 +110,7 @@ class Benchmark:
 
     def _prepare(self, each: Contender, scope: str, checked: Corpus) -> None:
         say(f"{scope}: preparing {each}")
-        dtype = getattr(torch, each.precision)
-        each.system = SYSTEMS[each.name](self.folder, self.device, dtype)
+        each.system = SYSTEMS[each.name](self.folder, each.precision, str(self.device))
         if each.system.batch_sizes:
             # Both half precisions cost the same: what is best for one is best for the other.
             halves = [k for k in self.running if k.name == each.name and k.precision != FULL]
@@ -128,7 +127,7 @@ class Benchmark:
         each.more["peak_bytes"] = peak
 
     def _row(self, each: Contender, scope: str) -> Record:
-        return self.what | {"scope": scope, "system": each.name, "precision": each.precision}
+        return self.what | {"scope": scope} | each.named
 
     def _figures(self, each: Contender, scope: str, gates: Gates) -> Record:
         texts, tokens = self.what["texts"], self.what["tokens"]

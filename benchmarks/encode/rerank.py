@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import options
-from benchmarks.common.text import OURS, REFERENCE
+from sbert_fast.bench.names import OURS, REFERENCE
 
 QUERY = "what is the capital of france and how many people live there"
 SHORT = 20  # passages of a short call
@@ -30,9 +30,9 @@ def _build(args: argparse.Namespace, folder: str) -> list[Any]:
     import transformers
     from sentence_transformers import CrossEncoder
 
-    from benchmarks.encode.contenders import Contender
-    from benchmarks.encode.runtimes import Setting, System
     from sbert_fast import FastCrossEncoder
+    from sbert_fast.bench.contenders import Contender
+    from sbert_fast.bench.systems import Setting, System
 
     class Scores(System):
         def __init__(self, predict: Any) -> None:
@@ -65,7 +65,7 @@ def measure(args: argparse.Namespace, checkpoint: Any, corpus: Any) -> dict[str,
     """Scores of all pairs and of few, each system in turn."""
     import torch
 
-    from benchmarks.encode import contenders
+    from sbert_fast.bench import contenders
 
     cpu = torch.device("cpu")
     pairs = corpus._replace(texts=[(QUERY, text) for text in corpus.texts])

@@ -19,7 +19,7 @@ for package in ("tools", "benchmarks"):
     importlib.import_module(package)
 
 from benchmarks.common import checkpoints, tree  # noqa: E402
-from benchmarks.common.checkpoints import Checkpoint  # noqa: E402
+from sbert_fast.bench.checkpoint import Checkpoint  # noqa: E402
 
 SIZES = {
     "hidden_size": 64,

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.common import checkpoints, options, products, provenance, stopwatch, storage
-from benchmarks.common.checkpoints import Checkpoint
-from benchmarks.common.text import OURS, OURS_CUDA, PEERS, REFERENCE, UNPADDED
-from benchmarks.encode import contenders, runtimes
+from benchmarks.common import checkpoints, products, provenance, stopwatch, storage
 from benchmarks.encode.__main__ import main, parse_args
 from benchmarks.ops.peers import within
 from sbert_fast import FastEncoder
+from sbert_fast.bench import contenders, machine, runtimes
+from sbert_fast.bench.checkpoint import Checkpoint
+from sbert_fast.bench.names import OURS, OURS_CUDA, PEERS, REFERENCE, UNPADDED
 
 CPU = torch.device("cpu")
 
@@ -191,10 +191,10 @@ def test_threads_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 7})
     monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: chosen.append(cpus))
     monkeypatch.setattr(os, "environ", {})
-    options.pin(2)
+    machine.pin(2)
     assert chosen == [[3, 5]] and os.environ["OMP_NUM_THREADS"] == "2"
     with pytest.raises(ValueError, match="threads must be at most 3 here, got 4"):
-        options.pin(4)
+        machine.pin(4)
 
 
 def test_a_model_is_narrowed_and_widened(tiny: Checkpoint, tmp_path: Path) -> None:

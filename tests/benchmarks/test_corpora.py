@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from benchmarks.common import corpora
-from benchmarks.common.checkpoints import Checkpoint
-from benchmarks.common.corpora import CORPORA, length_stats, load_corpus, target_lengths
+from sbert_fast.bench import corpora
+from sbert_fast.bench.checkpoint import Checkpoint
+from sbert_fast.bench.corpora import CORPORA, length_stats, load_corpus, target_lengths
 
 TEXTS = 2000
 every_corpus = pytest.mark.parametrize("name", CORPORA)

@@ -15,15 +15,16 @@ import torch
 
 import families
 from benchmarks.common import storage, tables
-from benchmarks.common.checkpoints import Checkpoint
-from benchmarks.common.corpora import Corpus
-from benchmarks.common.text import OURS, OURS_CUDA, REFERENCE, UNPADDED
-from benchmarks.encode import contenders, gpu, systems
+from benchmarks.encode import gpu, systems
 from benchmarks.encode.__main__ import parse_args
-from benchmarks.encode.contenders import Contender, Sizes
-from benchmarks.encode.runtimes import Setting, System
 from benchmarks.report import render
 from sbert_fast import ops
+from sbert_fast.bench import contenders
+from sbert_fast.bench.checkpoint import Checkpoint
+from sbert_fast.bench.contenders import Contender, Sizes
+from sbert_fast.bench.corpora import Corpus
+from sbert_fast.bench.names import OURS, OURS_CUDA, REFERENCE, UNPADDED
+from sbert_fast.bench.systems import Setting, System
 from sbert_fast.ops import extension
 from sbert_fast.testing import worst_cosine
 
@@ -40,9 +41,9 @@ def corpus(tiny: Checkpoint) -> Corpus:
 
 @pytest.mark.parametrize("name", [OURS, REFERENCE, UNPADDED])
 def test_systems_give_the_same_embeddings(name: str, tiny: Checkpoint, corpus: Corpus) -> None:
-    reference = systems.SYSTEMS[REFERENCE](tiny, CPU, torch.float32)
+    reference = systems.SYSTEMS[REFERENCE](tiny, "float32")
     expected = reference.encode(corpus.texts, Setting(8))
-    system = systems.SYSTEMS[name](tiny, CPU, torch.float32)
+    system = systems.SYSTEMS[name](tiny, "float32")
     each = Contender(name, "float32", system=system, setting=Setting(7))
     for scope in ("s1", "s3"):
         got = contenders.embed(each, scope, corpus)
@@ -207,8 +208,8 @@ def test_both_of_ours_are_compared(scale: float, run: Any, monkeypatch: pytest.M
             staged.run = lambda: true() * torch.linspace(1, scale, WIDTH)
             return staged
 
-    reason = {torch.float32: "", torch.bfloat16: None}
-    monkeypatch.setattr(gpu, "cuda_ops", lambda device, dtype: reason[dtype])
+    reason = {"float32": "", "bfloat16": None}
+    monkeypatch.setattr(gpu, "cuda_ops", lambda device, precision: reason[precision])
     monkeypatch.setitem(systems.SYSTEMS, OURS_CUDA, Pretended)
     code, lines = run("float32", "bfloat16", peers=[])
     found, right = by_system(lines), scale == 1
@@ -243,9 +244,9 @@ def test_the_cuda_ops_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_without_the_library(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert systems.cuda_ops(CPU, torch.bfloat16) == systems.cuda_ops(GPU, torch.float32) == ""
+    assert systems.cuda_ops(CPU, "bfloat16") == systems.cuda_ops(GPU, "float32") == ""
     monkeypatch.setattr(extension, "CUDA", extension.Extension("_C_cuda", None, "was not built"))
-    assert systems.cuda_ops(GPU, torch.float16) == "was not built"
+    assert systems.cuda_ops(GPU, "float16") == "was not built"
     monkeypatch.setattr(gpu, "cuda_ops", lambda *_: "was not built")
     code, lines = run("bfloat16", peers=[])
     assert code == 0

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from benchmarks.common import stopwatch, storage, tables
-from benchmarks.common.text import COPY, OURS, OURS_CUDA
+from benchmarks.common.tables import COPY
 from benchmarks.ops import cases, ground, peers
 from benchmarks.ops.peers import CUDNN, EAGER, FA3, FLEX, SDPA, VARLEN
 from benchmarks.ops.test_speed import ROW_OPS, check, measure
+from sbert_fast.bench.names import OURS, OURS_CUDA
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LENGTHS = [5, 40, 1, 16, 33, 130, 17]

@@ -26,8 +26,8 @@ from benchmarks import ROOT
 from benchmarks.common import storage, tree
 from benchmarks.common.checkpoints import minilm
 from benchmarks.common.options import plain_parser
-from benchmarks.common.text import markdown
 from benchmarks.report import TABLES
+from sbert_fast.bench.tables import markdown
 from tools.gpu import stages
 from tools.gpu.stages import PREPARE, Stages, Step
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from sbert_fast.cli.files import atomic_file
 
 Record = dict[str, Any]
 
@@ -22,12 +23,8 @@ def write_json(document: Record, path: Path) -> None:
 def write_text(text: str, path: Path) -> None:
     """Write a text so that `path` holds either all of it or what it held before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path, overwrite=True) as stream:
+        stream.write(text.encode())
 
 
 def append(path: Path | None, kind: str, line: Record) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from families import make_sentence_transformer, make_texts
-from sbert_fast.bench import machine, measure
+from sbert_fast.bench import machine, measure, runtimes, systems
+from sbert_fast.bench.checkpoint import Checkpoint
 from sbert_fast.cli import bench, main
 
 HELD = {"loaded_rss_mb": 1.0, "peak_rss_mb": 2.0, "seconds": 1.0}
@@ -62,6 +63,32 @@ def test_what_cannot_run_here_is_told(
     told, progress = capsys.readouterr()
     assert "not measured (not installed)" in told
     assert "none of onnxruntime, openvino, zentorch is installed: pip install" in progress
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "code", "told"),
+    [
+        ("float32,int8", 0, "not measured (no instructions for int8)"),
+        ("int8", 1, "sbert-fast int8 is not measured (no instructions for int8)"),
+    ],
+)
+def test_a_dtype_that_does_not_run_is_told(
+    dtypes: str,
+    code: int,
+    told: str,
+    run: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class WithoutInt8(systems.Packed):
+        def __init__(self, folder: Checkpoint, precision: str) -> None:
+            if precision == "int8":
+                raise systems.NotAvailable("no instructions for int8")
+            super().__init__(folder, precision)
+
+    monkeypatch.setattr(runtimes, "Packed", WithoutInt8)
+    assert run("--texts", "8", "--dtype", dtypes) == code
+    assert told in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize(

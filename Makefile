@@ -28,7 +28,7 @@ STEP := @printf '==> %s\n'
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test bench gpu-check tune lint format clean force
+.PHONY: help demo test bench plots gpu-check tune lint format clean force
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ test: $(REQUIREMENTS) $(BUILD) ## Run all tests.
 bench: $(REQUIREMENTS) $(BUILD) ## Time encoding (BENCH_ARGS) and every op (OP_BENCH_ARGS) beside their peers.
 	$(BIN)/python -m benchmarks.encode $(BENCH_ARGS)
 	$(BIN)/pytest benchmarks/ops $(OP_BENCH_ARGS)
+
+plots: $(REQUIREMENTS) $(BUILD) ## Draw the stored results of CPUs.
+	$(BIN)/python -m benchmarks.plots
 
 # With the python3 on the PATH, as it is: the environment made here has no torch for a GPU.
 gpu-check: ## Check and measure on a GPU: OUT=folder [STAGE=build,ops,...] [KERNELS=attention] [MODEL=folder].

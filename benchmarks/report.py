@@ -17,11 +17,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import ROOT
-from benchmarks.common import results, tables
-from benchmarks.common.arguments import plain_parser
+from benchmarks.common import storage, tables
+from benchmarks.common.options import plain_parser
 from benchmarks.common.provenance import commit, source_hash
-from benchmarks.common.tables import Document
-from benchmarks.common.text import OURS, REFERENCE
+from sbert_fast.bench.names import OURS, REFERENCE
+from sbert_fast.bench.tables import Document, asides, encode_on_cpu
 
 RESULTS = ROOT / "benchmarks" / "results"
 HEADLINE_CORPUS = "mixed"
@@ -45,7 +45,7 @@ def render(document: Document) -> str:
     if document["benchmark"] in ON_CPU:
         return ON_CPU[document["benchmark"]](document)
     if "gates" in document:
-        return tables.encode_on_cpu(document)
+        return encode_on_cpu(document)
     versions = ", ".join(f"{n} {v}" for n, v in document["versions"].items() if v)
     head = f"{document['device']['name']} | {document['date']} | {versions}"
     return "\n".join([head, "", *TABLES[document["benchmark"]](document["rows"])])
@@ -84,16 +84,16 @@ def _cpu_section(folder: str, documents: list[Document], others: list[Document])
         return f"{corpus['name']} ({corpus['lengths']['mean']:.0f} tokens), {precision}"
 
     told = _origin([*documents, *others], documents[0]["model"]["name"])
-    asides = [*tables.asides(documents), *map(_aside, others)]
+    told_beside = [*asides(documents), *map(_aside, others)]
     first = f"{told} (benchmarks/results/{folder})"
-    parts = (first, "\n".join(tables.systems(documents, label)), "\n".join(asides))
+    parts = (first, "\n".join(tables.systems(documents, label)), "\n".join(told_beside))
     return "\n\n".join(filter(None, parts))
 
 
 def _gpu_section(folder: str, documents: list[Document]) -> str:
     """The results of one GPU as README quotes them: encoding, then attention and the other ops."""
 
-    def rows(benchmark: str) -> list[results.Row]:
+    def rows(benchmark: str) -> list[storage.Record]:
         return [r for d in documents if d["benchmark"] == benchmark for r in d["rows"]]
 
     parts = [
@@ -198,7 +198,7 @@ def collect(folder: Path) -> dict[str, Document]:
     """Documents, by name, of the rows in a folder: those that the newest sources have made."""
     documents: dict[str, Document] = {}
     for benchmark in TABLES:
-        lines = results.read(folder / f"{benchmark}.jsonl")
+        lines = storage.read(folder / f"{benchmark}.jsonl")
         newest = [line["source_sha256"] for line in lines if line["kind"] == "run"][-1:]
         run: Document = {}
         for line in lines:
@@ -210,7 +210,7 @@ def collect(folder: Path) -> dict[str, Document]:
                 documents.setdefault(name, _head(run, benchmark))["rows"].append(line)
     for document in documents.values():
         if document["benchmark"] == "encode":
-            document["rows"] = results.latest(document["rows"])
+            document["rows"] = storage.latest(document["rows"])
     return documents
 
 
@@ -242,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         documents = collect(args.collect[0])
         for name, document in documents.items():
             path = args.collect[1] / f"{name}.json"
-            results.write_json(document, path)
+            storage.write_json(document, path)
             print(f"{path}: {len(document['rows'])} rows")
         return 0 if documents else 1
     return 0

@@ -33,6 +33,7 @@ LAYERS = (
     {"results", "call", "assembly", "transformer_module"},
     {"session"},
     {"sentence_transformers", "patching", "explanation", "staging"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 )

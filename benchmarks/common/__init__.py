@@ -1,1 +1,1 @@
-"""What all benchmarks use: texts and models, the clock, the gate, the files of results."""
+"""What all benchmarks use: options, the clock, where results come from, their files and tables."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,8 +12,6 @@ import torch.nn.functional as F
 from benchmarks.common import stopwatch
 
 _SAMPLES = 7
-# Rows of a product in oneDNN: large enough that it is at its best.
-_ROWS = 2048
 # Batches differ by a text or so: their sizes are rounded, and the smallest few are left to scale.
 _GRID = {"cuda": 1024, "cpu": 16}
 
@@ -38,42 +34,6 @@ def flops_per_token(config: dict[str, Any]) -> int:
     """Of the linear layers of a BERT-family model, by its config; attention comes on top."""
     weights = sum(outputs * inputs for outputs, inputs in _shapes_of(config))
     return int(2 * config["num_hidden_layers"] * weights)
-
-
-class LinearLayers:
-    """The linear layers of one forward pass, by oneDNN through torch with weights prepacked."""
-
-    def __init__(self, config: dict[str, Any], precision: str) -> None:
-        dtype = getattr(torch, precision)
-        self._layers = config["num_hidden_layers"]
-        self._products = []
-        for shape in _shapes_of(config):
-            packed = torch.ops.mkldnn._reorder_linear_weight(torch.randn(shape).to(dtype), _ROWS)
-            self._products.append((torch.randn(_ROWS, shape[1]).to(dtype), packed))
-        self.rates: list[float] = []
-
-    def measure(self) -> None:
-        """Add one figure, in tokens/s, to `rates`."""
-        with torch.inference_mode():
-            start = time.perf_counter()
-            for _ in range(self._layers):
-                for x, weight in self._products:
-                    torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-            self.rates.append(_ROWS / (time.perf_counter() - start))
-
-    @property
-    def tokens_per_s(self) -> float:
-        return statistics.median(self.rates)
-
-    @staticmethod
-    def available(precision: str) -> bool:
-        """Whether torch has what this needs."""
-        mkldnn = torch.ops.mkldnn
-        if not torch.backends.mkldnn.is_available() or not hasattr(mkldnn, "_linear_pointwise"):
-            return False
-        if precision == "bfloat16":
-            return bool(mkldnn._is_mkldnn_bf16_supported())
-        return precision == "float32"
 
 
 @contextmanager

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import platform
-import re
 import subprocess
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from benchmarks import ROOT
+from sbert_fast.bench.machine import describe_cpu, origin
 
-SCHEMA = 1
-PACKAGES = (
-    *("sbert-fast", "torch", "transformers", "sentence-transformers", "tokenizers", "numpy"),
-    *("onnx", "onnxruntime", "openvino", "zentorch", "triton", "flash-attn"),
-)
 # What is timed, by kind of device.
 _SOURCES = {
     "cpu": ("sbert_fast/**/*.py", "csrc/common/*.*", "csrc/cpu/*.*", "csrc/host/*.*"),
@@ -30,7 +21,6 @@ _SOURCES = {
     "cuda kernels": ("csrc/cuda/**/*.*",),
 }
 _WRITTEN_BY_THE_BUILD = "sbert_fast/_build_info.py"
-_CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
 
 def source_hash(root: Path = ROOT, kind: str = "cpu") -> str:
@@ -48,22 +38,11 @@ def source_hash(root: Path = ROOT, kind: str = "cpu") -> str:
 def provenance(threads: int, kind: str = "cpu") -> dict[str, Any]:
     """When, on what, and from which sources a run is made."""
     return {
-        "schema": SCHEMA,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **origin(_gpu(threads) if kind == "cuda" else describe_cpu(threads)),
         "commit": commit(),
         "source_sha256": source_hash(kind=kind),
         **({"kernels_sha256": source_hash(kind="cuda kernels")} if kind == "cuda" else {}),
-        "device": _gpu(threads) if kind == "cuda" else _cpu(threads),
-        "load_average_before": list(os.getloadavg()),
-        "versions": {"python": platform.python_version()} | {n: _version(n) for n in PACKAGES},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def commit() -> str | None:
@@ -74,24 +53,6 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return told.decode().strip()
-
-
-def _cpu(threads: int) -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.is_file() else ""
-    fields = dict(re.findall(r"^(\S[^\t:]*?)\s*: (.*)$", text.partition("\n\n")[0], re.MULTILINE))
-    flags = set(fields.get("flags", "").split())
-    model = fields.get("model name", platform.processor() or platform.machine())
-    if "cpu family" in fields:
-        model += f" (family {fields['cpu family']}, model {fields['model']})"
-    return {
-        "name": f"{model}, {threads} thread{'s' if threads > 1 else ''}",
-        "kind": "cpu",
-        "threads": threads,
-        "cpus": os.cpu_count(),
-        "mhz": fields.get("cpu MHz"),
-        "flags": [flag for flag in _CPU_FLAGS if flag in flags],
-    }
 
 
 def _gpu(threads: int) -> dict[str, Any]:
@@ -114,5 +75,5 @@ def _gpu(threads: int) -> dict[str, Any]:
         "l2_bytes": found.L2_cache_size,
         "cuda": torch.version.cuda,
         "smi": dict(zip(asked, told, strict=False)),
-        "cpu": _cpu(threads),
+        "cpu": describe_cpu(threads),
     }

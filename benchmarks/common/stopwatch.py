@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common.text import message
+from sbert_fast.bench.contenders import synchronize
+from sbert_fast.bench.names import message
 
 # A call on one of several sets of inputs, by its number.
 Call = Callable[[int], Any]
@@ -47,12 +48,6 @@ class Timing:
 def context_of(call: Any) -> AbstractContextManager[Any]:
     """What a call says it must run inside, by an attribute `context`: entered once a sample."""
     return getattr(call, "context", nullcontext)()
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for everything launched on `device`."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -1,64 +1,17 @@
-"""Results as tables and lines: encoding on a CPU and on a GPU, ops, what hardware does alone."""
+"""Results as tables and lines: pages of CPUs, encoding on a GPU, ops, what hardware does alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from benchmarks.common.results import Row, latest
-from benchmarks.common.text import COPY, OURS, OURS_CUDA, RATIOS, REFERENCE, SHORT, markdown
+from benchmarks.common.storage import Record, latest
+from sbert_fast.bench.names import OURS, OURS_CUDA, REFERENCE
+from sbert_fast.bench.tables import Document, head, markdown, names
 
-Document = dict[str, Any]
-
-
-def _head(document: Document, told: str) -> list[str]:
-    corpus = document["corpus"]
-    mean = corpus["lengths"]["mean"]
-    return [
-        f"{document['device']['name']} | {document['model']['name']} | {document['date']}",
-        f"{corpus['name']}: {corpus['texts']:,} texts, {mean:.1f} tokens each{told}",
-        "",
-    ]
-
-
-def encode_on_cpu(document: Document) -> str:
-    """A run on a CPU: a table, and the lines a reader needs to judge it."""
-    lengths, rounds = document["corpus"]["lengths"], document["settings"]["rounds"]
-    told = f" (p5 {lengths['p5']:.0f}, p95 {lengths['p95']:.0f}); {document['scope']}; "
-    lines = _head(document, f"{told}median of {rounds} interleaved rounds")
-    header = (
-        *("system", "precision", "batch", "sentences/s", "tokens/s", "IQR", "real tokens"),
-        *("worst cosine", "peak RSS MB", "ours is faster by"),
-    )
-    table = [(*_names(row), *_throughput_cells(row)) for row in document["rows"]]
-    lines += [*markdown(header, table), ""]
-    for precision, gate in document["gates"].items():
-        lines.append(
-            f"correctness {precision}: {'green' if gate['green'] else 'RED, so no ratios'}: "
-            f"worst 1 - cosine {gate['loss']:.2e}, limit {gate['limit']:.2e} ({gate['rule']})"
-        )
-    return "\n".join([*lines, *asides([document], full=True)])
-
-
-def _names(row: Row) -> tuple[str, str]:
-    return row["system"], row["precision"]
-
-
-def _throughput_cells(row: Row) -> tuple[str, ...]:
-    if row["status"] != "measured":
-        return (row["status"],)
-    low, high = row["iqr_tokens_per_s"]
-    share = row["real_token_share"]
-    return (
-        row["batch"],
-        f"{row['sentences_per_s']:,.0f}",
-        f"{row['tokens_per_s']:,.0f}",
-        f"{(high - low) / row['tokens_per_s']:.1%}",
-        "no padding" if share is None else f"{share:.0%}",
-        f"{row['worst_cosine']:.8f}",
-        f"{row['peak_rss_mb']:,.0f}" if row["peak_rss_mb"] else "",
-        ", ".join(f"{ratio:.2f}x ({p})" for p, ratio in row["ratios"].items()),
-    )
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+# Where a row has the ratios of each of ours.
+RATIOS = {OURS: "ratios", OURS_CUDA: "ratios_cuda"}
+COPY = "copy of as many bytes"
 
 
 def systems(
@@ -68,59 +21,21 @@ def systems(
     a precision. `brief` leaves out why a system was not measured."""
 
     def cell(document: Document, system: str, precision: str) -> str:
-        row = next((r for r in document["rows"] if _names(r) == (system, precision)), None)
+        row = next((r for r in document["rows"] if names(r) == (system, precision)), None)
         if row is None or row["status"] != "measured":
             return "not measured" if brief or row is None else row["status"]
         ratio = row["ratios"].get(precision)
         rate = f"{row['sentences_per_s']:,.0f}"
         return rate if ratio is None else f"{rate} ({ratio:.2f}x)"
 
-    every = [(document, *_names(row)) for document in documents for row in document["rows"]]
+    every = [(document, *names(row)) for document in documents for row in document["rows"]]
     columns = {(id(d), precision): (d, precision) for d, _, precision in every}.values()
     header = ("sentences/s", *(label(*column) for column in columns))
-    names = dict.fromkeys(system for _, system, _ in every)
-    return markdown(header, [(s, *(cell(d, s, p) for d, p in columns)) for s in names])
+    found = dict.fromkeys(system for _, system, _ in every)
+    return markdown(header, [(s, *(cell(d, s, p) for d, p in columns)) for s in found])
 
 
-def _limit(document: Document) -> str | None:
-    """How near ours comes to the speed of the linear layers alone."""
-    ours = (row for row in document["rows"] if row["system"] == OURS)
-    rates = {row["precision"]: row.get("tokens_per_s") for row in ours}
-    reached = [
-        f"{limit:,.0f} tokens/s in {precision} ({OURS}: {rates[precision]:,.0f}, "
-        f"{rates[precision] / limit:.0%})"
-        for precision, limit in document.get("linear_layers_alone", {}).items()
-        if rates.get(precision)
-    ]
-    return f"{document['corpus']['name']}: {', '.join(reached)}" if reached else None
-
-
-def asides(documents: Sequence[Document], full: bool = False) -> list[str]:
-    """A line on limits, on latency and on memory, each where a document has something to say."""
-
-    def call(row: Row) -> str:
-        told = f"{row['p50_ms']:.2f} ms {' '.join(_names(row))}"
-        return f"{told} (p95 {row['p95_ms']:.2f})" if full else told
-
-    def held(row: Row) -> str:
-        told = f"{row['peak_rss_mb']:,.0f} MB {' '.join(_names(row))}"
-        return f"{told} ({row['loaded_rss_mb']:,.0f} before the first text)" if full else told
-
-    limits = [reached for document in documents if (reached := _limit(document))]
-    lines = [f"The linear layers alone, {'; '.join(limits)}."] if limits else []
-    if latencies := [found for document in documents if (found := document.get("latency"))]:
-        calls = "; another run: ".join(", ".join(map(call, found["rows"])) for found in latencies)
-        lines.append(f"One text of {latencies[0]['tokens']} tokens, median call: {calls}.")
-    for memory in (document["memory"] for document in documents if document.get("memory")):
-        result = f" ({memory['output_mb']:.0f} MB are the result)" if full else ""
-        lines.append(
-            f"Peak memory over {memory['texts']:,} {memory['corpus']} texts{result}: "
-            f"{', '.join(map(held, memory['rows']))}."
-        )
-    return lines
-
-
-def shares(row: Row) -> str:
+def shares(row: Record) -> str:
     """Where the time of sbert-fast goes in one precision."""
     told = ", ".join(
         f"{part} {share:.0%}"
@@ -138,14 +53,14 @@ def shares(row: Row) -> str:
 def breakdown(document: Document) -> str:
     """Where the time of sbert-fast goes on a CPU."""
     rounds = document["settings"]["rounds"]
-    lines = _head(document, f"; {OURS} under a profiler, median of {rounds} passes")
+    lines = head(document, f"; {OURS} under a profiler, median of {rounds} passes")
     for row in document["rows"]:
         rates = f"{row['tokens_per_s']:,.0f} tokens/s, {row['linear_gflops']:,.0f} GFLOP/s"
         lines.append(f"{shares(row)}; it reaches {rates}")
     return "\n".join(lines)
 
 
-def reranking(row: Row) -> str:
+def reranking(row: Record) -> str:
     """How fast a cross-encoder scores in one precision, ours or that of sentence-transformers."""
     told = f"{row['pairs_per_s']:,.0f} pairs/s, {row['short_ms']:.1f} ms a short call"
     for precision, ratio in row.get("ratios", {}).items():
@@ -155,7 +70,7 @@ def reranking(row: Row) -> str:
 
 def rerank(document: Document) -> str:
     """How fast cross-encoders score on a CPU."""
-    lines = _head(document, f"; median of {document['settings']['rounds']} rounds")
+    lines = head(document, f"; median of {document['settings']['rounds']} rounds")
     lines += [f"{reranking(row)}; worst error {row['loss']:.1e}" for row in document["rows"]]
     return "\n".join(lines)
 
@@ -171,7 +86,7 @@ def comparison(document: Document) -> str:
     )
 
 
-def encode_on_gpu(rows: list[Row]) -> list[str]:
+def encode_on_gpu(rows: list[Record]) -> list[str]:
     """A row a scope and system on a GPU, the last one: rates, the fraction of the GEMM roofline,
     and ratios."""
     has_cuda = any(RATIOS[OURS_CUDA] in row for row in rows)
@@ -200,7 +115,7 @@ def encode_on_gpu(rows: list[Row]) -> list[str]:
     return markdown(header, table) if table else []
 
 
-def _us(figures: Row) -> str:
+def _us(figures: Record) -> str:
     """Microseconds, marked where they are wrong or those of launches; or that there are none."""
     if "us" not in figures:
         return "error" if "error" in figures else ""
@@ -208,7 +123,7 @@ def _us(figures: Row) -> str:
     return f"{us:.{0 if us >= 1000 else 1}f}" + (" !" if figures.get("wrong") else "") + bound
 
 
-def _op_cells(row: Row, ours: tuple[str, ...], peers: list[str]) -> tuple[str, ...]:
+def _op_cells(row: Record, ours: tuple[str, ...], peers: list[str]) -> tuple[str, ...]:
     """Of ours microseconds and the fraction of the floor; of peers also how many times faster each
     of `ours` is."""
     systems = row.get("systems", {})
@@ -229,7 +144,7 @@ def _op_cells(row: Row, ours: tuple[str, ...], peers: list[str]) -> tuple[str, .
     return tuple(cells)
 
 
-def _op_table(rows: list[Row]) -> list[str]:
+def _op_table(rows: list[Record]) -> list[str]:
     """A table of ops with the same peers, and what there is to say of it."""
     every = [(n, figures) for row in rows for n, figures in row.get("systems", {}).items()]
     ran = dict.fromkeys(name for name, figures in every if "us" in figures)
@@ -255,11 +170,11 @@ def _op_table(rows: list[Row]) -> list[str]:
     return [*markdown(header, table), "", *legend, *told]
 
 
-def _op(row: Row) -> str:
+def _op(row: Record) -> str:
     return row.get("op", "varlen_attention")
 
 
-def ops(rows: list[Row], short: bool = False) -> list[str]:
+def ops(rows: list[Record], short: bool = False) -> list[str]:
     """A row an op and input: microseconds, the fraction of the floor, and ratios to the peers, of
     ours and, where it was measured, of ours in CUDA C++; attention has a table of its own. Where
     `short`, float16 on cold inputs only."""
@@ -271,7 +186,7 @@ def ops(rows: list[Row], short: bool = False) -> list[str]:
     return [line for i, table in enumerate(tables) for line in ([""] if i else []) + table]
 
 
-def ground(rows: list[Row]) -> list[str]:
+def ground(rows: list[Record]) -> list[str]:
     """What the hardware and the peers do alone."""
     table = [
         (row["what"], row["which"], f"{row['value']:,.4g}", row["unit"])

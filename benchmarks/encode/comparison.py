@@ -15,8 +15,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
-from benchmarks.common import arguments
-from benchmarks.common.provenance import provenance
+from benchmarks.common import options
 
 TEXT = "A text of about sixteen tokens, such as people send to a search engine."
 # Calls of one text are short: a round has many.
@@ -59,26 +58,18 @@ def _of_corpus(encoder: Any, call: Callable[[], Any], rounds: int) -> dict[str, 
     }
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything the arguments ask for, as the document that report.py shows."""
-    from benchmarks.common.corpora import load_corpus
-    from benchmarks.common.models import ModelFolder
+def measure(args: argparse.Namespace, checkpoint: Any, corpus: Any) -> dict[str, Any]:
+    """What the comparison costs a call of one text, and how often a call of many compares."""
     from sbert_fast import FastEncoder
 
     encoder = FastEncoder(str(args.model), device="cpu")
-    count = ModelFolder(args.model, args.threads).count
-    texts = load_corpus(args.corpus, args.texts, args.seed, count)
-    for inputs in ([TEXT], texts):
+    for inputs in ([TEXT], corpus.texts):
         encoder.encode(inputs)
-    settings = ("threads", "rounds", "texts", "corpus")
-    return provenance(args.threads) | {
-        "benchmark": "checks",
-        "model": {"name": args.model_name},
-        "settings": {name: getattr(args, name) for name in settings},
+    return {
         "one_text": _in_turn(encoder, lambda: encoder.encode(TEXT), CALLS * args.rounds),
-        "corpus": _of_corpus(encoder, lambda: encoder.encode(texts), args.rounds),
+        "corpus": _of_corpus(encoder, lambda: encoder.encode(corpus.texts), args.rounds),
     }
 
 
 if __name__ == "__main__":
-    raise SystemExit(arguments.run(__doc__, ["float32"], measure))
+    raise SystemExit(options.run(__doc__, ["float32"], "checks", measure))

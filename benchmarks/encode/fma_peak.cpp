@@ -36,13 +36,17 @@ inline Vector Fill(float value) { return _mm256_set1_ps(value); }
 // Keeps the compiler from knowing, and so from shortening, a chain.
 inline void Hide(Vector& value) { asm volatile("" : "+v"(value)); }
 
+// Multiplies and adds by `step(sum, a, b)`, in independent chains.
 template <typename Step>
-float RunChains(Step step) {
+float Run(Step step) {
+  Vector a = Fill(0.5F), b = Fill(0.25F);
+  Hide(a);
+  Hide(b);
   Vector sums[kChains];
   for (Vector& sum : sums) sum = Fill(1.0F);
   for (long i = 0; i < kSteps; ++i) {
     for (Vector& sum : sums) {
-      sum = step(sum);
+      sum = step(sum, a, b);
       Hide(sum);
     }
   }
@@ -54,17 +58,36 @@ float RunChains(Step step) {
 }
 
 float RunFloat32() {
-  Vector a = Fill(0.5F), b = Fill(0.25F);
-  Hide(a);
-  Hide(b);
-  return RunChains([&](Vector sum) { return Fma(a, b, sum); });
+  return Run([](Vector sum, Vector a, Vector b) { return Fma(a, b, sum); });
 }
+
+#if defined(__AVX512BF16__)
+float RunBfloat16() {
+  return Run([](Vector sum, Vector a, Vector b) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  });
+}
+#endif
+
+#if defined(__AVX512VNNI__)
+float RunInt8() {
+  return Run([](Vector sum, Vector a, Vector b) {
+    const __m512i bytes = _mm512_castps_si512(a), weights = _mm512_castps_si512(b);
+    return _mm512_castsi512_ps(_mm512_dpbusd_epi32(_mm512_castps_si512(sum), bytes, weights));
+  });
+}
+#endif
 
 #if defined(__AMX_BF16__)
 constexpr long kTileSteps = kSteps / 8;
 // Six tiles of sums; a product adds 16 x 16 sums of 32 products each, of 64 in int8.
 constexpr int kTiles = 6;
 constexpr double kFlopsOfTile = 2.0 * 16 * 16 * 32;
+// Instructions name their tiles: a loop cannot.
+#define EACH_TILE(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5)
+#define ZERO(tile) _tile_zero(tile);
+#define MULTIPLY_INT8(tile) _tile_dpbusd(tile, 6, 7);
+#define MULTIPLY_BFLOAT16(tile) _tile_dpbf16ps(tile, 6, 7);
 
 // Linux lends the tile registers to who asks.
 bool HasTiles() {
@@ -83,54 +106,17 @@ float RunTiles() {
   alignas(64) float zeros[256] = {};
   _tile_loadd(6, zeros, 64);
   _tile_loadd(7, zeros, 64);
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  _tile_zero(4);
-  _tile_zero(5);
+  EACH_TILE(ZERO)
   for (long i = 0; i < kTileSteps; ++i) {
     if constexpr (kInt8) {
-      _tile_dpbusd(0, 6, 7);
-      _tile_dpbusd(1, 6, 7);
-      _tile_dpbusd(2, 6, 7);
-      _tile_dpbusd(3, 6, 7);
-      _tile_dpbusd(4, 6, 7);
-      _tile_dpbusd(5, 6, 7);
+      EACH_TILE(MULTIPLY_INT8)
     } else {
-      _tile_dpbf16ps(0, 6, 7);
-      _tile_dpbf16ps(1, 6, 7);
-      _tile_dpbf16ps(2, 6, 7);
-      _tile_dpbf16ps(3, 6, 7);
-      _tile_dpbf16ps(4, 6, 7);
-      _tile_dpbf16ps(5, 6, 7);
+      EACH_TILE(MULTIPLY_BFLOAT16)
     }
   }
   _tile_stored(0, zeros, 64);
   _tile_release();
   return zeros[0];
-}
-#endif
-
-#if defined(__AVX512BF16__)
-float RunBfloat16() {
-  Vector a = Fill(0.5F), b = Fill(0.25F);
-  Hide(a);
-  Hide(b);
-  const auto pairs_a = reinterpret_cast<__m512bh>(a), pairs_b = reinterpret_cast<__m512bh>(b);
-  return RunChains([&](Vector sum) { return _mm512_dpbf16_ps(sum, pairs_a, pairs_b); });
-}
-#endif
-
-#if defined(__AVX512VNNI__)
-float RunInt8() {
-  Vector a = Fill(0.5F), b = Fill(0.25F);
-  Hide(a);
-  Hide(b);
-  const __m512i x = _mm512_castps_si512(a), w = _mm512_castps_si512(b);
-  return RunChains([&](Vector sum) {
-    return _mm512_castsi512_ps(_mm512_dpbusd_epi32(_mm512_castps_si512(sum), x, w));
-  });
 }
 #endif
 

@@ -15,16 +15,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.common import models, products, tables
-from benchmarks.common.corpora import length_stats, load_corpus
-from benchmarks.common.models import ModelFolder
+from benchmarks.common import checkpoints, products, tables
 from benchmarks.common.provenance import provenance
-from benchmarks.common.results import Row, append, latest, write_json
-from benchmarks.common.text import COMPILED, OURS, OURS_CUDA, REFERENCE, message, say
-from benchmarks.encode import contenders
-from benchmarks.encode.contenders import Contender, Corpus, Gates, Sizes
-from benchmarks.encode.peers import Setting
+from benchmarks.common.storage import Record, append, latest, write_json
 from benchmarks.encode.systems import SYSTEMS, cuda_ops
+from sbert_fast.bench import contenders
+from sbert_fast.bench.checkpoint import Checkpoint
+from sbert_fast.bench.contenders import Contender, Gates, Sizes
+from sbert_fast.bench.corpora import Corpus
+from sbert_fast.bench.names import COMPILED, OURS, OURS_CUDA, REFERENCE, message, say
+from sbert_fast.bench.systems import Setting
 
 FULL = "float32"
 SIZES = {"s1": Sizes(128, 256, 8192), "s3": Sizes(32, 256, 8192)}
@@ -39,17 +39,14 @@ class Benchmark:
     def __init__(
         self,
         args: argparse.Namespace,
-        folder: ModelFolder,
+        folder: Checkpoint,
         device: torch.device,
-        store: Callable[[str, Row], None],
+        store: Callable[[str, Record], None],
     ) -> None:
         self.args, self.folder, self.device, self.store = args, folder, device, store
-        texts = load_corpus(args.corpus, args.texts, args.seed, folder.count)
-        self.corpus = Corpus(texts, folder.tokenize(texts))
-        lengths = self.corpus.tokens.lengths
-        self.what = {"benchmark": "encode", "model": args.model_name}
-        self.what |= {"corpus": Path(args.corpus).name, "texts": len(lengths)}
-        self.what |= {"tokens": int(lengths.sum()), "lengths": length_stats(lengths)}
+        self.corpus = Corpus.load(args.corpus, args.texts, args.seed, folder)
+        self.what = {"benchmark": "encode", "model": args.model_name, **self.corpus.describe()}
+        self.what["corpus"] = self.what.pop("name")
         self.running: list[Contender] = []
         self.gemm: dict[tuple[str, tuple[int, ...]], float] = {}
 
@@ -57,7 +54,7 @@ class Benchmark:
         """Measure every system in a scope."""
         checked = self.corpus.first(CHECKED_TEXTS)
         reference = Contender(REFERENCE, FULL, setting=Setting(128))
-        reference.system = SYSTEMS[REFERENCE](self.folder, self.device, torch.float32)
+        reference.system = SYSTEMS[REFERENCE](self.folder, FULL, str(self.device))
         self.truth = contenders.embed(reference, scope, checked)
         del reference
         running = self.running = []
@@ -103,7 +100,7 @@ class Benchmark:
         names = dict.fromkeys((OURS, OURS_CUDA, REFERENCE, *self.args.peers))
         if scope == "s1":
             names.pop(COMPILED, None)
-        reason = cuda_ops(self.device, getattr(torch, precision))
+        reason = cuda_ops(self.device, precision)
         if reason is not None:
             del names[OURS_CUDA]
         if reason:
@@ -113,8 +110,7 @@ class Benchmark:
 
     def _prepare(self, each: Contender, scope: str, checked: Corpus) -> None:
         say(f"{scope}: preparing {each}")
-        dtype = getattr(torch, each.precision)
-        each.system = SYSTEMS[each.name](self.folder, self.device, dtype)
+        each.system = SYSTEMS[each.name](self.folder, each.precision, str(self.device))
         if each.system.batch_sizes:
             # Both half precisions cost the same: what is best for one is best for the other.
             halves = [k for k in self.running if k.name == each.name and k.precision != FULL]
@@ -130,10 +126,10 @@ class Benchmark:
         peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else None
         each.more["peak_bytes"] = peak
 
-    def _row(self, each: Contender, scope: str) -> Row:
-        return self.what | {"scope": scope, "system": each.name, "precision": each.precision}
+    def _row(self, each: Contender, scope: str) -> Record:
+        return self.what | {"scope": scope} | each.named
 
-    def _figures(self, each: Contender, scope: str, gates: Gates) -> Row:
+    def _figures(self, each: Contender, scope: str, gates: Gates) -> Record:
         texts, tokens = self.what["texts"], self.what["tokens"]
         median = float(np.median(each.seconds))
         row = self._row(each, scope) | {
@@ -156,7 +152,7 @@ class Benchmark:
                 row |= self._roofline(each, median)
         return row
 
-    def _roofline(self, each: Contender, median: float) -> Row:
+    def _roofline(self, each: Contender, median: float) -> Record:
         """What the linear layers take on the batches of ours."""
         sizes, dtype = each.staged.batch_tokens, getattr(torch, each.precision)
         key = each.precision, tuple(sizes)
@@ -177,10 +173,10 @@ def main(args: argparse.Namespace) -> int:
         say("there is no GPU here that torch can use")
         return 2
     torch.backends.cuda.matmul.allow_tf32 = False
-    rows: list[Row] = []
+    rows: list[Record] = []
     bad = []
 
-    def store(kind: str, line: Row) -> None:
+    def store(kind: str, line: Record) -> None:
         rows.append(line)
         append(args.rows, kind, line)
         red = not (line.get("gate") or {}).get("green", True)
@@ -191,12 +187,12 @@ def main(args: argparse.Namespace) -> int:
     run = provenance(threads, device.type) | {"benchmark": "encode"}
     append(args.rows, "run", run)
     with tempfile.TemporaryDirectory() as scratch:
-        path, sizes = args.model, models.RANDOM.get(str(args.model))
+        path, sizes = args.model, checkpoints.RANDOM.get(str(args.model))
         if sizes is not None:
             say(f"making {args.model}")
             path = Path(scratch)
-            models.make_random(str(args.model), args.tokenizer, path, sizes)
-        benchmark = Benchmark(args, ModelFolder(path, threads), device, store)
+            checkpoints.make_random(str(args.model), args.tokenizer, path, sizes)
+        benchmark = Benchmark(args, Checkpoint(path, threads), device, store)
         for scope in args.scope:
             benchmark.run(scope)
     if args.json:

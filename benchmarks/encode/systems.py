@@ -1,4 +1,4 @@
-"""The systems that run on a CPU and on a GPU.
+"""The systems that run on a GPU.
 
 Each embeds texts (scope s1: strings to L2-normalised float32 numpy rows, in input order) and
 prepared ids (scope s3: ids on the device to L2-normalised rows on the device, in the order of its
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,76 +17,25 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.common.models import ModelFolder, Tokens
-from benchmarks.common.text import COMPILED, OURS, OURS_CUDA, REFERENCE, UNPADDED
 from benchmarks.encode import unpadded
-from benchmarks.encode.peers import NotAvailable, Setting, System
+from sbert_fast import ops
+from sbert_fast.bench import systems
+from sbert_fast.bench.checkpoint import Tokens
+from sbert_fast.bench.names import COMPILED, OURS, OURS_CUDA, REFERENCE, UNPADDED
+from sbert_fast.bench.systems import NotAvailable, System
+from sbert_fast.staging import Staged, stage
 
-if TYPE_CHECKING:
-    from sbert_fast.staging import Staged
 
-
-class Packed(System):
+class Packed(systems.Packed):
     """FastEncoder with its default settings."""
 
-    batch_sizes = False
-
-    def __init__(
-        self, folder: ModelFolder, device: torch.device, dtype: torch.dtype, impl: str = "auto"
-    ) -> None:
-        from sbert_fast import FastEncoder
-
-        self.encoder = FastEncoder(str(folder.path), device=str(device), dtype=dtype, impl=impl)
-        if self.encoder.unsupported_reason:
-            raise NotAvailable(f"unaccelerated: {self.encoder.unsupported_reason}")
-        self.normalize = not folder.normalizes
-
-    def encode(self, texts: list[str], setting: Setting) -> NDArray[np.float32]:
-        out = self.encoder.encode(
-            texts, show_progress_bar=False, normalize_embeddings=self.normalize
-        )
-        if self.encoder.stats.fallbacks:
-            raise RuntimeError(f"encode did not run packed: {self.encoder.stats.fallbacks}")
-        return out
-
     def stage(self, tokens: Tokens, batch_size: int) -> Staged:
-        from sbert_fast.staging import stage
-
         pipeline = self.encoder.packed_pipeline
         return stage(pipeline, tokens.ids, tokens.lengths, normalize=self.normalize)
 
 
-class SentenceTransformers(System):
+class SentenceTransformers(systems.SentenceTransformers):
     """SentenceTransformer, unpatched, padded."""
-
-    def __init__(self, folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> None:
-        self.folder, self.device = folder, device
-        self.normalize = not folder.normalizes
-        self.model = self._load(str(folder.path), dtype).eval()
-
-    def _load(self, path: str, dtype: torch.dtype) -> Any:
-        from sentence_transformers import SentenceTransformer
-
-        return SentenceTransformer(path, device=str(self.device), model_kwargs={"dtype": dtype})
-
-    def encode(self, texts: list[str], setting: Setting) -> NDArray[np.float32]:
-        return self.model.encode(
-            texts,
-            batch_size=setting.batch_size,
-            show_progress_bar=False,
-            normalize_embeddings=self.normalize,
-        )
-
-    def computed_tokens(self, texts: list[str], setting: Setting) -> int:
-        seen: list[int] = []
-        hook = self.model[0].register_forward_pre_hook(
-            lambda module, args: seen.append(args[0]["input_ids"].numel())
-        )
-        try:
-            self.encode(texts, setting)
-        finally:
-            hook.remove()
-        return sum(seen)
 
     def features(self, tokens: Tokens, rows: NDArray[np.int64]) -> dict[str, Any]:
         """What the model's forward takes, on the host."""
@@ -98,8 +47,6 @@ class SentenceTransformers(System):
         return self.model(features)["sentence_embedding"]
 
     def stage(self, tokens: Tokens, batch_size: int) -> Staged:
-        from sbert_fast.staging import Staged
-
         batches = tokens.batches(batch_size)
         staged = [
             {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in features.items()}
@@ -118,8 +65,8 @@ class SentenceTransformers(System):
 class Unpadded(SentenceTransformers):
     """SentenceTransformer on packed batches, see unpadded.py."""
 
-    def _load(self, path: str, dtype: torch.dtype) -> Any:
-        return unpadded.load(path, self.device, dtype)
+    def _load(self) -> Any:
+        return unpadded.load(str(self.folder.path), self.device, self.precision)
 
     def features(self, tokens: Tokens, rows: NDArray[np.int64]) -> dict[str, Any]:
         ids = [{"input_ids": tokens.of(row).tolist()} for row in rows]
@@ -133,15 +80,15 @@ class Compiled(SentenceTransformers):
 
     encode = System.encode
 
-    def _load(self, path: str, dtype: torch.dtype) -> Any:
+    def _load(self) -> Any:
         from transformers import AutoModel
 
         if not self.folder.pools_by_mean:
             raise NotAvailable("its driver pools by the mean and nothing else")
         self.normalize = True
-        model = AutoModel.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        how = {"dtype": getattr(torch, self.precision), "attn_implementation": "sdpa"}
         self._compiled = torch.compile(self._embed, dynamic=True)
-        return model.to(self.device)
+        return AutoModel.from_pretrained(self.folder.path, **how).to(self.device)
 
     def _embed(self, **features: Tensor) -> Tensor:
         hidden = self.model(**features).last_hidden_state.float()
@@ -152,6 +99,7 @@ class Compiled(SentenceTransformers):
         return self._compiled(**features)
 
 
+# By name, from a checkpoint, a precision and a device.
 SYSTEMS: dict[str, Callable[..., System]] = {
     OURS: Packed,
     OURS_CUDA: partial(Packed, impl="cuda"),
@@ -161,11 +109,9 @@ SYSTEMS: dict[str, Callable[..., System]] = {
 }
 
 
-def cuda_ops(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the CUDA ops cannot run on `device` in `dtype`, None where they can, "" where nobody
+def cuda_ops(device: torch.device, precision: str) -> str | None:
+    """Why the CUDA ops cannot run on `device` in `precision`, None where they can, "" where nobody
     would expect them to: on a CPU, and in float32."""
-    from sbert_fast import ops
-
-    if dtype == torch.float32 or not (device.type == "cuda" or ops.extension.CUDA.emulated):
+    if precision == "float32" or not (device.type == "cuda" or ops.extension.CUDA.emulated):
         return ""
-    return ops.refusal("cuda", device, dtype)
+    return ops.refusal("cuda", device, getattr(torch, precision))

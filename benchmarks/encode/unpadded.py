@@ -46,7 +46,7 @@ def _attend(
     return out[None], None
 
 
-def load(path: str, device: torch.device, dtype: torch.dtype) -> Any:
+def load(path: str, device: str, dtype: str) -> Any:
     """A SentenceTransformer that packs its batches.
 
     Raises:
@@ -59,8 +59,8 @@ def load(path: str, device: torch.device, dtype: torch.dtype) -> Any:
     name = "flash_attention_2" if find_spec("flash_attn") else NAME
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, flash_attention_mask)
-    kwargs = {"dtype": dtype, "attn_implementation": name}
-    model = SentenceTransformer(path, device=str(device), model_kwargs=kwargs)
+    kwargs = {"dtype": getattr(torch, dtype), "attn_implementation": name}
+    model = SentenceTransformer(path, device=device, model_kwargs=kwargs)
     if name == NAME:
         model[0]._is_flash_attention_requested = lambda: True
         # What sentence-transformers looks for before it packs.

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common.corpora import CORPORA, target_lengths
 from benchmarks.common.stopwatch import Call, copies
-from benchmarks.common.text import COPY, OURS, OURS_CUDA, message
+from benchmarks.common.tables import COPY
 from benchmarks.ops import peers as op_peers
 from benchmarks.ops.peers import within
 from sbert_fast import ops
+from sbert_fast.bench.corpora import target_lengths
+from sbert_fast.bench.names import OURS, OURS_CUDA, message
 from sbert_fast.packing import plan_tiles
 from sbert_fast.testing import PEERS, assert_close_to_oracle, oracle, pack_lengths
 
@@ -97,13 +98,10 @@ def lengths_of(name: str, tokens: int, seed: int = 0) -> list[int]:
     The `name` is a corpus of `corpora.CORPORA`, "uniform" (10 to 500 tokens), or a number: the
     length of every sequence.
     """
-    if name.isdecimal():
-        return [int(name)] * max(1, tokens // int(name))
     if name == "uniform":
         count = max(1, tokens // 255)
         lengths = [round(10 + 490 * (i + 0.5) / count) for i in range(count)]
     else:
-        assert name in CORPORA, f"no such lengths: {name}"
         count = max(1, round(tokens / float(np.mean(target_lengths(name, 1000)))))
         lengths = target_lengths(name, count)
     random.Random(seed).shuffle(lengths)

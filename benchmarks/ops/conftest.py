@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.common import provenance, results, stopwatch
+from benchmarks.common import provenance, stopwatch, storage
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,7 +35,7 @@ def options(pytestconfig: pytest.Config, device: torch.device) -> SimpleNamespac
     path = pytestconfig.getoption("rows")
 
     def record(kind: str, line: dict[str, Any]) -> None:
-        results.append(path, kind, {"benchmark": "ops"} | line)
+        storage.append(path, kind, {"benchmark": "ops"} | line)
 
     record("run", provenance.provenance(torch.get_num_threads(), device.type))
     size = 1 << 30 if device.type == "cuda" else 1 << 27

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import products, results, stopwatch, tables
-from benchmarks.common.arguments import plain_parser
+from benchmarks.common import products, stopwatch, storage, tables
+from benchmarks.common.options import plain_parser
 from benchmarks.common.provenance import provenance
-from benchmarks.common.text import message, say
+from sbert_fast.bench.contenders import synchronize
+from sbert_fast.bench.names import message, say
 
 HIDDEN = (384, 768, 1024)
 HALVES = (torch.float16, torch.bfloat16)
@@ -74,12 +75,12 @@ class Ground:
         x, count = torch.ones(4, 64, device=self.device), 20 if self.small else 500
         for _ in range(10):
             call(x)
-        stopwatch.synchronize(self.device)
+        synchronize(self.device)
         start = time.perf_counter()
         for _ in range(count):
             call(x)
         launched = time.perf_counter() - start
-        stopwatch.synchronize(self.device)
+        synchronize(self.device)
         return "launch", name, launched / count * 1e6, "us on the host"
 
     def _node(self, nodes: int) -> Figure:
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kept = []
 
     def store(kind: str, row: dict[str, Any]) -> None:
-        results.append(args.rows, kind, {"benchmark": "ground"} | row)
+        storage.append(args.rows, kind, {"benchmark": "ground"} | row)
 
     store("run", provenance(torch.get_num_threads(), device.type))
     for part, figure in Ground(device, small=device.type == "cpu").figures():

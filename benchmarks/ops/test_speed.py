@@ -20,9 +20,10 @@ import torch
 
 from benchmarks.common import stopwatch
 from benchmarks.common.stopwatch import cache_bytes, cold_sets
-from benchmarks.common.text import COPY, OURS, OURS_CUDA, message
+from benchmarks.common.tables import COPY
 from benchmarks.ops.cases import Case, attention_case, lengths_of, row_case
 from benchmarks.ops.peers import CUDNN, EAGER, FA3, FA4, FLEX, MMA, ROW_PEERS, SDPA, VARLEN
+from sbert_fast.bench.names import OURS, OURS_CUDA, message
 
 COLD_TOKENS = {"cuda": 65_536, "cpu": 4096}
 FIXED = ("16", "32", "64", "128", "256", "512")

@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common import provenance, results, tree
-from benchmarks.common.arguments import plain_parser
-from benchmarks.common.text import markdown
+from benchmarks.common import provenance, storage, tree
+from benchmarks.common.options import plain_parser
 
 if TYPE_CHECKING:
     from benchmarks.common.stopwatch import Timing
@@ -70,18 +69,14 @@ class Found:
         figures = ("gain", "noise", "inputs", "tried", "finished")
         return made | {name: getattr(self, name) for name in figures}
 
-    def line(self) -> tuple[str, ...]:
-        """A row of the table for people."""
+    def __str__(self) -> str:
         bits, width = self.key
-        told = "" if self.best == self.present else self.step.told(self.best)
-        gain = f"{100 * self.gain:+.1f} %" if told else "none" if self.finished else "no time left"
-        noise = "" if self.noise is None else f"{100 * self.noise:.1f} %"
+        told = "no gain" if self.finished else "no time left"
+        if self.best != self.present:
+            told = f"{self.step.told(self.best)} gains {self.gain:.1%} (noise {self.noise:.1%})"
         refused = sum(isinstance(result, str) for result in self.tried.values())
-        counts = f"{len(self.tried)}, {refused} refused"
-        return (f"{bits} bits, D {width}", self.step.told(self.present), told, gain, noise, counts)
-
-
-HEADER = ("row", "present", "best", "gain", "noise", "candidates")
+        tried = f"{len(self.tried)} candidates, {refused} refused"
+        return f"{bits} bits, D {width}: {self.step.told(self.present)}: {told}; {tried}"
 
 
 def valid(timings: Sequence[Timing]) -> bool:
@@ -215,31 +210,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from benchmarks.tune import lab
-    from benchmarks.tune import table as rows
+    from benchmarks.tune import table as launch_table
+    from sbert_fast.kernels import tuning
 
     if not torch.cuda.is_available():
         print("torch finds no NVIDIA GPU", file=sys.stderr)
         return 2
     device = torch.device("cuda")
-    table = rows.read_rows(rows.TABLE.read_text(encoding="utf-8"))
+    table = dict(tuning._ATTENTION)
     origin = provenance.provenance(torch.get_num_threads(), "cuda")
     steps: list[dict[str, Any]] = []
 
     def keep(found: Found) -> None:
         steps.append(found.json())
-        print(f"{found.step.name}: " + ", ".join(filter(None, found.line())), flush=True)
+        print(found, flush=True)
         if args.dry_run:
             return
-        rows.write(rows.TABLE, table)
+        launch_table.write(launch_table.TABLE, table)
         args.out.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(rows.TABLE, args.out / "tuning.py")
+        shutil.copyfile(launch_table.TABLE, args.out / "tuning.py")
         document = origin | {"benchmark": "tune", "seconds": args.seconds, "steps": steps}
-        results.write_json(document, args.out / "tune.json")
+        storage.write_json(document, args.out / "tune.json")
 
-    keys = args.row or rows.BY_VALUE
+    keys = args.row or launch_table.BY_VALUE
     make = partial(lab.Lab, device=device)
-    found = tune(table, keys, rows.STEPS, make, keep, args.seconds)
-    print("\n" + "\n".join(markdown(HEADER, [each.line() for each in found])))
+    tune(table, keys, launch_table.STEPS, make, keep, args.seconds)
     return 0
 
 

@@ -16,9 +16,9 @@ import triton
 from torch import Tensor
 
 from benchmarks.common.stopwatch import Call, Timing, cold_sets, take_turns
-from benchmarks.common.text import message
 from benchmarks.ops.cases import HEADS, lengths_of, randn
 from benchmarks.tune.table import Key, Step
+from sbert_fast.bench.names import message
 from sbert_fast.kernels import aot, tuning, varlen_attention
 from sbert_fast.kernels.tuning import Attention
 from sbert_fast.kernels.varlen_attention import Launch, Options

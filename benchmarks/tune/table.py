@@ -6,15 +6,13 @@ Nothing here changes a result: `short` and `block`, which decide about bits, sta
 
 from __future__ import annotations
 
-import ast
 import itertools
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks import ROOT
-from benchmarks.common.results import write_text
+from benchmarks.common.storage import write_text
 from sbert_fast.kernels.tuning import Attention
 
 TABLE = ROOT / "kernels" / "triton" / "tuning.py"
@@ -113,52 +111,14 @@ def render(key: Key, row: Attention) -> str:
     return f"{start}{row.short}, {row.block}, " + f",\n{' ' * len(start)}".join(lines) + "),\n"
 
 
-def read_rows(text: str) -> dict[Key, Attention]:
-    """The rows that the source of tuning.py holds."""
-    (table,) = (
-        node.value
-        for node in ast.parse(text).body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_ATTENTION"
-    )
-    assert isinstance(table, ast.Dict)
-    rows = {}
-    for key, call in zip(table.keys, table.values, strict=True):
-        assert isinstance(call, ast.Call) and key is not None
-        named = dict(zip((f.name for f in fields(Attention)), call.args, strict=False))
-        named |= {k.arg: k.value for k in call.keywords if k.arg}
-        values = {name: ast.literal_eval(value) for name, value in named.items()}
-        rows[ast.literal_eval(key)] = Attention(**values)
-    return rows
-
-
-def rewrite(text: str, rows: Mapping[Key, Attention]) -> str:
-    """The source of tuning.py with these rows; what does not change keeps its text.
+def write(path: Path, rows: Mapping[Key, Attention]) -> None:
+    """Make `rows` the table of tuning.py, whole or not at all.
 
     Raises:
-        ValueError: a row is not in the table, or the table is not written as expected.
+        ValueError: there is no table where it is expected.
     """
-    present = read_rows(text)
-    parts = re.split(r"(?sm)(?<=# fmt: off\n)(_ATTENTION = \{\n.*?^\}\n)(?=# fmt: on)", text)
-    if len(parts) != 3:
-        raise ValueError("tuning.py must have one table _ATTENTION between its fmt markers")
-    for key, row in rows.items():
-        if row == present.get(key):
-            continue
-        entry = rf"(?sm)^    {re.escape(str(key))}: Attention\([^()]*\),\n"
-        parts[1], found = re.subn(entry, lambda _, k=key, r=row: render(k, r), parts[1])
-        if found != 1:
-            raise ValueError(f"tuning.py must have one row {key} in its table, found {found}")
-    changed = "".join(parts)
-    if read_rows(changed) != present | dict(rows):
-        raise ValueError("the rows of tuning.py are not written as expected")
-    return changed
-
-
-def write(path: Path, rows: Mapping[Key, Attention]) -> bool:
-    """Put rows into tuning.py, whole or not at all; whether that changed it."""
-    text = path.read_text(encoding="utf-8")
-    changed = rewrite(text, rows)
-    if changed == text:
-        return False
-    write_text(changed, path)
-    return True
+    before, start, rest = path.read_text(encoding="utf-8").partition("# fmt: off\n_ATTENTION = {\n")
+    _, end, after = rest.partition("}\n# fmt: on\n")
+    if not start or not end:
+        raise ValueError(f"{path} must have a table _ATTENTION between its fmt markers")
+    write_text(before + start + "".join(render(*row) for row in rows.items()) + end + after, path)

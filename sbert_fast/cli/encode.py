@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument(
         "--field", default="text", help="field or column that holds the text (default: %(default)s)"
     )
-    files.add_argument("--limit", type=_positive, metavar="N", help="embed the first N texts only")
+    files.add_argument("--limit", type=positive, metavar="N", help="embed the first N texts only")
     files.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
     files.add_argument("--no-progress", action="store_true", help="no progress bar")
     model = parser.add_argument_group("model")
@@ -70,12 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--batch-tokens", type=_auto_or_positive, default="auto", help="most tokens of a batch"
     )
-    model.add_argument("--threads", type=_positive, metavar="N", help="CPU threads")
+    model.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
     result = parser.add_argument_group("embeddings")
     result.add_argument("--prompt-name", help="name of one of the model's prompts")
     result.add_argument("--prompt", help="text to put before every text")
     result.add_argument("--normalize", action="store_true", help="scale embeddings to length 1")
-    result.add_argument("--truncate-dim", type=_positive, metavar="N", help="keep N dimensions")
+    result.add_argument("--truncate-dim", type=positive, metavar="N", help="keep N dimensions")
     result.add_argument(
         "--precision",
         default="float32",
@@ -88,7 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A type of argument: an integer of at least 1."""
     try:
         value = int(text)
     except ValueError:
@@ -99,7 +100,7 @@ def _positive(text: str) -> int:
 
 
 def _auto_or_positive(text: str) -> int | str:
-    return text if text == "auto" else _positive(text)
+    return text if text == "auto" else positive(text)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -26,7 +26,7 @@ def load_encoder(args: argparse.Namespace) -> FastEncoder:
     if args.threads:
         torch.set_num_threads(args.threads)
     _check_device(args.device)
-    model = _model_path(args.model)
+    model = model_path(args.model)
     check_model("--model", model)
     try:
         return FastEncoder(
@@ -65,7 +65,8 @@ def _check_device(device: str | None) -> None:
     check_device("--device", device)
 
 
-def _model_path(model: str | None) -> str:
+def model_path(model: str | None) -> str:
+    """A model as it is loaded: the packaged weights where none is named, and for "minilm"."""
     if model not in (None, "minilm"):
         return model
     try:

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 for package in ("tools", "benchmarks"):
     importlib.import_module(package)
 
-from benchmarks.common import models, tree  # noqa: E402
-from benchmarks.common.models import ModelFolder  # noqa: E402
+from benchmarks.common import checkpoints, tree  # noqa: E402
+from sbert_fast.bench.checkpoint import Checkpoint  # noqa: E402
 
 SIZES = {
     "hidden_size": 64,
@@ -31,12 +31,12 @@ SIZES = {
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A tiny BERT with random weights."""
     scratch = tmp_path_factory.mktemp("model")
     families.make_tokenizer("bert").save_pretrained(scratch / "tokenizer")
-    models.make_random("random-tiny", scratch / "tokenizer", scratch / "model", SIZES)
-    return ModelFolder(scratch / "model", threads=1)
+    checkpoints.make_random("random-tiny", scratch / "tokenizer", scratch / "model", SIZES)
+    return Checkpoint(scratch / "model", threads=1)
 
 
 @pytest.fixture(autouse=True)
@@ -47,8 +47,8 @@ def path_hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def minilm(minilm_path: str) -> ModelFolder:
-    return ModelFolder(Path(minilm_path), threads=1)
+def minilm(minilm_path: str) -> Checkpoint:
+    return Checkpoint(Path(minilm_path), threads=1)
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.common import arguments, models, products, provenance, results, stopwatch
-from benchmarks.common.models import ModelFolder
-from benchmarks.common.text import OURS, OURS_CUDA, PEERS, REFERENCE, UNPADDED
-from benchmarks.encode import contenders, peers
+from benchmarks.common import checkpoints, products, provenance, stopwatch, storage
 from benchmarks.encode.__main__ import main, parse_args
 from benchmarks.ops.peers import within
 from sbert_fast import FastEncoder
+from sbert_fast.bench import contenders, machine, runtimes
+from sbert_fast.bench.checkpoint import Checkpoint
+from sbert_fast.bench.names import OURS, OURS_CUDA, PEERS, REFERENCE, UNPADDED
 
 CPU = torch.device("cpu")
 
@@ -41,34 +41,27 @@ def test_systems_are_timed_in_turn_and_a_failing_one_is_left_out(
 
         return call
 
-    systems = {"a": takes(2e-4), "b": takes(1, 0), "c": takes(5e-4), "late": takes(1e-4, 30)}
+    entered = []
+
+    @contextmanager
+    def context() -> Any:
+        entered.append(clock.now)
+        yield
+        entered.append(clock.now)
+
+    systems = {
+        "a": within(context, takes(2e-4)),
+        "b": takes(1, 0),
+        "c": takes(5e-4),
+        "late": takes(1e-4, 30),
+    }
     timings = stopwatch.take_turns(systems, 3, CPU, samples=4)
+    assert len(entered) == 2 * 5 and entered == sorted(entered), "warm-up and four samples"
     assert timings["a"].median == pytest.approx(2e-4)
     assert len(timings["a"].seconds) == len(timings["c"].seconds) == 4
     for name in ("b", "late"):
         assert timings[name].error == "RuntimeError: no such kernel" and not timings[name].seconds
     assert stopwatch.paired_ratio(timings["c"], timings["a"]) == pytest.approx(2.5)
-
-
-def test_a_call_runs_inside_its_context() -> None:
-    inside: list[bool] = []
-
-    @contextmanager
-    def context() -> Any:
-        inside.append(True)
-        yield
-        inside.append(False)
-
-    def within_it(i: int) -> None:
-        assert inside[-1]
-
-    def outside(i: int) -> None:
-        assert not inside[-1]
-
-    calls = {"a": within(context, within_it), "b": outside}
-    timings = stopwatch.take_turns(calls, 2, CPU, samples=3)
-    assert not any(timing.error for timing in timings.values())
-    assert inside == [True, False] * 4, "warm-up and three samples"
 
 
 def test_sets_of_inputs_exceed_the_cache() -> None:
@@ -143,22 +136,22 @@ def test_a_red_gate_has_no_ratios(red: str | None) -> None:
 
 def test_a_result_is_stored_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
-    results.write_json({"rows": []}, path)
+    storage.write_json({"rows": []}, path)
     with pytest.raises(ValueError):
-        results.write_json({"rate": float("nan")}, path)
+        storage.write_json({"rate": float("nan")}, path)
     assert json.loads(path.read_text()) == {"rows": []}
     assert os.listdir(tmp_path) == ["result.json"]
 
 
 def test_rows_are_appended_and_read(tmp_path: Path) -> None:
     path = tmp_path / "new" / "rows.jsonl"
-    assert results.read(path) == []
+    assert storage.read(path) == []
     for row in ({"op": "add_norm"}, {"op": "bias_gelu"}):
-        results.append(None, "row", row)
-        results.append(path, "row", row)
+        storage.append(None, "row", row)
+        storage.append(path, "row", row)
     whole = path.read_text()
     path.write_text(whole + '{"kind": "row", "op')
-    assert results.read(path) == [json.loads(line) for line in whole.splitlines()]
+    assert storage.read(path) == [json.loads(line) for line in whole.splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -191,49 +184,51 @@ def test_threads_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 7})
     monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: chosen.append(cpus))
     monkeypatch.setattr(os, "environ", {})
-    arguments.pin(2)
+    machine.pin(2)
     assert chosen == [[3, 5]] and os.environ["OMP_NUM_THREADS"] == "2"
     with pytest.raises(ValueError, match="threads must be at most 3 here, got 4"):
-        arguments.pin(4)
+        machine.pin(4)
 
 
-def test_a_model_is_narrowed_and_widened(tiny: ModelFolder, tmp_path: Path) -> None:
+def test_a_model_is_narrowed_and_widened(tiny: Checkpoint, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     narrow, wide = tmp_path / "narrow", tmp_path / "wide"
-    assert models.main(["narrow", str(tiny.path), str(narrow)]) == 0
-    assert models.main(["widen", str(narrow), str(wide)]) == 0
-    before, half, after = (load_file(path / models.WEIGHTS) for path in (tiny.path, narrow, wide))
+    assert checkpoints.main(["narrow", str(tiny.path), str(narrow)]) == 0
+    assert checkpoints.main(["widen", str(narrow), str(wide)]) == 0
+    before, half, after = (
+        load_file(path / checkpoints.WEIGHTS) for path in (tiny.path, narrow, wide)
+    )
     for name, value in before.items():
         assert half[name].dtype == torch.float16 and after[name].dtype == torch.float32
         assert torch.equal(after[name], value.half().float())
     assert json.loads((wide / "config.json").read_text())["dtype"] == "float32"
-    assert models.main(["narrow"]) == 2
+    assert checkpoints.main(["narrow"]) == 2
 
 
 def test_random_models_of_a_family_run_packed(
-    tmp_path: Path, minilm: ModelFolder, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, minilm: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "bundled_model", lambda: minilm.path)
-    make, small = models.make_random, {"hidden_size": 64, "num_attention_heads": 4}
+    monkeypatch.setattr(checkpoints, "bundled_model", lambda: minilm.path)
+    make, small = checkpoints.make_random, {"hidden_size": 64, "num_attention_heads": 4}
 
     def make_small(name: str, tokenizer: Path, target: Path, sizes: Any, family: str) -> None:
         make(name, tokenizer, target, sizes | small, family)
 
-    monkeypatch.setattr(models, "make_random", make_small)
-    assert models.main(["random", "modernbert", str(tmp_path / "model")]) == 0
+    monkeypatch.setattr(checkpoints, "make_random", make_small)
+    assert checkpoints.main(["random", "modernbert", str(tmp_path / "model")]) == 0
     encoder = FastEncoder(str(tmp_path / "model"))
     assert encoder.unsupported_reason is None
     assert encoder[0].auto_model.config.model_type == "modernbert"
-    monkeypatch.setattr(models, "bundled_model", lambda: None)
-    assert models.main(["random", "modernbert", str(tmp_path / "other")]) == 2
+    monkeypatch.setattr(checkpoints, "bundled_model", lambda: None)
+    assert checkpoints.main(["random", "modernbert", str(tmp_path / "other")]) == 2
 
 
 def test_arguments_by_device() -> None:
     on_gpu, on_cpu = parse_args(["--device", "cuda"]), parse_args([])
     assert on_gpu.dtype == ["bfloat16", "float16"] and on_gpu.peers == [REFERENCE, UNPADDED]
     assert on_cpu.dtype == ["float32"] and on_cpu.peers == list(PEERS)
-    assert {REFERENCE, *peers.ONNX, *peers.TORCH} == set(PEERS)
+    assert {REFERENCE, *runtimes.ONNX, *runtimes.TORCH} == set(PEERS)
 
 
 @pytest.mark.parametrize(

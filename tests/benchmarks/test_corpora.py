@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from benchmarks.common import corpora
-from benchmarks.common.corpora import CORPORA, length_stats, load_corpus, target_lengths
-from benchmarks.common.models import ModelFolder
+from sbert_fast.bench import corpora
+from sbert_fast.bench.checkpoint import Checkpoint
+from sbert_fast.bench.corpora import CORPORA, length_stats, load_corpus, target_lengths
 
 TEXTS = 2000
 every_corpus = pytest.mark.parametrize("name", CORPORA)
@@ -21,7 +21,7 @@ def count_words(texts: list[str]) -> list[int]:
 
 @every_corpus
 def test_texts_are_distinct_repeatable_and_of_exactly_the_target_lengths(
-    name: str, minilm: ModelFolder
+    name: str, minilm: Checkpoint
 ) -> None:
     """By the model's own tokenizer, special tokens included."""
     texts = load_corpus(name, TEXTS, 3, minilm.count)
@@ -51,7 +51,7 @@ def test_lengths_stay_within_the_limits_for_any_n(name: str, n: int) -> None:
     assert max(lengths) <= max(model.high for model in CORPORA[name])
 
 
-def test_large_corpus_of_short_texts_stays_distinct(minilm: ModelFolder) -> None:
+def test_large_corpus_of_short_texts_stays_distinct(minilm: Checkpoint) -> None:
     assert len(set(load_corpus("short", 20_000, 0, minilm.count))) == 20_000
 
 

@@ -17,13 +17,15 @@ import numpy as np
 import pytest
 
 from benchmarks import ROOT
-from benchmarks.common import arguments, provenance
-from benchmarks.common.models import ModelFolder
-from benchmarks.common.text import OURS, REFERENCE
-from benchmarks.encode import breakdown, cpu, peers
-from benchmarks.encode.contenders import FLOAT32_LOSS, Contender, Corpus
-from benchmarks.encode.peers import NotAvailable, Setting, System
+from benchmarks.common import options
+from benchmarks.encode import breakdown
 from benchmarks.report import render
+from sbert_fast.bench import machine, measure, runtimes
+from sbert_fast.bench.checkpoint import Checkpoint
+from sbert_fast.bench.contenders import FLOAT32_LOSS, Contender
+from sbert_fast.bench.corpora import Corpus
+from sbert_fast.bench.names import OURS, REFERENCE
+from sbert_fast.bench.systems import NotAvailable, Setting, System
 
 TEXTS = ["A cat.", "Rain is expected in the north for most of the week.", "", "Why?"]
 
@@ -36,7 +38,8 @@ def run(
     and prints last."""
     path = tmp_path / "new" / "tiny.json"
     tiny = ("--texts", "24", "--rounds", "2", "--threads", "1", "--json", str(path))
-    monkeypatch.setattr(arguments, "pin", lambda threads: None)
+    for module in (machine, options):
+        monkeypatch.setattr(module, "pin", lambda threads: None)
     monkeypatch.chdir(ROOT)
 
     def run(module: str, *chosen: str) -> dict[str, Any]:
@@ -55,10 +58,18 @@ def test_a_run(run: Callable[..., dict[str, Any]]) -> None:
     """Beside every peer that starts quickly."""
     needs = {OURS: (), REFERENCE: (), "zentorch": ("zentorch",)}
     needs |= {name: (name, "onnx", "onnxscript") for name in ("onnxruntime", "openvino")}
-    chosen = ("--sweep-texts", "8", "--latency", "--peers", ",".join([*needs][1:]))
+    chosen = (
+        "--sweep-texts",
+        "8",
+        "--latency",
+        "--by-length",
+        "64",
+        "--peers",
+        ",".join([*needs][1:]),
+    )
     document = run("encode", *chosen)
     assert document["device"]["threads"] == document["settings"]["threads"] == 1
-    assert set(document["versions"]) == {"python", *provenance.PACKAGES}
+    assert set(document["versions"]) == {"python", *machine.PACKAGES}
     assert document["model"]["sha256"].startswith("53aa5117")
     corpus = document["corpus"]
     assert corpus["tokens"] == round(24 * corpus["lengths"]["mean"])
@@ -78,22 +89,24 @@ def test_a_run(run: Callable[..., dict[str, Any]]) -> None:
         assert set(row["ratios"]) == (set() if name == OURS else {"float32"})
         assert bool(row["sweep_tokens_per_s"]) == (name != OURS)
     latency = document["latency"]
-    assert [row["system"] for row in latency["rows"]] == [OURS, REFERENCE]
+    assert {row["system"] for row in latency["rows"]} == {n for n in rows if len(rows[n]) > 3}
     assert all(0 < row["p50_ms"] <= row["p95_ms"] for row in latency["rows"])
+    assert all(min(row["tokens_per_s"]) > 0 for row in document["by_length"]["rows"])
+    assert document["by_length"]["lengths"] == [16, 32, 64, 128, 256]
 
 
 def test_a_peer_that_is_absent_or_does_not_load_is_named(
-    minilm: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    minilm: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "zentorch.py").write_text("raise OSError('wrong torch')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "zentorch", raising=False)
     with pytest.raises(NotAvailable, match="does not load: OSError: wrong torch"):
-        peers.build("zentorch", "float32", minilm, tmp_path / "onnx")
+        runtimes.build("zentorch", "float32", minilm, tmp_path / "onnx")
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
     for name in ("onnxruntime", "openvino", "zentorch"):
         with pytest.raises(NotAvailable, match="^not installed$"):
-            peers.build(name, "float32", minilm, tmp_path / "onnx")
+            runtimes.build(name, "float32", minilm, tmp_path / "onnx")
 
 
 class Broken(System):
@@ -101,26 +114,26 @@ class Broken(System):
         raise MemoryError("no room\nand more")
 
 
-def test_a_peer_that_fails_is_left_out(minilm: ModelFolder) -> None:
+def test_a_peer_that_fails_is_left_out(minilm: Checkpoint) -> None:
     corpus = Corpus(TEXTS, minilm.tokenize(TEXTS))
     peer, ours = (Contender(name, "float32", system=Broken()) for name in ("openvino", OURS))
-    cpu.prepare(peer, corpus, len(TEXTS))
+    measure.prepare(peer, corpus, len(TEXTS))
     assert peer.status == "not measured (failed: MemoryError: no room)" and peer.system is None
-    assert set(cpu.row_of(peer, [], None, corpus, 1, {})) == {"system", "precision", "status"}
+    assert set(measure.row_of(peer, [], None, corpus, 1, {})) == {"system", "precision", "status"}
     with pytest.raises(MemoryError):
-        cpu.prepare(ours, corpus, len(TEXTS))
+        measure.prepare(ours, corpus, len(TEXTS))
 
 
-def test_padded_batches_keep_order_and_mean(minilm: ModelFolder) -> None:
-    def forward(inputs: peers.Inputs) -> np.ndarray:
+def test_padded_batches_keep_order_and_mean(minilm: Checkpoint) -> None:
+    def forward(inputs: runtimes.Inputs) -> np.ndarray:
         """The id of every token beside a 1, and rubbish where there is padding."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         states = np.where(mask == 1, ids, 1e6).astype(np.float32)
         return np.stack([states, np.ones_like(states)], axis=-1)
 
-    folder = ModelFolder(minilm.path, threads=1)
+    folder = Checkpoint(minilm.path, threads=1)
     folder.config = folder.config | {"hidden_size": 2}
-    system = peers.Padded(folder, lambda workers: forward, workers=(1, 2))
+    system = runtimes.Padded(folder, lambda workers: forward, workers=(1, 2))
     tokens = folder.tokenize(TEXTS)
     means = [tokens.of(row).mean() for row in range(len(TEXTS))]
     expected = np.array([[mean, 1] / np.hypot(mean, 1) for mean in means])
@@ -133,8 +146,8 @@ def test_padded_batches_keep_order_and_mean(minilm: ModelFolder) -> None:
     assert system.computed_tokens(TEXTS, Setting(4)) == 4 * tokens.lengths.max()
 
 
-def test_lengths_agree_with_sentence_transformers(minilm: ModelFolder) -> None:
-    reference = peers.build(REFERENCE, "float32", minilm, Path())
+def test_lengths_agree_with_sentence_transformers(minilm: Checkpoint) -> None:
+    reference = runtimes.build(REFERENCE, "float32", minilm, Path())
     texts = [*TEXTS, "word " * 1000]
     lengths = minilm.tokenize(texts).lengths
     assert minilm.max_length == reference.model.max_seq_length == lengths.max()

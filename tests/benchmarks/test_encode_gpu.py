@@ -14,34 +14,36 @@ import pytest
 import torch
 
 import families
-from benchmarks.common import results, tables
-from benchmarks.common.models import ModelFolder
-from benchmarks.common.text import OURS, OURS_CUDA, REFERENCE, UNPADDED
-from benchmarks.encode import contenders, gpu, systems
+from benchmarks.common import storage, tables
+from benchmarks.encode import gpu, systems
 from benchmarks.encode.__main__ import parse_args
-from benchmarks.encode.contenders import Contender, Corpus, Sizes
-from benchmarks.encode.peers import Setting, System
 from benchmarks.report import render
 from sbert_fast import ops
+from sbert_fast.bench import contenders
+from sbert_fast.bench.checkpoint import Checkpoint
+from sbert_fast.bench.contenders import Contender, Sizes
+from sbert_fast.bench.corpora import Corpus
+from sbert_fast.bench.names import OURS, OURS_CUDA, REFERENCE, UNPADDED
+from sbert_fast.bench.systems import Setting, System
 from sbert_fast.ops import extension
 from sbert_fast.testing import worst_cosine
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 WIDTH, EIGHT = 64, Setting(8)
-Row = dict[str, Any]
+Record = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def corpus(tiny: ModelFolder) -> Corpus:
+def corpus(tiny: Checkpoint) -> Corpus:
     texts = families.make_texts(40)
     return Corpus(texts, tiny.tokenize(texts))
 
 
 @pytest.mark.parametrize("name", [OURS, REFERENCE, UNPADDED])
-def test_systems_give_the_same_embeddings(name: str, tiny: ModelFolder, corpus: Corpus) -> None:
-    reference = systems.SYSTEMS[REFERENCE](tiny, CPU, torch.float32)
+def test_systems_give_the_same_embeddings(name: str, tiny: Checkpoint, corpus: Corpus) -> None:
+    reference = systems.SYSTEMS[REFERENCE](tiny, "float32")
     expected = reference.encode(corpus.texts, Setting(8))
-    system = systems.SYSTEMS[name](tiny, CPU, torch.float32)
+    system = systems.SYSTEMS[name](tiny, "float32")
     each = Contender(name, "float32", system=system, setting=Setting(7))
     for scope in ("s1", "s3"):
         got = contenders.embed(each, scope, corpus)
@@ -108,18 +110,18 @@ def test_the_sweep_goes_on_while_it_gains(
 
 
 @pytest.fixture
-def run(tiny: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def run(tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs the benchmark; the exit code, and the rows that it has stored."""
     monkeypatch.setattr(gpu, "_SAMPLE_SECONDS", 1e-4)
     stored = tmp_path / "rows.jsonl"
 
-    def once(*precisions: str, **changes: Any) -> tuple[int, list[Row]]:
+    def once(*precisions: str, **changes: Any) -> tuple[int, list[Record]]:
         made = parse_args(["--device", "cuda", "--model", str(tiny.path)])
         few = {"texts": 24, "sweep_texts": 12, "rounds": 2, "device": "cpu", "rows": stored}
         vars(made).update(few | {"dtype": list(precisions), "scope": ["s3"]} | changes)
-        before = len(results.read(stored))
+        before = len(storage.read(stored))
         code = gpu.main(made)
-        first, *lines = results.read(stored)[before:]
+        first, *lines = storage.read(stored)[before:]
         assert first["kind"] == "run" and len(first["source_sha256"]) == 64
         return code, lines
 
@@ -127,7 +129,7 @@ def run(tiny: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
     return once
 
 
-def by_system(lines: list[Row]) -> dict[tuple[str, str], Row]:
+def by_system(lines: list[Record]) -> dict[tuple[str, str], Record]:
     return {(line["system"], line["precision"]): line for line in lines}
 
 
@@ -136,7 +138,7 @@ def test_a_row_a_system(run: Any, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     code, every = run("bfloat16", scope=["s3", "s1"], json=out)
     assert code == 0
-    lines = results.latest(every)
+    lines = storage.latest(every)
     assert [len(line["seconds"]) for line in every] == [1, 1, 1, 2, 2, 2] * 2
     assert [(line["scope"], line["system"]) for line in lines] == [
         (scope, name) for scope in ("s3", "s1") for name in (OURS, REFERENCE, UNPADDED)
@@ -170,7 +172,7 @@ def test_an_interruption_keeps_the_rounds_before_it(
     monkeypatch.setattr(contenders, "seconds_of", seconds)
     with pytest.raises(KeyboardInterrupt):
         run("bfloat16", rounds=3)
-    lines = results.read(run.stored)[1:]
+    lines = storage.read(run.stored)[1:]
     stored = {0: [], 1: [1, 1, 1] * 2, 2: [1, 1, 1, 2, 2, 2]}
     assert [len(line["seconds"]) for line in lines] == stored[rounds]
     assert {line["system"] for line in lines[-3:] if line["ratios"]} == (
@@ -186,7 +188,7 @@ def test_a_system_that_fails_leaves_its_row(run: Any, monkeypatch: pytest.Monkey
     monkeypatch.setitem(systems.SYSTEMS, UNPADDED, broken)
     code, lines = run("bfloat16")
     assert code == 0
-    assert [line["kind"] for line in results.latest(lines)] == ["error", "row", "row"]
+    assert [line["kind"] for line in storage.latest(lines)] == ["error", "row", "row"]
     monkeypatch.setitem(systems.SYSTEMS, OURS, broken)
     code, lines = run("bfloat16")
     errors = {line["error"] for line in lines if line["kind"] == "error"}
@@ -206,8 +208,8 @@ def test_both_of_ours_are_compared(scale: float, run: Any, monkeypatch: pytest.M
             staged.run = lambda: true() * torch.linspace(1, scale, WIDTH)
             return staged
 
-    reason = {torch.float32: "", torch.bfloat16: None}
-    monkeypatch.setattr(gpu, "cuda_ops", lambda device, dtype: reason[dtype])
+    reason = {"float32": "", "bfloat16": None}
+    monkeypatch.setattr(gpu, "cuda_ops", lambda device, precision: reason[precision])
     monkeypatch.setitem(systems.SYSTEMS, OURS_CUDA, Pretended)
     code, lines = run("float32", "bfloat16", peers=[])
     found, right = by_system(lines), scale == 1
@@ -242,9 +244,9 @@ def test_the_cuda_ops_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_without_the_library(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert systems.cuda_ops(CPU, torch.bfloat16) == systems.cuda_ops(GPU, torch.float32) == ""
+    assert systems.cuda_ops(CPU, "bfloat16") == systems.cuda_ops(GPU, "float32") == ""
     monkeypatch.setattr(extension, "CUDA", extension.Extension("_C_cuda", None, "was not built"))
-    assert systems.cuda_ops(GPU, torch.float16) == "was not built"
+    assert systems.cuda_ops(GPU, "float16") == "was not built"
     monkeypatch.setattr(gpu, "cuda_ops", lambda *_: "was not built")
     code, lines = run("bfloat16", peers=[])
     assert code == 0

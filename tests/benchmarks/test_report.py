@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ import torch
 
 from benchmarks import ROOT, report
 from benchmarks.common import provenance
-from benchmarks.common.results import append, write_json
-from benchmarks.common.text import OURS, OURS_CUDA, REFERENCE
+from benchmarks.common.storage import append, write_json
 from benchmarks.report import load, main, readme_figures, render
+from sbert_fast.bench.names import OURS, OURS_CUDA, REFERENCE
 from sbert_fast.ops import schemas
 from sbert_fast.ops.choices import CHOICES, Choice
 
@@ -43,6 +44,17 @@ def test_pages_are_rewritten_between_their_marks(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("no marks")
     with pytest.raises(ValueError, match=r"README.md must hold the marks <!-- headline -->"):
         report.write_pages(tmp_path)
+
+
+def test_pictures_of_stored_results(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    from benchmarks import plots
+
+    assert plots.draw(tmp_path) is None
+    for name in plots.CORPORA:
+        shutil.copy(report.RESULTS / "cpu-2core" / f"{name}.json", tmp_path)
+    picture = plots.draw(tmp_path).read_text(encoding="utf-8")
+    assert all(words in picture for words in (OURS, REFERENCE, "linear layers alone"))
 
 
 ROW = {"precision": "float32", "status": "measured", "sentences_per_s": 3000.0}

@@ -16,7 +16,7 @@ from benchmarks.common import provenance
 from benchmarks.common.stopwatch import Timing
 from benchmarks.tune import __main__ as tune
 from benchmarks.tune import lab as tune_lab
-from benchmarks.tune import table as tune_rows
+from benchmarks.tune import table as launch_table
 from benchmarks.tune.table import STEPS, Key, Step
 from sbert_fast.kernels import tuning
 from sbert_fast.kernels.tuning import Attention
@@ -178,7 +178,7 @@ def test_steps_build_on_one_another_and_those_finished_in_time_are_kept() -> Non
     assert ends == sorted(ends) and ends[0] == 0 and ends[-1] == len(found)
 
 
-TABLE = tune_rows.TABLE.read_text(encoding="utf-8")
+TABLE = launch_table.TABLE.read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`main` on a machine that is not there, with a copy of the table."""
     path = tmp_path / "kernels.py"
     path.write_text(TABLE)
-    monkeypatch.setattr(tune_rows, "TABLE", path)
+    monkeypatch.setattr(launch_table, "TABLE", path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(provenance, "provenance", lambda threads, kind: {"device": kind})
     monkeypatch.setattr(tune_lab, "Lab", lambda key, row, device: Fake(always_better))
@@ -197,18 +197,18 @@ def test_the_command_rewrites_the_table_unless_it_runs_dry(
     command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command("--row", "16,32", "--dry-run") == 0
-    assert "| block_q=32 warps=" in capsys.readouterr().out
+    assert ": block_q=32 warps=" in capsys.readouterr().out
     assert (tmp_path / "kernels.py").read_text() == TABLE and not (tmp_path / "out").exists()
     assert command("--row", "16,32") == 0
-    rows = tune_rows.read_rows((tmp_path / "kernels.py").read_text())
-    assert (rows[KEY].block_q, rows[KEY].heads, rows[KEY].stages) == (32, 1, 2)
-    assert rows == tuning._ATTENTION | {KEY: rows[KEY]}
-    assert (tmp_path / "out/tuning.py").read_text() == (tmp_path / "kernels.py").read_text()
+    changed = (tmp_path / "kernels.py").read_text()
+    parts = [launch_table.render(*row) in changed for row in tuning._ATTENTION.items()]
+    assert parts == [key != KEY for key in tuning._ATTENTION]
+    assert (tmp_path / "out/tuning.py").read_text() == changed
     result = json.loads((tmp_path / "out/tune.json").read_text())
     assert result["device"] == "cuda" and len(result["steps"]) == len(STEPS)
     step = next(s for s in result["steps"] if s["step"] == "block")
     assert step["present"] == "block_q=64 warps=4" and step["best"].startswith("block_q=32 ")
-    assert "| 16 bits, D 32 | block_q=64 warps=4" in capsys.readouterr().out
+    assert "16 bits, D 32: block_q=64 warps=4: block_q=32 " in capsys.readouterr().out
 
 
 def test_without_a_gpu_it_says_so(

@@ -23,11 +23,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from benchmarks import ROOT
-from benchmarks.common import results, tree
-from benchmarks.common.arguments import plain_parser
-from benchmarks.common.models import minilm
-from benchmarks.common.text import markdown
+from benchmarks.common import storage, tree
+from benchmarks.common.checkpoints import minilm
+from benchmarks.common.options import plain_parser
 from benchmarks.report import TABLES
+from sbert_fast.bench.tables import markdown
 from tools.gpu import stages
 from tools.gpu.stages import PREPARE, Stages, Step
 
@@ -151,7 +151,7 @@ def summary(outcomes: list[Outcome], out: Path, short: bool = False) -> str:
     failed = [test for o in outcomes for test in o.failed_tests]
     parts.append(failed[:20] if short else failed)
     for name in ("ground", "ops", "encode"):
-        lines = results.read(out / f"{name}.jsonl")
+        lines = storage.read(out / f"{name}.jsonl")
         rows = [line for line in lines if line.get("kind") in ("row", "error")]
         options = {"short": True} if short and name == "ops" else {}
         parts.append(TABLES[name](rows, **options))
@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if args.kernels:
         cap = sum(step.cap for step in table["kernels"])
-        table["kernels"] = [Step(args.kernels, stages.op_rows(out, args.kernels), cap)]
+        table["kernels"] = [Step(args.kernels, stages.op_benchmarks(out, args.kernels), cap)]
     tree.write_path_hook()
     if PREPARE in table:
         names = [*([PREPARE] if not _has_model() else []), *(n for n in names if n != PREPARE)]

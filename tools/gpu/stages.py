@@ -93,7 +93,7 @@ def op_steps(files: Sequence[str]) -> list[Step]:
     return steps
 
 
-def op_rows(out: Path, chosen: str) -> list[str]:
+def op_benchmarks(out: Path, chosen: str) -> list[str]:
     """The rows of the op benchmarks that pytest's `-k chosen` selects."""
     measured = ("--rows", str(out / "ops.jsonl"), "--benchmark-columns=median,iqr")
     folder = str(ROOT / "benchmarks" / "ops")
@@ -106,7 +106,7 @@ def make_stages(out: Path, model: str | None) -> Stages:
     op_tests, model_tests = gpu_tests()
     found = "import torch; assert torch.cuda.is_available(), 'torch finds no GPU';"
     found += "import sbert_fast.kernels, sbert_fast.ops; print(sbert_fast.ops.explain_ops())"
-    widen = _python("benchmarks.common.models", "widen", str(model), WIDE_MODEL)
+    widen = _python("benchmarks.common.checkpoints", "widen", str(model), WIDE_MODEL)
     ground = _python("benchmarks.ops.ground", "--rows", out / "ground.jsonl")
     models = pytest_command(model_tests, "-m", "gpu")
     return {
@@ -121,10 +121,10 @@ def make_stages(out: Path, model: str | None) -> Stages:
         "ops": op_steps(op_tests),
         "models": [Step("tests", models, 70)] if model_tests else [],
         "kernels": [
-            Step("attention", op_rows(out, "attention"), 52),
-            Step("rows", op_rows(out, "rows"), 40),
+            Step("attention", op_benchmarks(out, "attention"), 52),
+            Step("rows", op_benchmarks(out, "rows"), 40),
             # Compiled for each shape, which takes longer than all the rest.
-            Step("flex", op_rows(out, "flex and short-64"), 23, must=False),
+            Step("flex", op_benchmarks(out, "flex and short-64"), 23, must=False),
         ],
         "encode": _encode_steps(out, model is not None),
         "sanitize": [Step(tool, _python("tools.gpu.sanitize", tool), 140) for tool in TOOLS],

@@ -11,17 +11,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.common.arguments import pin
-from benchmarks.encode.peers import Setting
+from sbert_fast.bench.machine import pin
+from sbert_fast.bench.systems import Setting
+
+if TYPE_CHECKING:
+    from sbert_fast.bench.contenders import Contender
 
 
-def memory_of(name: str, precision: str, setting: Setting, **what: Any) -> dict[str, float]:
+def memory_of(each: Contender, **what: Any) -> dict[str, float]:
     """Encode a corpus in a new process.
 
     Args:
-        name, precision, setting: of the system.
+        each: the system, at its setting.
         what: `model`: its folder; `corpus`: name or path; `texts`: how many; `seed`: of the corpus;
             `threads`: CPU threads; `onnx`: the ONNX export, if the system needs it.
 
@@ -31,32 +34,33 @@ def memory_of(name: str, precision: str, setting: Setting, **what: Any) -> dict[
     Raises:
         RuntimeError: the process failed.
     """
-    what |= {"name": name, "precision": precision, "setting": setting}
-    asked = json.dumps(what, default=str)
-    # Like this process from the root of the source tree.
-    command = [sys.executable, "-m", "benchmarks.encode.memory", asked]
+    asked = json.dumps(what | each.named | {"setting": each.setting}, default=str)
+    # -P: a folder `kernels` where the user happens to be is not Hugging Face's package.
+    command = [sys.executable, "-P", "-m", "sbert_fast.bench.memory", asked]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"{name} {precision}: its process ended with {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
+        raise RuntimeError(f"{each}: its process ended with {done.returncode}")
+    held: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return held
 
 
 def _resident_mb(field: str) -> float:
     # Not getrusage: its maximum starts from that of the process which forked this one.
     status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)[1]) / 1000
+    found = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
+    return int(found[1]) / 1000 if found else float("nan")
 
 
 def _main(asked: dict[str, Any]) -> None:
     pin(asked["threads"])
-    from benchmarks.common.corpora import load_corpus
-    from benchmarks.common.models import ModelFolder
-    from benchmarks.encode import peers
+    from sbert_fast.bench import runtimes
+    from sbert_fast.bench.checkpoint import Checkpoint
+    from sbert_fast.bench.corpora import load_corpus
 
-    folder = ModelFolder(Path(asked["model"]), asked["threads"])
-    built = peers.build(asked["name"], asked["precision"], folder, Path(asked["onnx"]))
+    folder = Checkpoint(Path(asked["model"]), asked["threads"])
+    built = runtimes.build(asked["system"], asked["precision"], folder, Path(asked["onnx"]))
     # By a tokenizer of its own, so that no system finds one that is loaded already.
-    count = ModelFolder(folder.path, asked["threads"]).count
+    count = Checkpoint(folder.path, asked["threads"]).count
     lines = load_corpus(asked["corpus"], asked["texts"], asked["seed"], count)
     loaded = _resident_mb("VmRSS")
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Texts for the benchmarks: the bundled sample text, recombined to known length distributions.
+"""Texts to time: the bundled sample text, recombined to known length distributions.
 
 Lengths are tokens including the model's special tokens ([CLS] and [SEP]). The named corpora:
 
@@ -22,10 +22,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+from sbert_fast.bench.checkpoint import Checkpoint, Tokens
 from sbert_fast.data import sample_texts
 
 CountTokens = Callable[[list[str]], list[int]]
@@ -66,12 +68,12 @@ def load_corpus(name_or_path: str, n: int, seed: int, count_tokens: CountTokens)
     """Make or read `n` distinct texts; the same arguments always give the same texts.
 
     Args:
-        name_or_path: one of `CORPORA`, or the path of a UTF-8 file with one text a line, from which
-            `n` distinct lines are drawn (blank lines are left out).
+        name_or_path: one of `CORPORA`, the tokens of every text ("64"), or the path of a UTF-8 file
+            with one text a line, from which `n` distinct lines are drawn (not blank ones).
         n: how many texts, at least 1.
         seed: of the random choices.
         count_tokens: tokens of each text, special tokens included, such as
-            :meth:`ModelFolder.count`. Called on single words: a text counts as the sum of its
+            :meth:`Checkpoint.count`. Called on single words: a text counts as the sum of its
             words, which is exact for WordPiece. Not used for a path.
 
     Returns:
@@ -81,7 +83,7 @@ def load_corpus(name_or_path: str, n: int, seed: int, count_tokens: CountTokens)
         ValueError: `name_or_path` is neither a known name nor a file, or there are no `n` distinct
             texts.
     """
-    if name_or_path in CORPORA:
+    if name_or_path in CORPORA or name_or_path.isdecimal():
         return _recombine(name_or_path, n, seed, count_tokens)
     if Path(name_or_path).is_file():
         return _draw_lines(Path(name_or_path), n, seed)
@@ -93,6 +95,8 @@ def load_corpus(name_or_path: str, n: int, seed: int, count_tokens: CountTokens)
 
 def target_lengths(name: str, n: int) -> list[int]:
     """The `n` lengths of the corpus `name`, in tokens: evenly spaced quantiles, model by model."""
+    if name.isdecimal():
+        return [int(name)] * n
     models = CORPORA[name]
     edges = [round(n * share) for share in accumulate((m.weight for m in models), initial=0.0)]
     sizes = [stop - start for start, stop in zip(edges, edges[1:], strict=False)]
@@ -103,17 +107,33 @@ def target_lengths(name: str, n: int) -> list[int]:
     ]
 
 
-def describe(name: str, lengths: Sequence[int]) -> dict[str, Any]:
-    """A corpus, by its name or file and the tokens of its texts, as results tell of it."""
-    return {
-        "name": Path(name).name,
-        "texts": len(lengths),
-        "tokens": int(np.sum(lengths)),
-        "lengths": length_stats(lengths),
-    }
+class Corpus(NamedTuple):
+    """Texts and their tokens; `name` is that of a corpus or of a file."""
+
+    texts: list[str]
+    tokens: Tokens
+    name: str = ""
+
+    @staticmethod
+    def load(name_or_path: str, n: int, seed: int, checkpoint: Checkpoint) -> Corpus:
+        """As :func:`load_corpus`, tokenised by `checkpoint`."""
+        texts = load_corpus(name_or_path, n, seed, checkpoint.count)
+        return Corpus(texts, checkpoint.tokenize(texts), Path(name_or_path).name)
+
+    def first(self, count: int) -> Corpus:
+        """The corpus of the first texts."""
+        lengths = self.tokens.lengths[:count]
+        few = Tokens(self.tokens.ids[: lengths.sum()], lengths)
+        return Corpus(self.texts[:count], few, self.name)
+
+    def describe(self) -> dict[str, Any]:
+        """As results tell of it."""
+        lengths = self.tokens.lengths
+        made = {"name": self.name, "texts": len(self.texts), "tokens": int(lengths.sum())}
+        return made | {"lengths": length_stats(lengths)}
 
 
-def length_stats(lengths: Sequence[int]) -> dict[str, float]:
+def length_stats(lengths: Sequence[int] | NDArray[np.int64]) -> dict[str, float]:
     """Summarise lengths in tokens.
 
     Args:
@@ -205,9 +225,27 @@ def _draw_words(
     return words, tokens
 
 
+def read_texts(path: Path) -> list[str]:
+    """The distinct lines of a file in UTF-8, without blank ones.
+
+    Raises:
+        ValueError: it holds no text, or something else.
+    """
+    expected = f"corpus must be text in UTF-8, one text a line, got {path}"
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{expected}: byte {error.start + 1} is not UTF-8") from None
+    if "\0" in text:
+        raise ValueError(f"{expected}: it holds NUL characters, as binary files do")
+    texts = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
+    if not texts:
+        raise ValueError(f"{expected}: there is no text in it")
+    return list(dict.fromkeys(texts))
+
+
 def _draw_lines(path: Path, n: int, seed: int) -> list[str]:
-    lines = path.read_text(encoding="utf-8").split("\n")
-    texts = list(dict.fromkeys(line for line in lines if line.strip()))
+    texts = read_texts(path)
     if n > len(texts):
         raise ValueError(
             f"n must be at most {len(texts)}, the distinct lines of {str(path)!r}, got {n}"

@@ -1,9 +1,5 @@
-"""What a system of the encode benchmark is; and the runtimes beside torch on a CPU, all behind one
-driver: the Rust tokenizer, batches sorted by length and padded, masked mean and L2 in numpy.
-
-Nothing heavy is imported before a system needs it, so that a process which runs one system shows
-that system's memory and no other's.
-"""
+"""The runtimes that people use on a CPU, all behind one driver: the Rust tokenizer, batches sorted
+by length and padded, masked mean and L2 in numpy."""
 
 from __future__ import annotations
 
@@ -11,62 +7,25 @@ import importlib
 import importlib.util
 import inspect
 import threading
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from functools import cache, partial
 from pathlib import Path
 from sys import stderr
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common.models import ModelFolder
-from benchmarks.common.text import COMPILED, OURS, REFERENCE
+from sbert_fast.bench.checkpoint import Checkpoint
+from sbert_fast.bench.names import COMPILED, OURS, REFERENCE
+from sbert_fast.bench.systems import NotAvailable, Packed, SentenceTransformers, Setting, System
 
 Inputs = dict[str, NDArray[np.int64]]
 Forward = Callable[[Inputs], NDArray[np.float32]]
 MakeForward = Callable[[int], Forward]
 _INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
-
-
-class NotAvailable(Exception):
-    """A system that cannot be measured here; the message says why."""
-
-
-class Setting(NamedTuple):
-    """How a system is run: rows of a batch, and batches computed at the same time."""
-
-    batch_size: int = 0
-    workers: int = 1
-
-    def __str__(self) -> str:
-        return f"{self.batch_size}" + (f" x {self.workers}" if self.workers > 1 else "")
-
-
-class System:
-    """Something that embeds texts: strings to L2-normalised float32 rows.
-
-    Attributes:
-        batch_sizes: whether it takes batch sizes; False where it plans its batches itself.
-        workers: how many batches it can compute at the same time.
-    """
-
-    batch_sizes = True
-    workers: tuple[int, ...] = (1,)
-
-    def encode(self, texts: list[str], setting: Setting) -> NDArray[np.float32]:
-        """L2-normalised float32 `[N, E]` in the order of `texts`."""
-        raise NotImplementedError
-
-    def computed_tokens(self, texts: list[str], setting: Setting) -> int | None:
-        """Tokens computed, padding included; None where there is no padding."""
-        return None
-
-    def forget(self) -> None:
-        """Drop what is kept for the shapes of earlier batches."""
 
 
 class Padded(System):
@@ -81,28 +40,25 @@ class Padded(System):
     """
 
     def __init__(
-        self, folder: ModelFolder, make_forward: MakeForward, workers: tuple[int, ...] = (1,)
+        self, folder: Checkpoint, make_forward: MakeForward, workers: tuple[int, ...] = (1,)
     ) -> None:
         self.folder, self.workers = folder, workers
         self._forward = cache(make_forward)
 
     def encode(self, texts: list[str], setting: Setting) -> NDArray[np.float32]:
         tokens, forward = self.folder.tokenize(texts), self._forward(setting.workers)
-        out = np.empty((len(texts), self.folder.config["hidden_size"]), np.float32)
 
-        def run(rows: NDArray[np.int64]) -> None:
+        def run(rows: NDArray[np.int64]) -> NDArray[np.float32]:
             inputs = tokens.padded(rows, self.folder.pad)
             mask = inputs["attention_mask"][:, None].astype(np.float32)
             pooled = (mask @ forward(inputs))[:, 0] / tokens.lengths[rows, None]
-            out[rows] = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
+            return pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
 
         batches = tokens.batches(setting.batch_size)
-        if setting.workers == 1:
-            for rows in batches:
-                run(rows)
-            return out
         with ThreadPoolExecutor(setting.workers) as pool:
-            deque(pool.map(run, batches), maxlen=0)
+            computed = list((map if setting.workers == 1 else pool.map)(run, batches))
+        out = np.empty((len(texts), computed[0].shape[1]), np.float32)
+        out[np.concatenate(batches)] = np.concatenate(computed)
         return out
 
     def forget(self) -> None:
@@ -130,7 +86,7 @@ def _require(module: str) -> Any:
         raise NotAvailable(f"does not load: {type(error).__name__}: {error}") from error
 
 
-def _hugging_face(folder: ModelFolder, precision: str) -> Any:
+def _hugging_face(folder: Checkpoint, precision: str) -> Any:
     import torch
     from transformers import AutoModel
 
@@ -140,7 +96,7 @@ def _hugging_face(folder: ModelFolder, precision: str) -> Any:
     return model.eval()
 
 
-def export_onnx(folder: ModelFolder, target: Path) -> None:
+def export_onnx(folder: Checkpoint, target: Path) -> None:
     """Write the transformer of `folder` as ONNX with free batch and sequence dimensions.
 
     Raises:
@@ -189,7 +145,7 @@ def _quantized(onnx: Path) -> Path:
     return target
 
 
-def _onnxruntime(folder: ModelFolder, precision: str, onnx: Path) -> MakeForward:
+def _onnxruntime(folder: Checkpoint, precision: str, onnx: Path) -> MakeForward:
     if precision == "bfloat16":
         raise NotAvailable(f"has no {precision} kernels on a CPU")
     ort = _require("onnxruntime")
@@ -207,7 +163,7 @@ def _onnxruntime(folder: ModelFolder, precision: str, onnx: Path) -> MakeForward
     return make
 
 
-def _openvino(folder: ModelFolder, precision: str, onnx: Path) -> MakeForward:
+def _openvino(folder: Checkpoint, precision: str, onnx: Path) -> MakeForward:
     core = _require("openvino").Core()
     hint = {"float32": "f32", "bfloat16": "bf16"}.get(precision)
     if hint is None:
@@ -238,7 +194,7 @@ def _openvino(folder: ModelFolder, precision: str, onnx: Path) -> MakeForward:
 
 
 def _compiled(
-    folder: ModelFolder, precision: str, onnx: Path, backend: str = "inductor"
+    folder: Checkpoint, precision: str, onnx: Path, backend: str = "inductor"
 ) -> MakeForward:
     """torch.compile with weights frozen into the graph, and free batch and sequence dimensions."""
     import torch
@@ -266,20 +222,14 @@ TORCH: dict[str, Callable[..., MakeForward]] = {
 }
 
 
-def build(name: str, precision: str, folder: ModelFolder, onnx: Path) -> System:
+def build(name: str, precision: str, folder: Checkpoint, onnx: Path) -> System:
     """Make a system that runs on a CPU; the first one that needs the export `onnx` makes it.
 
     Raises:
         NotAvailable: it cannot be measured here.
     """
     if name in (OURS, REFERENCE):
-        import torch
-
-        from benchmarks.encode.systems import SYSTEMS
-
-        if name == REFERENCE and precision == "int8":
-            raise NotAvailable("has no int8 on a CPU")
-        return SYSTEMS[name](folder, torch.device("cpu"), getattr(torch, precision))
+        return (Packed if name == OURS else SentenceTransformers)(folder, precision)
     if not folder.pools_by_mean:
         raise NotAvailable("its driver pools by the mean and nothing else")
     if name != COMPILED:

@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.common.models import Tokens
-from benchmarks.common.stopwatch import synchronize
-from benchmarks.common.text import OURS, OURS_CUDA, REFERENCE, say
-from benchmarks.encode.peers import Setting, System
+from sbert_fast.bench.corpora import Corpus
+from sbert_fast.bench.names import OURS, OURS_CUDA, REFERENCE, say
+from sbert_fast.bench.systems import Setting, System
 
 FLOAT32_LOSS = 1e-6
 WORST_LOSS = 5e-4
@@ -54,17 +53,16 @@ class Contender:
     def __str__(self) -> str:
         return f"{self.name} {self.precision}"
 
+    @property
+    def named(self) -> dict[str, Any]:
+        """What its rows begin with."""
+        return {"system": self.name, "precision": self.precision}
 
-class Corpus(NamedTuple):
-    """Texts and their tokens."""
-
-    texts: list[str]
-    tokens: Tokens
-
-    def first(self, count: int) -> Corpus:
-        """The corpus of the first texts."""
-        lengths = self.tokens.lengths[:count]
-        return Corpus(self.texts[:count], Tokens(self.tokens.ids[: lengths.sum()], lengths))
+    @property
+    def running(self) -> System:
+        """The system, which was built."""
+        assert self.system is not None
+        return self.system
 
 
 class Sizes(NamedTuple):
@@ -80,20 +78,26 @@ class Sizes(NamedTuple):
 def runner(each: Contender, scope: str, corpus: Corpus) -> Callable[[], Any]:
     """What is timed: strings to numpy (s1), or prepared ids to embeddings on the device (s3)."""
     if scope == "s1":
-        return lambda: each.system.encode(corpus.texts, each.setting)
-    each.staged = each.system.stage(corpus.tokens, each.setting.batch_size)
+        return lambda: each.running.encode(corpus.texts, each.setting)
+    each.staged = each.running.stage(corpus.tokens, each.setting.batch_size)
     return each.staged.run
 
 
 def embed(each: Contender, scope: str, corpus: Corpus) -> NDArray[np.float32]:
     """Embeddings of a corpus in its order, float32 `[N, E]` on the host."""
     if scope == "s1":
-        return each.system.encode(corpus.texts, each.setting)
-    staged = each.system.stage(corpus.tokens, each.setting.batch_size)
+        return each.running.encode(corpus.texts, each.setting)
+    staged = each.running.stage(corpus.tokens, each.setting.batch_size)
     rows = staged.run().float().cpu().numpy()
     out = np.empty_like(rows)
     out[staged.order] = rows
     return out
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for everything launched on `device`."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def seconds_of(run: Callable[[], Any], device: torch.device, times: int = 1) -> float:
@@ -112,12 +116,12 @@ def find_setting(
 ) -> None:
     """Double the batch size as long as the largest is the best, for every number of workers; what
     does not fit into memory ends it."""
-    for workers in each.system.workers:
+    for workers in each.running.workers:
         swept: dict[Setting, float] = {}
         size = sizes.first
         while size <= sizes.largest:
             each.setting = Setting(size, workers)
-            each.system.forget()
+            each.running.forget()
             try:
                 run = runner(each, scope, corpus)
                 run()
@@ -132,7 +136,7 @@ def find_setting(
             size *= 2
         each.sweep |= swept
     each.setting = min(each.sweep, key=each.sweep.__getitem__)
-    each.system.forget()
+    each.running.forget()
 
 
 def take_turns(

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.common import results, stopwatch, tables
-from benchmarks.common.text import COPY, OURS, OURS_CUDA
+from benchmarks.common import stopwatch, storage, tables
+from benchmarks.common.tables import COPY
 from benchmarks.ops import cases, ground, peers
 from benchmarks.ops.peers import CUDNN, EAGER, FA3, FLEX, SDPA, VARLEN
 from benchmarks.ops.test_speed import ROW_OPS, check, measure
+from sbert_fast.bench.names import OURS, OURS_CUDA
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LENGTHS = [5, 40, 1, 16, 33, 130, 17]
@@ -207,7 +208,7 @@ def test_flash_attention_is_switched_for_a_while(monkeypatch: pytest.MonkeyPatch
 def test_ground_keeps_figures_and_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ground.Ground, "_copy", lambda *_: 1 / 0)
     assert ground.main(["--rows", str(tmp_path / "rows")]) == 1
-    first, failed, *rows = results.read(tmp_path / "rows")
+    first, failed, *rows = storage.read(tmp_path / "rows")
     assert first["benchmark"] == "ground" and failed["error"].startswith("ZeroDivisionError")
     assert {row["what"] for row in rows} == {"gemm", "launch"}
     assert all(row["value"] > 0 for row in rows)

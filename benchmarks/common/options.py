@@ -1,18 +1,17 @@
-"""The arguments that benchmarks over texts share, and the threads they run on."""
+"""The options that benchmarks over texts share, and what becomes of their documents."""
 
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.models import bundled_model
-from benchmarks.common.results import write_json
-
-_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+from benchmarks.common.provenance import provenance
+from benchmarks.common.storage import write_json
+from sbert_fast.bench.checkpoint import bundled_model
+from sbert_fast.bench.machine import pin
 
 
 def some_of(*allowed: str) -> Callable[[str], list[str]]:
@@ -63,22 +62,6 @@ def finish(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     args.model_name = f"{package} {version(package)}"
 
 
-def pin(threads: int) -> None:
-    """Give every thread pool of this process and its children `threads` CPUs and threads.
-
-    Comes before libraries are imported, which read the variables once. Progress bars are off, too.
-
-    Raises:
-        ValueError: this process may not use that many CPUs.
-    """
-    available = sorted(os.sched_getaffinity(0))
-    if threads > len(available):
-        raise ValueError(f"threads must be at most {len(available)} here, got {threads}")
-    os.sched_setaffinity(0, available[:threads])
-    os.environ |= {name: str(threads) for name in _VARIABLES}
-    os.environ |= {"TOKENIZERS_PARALLELISM": "true", "TQDM_DISABLE": "1"}
-
-
 def conclude(document: dict[str, Any], path: Path | None) -> None:
     """Store a document, where that is asked for, and print it."""
     from benchmarks.report import render
@@ -91,12 +74,16 @@ def conclude(document: dict[str, Any], path: Path | None) -> None:
 def run(
     description: str | None,
     precisions: Sequence[str],
-    measure: Callable[[argparse.Namespace], dict[str, Any]],
+    benchmark: str,
+    measure: Callable[..., dict[str, Any]],
 ) -> int:
     """A command that asks for nothing more: measure, store and print."""
     parser = make_parser(description, *precisions)
     args = parser.parse_args()
     finish(args, parser)
     pin(args.threads)
-    conclude(measure(args), args.json)
+    from sbert_fast.bench.measure import make_document
+
+    document = make_document(args, provenance(args.threads), benchmark, measure)
+    conclude(document, args.json)
     return 0

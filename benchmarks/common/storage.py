@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+from sbert_fast.cli.files import atomic_file
+
+Record = dict[str, Any]
 
 # What an encode row is of; its figures may be stored more than once.
 _ENCODE = ("model", "corpus", "texts", "scope", "system", "precision")
 
 
-def write_json(document: Row, path: Path) -> None:
+def write_json(document: Record, path: Path) -> None:
     """Write a document, see :func:`write_text`; ValueError where it holds NaN or infinity."""
     write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", path)
 
@@ -22,15 +23,11 @@ def write_json(document: Row, path: Path) -> None:
 def write_text(text: str, path: Path) -> None:
     """Write a text so that `path` holds either all of it or what it held before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path, overwrite=True) as stream:
+        stream.write(text.encode())
 
 
-def append(path: Path | None, kind: str, line: Row) -> None:
+def append(path: Path | None, kind: str, line: Record) -> None:
     """Append a line of a `kind`: "run" (where the rows after it come from), "row" or "error".
 
     What was there before stays whole whatever happens; where `path` is None nothing is kept.
@@ -42,7 +39,7 @@ def append(path: Path | None, kind: str, line: Row) -> None:
         stream.write(json.dumps({"kind": kind} | line) + "\n")
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path) -> list[Record]:
     """All lines of a file, but for one that was cut short; none where there is no file."""
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
@@ -53,6 +50,6 @@ def read(path: Path) -> list[Row]:
     return lines
 
 
-def latest(lines: Iterable[Row]) -> list[Row]:
+def latest(lines: Iterable[Record]) -> list[Record]:
     """The last encode row of every system in the same configuration."""
     return list({tuple(line.get(name) for name in _ENCODE): line for line in lines}.values())

@@ -19,6 +19,7 @@ from sbert_fast.arguments import DEFAULT_BATCH_SIZE, Chunk, DefaultBatchSize
 from sbert_fast.assembly import DEVICES, Assembly, Unsupported, Where
 from sbert_fast.call import Call
 from sbert_fast.errors import DeviceLostError, SbertFastError, UnsupportedModelError
+from sbert_fast.few import embed_few
 from sbert_fast.inference import Pipeline, Request
 from sbert_fast.routes import route_of, routes
 from sbert_fast.stats import Counters
@@ -100,8 +101,9 @@ class Session:
             DeviceLostError: the device failed, now or earlier.
         """
         with self._on_device(model):
+            here = model.device
             # It may be an alias of the present one: "cpu:0" is "cpu".
-            place = model.device if device is None else torch.empty(0, device=device).device
+            place = here if device is None else torch.empty(0, device=device).device
             if bypass.is_transformed():
                 _move(model, place)
                 return Unsupported("a mode or transform of torch is on", counts=False)
@@ -110,28 +112,29 @@ class Session:
                 route = route_of(model, task)
             except UnsupportedModelError as error:
                 return Unsupported(str(error))
-            found = self._placed(model, route, place)
+            found = self._placed(model, route, here, place)
         if isinstance(found, Unsupported):
             return found
         reason = found.engine.admitted.bypassed
         return found if reason is None else Unsupported(reason)
 
     def _placed(
-        self, model: SentenceTransformer, route: str | None, place: torch.device
+        self, model: SentenceTransformer, route: str | None, here: torch.device, place: torch.device
     ) -> Pipeline | Unsupported:
-        """What runs the model on `place`, where it is moved; errors as for :meth:`ready`."""
-        if place == model.device:
-            return self._in_eval_mode(model, route)
+        """What runs the model, which is `here`, on `place`; errors as for :meth:`ready`."""
+        if place == here:
+            return self._in_eval_mode(model, route, place)
         # It raises every error that does not depend on prepared weights.
         self._assembled(model, route, self._where(model, place))
         with _undone_if_refused(model):
             _move(model, place)
-            return self._in_eval_mode(model, route)
+            return self._in_eval_mode(model, route, place)
 
     def _in_eval_mode(
-        self, model: SentenceTransformer, route: str | None
+        self, model: SentenceTransformer, route: str | None, place: torch.device
     ) -> Pipeline | Unsupported:
-        found = self.pipeline(model, route)
+        with _without_autocast(place.type):
+            found = self._pipeline(model, route)
         if isinstance(found, Pipeline) and (
             model.training or found.engine.admitted.drops or found.head.is_training
         ):
@@ -169,6 +172,11 @@ class Session:
         if shows is None:
             level = logging.getLogger("sentence_transformers").getEffectiveLevel()
             shows = level in (logging.INFO, logging.DEBUG)
+        if call.is_of_sentences and not shows:
+            with _without_autocast("cpu"):
+                found = embed_few(texts, pipeline, request, self.counters)
+            if found is not None:
+                return found
         bar = tqdm(total=len(texts), unit="text", desc="Encoding", disable=not shows)
         with self._on_device(model), bar, _without_autocast(pipeline.engine.device.type):
             arguments = (texts, pipeline, request, self.counters, bar.update)

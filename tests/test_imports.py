@@ -30,7 +30,7 @@ LAYERS = (
     {"pooling", "classification", "pairs", "static", "generation"},
     {"routes"},
     {"inference", "callers", "padded_call", "packed_forward", "sparse_forward", "arguments"},
-    {"results", "call", "assembly", "transformer_module"},
+    {"results", "few", "call", "assembly", "transformer_module"},
     {"session"},
     {"sentence_transformers", "patching", "explanation", "staging"},
     {"cli"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import random
 import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from checks import assert_same_vectors
 from families import MAX_TOKENS, VARIANTS, make_sentence_transformer, make_texts, make_tokenizer
-from sbert_fast import FastEncoder, inference, tokenization
+from sbert_fast import FastEncoder, few, inference, tokenization
 from sbert_fast.data import multilingual_texts, sample_texts
 from sbert_fast.errors import InputError, TokenIdError
 from sbert_fast.tokenization import TextTokenizer, TokenizedTexts, check_texts
@@ -215,6 +216,7 @@ def test_tokens_without_a_row_in_the_table(
     monkeypatch: pytest.MonkeyPatch, batch_tokens: list[int], output_value: Any
 ) -> None:
     monkeypatch.setitem(inference._SLICES, "cpu", (4_000_000, 4))
+    monkeypatch.setattr(few, "_MOST_TEXTS", 0)
     model = make_sentence_transformer()
     encoder = FastEncoder(model)
     texts = ["sea"] * 5 + ["sea foobarx", "sun " * 30, "foobarx"]
@@ -243,7 +245,9 @@ def test_ids_of_a_python_tokenizer_without_a_row_in_the_table() -> None:
     tokenizer = TextTokenizer(transformers.CanineTokenizer(), 20)
     prepared = pipeline.engine.prepared()
     with pytest.raises(TokenIdError, match=r"^inputs\[3\] holds the token '\\ue000'"):
-        inference._check_ids(tokenizer, tokenizer(["a"]), 3, prepared)
+        inference.check_tokens(
+            replace(pipeline, tokenizer=tokenizer), tokenizer(["a"]), 3, prepared
+        )
 
 
 def test_token_types_without_a_row_in_the_table() -> None:

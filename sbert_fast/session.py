@@ -144,9 +144,14 @@ class Session:
         return found
 
     def run(
-        self, model: SentenceTransformer, pipeline: Pipeline, texts: list[str], call: Call
+        self,
+        model: SentenceTransformer,
+        pipeline: Pipeline,
+        texts: list[str],
+        call: Call,
+        counters: Counters | None = None,
     ) -> Any:
-        """Run checked texts.
+        """Run checked texts, counted in `counters`; None is those of the session.
 
         Returns:
             What the function of :mod:`sbert_fast.results` for `call.output_value` returns.
@@ -154,7 +159,7 @@ class Session:
         Raises:
             DeviceLostError: the device failed, now or earlier.
         """
-        first, checks = 0, True
+        first, checks, counters = 0, True, counters or self.counters
         if isinstance(texts, Chunk):
             first, checks, texts = texts.offset, texts.checks, list(texts)
         head, prompt = pipeline.head, call.prompt
@@ -174,12 +179,12 @@ class Session:
             shows = level in (logging.INFO, logging.DEBUG)
         if call.is_of_sentences and not shows:
             with _without_autocast("cpu"):
-                found = embed_few(texts, pipeline, request, self.counters)
+                found = embed_few(texts, pipeline, request, counters)
             if found is not None:
                 return found
         bar = tqdm(total=len(texts), unit="text", desc="Encoding", disable=not shows)
         with self._on_device(model), bar, _without_autocast(pipeline.engine.device.type):
-            arguments = (texts, pipeline, request, self.counters, bar.update)
+            arguments = (texts, pipeline, request, counters, bar.update)
             if call.is_of_sentences:
                 return results.sentence_embeddings(*arguments, on_host=call.on_host)
             compute = results.features if call.output_value is None else results.token_embeddings

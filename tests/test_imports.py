@@ -25,7 +25,7 @@ LAYERS = (
     {"packing", "linears"},
     {"layers", "attention", "fingerprint", "rotary"},
     {"preparation"},
-    {"admission"},
+    {"admission", "cutting"},
     {"tokenization", "engine", "transfer", "budget"},
     {"pooling", "classification", "pairs", "static", "generation"},
     {"routes"},

@@ -50,13 +50,23 @@ def test_one_pair_needs_no_plan() -> None:
     FastCrossEncoder(make_cross_encoder("bert")).predict(("sea", "sun"))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_bits_of_a_text_alone(family: str, dtype: str) -> None:
+def assert_same_bits_alone(family: str, dtype: str) -> None:
     encoder = FastEncoder(make_sentence_transformer(family), dtype=dtype)
     among_many = encoder.encode(MANY)
     alone = np.stack([encoder.encode(text) for text in MANY])
     np.testing.assert_array_equal(alone.view(np.int32), among_many.view(np.int32))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bits_of_a_text_alone(family: str, dtype: str) -> None:
+    assert_same_bits_alone(family, dtype)
+
+
+@pytest.mark.usefixtures("isa", "int8_anywhere")
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_bits_of_a_text_alone_on_every_instruction_set(dtype: str) -> None:
+    assert_same_bits_alone("bert", dtype)
 
 
 def test_a_lock_is_never_waited_for(encoder: FastEncoder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,9 @@ class Session:
 
     def pipeline(self, model: SentenceTransformer, route: str | None) -> Pipeline | Unsupported:
         """What runs a route of the model as it is now."""
+        # To ask a model where it is takes longer.
+        if not any(map(torch.is_autocast_enabled, DEVICES)):
+            return self._pipeline(model, route)
         with _without_autocast(model.device.type):
             return self._pipeline(model, route)
 
@@ -101,40 +104,39 @@ class Session:
             DeviceLostError: the device failed, now or earlier.
         """
         with self._on_device(model):
-            here = model.device
             # It may be an alias of the present one: "cpu:0" is "cpu".
-            place = here if device is None else torch.empty(0, device=device).device
+            place = None if device is None else torch.empty(0, device=device).device
             if bypass.is_transformed():
-                _move(model, place)
+                if place is not None:
+                    _move(model, place)
                 return Unsupported("a mode or transform of torch is on", counts=False)
             forking.settle()
             try:
                 route = route_of(model, task)
             except UnsupportedModelError as error:
                 return Unsupported(str(error))
-            found = self._placed(model, route, here, place)
+            found = self._placed(model, route, place)
         if isinstance(found, Unsupported):
             return found
         reason = found.engine.admitted.bypassed
         return found if reason is None else Unsupported(reason)
 
     def _placed(
-        self, model: SentenceTransformer, route: str | None, here: torch.device, place: torch.device
+        self, model: SentenceTransformer, route: str | None, place: torch.device | None
     ) -> Pipeline | Unsupported:
-        """What runs the model, which is `here`, on `place`; errors as for :meth:`ready`."""
-        if place == here:
-            return self._in_eval_mode(model, route, place)
+        """What runs the model on `place`, where it is moved; errors as for :meth:`ready`."""
+        if place is None or place == model.device:
+            return self._in_eval_mode(model, route)
         # It raises every error that does not depend on prepared weights.
         self._assembled(model, route, self._where(model, place))
         with _undone_if_refused(model):
             _move(model, place)
-            return self._in_eval_mode(model, route, place)
+            return self._in_eval_mode(model, route)
 
     def _in_eval_mode(
-        self, model: SentenceTransformer, route: str | None, place: torch.device
+        self, model: SentenceTransformer, route: str | None
     ) -> Pipeline | Unsupported:
-        with _without_autocast(place.type):
-            found = self._pipeline(model, route)
+        found = self.pipeline(model, route)
         if isinstance(found, Pipeline) and (
             model.training or found.engine.admitted.drops or found.head.is_training
         ):

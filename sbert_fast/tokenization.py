@@ -168,14 +168,10 @@ class TextTokenizer:
             texts: texts that :func:`check_texts` accepts.
         """
         parts = [self._chunk(texts[i : i + _CHUNK]) for i in range(0, len(texts), _CHUNK)]
-        lengths = np.concatenate([part[1] for part in parts] or [np.zeros(0, dtype=np.int32)])
-        ids = np.concatenate([part[0] for part in parts] or [np.zeros(0, dtype=np.int32)])
-        types = None
-        if any(part[2] is not None for part in parts):
-            types = np.concatenate([np.zeros_like(p[0]) if p[2] is None else p[2] for p in parts])
+        ids, lengths, types, truncated = parts[0] if len(parts) == 1 else _joined(parts)
         offsets = np.zeros(lengths.shape[0] + 1, dtype=np.int64)
         np.cumsum(lengths, out=offsets[1:])
-        return TokenizedTexts(ids, lengths, offsets, types, sum(part[3] for part in parts))
+        return TokenizedTexts(ids, lengths, offsets, types, truncated)
 
     def prepend(self, prompt: str, texts: Sequence[Any]) -> list[Any]:
         """The texts with a prompt in front."""
@@ -232,6 +228,15 @@ class TextTokenizer:
             types = np.fromiter(chain.from_iterable(encoded["token_type_ids"]), np.int32, total)
         cut = sum(len(a) > len(b) for a, b in zip(whole, kept, strict=True))
         return ids, lengths, types, cut
+
+
+def _joined(parts: list[TokenizedChunk]) -> TokenizedChunk:
+    ids = np.concatenate([part[0] for part in parts] or [np.zeros(0, dtype=np.int32)])
+    lengths = np.concatenate([part[1] for part in parts] or [np.zeros(0, dtype=np.int32)])
+    types = None
+    if any(part[2] is not None for part in parts):
+        types = np.concatenate([np.zeros_like(p[0]) if p[2] is None else p[2] for p in parts])
+    return ids, lengths, types, sum(part[3] for part in parts)
 
 
 def _found(backend: Any, contents: list[str]) -> set[tuple[Any, ...]]:  # noqa: ANN401

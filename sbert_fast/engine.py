@@ -17,7 +17,7 @@ from sbert_fast.errors import ImplementationError, UnsupportedModelError
 from sbert_fast.fingerprint import Fingerprint, derive, settle
 from sbert_fast.forking import Lock
 from sbert_fast.layers import PoolKernels, Stack, Unfinished
-from sbert_fast.linears import Choice, PreparedNorm, choose
+from sbert_fast.linears import Choice, PreparedNorm, choose, row_alignment
 from sbert_fast.models.checks import check_finite
 from sbert_fast.ops.dispatch import FUSING
 from sbert_fast.packing import ROW_ALIGNMENT, PackedBatch
@@ -33,7 +33,8 @@ from sbert_fast.target import Target, compute_dtype, int8_refusal
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Everything one forward pass needs, derived from the parameters it was `built_from`."""
+    """Everything one forward pass needs, derived from the parameters of a model; the number of rows
+    must be a multiple of `row_alignment`."""
 
     architecture: models.Architecture
     dtype: torch.dtype
@@ -47,6 +48,7 @@ class Prepared:
     stack: Stack
     embed: ops.Kernel
     pooling: PoolKernels
+    row_alignment: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,6 +288,7 @@ class PackedEncoder:
                 self.bind("segment_pool_out"),
                 norm_pool if norm_pool.implementation in FUSING else None,
             ),
+            row_alignment=row_alignment(self.linears()),
         )
 
     def __call__(self, batch: PackedBatch, prepared: Prepared | None = None) -> Tensor:

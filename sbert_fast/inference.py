@@ -94,11 +94,16 @@ class Sink(Protocol):
         """The slice has no more batches."""
 
 
+def size_of(text: Any) -> int:  # noqa: ANN401
+    """Characters of a text, or of the texts of a pair."""
+    return len(text) if isinstance(text, str) else sum(map(len, text))
+
+
 def _slices(texts: Sequence[str], device: str) -> Iterator[tuple[int, int]]:
     most_characters, most_texts = _SLICES[device]
     start = characters = 0
     for index, text in enumerate(texts):
-        characters += len(text) if isinstance(text, str) else sum(map(len, text))
+        characters += size_of(text)
         if characters >= most_characters or index + 1 - start >= most_texts:
             yield start, index + 1
             start, characters = index + 1, 0
@@ -106,10 +111,19 @@ def _slices(texts: Sequence[str], device: str) -> Iterator[tuple[int, int]]:
         yield start, len(texts)
 
 
-def _check_ids(
-    tokenizer: TextTokenizer, tokens: TokenizedTexts, offset: int, prepared: Prepared
+def check_tokens(
+    pipeline: Pipeline, tokens: TokenizedTexts, offset: int, prepared: Prepared
 ) -> None:
-    """Refuse tokens outside the tables, which kernels on a GPU would read all the same."""
+    """Refuse texts without tokens if the head needs some, and tokens outside the tables, which
+    kernels on a GPU would read all the same.
+
+    Raises:
+        InputError, TokenIdError: as :func:`run`; `offset` is the position of the first text.
+    """
+    if not (pipeline.head.takes_empty or tokens.lengths.all()):
+        index = offset + int(np.argmin(tokens.lengths))
+        raise InputError(f"inputs[{index}] must have tokens, got none")
+    tokenizer = pipeline.tokenizer
     rows = prepared.word.shape[0]
     if tokens.ids.max(initial=0) >= rows:
         indices, where = _owners(tokens, tokens.ids >= rows)
@@ -169,10 +183,7 @@ def _run_slice(
 ) -> None:
     """Run the slice that begins with text `offset` of the caller's input."""
     prepared = pipeline.prepared or pipeline.engine.prepared()
-    if not (pipeline.head.takes_empty or tokens.lengths.all()):
-        index = offset + int(np.argmin(tokens.lengths))
-        raise InputError(f"inputs[{index}] must have tokens, got none")
-    _check_ids(pipeline.tokenizer, tokens, offset, prepared)
+    check_tokens(pipeline, tokens, offset, prepared)
     every = np.arange(tokens.lengths.shape[0])
     left = deque(_plan(tokens.lengths, every, pipeline.limit.apply(batch_tokens)))
     while left:

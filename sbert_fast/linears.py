@@ -6,6 +6,7 @@ number of rows is a multiple of 16.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from sbert_fast.models.base import Linear, Norm
 from sbert_fast.ops import panels
 from sbert_fast.ops.dispatch import requested
 from sbert_fast.ops.reference import Activation
+from sbert_fast.packing import ROW_ALIGNMENT
 from sbert_fast.target import BF16_ISAS, Target
 
 # Rows oneDNN lays prepacked weights out for; any other number of rows works too.
@@ -300,6 +302,11 @@ def choose(target: Target, inputs: int = 0) -> Choice:
             break
         refusals[kind.name] = reason
     return Choice(kind, refusals)
+
+
+def row_alignment(choices: Iterable[Choice]) -> int:
+    """What the number of rows must be a multiple of, so that a row's bits depend on no other."""
+    return 1 if all(issubclass(each.kind, PanelLinear) for each in choices) else ROW_ALIGNMENT
 
 
 def prepare_linear(

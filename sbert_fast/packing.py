@@ -128,10 +128,11 @@ class PackedBatch:
     """Some sequences, one after the other, without padding between them.
 
     Attributes:
-        input_ids, position_ids: int32 `[T]`; `T` is a multiple of 16, the rest is a dead tail.
+        input_ids, position_ids: int32 `[T]`; `T` is a multiple of 16, or of what the linear layers
+            need (:func:`pack_all`), the rest is a dead tail.
         token_type_ids: int32 `[T]`, or None if all are 0.
         cu_seqlens: int32 `[B + 1]`; `cu_seqlens[B]` is `num_tokens`.
-        tiles: int32 `[n, 4]`, see :func:`plan_tiles`.
+        tiles: int32 `[n, 4]`, see :func:`plan_tiles`; None where no kernel reads them.
         lengths: int32 `[B]`, on the host.
         num_tokens: tokens that belong to a sequence.
         max_seqlen: tokens of the longest sequence.
@@ -142,7 +143,7 @@ class PackedBatch:
     position_ids: Tensor
     token_type_ids: Tensor | None
     cu_seqlens: Tensor
-    tiles: Tensor
+    tiles: Tensor | None
     lengths: NDArray[np.int32]
     num_tokens: int
     max_seqlen: int
@@ -241,6 +242,31 @@ def pack(
     return _batch(packed, lengths, cu_seqlens)
 
 
+def pack_all(
+    ids: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+    lengths: NDArray[np.int32],
+    *,
+    token_types: NDArray[np.int32] | None,
+    position_offset: int,
+    uncounted_id: int | None,
+    row_alignment: int,
+) -> PackedBatch:
+    """Pack all texts of a token array as they lie there, for kernels that read no tiles.
+
+    Args:
+        ids, offsets, token_types, position_offset, uncounted_id: as in :func:`pack`.
+        lengths: int32 `[N]`, tokens of each text.
+        row_alignment: what `T` is to be a multiple of.
+    """
+    positions = _positions(ids, offsets[:-1], lengths, position_offset, uncounted_id)
+    columns = (ids, positions) if token_types is None else (ids, positions, token_types)
+    aligned = max(1, -(-ids.shape[0] // row_alignment)) * row_alignment
+    packed = np.zeros((len(columns), aligned), dtype=np.int32)
+    packed[:, : ids.shape[0]] = columns
+    return _batch(packed, lengths, offsets.astype(np.int32), with_tiles=False)
+
+
 def padded_positions(
     ids: NDArray[np.int64], *, position_offset: int = 0, uncounted_id: int | None = None
 ) -> NDArray[np.int32]:
@@ -298,7 +324,11 @@ def _allocate(
 
 
 def _batch(
-    packed: NDArray[np.int32], lengths: NDArray[np.int32], cu_seqlens: NDArray[np.int32]
+    packed: NDArray[np.int32],
+    lengths: NDArray[np.int32],
+    cu_seqlens: NDArray[np.int32],
+    *,
+    with_tiles: bool = True,
 ) -> PackedBatch:
     host = torch.from_numpy(packed)
     return PackedBatch(
@@ -306,7 +336,7 @@ def _batch(
         position_ids=host[1],
         token_type_ids=host[2] if host.shape[0] == 3 else None,
         cu_seqlens=torch.from_numpy(cu_seqlens),
-        tiles=torch.from_numpy(plan_tiles(lengths)),
+        tiles=torch.from_numpy(plan_tiles(lengths)) if with_tiles else None,
         lengths=lengths,
         num_tokens=int(cu_seqlens[-1]),
         max_seqlen=int(lengths.max(initial=0)),

@@ -19,6 +19,7 @@ from sbert_fast.arguments import DEFAULT_BATCH_SIZE, Chunk, DefaultBatchSize
 from sbert_fast.assembly import DEVICES, Assembly, Unsupported, Where
 from sbert_fast.call import Call
 from sbert_fast.errors import DeviceLostError, SbertFastError, UnsupportedModelError
+from sbert_fast.few import embed_few
 from sbert_fast.inference import Pipeline, Request
 from sbert_fast.routes import route_of, routes
 from sbert_fast.stats import Counters
@@ -66,6 +67,9 @@ class Session:
 
     def pipeline(self, model: SentenceTransformer, route: str | None) -> Pipeline | Unsupported:
         """What runs a route of the model as it is now."""
+        # To ask a model where it is takes longer.
+        if not any(map(torch.is_autocast_enabled, DEVICES)):
+            return self._pipeline(model, route)
         with _without_autocast(model.device.type):
             return self._pipeline(model, route)
 
@@ -101,9 +105,10 @@ class Session:
         """
         with self._on_device(model):
             # It may be an alias of the present one: "cpu:0" is "cpu".
-            place = model.device if device is None else torch.empty(0, device=device).device
+            place = None if device is None else torch.empty(0, device=device).device
             if bypass.is_transformed():
-                _move(model, place)
+                if place is not None:
+                    _move(model, place)
                 return Unsupported("a mode or transform of torch is on", counts=False)
             forking.settle()
             try:
@@ -117,10 +122,10 @@ class Session:
         return found if reason is None else Unsupported(reason)
 
     def _placed(
-        self, model: SentenceTransformer, route: str | None, place: torch.device
+        self, model: SentenceTransformer, route: str | None, place: torch.device | None
     ) -> Pipeline | Unsupported:
         """What runs the model on `place`, where it is moved; errors as for :meth:`ready`."""
-        if place == model.device:
+        if place is None or place == model.device:
             return self._in_eval_mode(model, route)
         # It raises every error that does not depend on prepared weights.
         self._assembled(model, route, self._where(model, place))
@@ -141,9 +146,14 @@ class Session:
         return found
 
     def run(
-        self, model: SentenceTransformer, pipeline: Pipeline, texts: list[str], call: Call
+        self,
+        model: SentenceTransformer,
+        pipeline: Pipeline,
+        texts: list[str],
+        call: Call,
+        counters: Counters | None = None,
     ) -> Any:
-        """Run checked texts.
+        """Run checked texts, counted in `counters`; None is those of the session.
 
         Returns:
             What the function of :mod:`sbert_fast.results` for `call.output_value` returns.
@@ -151,7 +161,7 @@ class Session:
         Raises:
             DeviceLostError: the device failed, now or earlier.
         """
-        first, checks = 0, True
+        first, checks, counters = 0, True, counters or self.counters
         if isinstance(texts, Chunk):
             first, checks, texts = texts.offset, texts.checks, list(texts)
         head, prompt = pipeline.head, call.prompt
@@ -169,9 +179,14 @@ class Session:
         if shows is None:
             level = logging.getLogger("sentence_transformers").getEffectiveLevel()
             shows = level in (logging.INFO, logging.DEBUG)
+        if call.is_of_sentences and not shows:
+            with _without_autocast("cpu"):
+                found = embed_few(texts, pipeline, request, counters)
+            if found is not None:
+                return found
         bar = tqdm(total=len(texts), unit="text", desc="Encoding", disable=not shows)
         with self._on_device(model), bar, _without_autocast(pipeline.engine.device.type):
-            arguments = (texts, pipeline, request, self.counters, bar.update)
+            arguments = (texts, pipeline, request, counters, bar.update)
             if call.is_of_sentences:
                 return results.sentence_embeddings(*arguments, on_host=call.on_host)
             compute = results.features if call.output_value is None else results.token_embeddings

@@ -99,6 +99,7 @@ class StaticEncoder(PackedEncoder):
             stack=Stack((), None, None, ()),
             embed=embed,
             pooling=PoolKernels(self.bind("segment_pool_out"), None),
+            row_alignment=1,
         )
 
 

@@ -2,9 +2,37 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field, replace
+from itertools import count
 
 from sbert_fast.forking import Lock
+
+# Additions that wait until someone reads the counters, or there are this many.
+_MOST_WAITING = 100
+
+
+class Tally:
+    """A count to which threads add without waiting for one another: to take the next number is a
+    single step."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._numbers = count()
+        self._taken = 0  # numbers that stand for no addition
+
+    def add(self) -> None:
+        next(self._numbers)
+
+    def value(self) -> int:
+        with self._lock:
+            value = next(self._numbers) - self._taken
+            self._taken += 1
+            return value
+
+    def reset(self) -> None:
+        with self._lock:
+            self._taken = next(self._numbers) + 1
 
 
 @dataclass
@@ -39,6 +67,7 @@ class Counters:
     def __init__(self) -> None:
         self._lock = Lock()
         self._stats = EncoderStats()
+        self._waiting: deque[dict[str, int]] = deque()
         self._told: set[str] = set()
 
     def __reduce__(self) -> tuple[type[Counters], tuple[()]]:
@@ -46,23 +75,20 @@ class Counters:
 
     def snapshot(self) -> EncoderStats:
         with self._lock:
+            self._add_waiting()
             return replace(self._stats, fallbacks=dict(self._stats.fallbacks))
 
-    def add(
-        self,
-        *,
-        texts: int = 0,
-        tokens: int = 0,
-        batches: int = 0,
-        truncated: int = 0,
-        memory_shortages: int = 0,
-    ) -> None:
-        with self._lock:
-            self._stats.texts += texts
-            self._stats.tokens += tokens
-            self._stats.batches += batches
-            self._stats.truncated += truncated
-            self._stats.memory_shortages += memory_shortages
+    def add(self, **amounts: int) -> None:
+        """Add to the counters of these names."""
+        self._waiting.append(amounts)
+        if len(self._waiting) >= _MOST_WAITING:
+            with self._lock:
+                self._add_waiting()
+
+    def _add_waiting(self) -> None:
+        while self._waiting:
+            for name, amount in self._waiting.popleft().items():
+                setattr(self._stats, name, getattr(self._stats, name) + amount)
 
     def expect_fallback(self, reason: str) -> None:
         """Note that the user knows a reason."""

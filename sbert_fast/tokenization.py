@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from sbert_fast.cutting import beginning, reads_nearby
 from sbert_fast.errors import InputError, UnsupportedModelError
 from sbert_fast.forking import Lock
 from sbert_fast.values import lone_surrogate, shown
 
 # Characters per token of `max_length` beyond which a text is cut before it is tokenised.
 _CHARACTERS_PER_TOKEN = 64
-# A cut text stands for the whole one only if its last kept token ends this far before the cut.
-_CUT_MARGIN = 1024
-# Normalizers that look no further than a character and the ones that combine with it,
-# pre-tokenizers that split at white space, and the pattern that normalizers like XLM-R's replace.
-_LOCAL = frozenset(
-    "BertNormalizer BertPreTokenizer ByteLevel Digits Lowercase Metaspace NFC NFD NFKC NFKD Nmt "
-    "Precompiled Punctuation Strip StripAccents Whitespace WhitespaceSplit".split()
-)
-_LOCAL_PATTERNS: tuple[dict[str, str], ...] = ({"Regex": " {2,}"},)
 # Up to 0.22, added tokens are normalised when they are added, whatever normalizer comes later.
 _HIDES_HISTORY = tuple(map(int, tokenizers.__version__.split(".")[:2])) < (0, 23)
 # Added tokens beyond which a backend is kept for the next call: adding them takes milliseconds.
@@ -53,6 +45,8 @@ class TokenizedTexts:
     types: NDArray[np.int32] | None
     truncated: int
 
+
+_ids_of = attrgetter("ids")
 
 # Ids of some texts, their lengths, types or None, and how many texts were cut.
 TokenizedChunk = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32] | None, int]
@@ -174,14 +168,10 @@ class TextTokenizer:
             texts: texts that :func:`check_texts` accepts.
         """
         parts = [self._chunk(texts[i : i + _CHUNK]) for i in range(0, len(texts), _CHUNK)]
-        lengths = np.concatenate([part[1] for part in parts] or [np.zeros(0, dtype=np.int32)])
-        ids = np.concatenate([part[0] for part in parts] or [np.zeros(0, dtype=np.int32)])
-        types = None
-        if any(part[2] is not None for part in parts):
-            types = np.concatenate([np.zeros_like(p[0]) if p[2] is None else p[2] for p in parts])
+        ids, lengths, types, truncated = parts[0] if len(parts) == 1 else _joined(parts)
         offsets = np.zeros(lengths.shape[0] + 1, dtype=np.int64)
         np.cumsum(lengths, out=offsets[1:])
-        return TokenizedTexts(ids, lengths, offsets, types, sum(part[3] for part in parts))
+        return TokenizedTexts(ids, lengths, offsets, types, truncated)
 
     def prepend(self, prompt: str, texts: Sequence[Any]) -> list[Any]:
         """The texts with a prompt in front."""
@@ -199,7 +189,7 @@ class TextTokenizer:
         encodings = self._encode(texts)
         lengths = np.fromiter(map(len, encodings), dtype=np.int32, count=len(encodings))
         total = int(lengths.sum())
-        ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int32, total)
+        ids = np.fromiter(chain.from_iterable(map(_ids_of, encodings)), np.int32, total)
         types = None
         # A few tokenizers number the segments of a single text with something other than 0.
         if self.returns_types and any(encodings[int(lengths.argmax())].type_ids):
@@ -208,22 +198,21 @@ class TextTokenizer:
         return ids, lengths, types, sum(1 for i in full if encodings[i].overflowing)
 
     def _encode(self, texts: Sequence[str]) -> list[Any]:
-        assert self._backend is not None
-        limit = self.max_length * _CHARACTERS_PER_TOKEN
-        longest = max(map(len, texts), default=0)
-        if longest <= limit or not self._right or not _reads_nearby(self._backend):
-            return tokenize(self._backend.encode_batch_fast, texts)
-        encodings = tokenize(self._backend.encode_batch, [text[:limit] for text in texts])
-        for index, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
-            last = max((end for _, end in encoding.offsets), default=0)
-            # No word that was kept may go on behind the cut. With WordPiece none does: it makes one
-            # token of more than a hundred characters.
-            is_whole = last <= limit - _CUT_MARGIN and (
-                type(self._backend.model).__name__ in ("WordPiece", "WordLevel")
-                or any(map(str.isspace, text[last:limit]))
-            )
-            if len(text) > limit and not (len(encoding) == self.max_length and is_whole):
-                encodings[index] = tokenize(self._backend.encode_batch_fast, [text])[0]
+        # Another call may replace it meanwhile.
+        backend, limit = self._backend, self.max_length * _CHARACTERS_PER_TOKEN
+        encode, longest = backend.encode_batch_fast, max(map(len, texts), default=0)
+        if longest <= limit or not self._right or not reads_nearby(backend):
+            return tokenize(encode, texts)
+        parts = [beginning(backend, text, limit) for text in texts]
+        encodings = tokenize(encode, parts)
+        # A beginning that has no more tokens than are kept does not tell all of them.
+        whole = [
+            index
+            for index, (text, part) in enumerate(zip(texts, parts, strict=True))
+            if len(part) < len(text) and not encodings[index].overflowing
+        ]
+        for index in whole:
+            encodings[index] = tokenize(encode, [texts[index]])[0]
         return encodings
 
     def _slow_chunk(self, texts: Sequence[Any]) -> TokenizedChunk:
@@ -241,6 +230,15 @@ class TextTokenizer:
         return ids, lengths, types, cut
 
 
+def _joined(parts: list[TokenizedChunk]) -> TokenizedChunk:
+    ids = np.concatenate([part[0] for part in parts] or [np.zeros(0, dtype=np.int32)])
+    lengths = np.concatenate([part[1] for part in parts] or [np.zeros(0, dtype=np.int32)])
+    types = None
+    if any(part[2] is not None for part in parts):
+        types = np.concatenate([np.zeros_like(p[0]) if p[2] is None else p[2] for p in parts])
+    return ids, lengths, types, sum(part[3] for part in parts)
+
+
 def _found(backend: Any, contents: list[str]) -> set[tuple[Any, ...]]:  # noqa: ANN401
     """What a backend makes of each of some texts, whatever it cuts and pads: of each token the
     number of its text, its place there and its id."""
@@ -251,25 +249,6 @@ def _found(backend: Any, contents: list[str]) -> set[tuple[Any, ...]]:  # noqa: 
         for token in zip(part.attention_mask, part.word_ids, part.offsets, part.ids, strict=True)
         if token[0]
     }
-
-
-def _reads_nearby(backend: Any) -> bool:  # noqa: ANN401
-    """Whether each token of a text depends only on the characters around it."""
-    parts = [part for part in (backend.normalizer, backend.pre_tokenizer) if part is not None]
-    try:
-        states = [json.loads(part.__getstate__()) for part in parts]
-    except Exception:  # parts written in Python cannot be looked into
-        return False
-    return backend.pre_tokenizer is not None and all(map(_is_local, states))
-
-
-def _is_local(part: dict[str, Any]) -> bool:
-    inside = part.get("normalizers", part.get("pretokenizers"))
-    if inside is not None:
-        return all(map(_is_local, inside))
-    if part["type"] == "Replace":
-        return part["pattern"] in _LOCAL_PATTERNS
-    return part["type"] in _LOCAL and part.get("split", True) and part.get("use_regex", True)
 
 
 def tokenize(encode: Any, texts: Sequence[Any]) -> list[Any]:  # noqa: ANN401

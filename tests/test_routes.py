@@ -267,6 +267,14 @@ def test_routes_that_share_a_model_share_its_weights() -> None:
     assert len(engines) == 1 and encoder.stats.fallbacks == {}
 
 
+def test_a_warm_up_prepares_every_route() -> None:
+    encoder = FastEncoder(make_routed())
+    encoder.refresh()
+    encoder.warmup()
+    found = [found for each in encoder._session.assemblies.values() for found in each._engines()]
+    assert len(found) == 2 and all(engine.current() is not None for engine in found)
+
+
 def test_prompts_are_left_out_on_their_own_route() -> None:
     query, document = transformer("roberta"), transformer("bert")
     query[1].include_prompt = document[1].include_prompt = False

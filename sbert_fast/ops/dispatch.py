@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,13 +12,12 @@ import torch
 
 import sbert_fast.kernels as kernels
 from sbert_fast.errors import ImplementationError
-from sbert_fast.forking import Lock
 from sbert_fast.ops import choices, extension, limits, schemas
+from sbert_fast.stats import Tally
 
 logger = logging.getLogger("sbert_fast")
 
-_launches: Counter[tuple[str, str]] = Counter()
-_launches_lock = Lock()
+_launches: dict[tuple[str, str], Tally] = {}
 _REFERENCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 _CUDA_DTYPES = (torch.float16, torch.bfloat16)
@@ -42,8 +40,8 @@ class Kernel:
 
     def __call__(self, *args: Any) -> Any:  # noqa: ANN401
         if not torch.compiler.is_compiling():
-            with _launches_lock:
-                _launches[self.op, self.implementation] += 1
+            key = self.op, self.implementation
+            (_launches.get(key) or _launches.setdefault(key, Tally())).add()
         return self.overload(*args, **self.options)
 
 
@@ -286,11 +284,11 @@ def explain_ops() -> str:
 
 def launches() -> dict[tuple[str, str], int]:
     """How often each (op, implementation) ran in this process: the proof of which side ran."""
-    with _launches_lock:
-        return dict(_launches)
+    counts = {key: tally.value() for key, tally in list(_launches.items())}
+    return {key: count for key, count in counts.items() if count}
 
 
 def reset_launches() -> None:
     """Set every launch counter to zero."""
-    with _launches_lock:
-        _launches.clear()
+    for tally in list(_launches.values()):
+        tally.reset()

@@ -84,6 +84,10 @@ class FastCrossEncoder(PackedModel, CrossEncoder):
             own["keep_in_fp32_modules"] = kept
         return shared_arguments(source) | own
 
+    @staticmethod
+    def _input_of(words: int) -> Any:  # noqa: ANN401
+        return "word " * (words // 2), "word " * (words - words // 2)
+
     @torch.inference_mode()
     @cross_encoder_predict_rank_args_decorator
     def predict(  # type: ignore[override]

@@ -6,22 +6,27 @@ import copy
 import os
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
 
 from sbert_fast import ops
-from sbert_fast.arguments import check_device, check_positive, parse_dtype
+from sbert_fast.arguments import DEFAULT_BATCH_SIZE, check_device, check_positive, parse_dtype
 from sbert_fast.assembly import Unsupported
+from sbert_fast.call import Call
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import SbertFastError, UnsupportedModelError
 from sbert_fast.inference import Pipeline
-from sbert_fast.routes import route_of
+from sbert_fast.routes import route_of, routes
 from sbert_fast.sentence_transformers.stock import stock_class, stock_words, written_as_stock
 from sbert_fast.session import Session
-from sbert_fast.stats import EncoderStats
+from sbert_fast.stats import Counters, EncoderStats
 from sbert_fast.values import check_model
+
+# What a warm-up computes: inputs of so many words, each alone, since kernels for a GPU are compiled
+# for ranges of lengths; and so many of the shortest, since others run where there is much to do.
+_WARM_WORDS, _WARM_INPUTS = (8, 120, 300), {"cpu": 16, "cuda": 2048}
 
 
 def shared_arguments(source: Any) -> dict[str, Any]:  # noqa: ANN401
@@ -167,6 +172,43 @@ class PackedModel:
         """The engine behind `encode`; None if the model runs unaccelerated."""
         pipeline = self.packed_pipeline
         return None if pipeline is None else pipeline.engine
+
+    @torch.inference_mode()
+    def warmup(self) -> Self:
+        """Prepare weights, compile kernels and compute a few lengths, on every route of the model,
+        so that the first call takes no longer than those after it.
+
+        What it computes is not counted in :attr:`stats`. A model that sentence-transformers runs is
+        left as it is.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            InvalidWeightsError, NonFiniteEmbeddingError, ValueError, ImplementationError,
+                DeviceLostError: as a first call would.
+        """
+        call = Call(
+            prompt=None,
+            batch_size=DEFAULT_BATCH_SIZE,
+            show_progress_bar=False,
+            output_value="sentence_embedding",
+            normalize_embeddings=False,
+            truncate_dim=None,
+        )
+        alone = [[self._input_of(words)] for words in _WARM_WORDS]
+        for route in routes(self):  # type: ignore[arg-type]
+            found = self._session.ready(self, route, None)  # type: ignore[arg-type]
+            if isinstance(found, Pipeline):
+                many = alone[0] * _WARM_INPUTS[found.engine.device.type]
+                for part in (*alone, many):
+                    self._session.run(self, found, part, call, Counters())  # type: ignore[arg-type]
+        return self
+
+    @staticmethod
+    def _input_of(words: int) -> Any:  # noqa: ANN401
+        """An input of so many words."""
+        return "word " * words
 
     def refresh(self) -> None:
         """Forget what was derived from the model.

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sbert_fast import ops
-from sbert_fast.linears import PreparedLinear, PreparedNorm, prepare_linear
+from sbert_fast.linears import PreparedLinear, PreparedNorm, attached, prepare_linear
 from sbert_fast.models import base
 from sbert_fast.packing import PackedBatch
 from sbert_fast.target import Target
@@ -110,7 +110,7 @@ def prepare_attention(
     bias = None
     if relative is not None:
         rows = torch.tensor(relative.buckets, device=relative.table.device)
-        bias = relative.table.detach().float()[rows].T.contiguous()
+        bias = F.embedding(rows, attached(relative.table).float()).T.contiguous()
     return PreparedAttention(
         qkv=prepare_linear(attention.qkv, target),
         output=prepare_linear((attention.output,), target),

@@ -43,6 +43,18 @@ def global_reason() -> str | None:
     return None
 
 
+def gradient_reason(modules: Iterable[nn.Module]) -> str | None:
+    """Why a packed pass, which calls none of `modules`, cannot record gradients; None if it can."""
+    if torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks:
+        return "backward hooks are registered on all modules"
+    for module in modules:
+        if module._backward_hooks or module._backward_pre_hooks:
+            return f"{type(module).__name__} has backward hooks"
+        if module.training and getattr(module, "gradient_checkpointing", False):
+            return "gradient checkpointing is on"
+    return None
+
+
 def records_gradients(module: nn.Module) -> bool:
     """Whether a hook of gradient checkpointing makes the output of `module` record gradients."""
     return any(_GRADIENT_HOOK in _name(hook) for hook in module._forward_hooks.values())

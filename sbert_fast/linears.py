@@ -30,7 +30,10 @@ _NOT_ASKED = "not asked for"
 
 @dataclass(frozen=True, slots=True)
 class PreparedNorm:
-    """The parameters of a norm in fp32; the bias of one that has none is zeros."""
+    """The parameters of a norm in fp32; the bias of one that has none is zeros.
+
+    They keep their gradients where these are recorded when it is made.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -40,7 +43,7 @@ class PreparedNorm:
     @classmethod
     def of(cls, norm: Norm) -> PreparedNorm:
         bias = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
-        weight, bias = (part.detach().float().contiguous() for part in (norm.weight, bias))
+        weight, bias = (attached(part).float().contiguous() for part in (norm.weight, bias))
         weight = weight + norm.shift if norm.shift else weight
         return cls(aligned(weight), aligned(bias), norm.eps, norm.rms)
 
@@ -332,6 +335,11 @@ def _side_by_side(parts: tuple[Linear, ...]) -> Tensor | None:
     zeros = (part.weight.new_zeros(part.weight.shape[0]) for part in parts)
     pairs = zip(parts, zeros, strict=True)
     return torch.cat([zero if part.bias is None else part.bias.detach() for part, zero in pairs])
+
+
+def attached(values: Tensor) -> Tensor:
+    """`values`, detached unless gradients are recorded."""
+    return values if torch.is_grad_enabled() else values.detach()
 
 
 def aligned(values: Tensor) -> Tensor:

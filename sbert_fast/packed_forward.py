@@ -7,7 +7,8 @@ import inspect
 import logging
 import types
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -23,12 +24,13 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import ModelOutput
 
-from sbert_fast import bypass, forking, padded_call
+from sbert_fast import bypass, forking, padded_call, training
 from sbert_fast.admission import Admission
 from sbert_fast.engine import PackedEncoder, Prepared
 from sbert_fast.errors import InvalidWeightsError, UnsupportedModelError
 from sbert_fast.linears import aligned
 from sbert_fast.models.base import pool
+from sbert_fast.packing import PackedBatch
 from sbert_fast.padded_call import UseOriginalError as _UseOriginalError
 from sbert_fast.transfer import Transfers
 
@@ -129,7 +131,7 @@ class PackedForward(StandIn):
         try:
             admission = self._check_modes()
             arguments = self._arguments(args, kwargs)
-            prepared = self.engine.prepared(admission)
+            prepared = None if _records(admission) else self.engine.prepared(admission)
             call = self._read(arguments)
         except _UseOriginalError as error:
             self._count(str(error))
@@ -174,15 +176,11 @@ class PackedForward(StandIn):
         if (reason := self.obstacle()) is not None:
             raise _UseOriginalError(reason)
         admission = self.engine.admitted
-        if torch.is_grad_enabled():
-            # The model's own pooler runs as it is, gradients included.
-            if admission.records or any(t.requires_grad for t in admission.tensors):
-                self._warn_about_gradients()
-                raise _UseOriginalError("gradients are recorded")
+        if _records(admission) and (reason := training.refusal(self.engine)) is not None:
+            reason = f"gradients are recorded: {reason}"
+            _warn_about_gradients(type(self.engine.model).__name__, reason)
+            raise _UseOriginalError(reason)
         return admission
-
-    def _warn_about_gradients(self) -> None:
-        _warn_about_gradients(type(self.engine.model).__name__)
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments by name, those checked that the packed path must not ignore."""
@@ -197,18 +195,26 @@ class PackedForward(StandIn):
     def _read(self, arguments: dict[str, Any]) -> padded_call.Call:
         return padded_call.read(self.engine, arguments, self.padding)
 
-    def _run(self, call: padded_call.Call, prepared: Prepared) -> Any:  # noqa: ANN401
-        model: Any = self.engine.model
+    def _states(
+        self, call: padded_call.Call, batch: PackedBatch, prepared: Prepared | None
+    ) -> Iterator[Tensor]:
+        if prepared is None:
+            return training.states(self.engine, batch, call.embeddings)
         if call.embeddings is not None:
             table = aligned(call.embeddings.to(prepared.word.dtype).contiguous())
             prepared = replace(prepared, word=table, scale=None)
-        with torch.inference_mode():
-            transfers = Transfers(prepared.device)
+        return self.engine.states(batch, prepared)
+
+    def _run(self, call: padded_call.Call, prepared: Prepared | None) -> Any:  # noqa: ANN401
+        """Run a call; its gradients are recorded where there is nothing `prepared`."""
+        model, device = self.engine.model, self.engine.device
+        with nullcontext() if prepared is None else torch.inference_mode():
+            transfers = Transfers(device)
             with transfers.current_device():
                 batch, _ = transfers.stage(call.batch, np.zeros(0, dtype=np.int64))
-                source = torch.from_numpy(call.source).to(prepared.device)
+                source = torch.from_numpy(call.source).to(device)
                 states: list[Tensor | None] = []
-                for number, x in enumerate(self.engine.states(batch, prepared)):
+                for number, x in enumerate(self._states(call, batch, prepared)):
                     asked = call.states is not None and number in call.states
                     states.append(self._padded(x, call, source) if asked else None)
                 hidden = self._padded(x, call, source) if states[-1] is None else states[-1]
@@ -239,11 +245,19 @@ class PackedForward(StandIn):
         return hidden
 
 
+def _records(admission: Admission) -> bool:
+    """Whether a call records gradients; the model's own pooler, which runs as it is, aside."""
+    return torch.is_grad_enabled() and (
+        admission.records or any(t.requires_grad for t in admission.tensors)
+    )
+
+
 @functools.cache
-def _warn_about_gradients(name: str) -> None:
-    """Once a process and class: programs make many copies of a model."""
+def _warn_about_gradients(name: str, reason: str) -> None:
+    """Once a process, class and reason: programs make many copies of a model."""
     logger.warning(
-        "%s runs its original forward, because gradients are recorded: call it under "
-        "torch.inference_mode() to run it packed",
+        "%s runs its original forward, because %s: call it under torch.inference_mode() to run it "
+        "packed",
         name,
+        reason,
     )

@@ -78,10 +78,11 @@ def accelerate(
 
     `state_dict`, parameters and saving are untouched, changed weights are followed, and copies
     serve their own. What the packed path does not do (attention weights, the cache of a decoder
-    whose `config.use_cache` is not False, masks that are not `[B, S]`, training, hooks inside the
-    model; masks that drop the first token, where a pooler or a module around the model might read
-    its state) goes to the original forward; :func:`counts` tells how often, and why. So does what
-    is traced or compiled, uncounted.
+    whose `config.use_cache` is not False, masks that are not `[B, S]`, dropout in training,
+    families whose ops lack gradients where these are recorded, hooks inside the model; masks that
+    drop the first token, where a pooler or a module around the model might read its state) goes to
+    the original forward; :func:`counts` tells how often, and why. So does what is traced or
+    compiled, uncounted.
 
     Call it again after a write through `.data` or numpy to less than a row of a matrix: weights are
     then read anew. A forward checks weights, when it reads them, and not its results: where weights

@@ -67,6 +67,12 @@ def arguments(
         norm = arguments("add_norm", dtype, lengths, heads, dim, seed)
         pooled = arguments(op.replace("norm", "segment"), dtype, lengths, heads, dim, seed)
         return (*norm, *pooled[1:])
+    if op == "varlen_attention_backward":
+        qkv, *rest = arguments("varlen_attention", dtype, lengths, heads, dim, seed)[:4]
+        return (randn(tokens, heads, dim), qkv, *rest, randn(heads, 7, to=fp32), -1)
+    if op == "add_norm_backward":
+        x, linear_bias, residual, weight, _, eps = arguments("add_norm", dtype, lengths, heads, dim)
+        return (randn(tokens, width), x, linear_bias, residual, weight, eps)
     raise ValueError(f"op must name an op, got {op!r}")
 
 

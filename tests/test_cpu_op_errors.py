@@ -189,7 +189,9 @@ def test_rotary_needs_an_even_head_dim() -> None:
         OPS.varlen_attention.cpu(*args)
 
 
-@pytest.mark.parametrize("op", schemas.SCHEMAS)
+@pytest.mark.parametrize(
+    "op", [op for op in schemas.SCHEMAS if "cpu" in schemas.implementations(op)]
+)
 def test_arguments_that_are_not_changed_are_accepted(op: str) -> None:
     getattr(OPS, op).cpu(*arguments(op, torch.float32, RAGGED))
 

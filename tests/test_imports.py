@@ -26,7 +26,7 @@ LAYERS = (
     {"layers", "attention", "fingerprint", "rotary"},
     {"preparation"},
     {"admission", "cutting"},
-    {"tokenization", "engine", "transfer", "budget"},
+    {"tokenization", "engine", "training", "transfer", "budget"},
     {"heads", "pooling", "classification", "pairs", "static", "generation"},
     {"routes"},
     {"inference", "callers", "padded_call", "packed_forward", "sparse_forward", "arguments"},

@@ -49,13 +49,13 @@ struct OperandOf<bf16> {
 };
 #endif
 
-// acc[r][:] += sum over steps s of a[r * a_row + s * a_step] * b[s * kLanes + :].
+// acc[r][:] += sum over steps s of a[r * a_row + s * a_step] * b[s * b_step + :].
 template <class Operand, int ROWS, int VECS>
 SBF_INLINE void accumulate(const float* a, int64_t a_row, int64_t a_step, const float* b,
-                           int64_t steps, VecF (&acc)[ROWS][VECS]) {
+                           int64_t steps, VecF (&acc)[ROWS][VECS], int64_t b_step = kLanes) {
   for (int64_t s = 0; s < steps; ++s) {
     VecF lanes[VECS];
-    SBF_UNROLL for (int v = 0; v < VECS; ++v) lanes[v] = VecF::load(b + s * kLanes + v * VecF::N);
+    SBF_UNROLL for (int v = 0; v < VECS; ++v) lanes[v] = VecF::load(b + s * b_step + v * VecF::N);
     SBF_UNROLL for (int r = 0; r < ROWS; ++r) {
       const VecF x = VecF::set1(a[r * a_row + s * a_step]);
       SBF_UNROLL for (int v = 0; v < VECS; ++v) {

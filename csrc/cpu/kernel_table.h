@@ -2,11 +2,13 @@
 // the build compiles with the flags of that instruction set.
 #pragma once
 
+#include "attention_backward_kernel.h"
 #include "attention_kernel.h"
 #include "gated_kernel.h"
 #include "gelu_kernel.h"
 #include "linear_kernel.h"
 #include "linear_norm_kernel.h"
+#include "norm_backward_kernel.h"
 #include "norm_kernels.h"
 #include "pool_kernel.h"
 #include "quantize_kernel.h"
@@ -46,6 +48,9 @@ constexpr RangeKernel<AttentionParams> kAttentionBf16 = varlen_attention<bf16>;
 constexpr KernelTable kTable{
     .isa = SBF_NAME(SBF_ISA),
     .varlen_attention = {varlen_attention<float>, kAttentionBf16},
+    .attention_backward = {attention_backward<float>, attention_backward<bf16>},
+    .attention_backward_scratch = HeadGradient<float>::scratch_size,
+    .add_norm_backward = {add_norm_backward<float>, add_norm_backward<bf16>},
     .embed_norm = {{embed_norm<float, float>, embed_norm<float, bf16>},
                    {nullptr, embed_norm<bf16, bf16>}},
     .add_norm = {{add_norm<float, float>, add_norm<float, bf16>}, {nullptr, add_norm<bf16, bf16>}},

@@ -35,6 +35,14 @@ struct AttentionParams {
   int64_t P, reach;
 };
 
+struct AttentionBackwardParams {
+  AttentionParams forward;  // out is null, and so is all that the gradient does not cover
+  const void* grad;         // [T, H, D]
+  void* d_qkv;              // [T, 3, H, D]
+  double* d_bias;           // [B, H, 2R + 1], zeros, or null: added to, by sequence
+  float* scratch;           // attention_backward_scratch(longest sequence, D), of this thread
+};
+
 struct EmbedNormParams {
   const int32_t* ids;          // [T]
   const int32_t* positions;    // [T], or null
@@ -61,6 +69,22 @@ struct AddNormParams {
   float eps;
   bool rms = false;     // RMSNorm
   void* sum = nullptr;  // [T, E], or null: of x, bias and residual
+};
+
+/// Rows whose contributions to the gradients of parameters are summed together.
+inline constexpr int64_t kNormChunk = 64;
+
+struct AddNormBackwardParams {
+  const void* grad;      // [T, E]
+  const void* x;         // [T, E]
+  const float* bias;     // [E], or null
+  const void* residual;  // [T, E], or null
+  const float* weight;   // [E]
+  void* d_x;             // [T, E]
+  float* sums;           // [chunks, 3, E]: for weight, ln_bias and bias
+  int64_t T, E;
+  float eps;
+  bool rms;  // RMSNorm
 };
 
 struct BiasGeluParams {
@@ -159,17 +183,20 @@ struct LinearItems {
 /// The kernels of one instruction set, indexed by the dtype of the activations.
 struct KernelTable {
   const char* isa;
-  RangeKernel<AttentionParams> varlen_attention[kNumDtypes];        // items: sequence * H + head
-  RangeKernel<EmbedNormParams> embed_norm[kNumDtypes][kNumDtypes];  // rows; [tables][out]
-  RangeKernel<AddNormParams> add_norm[kNumDtypes][kNumDtypes];      // rows; [x][residual and out]
-  RangeKernel<BiasGeluParams> bias_gelu[kNumDtypes];                // rows
-  RangeKernel<GatedParams> gated_activation[kNumDtypes];            // rows
-  RangeKernel<LinearParams> linear[kNumDtypes][kNumDtypes];         // items; [x and weights][out]
-  RangeKernel<LinearNormParams> linear_norm[kNumDtypes];            // items
-  RangeKernel<QuantizeParams> quantize_rows[kNumDtypes];            // rows
-  RangeKernel<LinearParams> linear_int8[kNumDtypes];                // items; [out]
-  RangeKernel<LinearNormParams> linear_norm_int8[kNumDtypes];       // items; [residual and out]
-  RangeKernel<SegmentPoolParams> segment_pool[kNumDtypes];          // segments
+  RangeKernel<AttentionParams> varlen_attention[kNumDtypes];  // items: sequence * H + head
+  RangeKernel<AttentionBackwardParams> attention_backward[kNumDtypes];  // items, as above
+  int64_t (*attention_backward_scratch)(int64_t length, int64_t D);     // elements
+  RangeKernel<AddNormBackwardParams> add_norm_backward[kNumDtypes];     // chunks of kNormChunk rows
+  RangeKernel<EmbedNormParams> embed_norm[kNumDtypes][kNumDtypes];      // rows; [tables][out]
+  RangeKernel<AddNormParams> add_norm[kNumDtypes][kNumDtypes];  // rows; [x][residual and out]
+  RangeKernel<BiasGeluParams> bias_gelu[kNumDtypes];            // rows
+  RangeKernel<GatedParams> gated_activation[kNumDtypes];        // rows
+  RangeKernel<LinearParams> linear[kNumDtypes][kNumDtypes];     // items; [x and weights][out]
+  RangeKernel<LinearNormParams> linear_norm[kNumDtypes];        // items
+  RangeKernel<QuantizeParams> quantize_rows[kNumDtypes];        // rows
+  RangeKernel<LinearParams> linear_int8[kNumDtypes];            // items; [out]
+  RangeKernel<LinearNormParams> linear_norm_int8[kNumDtypes];   // items; [residual and out]
+  RangeKernel<SegmentPoolParams> segment_pool[kNumDtypes];      // segments
   LinearItems linear_items[kNumDtypes];
 };
 

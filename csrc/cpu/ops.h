@@ -9,6 +9,8 @@
 
 namespace sbert_fast::cpu {
 
+inline constexpr int64_t kMinHeadDim = 8, kMaxHeadDim = 256;
+
 Tensor varlen_attention(const Tensor& qkv,                 // [T, 3, H, D], or, where there
                                                            // are kv_heads, [T, H + 2 * kv_heads, D]
                         const Tensor& cu_seqlens,          // [B + 1] int32
@@ -84,6 +86,21 @@ void segment_pool_out(const Tensor& x,           // [T, E], unit inner stride
                       const std::optional<Tensor>& spans,      // [P, 2] int32
                       const Tensor& out,                       // [N, E] fp32, unit inner stride
                       const std::optional<Tensor>& out_rows);  // [B] or [P] int32
+
+// The gradients of qkv [T, 3, H, D] and of bias [H, 2R + 1] fp32, [0] where there is none.
+std::tuple<Tensor, Tensor> varlen_attention_backward(const Tensor& grad,  // [T, H, D]
+                                                     const Tensor& qkv, const Tensor& cu_seqlens,
+                                                     int64_t max_seqlen, double scale,
+                                                     const std::optional<Tensor>& bias,
+                                                     int64_t window,
+                                                     bool causal);  // as varlen_attention
+
+// The gradients of x [T, E], and of weight, ln_bias and bias [3, E] fp32.
+std::tuple<Tensor, Tensor> add_norm_backward(const Tensor& grad,  // [T, E]
+                                             const Tensor& x,     // as add_norm
+                                             const std::optional<Tensor>& bias,
+                                             const std::optional<Tensor>& residual,
+                                             const Tensor& weight, double eps, bool rms);
 
 /// 64 bits over the geometry of `tensors` and the content of the first `read`, those elsewhere than
 /// on the CPU left out.

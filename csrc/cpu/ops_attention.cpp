@@ -11,8 +11,6 @@ namespace sbert_fast::cpu {
 namespace {
 
 constexpr const char* op = "varlen_attention";
-constexpr int64_t kMinHeadDim = 8;
-constexpr int64_t kMaxHeadDim = 256;
 
 void check_optional_inputs(int64_t T, int64_t H, int64_t D, const std::optional<Tensor>& bias,
                            int64_t window, const std::optional<Tensor>& rotary_cos,

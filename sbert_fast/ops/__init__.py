@@ -26,6 +26,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sbert_fast.ops import contracts, extension, validation
+from sbert_fast.ops.autograd import refusal as gradient_refusal
 from sbert_fast.ops.dispatch import (
     Kernel,
     bind,
@@ -53,6 +54,7 @@ __all__ = [
     "explain_ops",
     "extension",
     "gated_activation",
+    "gradient_refusal",
     "launches",
     "norm_pool",
     "refusal",

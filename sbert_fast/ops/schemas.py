@@ -1,4 +1,4 @@
-"""Schemas, fakes, reference kernels and the autograd refusal of every op.
+"""Schemas, fakes, reference kernels and gradients of every op.
 
 Each op has one overload per implementation, with the same arguments except for those that an
 implementation lacks. They are defined here, in Python, before any compiled library is loaded, so
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import sbert_fast.kernels as kernels
-from sbert_fast.ops import reference, torch_attention
+from sbert_fast.ops import autograd, gradients, reference, torch_attention
 
 NAMESPACE = "sbert_fast"
 IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda", "torch")
@@ -48,10 +49,16 @@ SCHEMAS = {
     "norm_pool_out": "(Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor ln_bias,"
     " float eps, Tensor cu_seqlens, int pooling, bool normalize, int skip, Tensor? spans,"
     " Tensor(a!) out, Tensor? out_rows, bool rms=False) -> ()",
+    "varlen_attention_backward": "(Tensor grad, Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen,"
+    " float scale, Tensor? bias, int window, bool causal=False) -> (Tensor, Tensor)",
+    "add_norm_backward": "(Tensor grad, Tensor x, Tensor? bias, Tensor? residual, Tensor weight,"
+    " float eps, bool rms=False) -> (Tensor, Tensor)",
 }
 
-# Other devices have GEMMs of their own.
-CPU_ONLY = frozenset({"linear", "linear_norm"})
+# What gradients are computed with.
+GRADIENTS = frozenset({"varlen_attention_backward", "add_norm_backward"})
+# Other devices have GEMMs of their own, and no kernels for gradients yet.
+CPU_ONLY = frozenset({"linear", "linear_norm"}) | GRADIENTS
 # Ops for which there is no kernel in CUDA C++ yet.
 WITHOUT_CUDA_KERNEL = frozenset({"add_norm_sum", "gated_activation"})
 
@@ -114,8 +121,7 @@ def _fake_segment_pool(
     x: Tensor, cu_seqlens: Tensor, pooling: int, normalize: bool, skip: int, spans: Tensor | None
 ) -> Tensor:
     rows = cu_seqlens.shape[0] - 1 if spans is None else spans.shape[0]
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty((rows, x.shape[1]), dtype=dtype)
+    return x.new_empty((rows, x.shape[1]), dtype=reference._accumulator(x.dtype))
 
 
 def _fake_norm_pool(x: Tensor, *args: Any) -> Tensor:
@@ -124,6 +130,17 @@ def _fake_norm_pool(x: Tensor, *args: Any) -> Tensor:
 
 def _fake_nothing(*_: Any) -> None:
     return None
+
+
+def _fake_attention_backward(grad: Tensor, qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    bias = args[3]
+    shape = (0,) if bias is None else bias.shape
+    return qkv.new_empty(qkv.shape), qkv.new_empty(shape, dtype=reference._accumulator(qkv.dtype))
+
+
+def _fake_norm_backward(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    sums = x.new_empty((3, x.shape[1]), dtype=reference._accumulator(x.dtype))
+    return x.new_empty(x.shape), sums
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
@@ -139,17 +156,9 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "segment_pool_out": _fake_nothing,
     "norm_pool": _fake_norm_pool,
     "norm_pool_out": _fake_nothing,
+    "varlen_attention_backward": _fake_attention_backward,
+    "add_norm_backward": _fake_norm_backward,
 }
-
-
-def _refuse_backward(name: str) -> Callable[..., NoReturn]:
-    def backward(ctx: Any, *grads: Any) -> NoReturn:  # noqa: ANN401
-        raise NotImplementedError(
-            f"sbert_fast.{name} has no backward yet: run it under torch.inference_mode(), or train "
-            "with the original model (sbert_fast.restore(model))"
-        )
-
-    return backward
 
 
 def _torch_varlen_attention(*args: Any) -> Tensor:
@@ -208,6 +217,12 @@ def _in_order_of_definition(op: str) -> list[str]:
     return [first, *sorted(others, key=lambda each: schema_of(op, each) == SCHEMAS[op])]
 
 
+def _gradient_overload(implementation: str, op: str) -> Any:  # noqa: ANN401
+    """The overload of `op` that gradients of an implementation are computed with."""
+    name = implementation if implementation in implementations(op) else "reference"
+    return getattr(getattr(torch.ops.sbert_fast, op), name)
+
+
 def _register() -> None:
     for op in SCHEMAS:
         for implementation in _in_order_of_definition(op):
@@ -216,11 +231,13 @@ def _register() -> None:
             _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(f"{NAMESPACE}::{name}", _FAKES[op], lib=_library)
             if not op.endswith("_out"):
+                formula = autograd.formula(op, partial(_gradient_overload, implementation))
                 torch.library.register_autograd(
-                    f"{NAMESPACE}::{name}", _refuse_backward(op), lib=_library
+                    f"{NAMESPACE}::{name}", formula, setup_context=autograd.save, lib=_library
                 )
         for key in ("CPU", "CUDA"):
-            _library.impl(f"{op}.reference", getattr(reference, op), key)
+            module = gradients if op in GRADIENTS else reference
+            _library.impl(f"{op}.reference", getattr(module, op), key)
         if "torch" in implementations(op):
             _library.impl(f"{op}.torch", _TORCH.get(op, getattr(reference, op)), "CUDA")
         if op in _CPU:

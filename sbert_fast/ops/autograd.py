@@ -1,0 +1,185 @@
+"""Gradients of the ops: the formulas that autograd runs, of every implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sbert_fast.ops.reference import NORMALIZE_EPS, POOLING_MODES, _accumulator
+
+# Options that the gradient of attention does not have, with their places in the schema.
+_UNCOVERED = {
+    "rotary": 6,
+    "kv_heads": 10,
+    "query_norm": 11,
+    "position_keys": 14,
+    "position_queries": 15,
+}
+
+
+def refusal(op: str, how: Mapping[str, Any]) -> str | None:
+    """Why an op, asked of as :func:`sbert_fast.ops.bind` takes it, has no gradients; None where it
+    has."""
+    if op not in _FORMULAS:
+        return f"{op} has no backward yet"
+    given = {name for name, value in how.get("options", {}).items() if value}
+    uncovered = (given | set(how.get("needs", ()))) & _UNCOVERED.keys()
+    return f"{op} has no backward with {min(uncovered)} yet" if uncovered else None
+
+
+def save(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:  # noqa: ANN401
+    """Keep the arguments of an op for its formula."""
+    ctx.save_for_backward(*(a if isinstance(a, Tensor) else None for a in inputs))
+    ctx.arguments = [None if isinstance(a, Tensor) else a for a in inputs]
+
+
+def _saved(ctx: Any) -> list[Any]:  # noqa: ANN401
+    pairs = zip(ctx.arguments, ctx.saved_tensors, strict=True)
+    return [argument if tensor is None else tensor for argument, tensor in pairs]
+
+
+def refuse(op: str, what: str = "") -> NoReturn:
+    raise NotImplementedError(
+        f"sbert_fast.{op} has no backward{what} yet: run it under torch.inference_mode(), or train "
+        "with the original model (sbert_fast.restore(model))"
+    )
+
+
+Overload = Callable[[str], Any]  # of an op, in the implementation that computes its gradient
+
+
+def _varlen_attention(overload: Overload, ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
+    arguments = _saved(ctx)
+    for name, place in _UNCOVERED.items():
+        if isinstance(arguments[place], Tensor) or arguments[place]:
+            refuse("varlen_attention", f" with {name}")
+    *which, bias, window = arguments[:6]
+    backward = overload("varlen_attention_backward")
+    d_qkv, d_bias = backward(grad.contiguous(), *which, bias, window, arguments[9])
+    return d_qkv, None, None, None, None if bias is None else d_bias, *[None] * 12
+
+
+def _add_norm(overload: Overload, ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
+    x, bias, residual, weight, _, eps, rms = _saved(ctx)
+    backward = overload("add_norm_backward")
+    d_x, sums = backward(grad.contiguous(), x, bias, residual, weight, eps, rms)
+    d_bias = None if bias is None else sums[2]
+    return d_x, d_bias, None if residual is None else d_x, sums[0], sums[1], None, None
+
+
+def _embed_norm(overload: Overload, ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
+    ids, positions, types, word, position_table, type_table, weight, *rest = _saved(ctx)
+    _, eps, _, rms = rest
+    places = (ids, word), (positions, position_table), (types, type_table)
+    total, d_norm = grad.to(_accumulator(word.dtype)).contiguous(), (None, None)
+    if weight is not None:
+        embedded = torch.zeros_like(total)
+        for rows, table in places:
+            if table is not None:
+                embedded += table[0] if rows is None else F.embedding(rows, table)
+        backward = overload("add_norm_backward")
+        total, sums = backward(total, embedded, None, None, weight, eps, rms)
+        d_norm = sums[0], sums[1]
+    d_tables = [
+        _of_table(total, rows, table) if wanted else None
+        for (rows, table), wanted in zip(places, ctx.needs_input_grad[3:6], strict=True)
+    ]
+    return None, None, None, *d_tables, *d_norm, None, None, None
+
+
+def _of_table(total: Tensor, rows: Tensor | None, table: Tensor) -> Tensor:
+    """The gradient of a table whose rows were added: each sums its tokens in their order."""
+    if rows is None:
+        d_table = total.new_zeros(table.shape)
+        d_table[0] = total.sum(0)
+    else:
+        d_table = torch.ops.aten.embedding_dense_backward(total, rows, table.shape[0], -1, False)
+    return d_table.to(table.dtype)
+
+
+def _bias_gelu(overload: Overload, ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
+    x, bias, tanh = _saved(ctx)
+    total = x.to(_accumulator(x.dtype))
+    total = total if bias is None else total + bias
+    approximate = "tanh" if tanh else "none"
+    d_x = torch.ops.aten.gelu_backward(grad.to(total.dtype), total, approximate=approximate)
+    return d_x.to(x.dtype), None if bias is None else d_x.sum(0), None
+
+
+def _segment_pool(overload: Overload, ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
+    x, cu_seqlens, pooling, normalize, skip, spans = _saved(ctx)
+    if spans is not None:
+        refuse("segment_pool", " with spans")
+    if cu_seqlens.shape[0] == 1:
+        return torch.zeros_like(x), None, None, None, None, None
+    mode = POOLING_MODES[pooling]
+    if normalize or mode == "max":
+        pooled = overload("segment_pool")(x, cu_seqlens, pooling, False, skip, None)
+    if normalize:
+        norm = pooled.norm(dim=1, keepdim=True)
+        unit = pooled / norm
+        along = grad - unit * (grad * unit).sum(1, keepdim=True)
+        grad = torch.where(norm > NORMALIZE_EPS, along / norm, grad / NORMALIZE_EPS)
+    ends, token = cu_seqlens[1:].long(), torch.arange(x.shape[0], device=x.device)
+    row = torch.searchsorted(ends, token, right=True)
+    inside = row < ends.shape[0]
+    row = torch.where(inside, row, 0)
+    length = cu_seqlens.long().diff()[row]
+    position = token - cu_seqlens.long()[row]
+    share = _share(mode, position, length, skip, grad.dtype).masked_fill(~inside, 0)[:, None]
+    taken = share != 0
+    if mode == "max":
+        taken = taken & (x == pooled[row])
+        place = torch.where(taken, token[:, None], x.shape[0])
+        first = place.new_full(pooled.shape, x.shape[0])
+        first = first.scatter_reduce(0, row[:, None].expand_as(place), place, "amin")
+        taken = place == first[row]
+    d_x = torch.where(taken, grad[row] * share, 0)
+    return d_x.to(x.dtype), None, None, None, None, None
+
+
+def _share(mode: str, position: Tensor, length: Tensor, skip: int, dtype: torch.dtype) -> Tensor:
+    """The factor with which the token at each `position` enters the vector of its sequence; for
+    the maximum, 1 for those that it is taken of."""
+    if mode == "cls":
+        return (position == torch.where(length > skip, skip, 0)).to(dtype)
+    kept = (position >= skip).to(dtype)
+    if mode == "last_token":
+        return kept * (position == length - 1)
+    if mode == "weighted_mean":
+        weights = (length * (length + 1) - skip * (skip + 1)).clamp(min=1)
+        return kept * (position + 1) * 2 / weights
+    count = (length - skip).clamp(min=1).to(dtype)
+    if mode == "mean_sqrt_len":
+        count = count.sqrt()
+    return kept if mode == "max" else kept / count
+
+
+_FORMULAS: dict[str, Callable[..., tuple[Any, ...]]] = {
+    "varlen_attention": _varlen_attention,
+    "embed_norm": _embed_norm,
+    "add_norm": _add_norm,
+    "bias_gelu": _bias_gelu,
+    "segment_pool": _segment_pool,
+}
+
+
+def formula(op: str, overload: Overload) -> Callable[..., Any]:
+    """What autograd calls for the gradients of `op`; a refusal where there is no formula."""
+    if op not in _FORMULAS:
+
+        def refused(ctx: Any, *grads: Any) -> NoReturn:  # noqa: ANN401
+            refuse(op)
+
+        return refused
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
+        gradients = _FORMULAS[op](overload, ctx, grad)
+        kept = zip(gradients, ctx.saved_tensors, strict=True)
+        return tuple(g if g is None else g.to(x.dtype) for g, x in kept)
+
+    return backward

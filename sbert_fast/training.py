@@ -1,0 +1,89 @@
+"""Packed passes whose gradients are recorded: the model's own linear layers and tables, live."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from sbert_fast import bypass, ops
+from sbert_fast.engine import PackedEncoder
+from sbert_fast.linears import PreparedNorm
+from sbert_fast.models.base import Embeddings, EncoderWeights, is_in_pooler
+from sbert_fast.packing import PackedBatch
+from sbert_fast.preparation import prepare_projection, prepare_stack, required_ops
+from sbert_fast.target import Target
+
+_IMPLEMENTATIONS = ("cpu", "reference")
+
+
+def refusal(engine: PackedEncoder) -> str | None:
+    """Why a pass of `engine` whose gradients are recorded does not run packed; None where it does.
+
+    The model is admitted: what every packed pass refuses has been looked at.
+    """
+    weights, model = engine.admitted.weights, engine.model
+    if engine.device.type != "cpu" or engine.implementation not in _IMPLEMENTATIONS:
+        return f"not by {engine.implementation} on {engine.device.type}"
+    dtype = next(model.parameters()).dtype
+    if engine.compute_dtype != dtype or engine.requested_dtype == torch.int8:
+        return f"not in another dtype than that of the weights, {dtype}"
+    for op, how in required_ops(weights):
+        if (reason := ops.gradient_refusal(op, how)) is not None:
+            return reason
+    if any(part.module is None for part in weights.linears()):
+        return "a linear layer is no module"
+    if not _tables(model, weights.embeddings) or weights.embeddings.masked:
+        return "the embeddings are not the sum of modules"
+    modules = (m for name, m in model.named_modules() if name and not is_in_pooler(name))
+    if (reason := bypass.gradient_reason(modules)) is not None:
+        return reason
+    return "a hook makes embeddings record them" if engine.admitted.records else None
+
+
+def _tables(model: nn.Module, embeddings: Embeddings) -> list[nn.Module]:
+    """The modules of word, position and type embeddings, those there are; none where one lacks."""
+    if embeddings.norm is None or embeddings.norm.rms or embeddings.scale is not None:
+        return []
+    found = {id(m.weight): m for m in model.modules() if type(m) is nn.Embedding}
+    tables = embeddings.word, embeddings.position, embeddings.token_type
+    modules = [found.get(id(table)) for table in tables if table is not None]
+    return [] if None in modules else [m for m in modules if m is not None]
+
+
+def states(engine: PackedEncoder, batch: PackedBatch, given: Tensor | None) -> Iterator[Tensor]:
+    """The states `[T, E]` before and after every layer, as :meth:`PackedEncoder.states` has them.
+
+    Args:
+        engine: one that is not refused.
+        batch: on the device of its model.
+        given: embeddings `[rows, E]` that stand for those of words, by the ids of `batch`; or None.
+    """
+    weights = engine.admitted.weights
+    target = Target(engine.compute_dtype, engine.device, engine.impl, live=True)
+    x = _embed(engine, weights, batch, given, target)
+    yield from prepare_stack(weights, target).states(x, batch)
+
+
+def _embed(
+    engine: PackedEncoder,
+    weights: EncoderWeights,
+    batch: PackedBatch,
+    given: Tensor | None,
+    target: Target,
+) -> Tensor:
+    embeddings, types = weights.embeddings, batch.token_type_ids
+    tables = iter(_tables(engine.model, embeddings))
+    word = next(tables)
+    x = word(batch.input_ids) if given is None else given[batch.input_ids]
+    if embeddings.position is not None:
+        x = x + next(tables)(batch.position_ids)
+    if embeddings.token_type is not None:
+        x = x + next(tables)(torch.zeros_like(batch.input_ids) if types is None else types)
+    assert embeddings.norm is not None
+    norm = PreparedNorm.of(embeddings.norm)
+    kernel = target.bind("add_norm", width=x.shape[1])
+    x = kernel(x, None, None, norm.weight, norm.bias, norm.eps)
+    projection = prepare_projection(embeddings, target)
+    return x if projection is None else projection(x)

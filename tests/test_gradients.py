@@ -1,0 +1,268 @@
+"""Gradients of the ops: against finite differences, by the 2x rule, and what reaches which."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from op_cases import add_norm_args, arguments, embed_args
+from sbert_fast import ops
+from sbert_fast.ops import reference
+from sbert_fast.testing import PEERS, assert_close_to_oracle, pack_lengths, to_fp64
+
+OPS = ("varlen_attention", "embed_norm", "add_norm", "bias_gelu", "segment_pool")
+# By the places of arguments: what is changed in those of `op_cases.arguments`.
+CASES: list[tuple[str, dict[int, Any]]] = [
+    ("varlen_attention", {}),
+    ("varlen_attention", {3: -0.3}),
+    ("varlen_attention", {4: 2}),
+    ("varlen_attention", {4: 90}),
+    ("varlen_attention", {4: 0, 5: 3}),
+    ("varlen_attention", {9: True}),
+    ("varlen_attention", {4: 4, 5: 9, 9: True}),
+    ("embed_norm", {}),
+    ("embed_norm", {2: None}),
+    ("embed_norm", {1: None, 4: None}),
+    ("embed_norm", {2: None, 5: None, 6: None, 7: None}),
+    ("embed_norm", {10: True}),
+    ("add_norm", {}),
+    ("add_norm", {1: None}),
+    ("add_norm", {2: None, 6: True}),
+    ("bias_gelu", {}),
+    ("bias_gelu", {1: None, 2: True}),
+    *(
+        ("segment_pool", {2: mode, 3: normalize, 4: skip})
+        for mode, normalize, skip in itertools.product(range(6), (False, True), (0, 2))
+    ),
+]
+every_case = pytest.mark.parametrize(("op", "changes"), CASES, ids=str)
+every_impl = pytest.mark.parametrize("impl", ["reference", "cpu"])
+
+
+def case(op: str, changes: dict[int, Any], dtype: torch.dtype, **sizes: Any) -> list[Any]:
+    """The arguments of `op` with `changes`; a number in the place of a bias is its reach."""
+    args = [*arguments(op, dtype, **sizes)]
+    args += [False] * (max(changes, default=0) + 1 - len(args))
+    for place, value in changes.items():
+        args[place] = value
+    if op == "varlen_attention" and args[4] is not None:
+        g = torch.Generator().manual_seed(1)
+        args[4] = torch.randn(args[0].shape[2], 2 * args[4] + 1, generator=g)
+    return args
+
+
+def floats(args: list[Any]) -> list[int]:
+    return [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
+
+
+def gradients(function: Any, args: list[Any], grad: Tensor) -> list[Tensor]:
+    """The gradients of all floating arguments."""
+    args, places = list(args), floats(args)
+    for place in places:
+        args[place] = args[place].clone().requires_grad_()
+    out = function(*args)
+    return list(torch.autograd.grad(out, [args[i] for i in places], grad.to(out.dtype)))
+
+
+def overload(op: str, impl: str) -> Any:
+    return getattr(getattr(torch.ops.sbert_fast, op), impl)
+
+
+def upstream(op: str, args: list[Any]) -> Tensor:
+    torch.manual_seed(3)
+    return torch.randn_like(getattr(reference, op)(*args).float())
+
+
+@every_case
+def test_finite_differences(op: str, changes: dict[int, Any]) -> None:
+    sizes: dict[str, Any] = {"lengths": (3, 0, 1, 4), "heads": 2, "dim": 8}
+    args = to_fp64(case(op, changes, torch.float32, **sizes))
+    if op == "embed_norm":
+        args[9] = torch.float64
+    places = floats(args)
+
+    def function(*inputs: Tensor) -> Tensor:
+        for place, value in zip(places, inputs, strict=True):
+            args[place] = value
+        out: Tensor = overload(op, "reference")(*args)
+        return out
+
+    inputs = tuple(args[place].requires_grad_() for place in places)
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+
+
+@every_impl
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_2x_rule(op: str, changes: dict[int, Any], impl: str, dtype: torch.dtype) -> None:
+    check(op, impl, case(op, changes, dtype), dtype)
+
+
+def check(op: str, impl: str, args: list[Any], dtype: torch.dtype) -> None:
+    """Compare all gradients with those of the reference in fp64 by the 2x rule."""
+    grad, wide = upstream(op, args).to(dtype), to_fp64(args)
+    if op == "embed_norm":
+        wide[9] = torch.float64
+    results = [
+        gradients(overload(op, impl), args, grad),
+        gradients(getattr(reference, op), wide, grad.double()),
+        gradients(PEERS[op], args, grad),
+    ]
+    for ours, expected, peer in zip(*results, strict=True):
+        assert_close_to_oracle(ours, expected, peer, dtype)
+
+
+@pytest.mark.usefixtures("isa", "poisoned_memory")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("op", "changes"), [each for each in CASES if each[0] in ("varlen_attention", "add_norm")]
+)
+def test_instruction_sets(op: str, changes: dict[int, Any], dtype: torch.dtype) -> None:
+    check(op, "cpu", case(op, changes, dtype), dtype)
+
+
+@pytest.mark.usefixtures("isa", "poisoned_memory")
+@pytest.mark.parametrize("dim", [8, 16, 33, 64, 100, 256])
+def test_head_dims(dim: int) -> None:
+    args = case("varlen_attention", {4: 40}, torch.float32, lengths=(1, 130, 0, 33), dim=dim)
+    check("varlen_attention", "cpu", args, torch.float32)
+
+
+@pytest.mark.usefixtures("isa", "poisoned_memory")
+@pytest.mark.parametrize("width", [1, 7, 16, 384, 5000])
+def test_widths(width: int) -> None:
+    args = add_norm_args(130, width, torch.float32)
+    check("add_norm", "cpu", args, torch.float32)
+
+
+def _replaced(op: str, place: int, value: Any) -> list[Any]:
+    args = [*arguments(op, torch.float32)]
+    args[place] = value
+    return args
+
+
+ATTENTION, NORM = "varlen_attention_backward", "add_norm_backward"
+BAD: list[tuple[str, int, Any, str]] = [
+    (ATTENTION, 0, torch.zeros(112, 2, 8), r"grad must be .* \[T, H, D\] = \[112, 2, 26\], got"),
+    (ATTENTION, 1, torch.zeros(112, 2, 26), r"qkv must be contiguous float32 \[T, 3, H, D\]"),
+    (ATTENTION, 1, torch.zeros(112, 3, 2, 4), "grad must be"),
+    (ATTENTION, 2, pack_lengths([113]), r"cu_seqlens must end at or before T = 112, got 113"),
+    (ATTENTION, 3, 63, "max_seqlen must be at least 64, the longest sequence, got 63"),
+    (ATTENTION, 5, torch.zeros(2, 6), r"bias must be \[H, 2R \+ 1\] with an odd number"),
+    (ATTENTION, 6, -2, "window must be at least -1, got -2"),
+    (NORM, 0, torch.zeros(112, 8), r"grad must be .* \[T, E\] = \[112, 52\], got"),
+    (NORM, 1, torch.zeros(112, 52, dtype=torch.float64), "x must be float32 or bfloat16"),
+    (NORM, 3, torch.zeros(3, 52), "residual must be"),
+    (NORM, 4, torch.zeros(8), "weight must be"),
+]
+
+
+@pytest.mark.parametrize(("op", "place", "value", "message"), BAD)
+def test_bad_arguments(op: str, place: int, value: Any, message: str) -> None:
+    with pytest.raises(RuntimeError, match=f"^{op}: {message}"):
+        overload(op, "cpu")(*_replaced(op, place, value))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_triton_has_gradients(op: str, triton_device: str) -> None:
+    if triton_device == "cuda":
+        pytest.skip("the cases are on a CPU")
+    check(op, "triton", case(op, {}, torch.float32), torch.float32)
+
+
+@every_impl
+@pytest.mark.parametrize("op", ["varlen_attention", "segment_pool"])
+def test_a_sequence_that_is_nan_changes_no_gradient_of_another(op: str, impl: str) -> None:
+    args = case(op, {}, torch.float32)
+    grad = upstream(op, args)
+    (alone,) = gradients(overload(op, impl), args, grad)
+    start, end = args[1][4], args[1][5]
+    poisoned = [args[0].clone(), *args[1:]]
+    poisoned[0][start:end] = float("nan")
+    poisoned[0][args[1][-1] :] = float("nan")
+    (beside,) = gradients(overload(op, impl), poisoned, grad)
+    others = torch.ones(len(alone), dtype=torch.bool)
+    others[start:end] = False
+    assert torch.equal(alone[others], beside[others])
+    assert not alone[args[1][-1] :].any()
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@every_impl
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("op", OPS)
+def test_bits_do_not_depend_on_threads(op: str, impl: str) -> None:
+    args = case(op, {4: 5} if op == "varlen_attention" else {}, torch.float32, lengths=(70, 300, 9))
+    grad, results = upstream(op, args), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(gradients(overload(op, impl), args, grad))
+    for few, some, more in zip(*results, strict=True):
+        assert torch.equal(few, some) and torch.equal(few, more)
+
+
+@every_impl
+@pytest.mark.parametrize("op", OPS)
+def test_gradients_are_traced(op: str, impl: str) -> None:
+    args = case(op, {}, torch.float32)
+    for place in floats(args):
+        args[place] = args[place].requires_grad_()
+    torch.library.opcheck(overload(op, impl), tuple(args), test_utils="test_aot_dispatch_dynamic")
+
+
+def test_a_table_sums_tokens_in_their_order() -> None:
+    args = embed_args(4000, 16, torch.float32, torch.float32)
+    args[6] = args[7] = None
+    grad = torch.randn(4000, 16)
+    word = gradients(overload("embed_norm", "reference"), args, grad)[0]
+    expected = torch.zeros(50, 16)
+    for row, part in zip(args[0].tolist(), grad, strict=True):
+        expected[row] += part
+    assert torch.equal(word, expected)
+
+
+def test_only_the_first_of_equal_tokens_is_the_maximum() -> None:
+    x = torch.zeros(5, 8, requires_grad=True)
+    ops.segment_pool(x, pack_lengths([3, 2]), mode="max", normalize=False).sum().backward()
+    assert x.grad is not None and x.grad[:, 0].tolist() == [1, 0, 0, 1, 0]
+
+
+QKV = torch.zeros(8, 3, 2, 16, requires_grad=True)
+CU = pack_lengths((3, 5))
+HALF = torch.zeros(8, 8)
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("rotary", {"rotary": (HALF, HALF)}),
+    ("query_norm", {"head_norm": (torch.ones(16), torch.ones(16), 1e-6)}),
+    ("position_keys", {"disentangled": (torch.ones(2, 1, 16), None, pack_lengths([]))}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS, ids=str)
+def test_options_without_a_gradient_are_refused(name: str, options: dict[str, Any]) -> None:
+    out = ops.varlen_attention(QKV, CU, 5, **options)
+    with pytest.raises(NotImplementedError, match=f"has no backward with {name} yet"):
+        out.sum().backward()
+
+
+def test_grouped_heads_are_refused() -> None:
+    out = ops.varlen_attention(QKV.flatten(1, 2), CU, 5, kv_heads=2)
+    with pytest.raises(NotImplementedError, match="has no backward with kv_heads yet"):
+        out.sum().backward()
+
+
+def test_spans_are_refused() -> None:
+    x = torch.zeros(8, 16, requires_grad=True)
+    out = ops.segment_pool(x, CU, spans=torch.tensor([[0, 3]], dtype=torch.int32))
+    with pytest.raises(NotImplementedError, match="has no backward with spans yet"):
+        out.sum().backward()

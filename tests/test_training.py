@@ -1,0 +1,223 @@
+"""Training runs packed: every gradient is the original's, where what is not served trains."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import families
+from checks import assert_same_vectors
+from patched import LENGTHS, Batch, pair, run
+from sbert_fast import FastEncoder, accelerate
+from sbert_fast.patching import counts
+from sbert_fast.testing import assert_close_to_oracle
+
+NAMES = [
+    name
+    for name in (
+        *(
+            "bert",
+            "roberta",
+            "xlm-roberta",
+            "camembert",
+            "distilbert",
+            "albert",
+            "electra",
+            "mpnet",
+        ),
+        *("bert-gelu-new", "bert-head-dim-26", "albert-pairs-of-layers", "electra-projection"),
+    )
+    if name in families.VARIANTS
+]
+PARTS = re.compile(r"\.(query|key|value|[qkv](_lin)?)\.")
+
+
+def loss(model: Any, batch: Batch) -> Tensor:
+    """Of the states of all tokens that are not masked, and of the pooler, where there is one."""
+    output = model(**batch)
+    states = output.last_hidden_state
+    g = torch.Generator().manual_seed(1)
+    factors = torch.randn(states.shape, generator=g) * batch["attention_mask"][:, :, None]
+    total = (states * factors.to(states.dtype)).sum()
+    pooled = output.get("pooler_output")
+    return total if pooled is None else total + pooled.square().sum()
+
+
+def train(model: Any, batch: Batch) -> dict[str, Tensor]:
+    """The gradients by parameter, those of queries, keys and values side by side: that of the bias
+    of keys is zero, and nothing but rounding."""
+    model.zero_grad()
+    loss(model, batch).backward()
+    parts: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            parts.setdefault(PARTS.sub(".qkv.", name), []).append(parameter.grad.flatten())
+    return {name: torch.cat(some) for name, some in parts.items()}
+
+
+# A module that is a function's first argument would be taken for the caller that waits for states.
+def check_gradients(batch: Batch, original: Any, model: Any) -> None:
+    """Every gradient within the 2x rule: the oracle is the original in fp64, the peer in fp32."""
+    ours, peer = train(model, batch), train(original, batch)
+    expected = train(copy.deepcopy(original).double(), batch)
+    assert ours.keys() == peer.keys() == expected.keys()
+    for name, gradient in ours.items():
+        assert_close_to_oracle(gradient, expected[name], peer[name], torch.float32)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_gradient(name: str) -> None:
+    original, model = pair(name)
+    check_gradients(families.make_batch(name, LENGTHS), original, model)
+    assert counts(model) == {"packed": 1}
+
+
+def test_training_mode_without_dropout() -> None:
+    original, model = pair("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    check_gradients(families.make_batch("bert", LENGTHS), original.train(), model.train())
+    assert counts(model) == {"packed": 1}
+
+
+def test_dropout_runs_the_original() -> None:
+    original, model = pair("bert")
+    batch = families.make_batch("bert", LENGTHS)
+    results = []
+    for each in (original, model):
+        torch.manual_seed(0)
+        results.append(train(each.train(), batch))
+    for ours, theirs in zip(*map(dict.values, results), strict=True):
+        assert torch.equal(ours, theirs)
+    assert counts(model) == {"training mode with dropout": 1}
+
+
+FROZEN: list[Callable[[Any], Any]] = [
+    lambda model: model.embeddings,
+    lambda model: model.embeddings.word_embeddings,
+    lambda model: model.encoder.layer[:2],
+    lambda model: model.encoder.layer[1].attention.output.LayerNorm,
+    lambda model: model.encoder.layer[2].intermediate,
+    lambda model: model.encoder.layer[2].attention.self.key,
+]
+
+
+@pytest.mark.parametrize("part", FROZEN)
+def test_frozen_parts_have_no_gradient(part: Callable[[Any], Any]) -> None:
+    original, model = pair("bert")
+    for each in (original, model):
+        part(each).requires_grad_(False)
+    check_gradients(families.make_batch("bert", LENGTHS), original, model)
+    assert counts(model) == {"packed": 1}
+
+
+def test_padding_tokens_in_a_text_have_no_gradient() -> None:
+    original, model = pair("roberta")
+    batch = families.make_batch("roberta", LENGTHS)
+    batch["input_ids"][4, 9] = original.config.pad_token_id
+    check_gradients(batch, original, model)
+    table = model.embeddings.word_embeddings.weight
+    assert not table.grad[original.config.pad_token_id].any()
+
+
+def test_gradients_of_all_states() -> None:
+    original, model = pair("bert")
+    batch, gradients = families.make_batch("bert", LENGTHS), []
+    for each in (original, model):
+        states = each(**batch, output_hidden_states=True).hidden_states
+        mask = batch["attention_mask"][:, :, None]
+        torch.stack([(state * mask).square().mean() for state in states]).sum().backward()
+        gradients.append(each.embeddings.word_embeddings.weight.grad)
+    assert_same_vectors(gradients[1].flatten()[None], gradients[0].flatten()[None])
+
+
+def test_embeddings_that_are_given() -> None:
+    original, model = pair("bert")
+    batch = families.make_batch("bert", LENGTHS)
+    embeddings = original.embeddings.word_embeddings(batch.pop("input_ids")).detach()
+    check_gradients(batch | {"inputs_embeds": embeddings}, original, model)
+    assert counts(model) == {"packed": 1}
+
+
+def test_accumulated_gradients_add_up() -> None:
+    _, model = pair("bert")
+    batch = families.make_batch("bert", LENGTHS)
+    once = {name: g.clone() for name, g in train(model, batch).items()}
+    loss(model, batch).backward()
+    table = model.embeddings.word_embeddings.weight.grad
+    assert torch.equal(table.flatten(), 2 * once["embeddings.word_embeddings.weight"])
+
+
+def test_steps_of_an_optimizer_are_followed() -> None:
+    original, model = pair("distilbert")
+    batch = families.make_batch("distilbert", LENGTHS)
+    for each in (original, model):
+        optimizer = torch.optim.SGD(each.parameters(), lr=1e-3)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss(each, batch).backward()
+            optimizer.step()
+    keep = batch["attention_mask"].bool()
+    ours, theirs = (run(each, batch).last_hidden_state[keep] for each in (model, original))
+    assert_same_vectors(ours, theirs)
+    assert counts(model) == {"packed": 4}
+
+
+def _checkpointed(model: Any) -> None:
+    model.config.hidden_dropout_prob = model.config.attention_probs_dropout_prob = 0.0
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+
+
+REFUSED: list[tuple[str, Callable[[Any], object], str]] = [
+    ("bert", _checkpointed, "gradient checkpointing is on"),
+    (
+        "bert",
+        lambda m: m.encoder.layer[0].register_full_backward_hook(lambda *_: None),
+        "BertLayer has backward hooks",
+    ),
+    ("bert", lambda m: m.enable_input_require_grads(), "a hook makes embeddings record them"),
+    ("nomic_bert", lambda m: None, "varlen_attention has no backward with rotary yet"),
+    ("deberta-v2", lambda m: None, "varlen_attention has no backward with position_keys yet"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"), [case for case in REFUSED if case[0] in families.VARIANTS]
+)
+def test_what_is_not_served_trains_in_the_original(
+    name: str, change: Callable[[Any], object], reason: str
+) -> None:
+    original, model = pair(name)
+    batch, results = families.make_batch(name, LENGTHS), []
+    for each in (original, model):
+        change(each)
+        results.append(train(each, batch))
+    for ours, theirs in zip(*map(dict.values, results), strict=True):
+        assert torch.equal(ours, theirs)
+    assert list(counts(model)) == [f"gradients are recorded: {reason}"]
+
+
+def test_a_sentence_transformer_trains_packed() -> None:
+    stock = families.make_sentence_transformer("bert")
+    model = accelerate(copy.deepcopy(stock))
+    gradients = []
+    for each in (stock, model):
+        vectors = each(each.preprocess(families.make_texts(8)))["sentence_embedding"]
+        (vectors @ vectors.T).square().sum().backward()
+        gradients.append({name: p.grad for name, p in each.named_parameters()})
+    for name, theirs in gradients[0].items():
+        ours = gradients[1][name]
+        assert (ours is None) == (theirs is None), name
+        if theirs is not None and ".key.bias" not in name:
+            assert_same_vectors(ours.flatten()[None], theirs.flatten()[None])
+    assert counts(model) == {"packed": 1}
+    encoder = FastEncoder(model)
+    encoder.encode(families.make_texts(3))
+    assert not encoder.stats.fallbacks

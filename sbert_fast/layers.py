@@ -15,7 +15,6 @@ from torch import Tensor
 from sbert_fast import ops
 from sbert_fast.attention import PreparedAttention, Turns
 from sbert_fast.linears import PreparedLinear, PreparedNorm
-from sbert_fast.ops.reference import Activation
 from sbert_fast.packing import PackedBatch
 from sbert_fast.rotary import RotaryTable
 
@@ -45,20 +44,14 @@ class PoolKernels:
 
 @dataclass(frozen=True, slots=True)
 class PreparedFeedForward:
-    """`gate` is None where `up` activates its output itself."""
+    """`up` activates its output itself, and gates it."""
 
     up: PreparedLinear
     down: PreparedLinear
-    gate: ops.Kernel | None
-    activation: Activation
-    first: bool
 
     def __call__(self, x: Tensor) -> Tensor:
         """What `down` is to project, `[T, F]`."""
-        if self.gate is None:
-            return self.up(x)
-        activated: Tensor = self.gate(*self.up.without_bias(x), self.activation.value, self.first)
-        return activated
+        return self.up(x)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,7 @@
 """Linear layers of the packed engine: a class for each kernel, and what chooses between them.
 
+A gated layer gives `f(a) * b`, `a` and `b` being the halves of its columns, f its activation.
+
 On panels a row of the result depends on no other row, bit for bit; elsewhere that holds where the
 number of rows is a multiple of 16.
 """
@@ -49,7 +51,7 @@ class PreparedNorm:
 
 
 class PreparedLinear(Protocol):
-    """`activation(x @ weight.T + bias)`, laid out for its kernel."""
+    """`activation(x @ weight.T + bias)`, gated where it is asked for, laid out for its kernel."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[T, N]` of `x` `[T, K]`."""
@@ -70,20 +72,23 @@ class PreparedLinear(Protocol):
 
 
 class _Linear:
-    """What all kinds share: layers of the same input, whose outputs stand side by side.
-
-    Args:
-        parts: the layers.
-        target: what to prepare them for.
-        activation: fused into the layer.
-    """
+    """What all kinds share; the arguments are those of :func:`prepare_linear`."""
 
     def __init__(
-        self, parts: tuple[Linear, ...], target: Target, activation: Activation = Activation.NONE
+        self,
+        parts: tuple[Linear, ...],
+        target: Target,
+        activation: Activation = Activation.NONE,
+        first: bool | None = None,
     ) -> None:
-        self.target, self.activation = target, activation
+        self.target, self.activation, self.first = target, activation, first
         self.features = sum(part.weight.shape[0] for part in parts)
+        self.features //= 1 if first is None else 2
         self._kernels: dict[tuple[str, bool], ops.Kernel] = {}
+        self.take(parts)
+
+    def take(self, parts: tuple[Linear, ...]) -> None:
+        raise NotImplementedError
 
     def kernel(self, op: str, rms: bool = False) -> ops.Kernel:
         """Bound by its first use: a linear layer alone may run where LayerNorm does not."""
@@ -91,6 +96,15 @@ class _Linear:
             options = {"rms": rms}
             self._kernels[op, rms] = self.target.bind(op, width=self.features, options=options)
         return self._kernels[op, rms]
+
+    def activated(self, y: Tensor, bias: Tensor | None) -> Tensor:
+        """What the layer makes of the products `y`, where the activation is an op of its own."""
+        if self.first is not None:
+            gated: Tensor = self.kernel("gated_activation")(y, bias, self.activation, self.first)
+            return gated
+        is_tanh = self.activation == Activation.GELU_TANH
+        activated: Tensor = self.kernel("bias_gelu")(y, bias, is_tanh)
+        return activated
 
     def normed(self, x: Tensor, norm: PreparedNorm) -> Tensor:
         return self._add_norm(x, None, norm)
@@ -126,10 +140,7 @@ class LiveLinear(_Linear):
 
     name = "live"
 
-    def __init__(
-        self, parts: tuple[Linear, ...], target: Target, activation: Activation = Activation.NONE
-    ) -> None:
-        super().__init__(parts, target, activation)
+    def take(self, parts: tuple[Linear, ...]) -> None:
         self.modules: list[nn.Module] = []
         for part in parts:
             if part.module is None:
@@ -146,12 +157,7 @@ class LiveLinear(_Linear):
     def __call__(self, x: Tensor) -> Tensor:
         outputs = [module(x) for module in self.modules]
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        if self.activation == Activation.NONE:
-            return y
-        activated: Tensor = self.kernel("bias_gelu")(
-            y, None, self.activation == Activation.GELU_TANH
-        )
-        return activated
+        return y if self.activation == Activation.NONE else self.activated(y, None)
 
 
 class StackedLinear(_Linear):
@@ -159,23 +165,24 @@ class StackedLinear(_Linear):
 
     read_as: torch.dtype | None = None  # what weights are laid out from; None: the compute dtype
 
-    def __init__(
-        self, parts: tuple[Linear, ...], target: Target, activation: Activation = Activation.NONE
-    ) -> None:
-        super().__init__(parts, target, activation)
-        dtype = self.read_as or target.dtype
+    def take(self, parts: tuple[Linear, ...]) -> None:
+        dtype = self.read_as or self.target.dtype
         weight = torch.cat([part.weight.detach().to(dtype) for part in parts])
-        self.weight = self.lay_out(weight)
+        self.weight = self.lay_out(self.ordered(weight))
         bias = _side_by_side(parts)
-        self.wide_bias = None if bias is None else bias.float()
-        self.bias = None if bias is None else bias.to(target.dtype)
+        self.wide_bias = None if bias is None else self.ordered(bias.float())
+        self.bias = None if bias is None else bias.to(self.target.dtype)
+
+    def ordered(self, rows: Tensor) -> Tensor:
+        """The rows of a weight, or a bias, in the order in which the kernel reads them."""
+        return rows
 
     def lay_out(self, weight: Tensor) -> Tensor:
         return weight.contiguous()
 
 
 class PanelLinear(StackedLinear):
-    """The C++ ops: GELU, residual and LayerNorm are part of the product."""
+    """The C++ ops: activation, gate, residual and LayerNorm are part of the product."""
 
     name = "panels"
 
@@ -195,12 +202,15 @@ class PanelLinear(StackedLinear):
             return "oneDNN is faster when only it can use AMX"
         return f"the number of inputs ({inputs}) is odd" if inputs % 2 else None
 
+    def ordered(self, rows: Tensor) -> Tensor:
+        return rows if self.first is None else panels.interleave(rows, self.first)
+
     def lay_out(self, weight: Tensor) -> Tensor:
         return panels.pack(weight)
 
     def __call__(self, x: Tensor) -> Tensor:
-        weights = self.weight, self.wide_bias, self.features, self.activation
-        y: Tensor = self.kernel("linear")(x, *weights)
+        how = self.features, self.activation, self.first is not None
+        y: Tensor = self.kernel("linear")(x, self.weight, self.wide_bias, *how)
         return y
 
     def add_norm(self, x: Tensor, residual: Tensor, norm: PreparedNorm) -> Tensor:
@@ -255,8 +265,10 @@ class OneDnnLinear(StackedLinear):
             Activation.NONE: ("none", ""),
             Activation.GELU: ("gelu", "none"),
             Activation.GELU_TANH: ("gelu", "tanh"),
-        }[self.activation]
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, function, [], variant)
+        }[self.activation if self.first is None else Activation.NONE]
+        multiply = torch.ops.mkldnn._linear_pointwise
+        y: Tensor = multiply(x, self.weight, self.bias, function, [], variant)
+        return y if self.first is None else self.activated(y, None)
 
 
 class TorchLinear(StackedLinear):
@@ -271,9 +283,7 @@ class TorchLinear(StackedLinear):
     def __call__(self, x: Tensor) -> Tensor:
         if self.activation == Activation.NONE:
             return F.linear(x, self.weight, self.bias)
-        is_tanh = self.activation == Activation.GELU_TANH
-        activated: Tensor = self.kernel("bias_gelu")(*self.without_bias(x), is_tanh)
-        return activated
+        return self.activated(*self.without_bias(x))
 
     def without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return F.linear(x, self.weight), self.wide_bias
@@ -313,7 +323,10 @@ def row_alignment(choices: Iterable[Choice]) -> int:
 
 
 def prepare_linear(
-    parts: tuple[Linear, ...], target: Target, activation: Activation = Activation.NONE
+    parts: tuple[Linear, ...],
+    target: Target,
+    activation: Activation = Activation.NONE,
+    first: bool | None = None,
 ) -> PreparedLinear:
     """Layers of the same input as one, laid out for the kernel that suits `target`.
 
@@ -321,11 +334,12 @@ def prepare_linear(
         parts: their outputs stand side by side.
         target: what to prepare them for.
         activation: fused into the layer.
+        first: of a gated layer, whether the first half is the one that is activated; else None.
 
     Raises:
         UnsupportedModelError: live weights were asked for, and a part has no module.
     """
-    return choose(target, parts[0].weight.shape[1]).kind(parts, target, activation)
+    return choose(target, parts[0].weight.shape[1]).kind(parts, target, activation, first)
 
 
 def _side_by_side(parts: tuple[Linear, ...]) -> Tensor | None:

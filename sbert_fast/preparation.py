@@ -13,7 +13,6 @@ from sbert_fast.attention import attention_options, prepare_attention
 from sbert_fast.layers import Exit, NormedLinear, PreparedFeedForward, PreparedLayer, Stack
 from sbert_fast.linears import PreparedNorm, aligned, prepare_linear
 from sbert_fast.models import base
-from sbert_fast.ops.reference import Activation
 from sbert_fast.rotary import RotaryTable
 from sbert_fast.target import Target
 
@@ -140,14 +139,8 @@ def _prepare_exit(
 
 
 def _prepare_feed_forward(feed_forward: base.FeedForward, target: Target) -> PreparedFeedForward:
-    gated, gate = feed_forward.gated, None
-    if gated:
-        gate = target.bind("gated_activation", width=feed_forward.down.weight.shape[1])
-    fused = Activation.NONE if gated else feed_forward.activation
+    first = feed_forward.first if feed_forward.gated else None
     return PreparedFeedForward(
-        up=prepare_linear(feed_forward.up, target, fused),
+        up=prepare_linear(feed_forward.up, target, feed_forward.activation, first),
         down=prepare_linear((feed_forward.down,), target),
-        gate=gate,
-        activation=feed_forward.activation,
-        first=feed_forward.first,
     )

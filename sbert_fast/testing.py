@@ -164,15 +164,18 @@ def peer_gated_activation(x: Tensor, bias: Tensor | None, activation: int, first
 
 
 def peer_linear(
-    x: Tensor, panels: Tensor, bias: Tensor | None, features: int, activation: int
+    x: Tensor, panels: Tensor, bias: Tensor | None, features: int, activation: int, gated: bool
 ) -> Tensor:
+    if gated:
+        y = peer_linear(x, panels, bias, panel_layout.gated_columns(features), 0, False)
+        return peer_gated_activation(panel_layout.separated(y, features), None, activation, True)
     bias = None if bias is None else bias.to(x.dtype)
     if panels.dtype == torch.int8:
         y = panel_layout.multiply_int8(x.float(), panels, features).to(x.dtype)
         y = y if bias is None else y + bias
     else:
         y = F.linear(x, panel_layout.unpack(panels, features), bias)
-    return F.gelu(y, approximate=("none", "tanh")[activation - 1]) if activation else y
+    return reference._activate(y, activation)
 
 
 def peer_linear_norm(
@@ -184,7 +187,7 @@ def peer_linear_norm(
     ln_bias: Tensor,
     eps: float,
 ) -> Tensor:
-    y = peer_linear(x, panels, bias, residual.shape[1], 0)
+    y = peer_linear(x, panels, bias, residual.shape[1], 0, False)
     return peer_add_norm(y, None, residual, weight, ln_bias, eps)
 
 

@@ -55,7 +55,7 @@ def arguments(
     if op in ("linear", "linear_norm"):
         x, panels = randn(tokens, 2 * width), pack_panels(randn(width, 2 * width))
         if op == "linear":
-            return (x, panels, randn(width, to=fp32), width, 1)
+            return (x, panels, randn(width, to=fp32), width, 1, False)
         return (x, panels, randn(width, to=fp32), randn(tokens, width), weight, bias, 1e-12)
     if op == "segment_pool":
         return (randn(tokens, width), cu, 0, True, 0, None)

@@ -63,8 +63,14 @@ every_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 
 
 def linear_args(T: int, K: int, N: int, kind: Kind) -> list[Any]:
-    K = kind.inputs(K)
-    return [torch.randn(T, K).to(kind.dtype), kind.pack(torch.randn(N, K)), torch.randn(N), N, 0]
+    x, weight = torch.randn(T, kind.inputs(K)).to(kind.dtype), torch.randn(N, kind.inputs(K))
+    return [x, kind.pack(weight), torch.randn(N), N, Activation.NONE, False]
+
+
+def gated_args(T: int, K: int, F: int, kind: Kind) -> list[Any]:
+    x, weight = torch.randn(T, kind.inputs(K)).to(kind.dtype), torch.randn(2 * F, kind.inputs(K))
+    weight, bias = (panels.interleave(rows, first=True) for rows in (weight, torch.randn(2 * F)))
+    return [x, kind.pack(weight), bias, F, Activation.SILU, True]
 
 
 def linear_norm_args(T: int, K: int, N: int, kind: Kind) -> list[Any]:
@@ -73,17 +79,41 @@ def linear_norm_args(T: int, K: int, N: int, kind: Kind) -> list[Any]:
     return [x, packed, bias, torch.randn(T, N).to(kind.dtype), *norm, 1e-12]
 
 
+MAKERS = [("linear", linear_args), ("linear", gated_args), ("linear_norm", linear_norm_args)]
+every_op = pytest.mark.parametrize(("op", "make"), MAKERS)
+
+
 @every_isa
 @every_kind
 @pytest.mark.parametrize(("K", "N"), SIZES)
-def test_linear(isa: str, K: int, N: int, kind: Kind) -> None:
+@pytest.mark.parametrize("make", [linear_args, gated_args])
+def test_linear(isa: str, make: Any, K: int, N: int, kind: Kind) -> None:
     for T in ROWS:
-        args = linear_args(T, K, N, kind)
-        for activation in set(Activation) - {Activation.SILU}:
-            args[-1] = activation
+        args = make(T, K, N, kind)
+        for activation in Activation:
+            args[4] = activation
             check_op("linear", OPS.linear.cpu(*args), args, kind.dtype)
     args[2] = None
     check_op("linear", OPS.linear.cpu(*args), args, kind.dtype)
+
+
+@every_isa
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("features", [96, 39])
+def test_a_gate_in_float32_has_the_bits_of_two_ops(
+    isa: str, features: int, first: bool, int8: bool
+) -> None:
+    kind = Kind(torch.float32, int8)
+    x, weight, bias = torch.randn(40, 64), torch.randn(2 * features, 64), torch.randn(2 * features)
+    how: list[Any] = [2 * features, Activation.NONE, False]
+    halves = OPS.linear.cpu(x, kind.pack(weight), bias, *how)
+    ordered, ordered_bias = (panels.interleave(rows, first) for rows in (weight, bias))
+    packed = kind.pack(ordered)
+    for activation in Activation:
+        expected = OPS.gated_activation.cpu(halves, None, activation, first)
+        out = OPS.linear.cpu(x, packed, ordered_bias, features, activation, True)
+        assert torch.equal(out, expected)
 
 
 @every_isa
@@ -113,10 +143,11 @@ def test_linear_of_an_odd_number_of_inputs(isa: str) -> None:
 @every_isa
 @every_kind
 @pytest.mark.parametrize("inputs", [294, 320])
-@pytest.mark.parametrize("op", ["linear", "linear_norm"])
-def test_a_row_is_the_same_wherever_it_is(isa: str, op: str, inputs: int, kind: Kind) -> None:
+@every_op
+def test_a_row_is_the_same_wherever_it_is(
+    isa: str, op: str, make: Any, inputs: int, kind: Kind
+) -> None:
     """Alone, at any place among any number of rows, and beside rows of NaN: the same bits."""
-    make = linear_args if op == "linear" else linear_norm_args
     args = make(300, inputs, 100, kind)
     kernel = getattr(OPS, op).cpu
     expected = kernel(*args)
@@ -129,10 +160,10 @@ def test_a_row_is_the_same_wherever_it_is(isa: str, op: str, inputs: int, kind: 
 
 @every_isa
 @every_kind
-@pytest.mark.parametrize("op", ["linear", "linear_norm"])
+@every_op
 @pytest.mark.parametrize("T", [16, 200, 3000])
-def test_threads_change_no_bit(isa: str, op: str, T: int, kind: Kind) -> None:
-    args = (linear_args if op == "linear" else linear_norm_args)(T, 384, 200, kind)
+def test_threads_change_no_bit(isa: str, op: str, make: Any, T: int, kind: Kind) -> None:
+    args = make(T, 384, 200, kind)
     kernel, threads = getattr(OPS, op).cpu, torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -146,9 +177,9 @@ def test_threads_change_no_bit(isa: str, op: str, T: int, kind: Kind) -> None:
 
 @every_isa
 @every_kind
-@pytest.mark.parametrize("op", ["linear", "linear_norm"])
-def test_the_number_of_rows_changes_no_bit(isa: str, op: str, kind: Kind) -> None:
-    args = (linear_args if op == "linear" else linear_norm_args)(300, 64, 50, kind)
+@every_op
+def test_the_number_of_rows_changes_no_bit(isa: str, op: str, make: Any, kind: Kind) -> None:
+    args = make(300, 64, 50, kind)
     kernel = getattr(OPS, op).cpu
     expected = kernel(*args)
     for T in range(1, 301):
@@ -160,7 +191,7 @@ def test_the_number_of_rows_changes_no_bit(isa: str, op: str, kind: Kind) -> Non
 @every_kind
 @pytest.mark.parametrize(("T", "K", "N"), [(1, 64, 48), (17, 32, 50), (33, 96, 100), (40, 38, 7)])
 def test_reads_end_with_the_last_element(isa: str, T: int, K: int, N: int, kind: Kind) -> None:
-    for op, make in (("linear", linear_args), ("linear_norm", linear_norm_args)):
+    for op, make in MAKERS:
         args = make(T, K, N, kind)
         expected = getattr(OPS, op).cpu(*args)
         args = [before_a_guard(a) if isinstance(a, Tensor) else a for a in args]
@@ -170,8 +201,8 @@ def test_reads_end_with_the_last_element(isa: str, T: int, K: int, N: int, kind:
 @every_isa
 @every_kind
 def test_inputs_without_rows(isa: str, kind: Kind) -> None:
-    assert OPS.linear.cpu(*linear_args(0, 16, 50, kind)).shape == (0, 50)
-    assert OPS.linear_norm.cpu(*linear_norm_args(0, 16, 50, kind)).shape == (0, 50)
+    for op, make in MAKERS:
+        assert getattr(OPS, op).cpu(*make(0, 16, 50, kind)).shape == (0, 50)
 
 
 @every_isa
@@ -182,7 +213,7 @@ def test_int8_products_are_exact(isa: str, T: int, K: int) -> None:
     x, weight = torch.randn(T, K), torch.randn(100, K)
     x[0, 7], weight[3], weight[4, 5] = 1e4, 0.0, 1e4
     x[T // 2, 1:], x[T // 3] = 0.0, x[T // 3] * 1e-38
-    args = [x, panels.pack_int8(weight), None, 100, Activation.NONE]
+    args = [x, panels.pack_int8(weight), None, 100, Activation.NONE, False]
     assert torch.equal(OPS.linear.cpu(*args), OPS.linear.reference(*args))
 
 
@@ -204,7 +235,7 @@ def sums_of(isa: str, x: Tensor, weight: Tensor) -> Tensor:
     OPS.set_cpu_isa(isa)
     parts, bias = [], torch.zeros(weight.shape[0])
     for _ in range(3):
-        out = OPS.linear.cpu(x, panels.pack(weight), bias, weight.shape[0], Activation.NONE)
+        out = OPS.linear.cpu(x, panels.pack(weight), bias, len(weight), Activation.NONE, False)
         parts.append(out)
         bias = bias - out[0].float().nan_to_num(posinf=0, neginf=0)
     return torch.stack(parts)
@@ -265,26 +296,6 @@ def test_live_weights_are_chosen_before_all_else_and_need_their_modules() -> Non
         linears.prepare_linear(parts, target)
 
 
-@pytest.mark.parametrize(("K", "N"), [(4, 1), (64, 50), (384, 96)])
-def test_int8_panels_hold_the_weight(K: int, N: int) -> None:
-    weight = torch.randn(N, K)
-    weight[N // 2] = 0.0
-    rounded, scale = panels.unpack_int8(panels.pack_int8(weight), N)
-    assert torch.equal(scale, weight.abs().amax(1) / 127)
-    error = (rounded * scale[:, None] - weight).abs()
-    assert (error <= 0.5001 * scale[:, None]).all()
-    assert (rounded.abs().amax(1) == 127 * (scale > 0)).all()
-
-
-@every_dtype
-@pytest.mark.parametrize(("K", "N"), SIZES)
-def test_panels_hold_the_weight(K: int, N: int, dtype: torch.dtype) -> None:
-    weight = torch.randn(N, K).to(dtype)
-    packed = panels.pack(weight)
-    assert torch.equal(panels.unpack(packed, N), weight)
-    assert packed.numel() == -(-N // panels.COLUMNS) * panels.COLUMNS * K
-
-
 def as_part(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Linear:
     """A layer as an adapter reads it."""
     module = torch.nn.Linear(*reversed(weight.shape), bias=bias is not None, dtype=dtype)
@@ -310,12 +321,20 @@ def test_prepared_linears_agree(kind: Any, inputs: int, dtype: torch.dtype) -> N
     weights, bias = torch.randn(3, 30, inputs), torch.randn(30)
     parts = tuple(as_part(w, b, dtype) for w, b in zip(weights, (None, bias, None), strict=True))
     whole_bias = torch.cat((torch.zeros(30), bias, torch.zeros(30)))
-    args: list[Any] = [x, panels.pack(weights.view(90, -1)), whole_bias, 90, Activation.GELU]
+    args: list[Any] = [x, panels.pack(weights.view(90, -1)), whole_bias, 90, Activation.GELU, False]
     if dtype == torch.bfloat16:
         # pack() takes an even number of inputs: the oracle gets one more, of zeros.
         wide = F.pad(weights.view(90, -1), (0, inputs % 2)).to(dtype)
         args[:2] = F.pad(x, (0, inputs % 2)), panels.pack(wide)
     check_op("linear", kind(parts, target, Activation.GELU)(x), args, dtype)
+
+    ungated = args[1:3]
+    for first in (True, False):
+        rows = panels.unpack(ungated[0], 90), ungated[1]
+        weight, args[2] = (panels.interleave(each, first) for each in rows)
+        args[1], args[3:] = panels.pack(weight), (45, Activation.SILU, True)
+        check_op("linear", kind(parts, target, Activation.SILU, first)(x), args, dtype)
+    args[1:3] = ungated
 
     norm = PreparedNorm(torch.rand(90), torch.randn(90), 1e-5)
     out = kind(parts, target).add_norm(x, residual, norm)

@@ -122,7 +122,8 @@ REFUSALS = [
     ("linear", 2, Tensor.bfloat16, r"bias must be contiguous float32 \[N\] = \[52\], got bfloat16"),
     ("linear", 3, constant(0), "features must be at least 1, got 0"),
     ("linear", 3, constant(97), r"panels must be .* = \[3, 104, 48\], got"),
-    ("linear", 4, constant(3), r"activation must be in \[0, 3\), got 3"),
+    ("linear", 4, constant(4), r"activation must be in \[0, 4\), got 4"),
+    ("linear", 5, constant(True), r"panels must be .* = \[4, 104, 48\], got float32 \[2, 104"),
     ("linear_norm", 3, lambda x: x[1:], r"residual must be .* = \[\d+, 52\], got float32"),
     ("linear_norm", 3, Tensor.bfloat16, "residual must be contiguous float32 .* got bfloat16"),
     ("linear_norm", 4, lambda x: x[1:], r"weight must be .* = \[52\], got float32 \[51\]"),
@@ -172,7 +173,7 @@ def test_bfloat16_tables_give_no_float32() -> None:
 )
 def test_panels_take_some_numbers_of_inputs(x: Tensor, panels: Tensor, message: str) -> None:
     with pytest.raises(RuntimeError, match=f"linear: {message}"):
-        OPS.linear.cpu(x, panels, None, 48, 0)
+        OPS.linear.cpu(x, panels, None, 48, 0, False)
 
 
 def test_out_must_hold_every_row_when_no_row_is_named() -> None:

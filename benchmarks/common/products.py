@@ -14,20 +14,23 @@ from benchmarks.common import stopwatch
 _SAMPLES = 7
 # Batches differ by a text or so: their sizes are rounded, and the smallest few are left to scale.
 _GRID = {"cuda": 1024, "cpu": 16}
+# BERT-like models whose feed-forwards have a gate.
+_GATED = ("gte", "modernbert", "nomic_bert")
 
 
-def layer_shapes(hidden: int, inner: int) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of the four linear layers of a block."""
+def layer_shapes(hidden: int, inner: int, gated: bool = False) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of the four linear layers of a block; `inner` is half of a gated one."""
     return {
         "qkv": (3 * hidden, hidden),
         "output": (hidden, hidden),
-        "up": (inner, hidden),
+        "up": (2 * inner if gated else inner, hidden),
         "down": (hidden, inner),
     }
 
 
 def _shapes_of(config: dict[str, Any]) -> list[tuple[int, int]]:
-    return list(layer_shapes(config["hidden_size"], config["intermediate_size"]).values())
+    sizes = config["hidden_size"], config["intermediate_size"]
+    return list(layer_shapes(*sizes, gated=config.get("model_type") in _GATED).values())
 
 
 def flops_per_token(config: dict[str, Any]) -> int:

@@ -1,14 +1,11 @@
 // gated_activation: f(a) * b, a and b being the halves of x + bias, in fp32, rounded once.
 #pragma once
 
-#include "gelu_kernel.h"
+#include "activation_kernel.h"
 #include "kernels.h"
 #include "vec.h"
 
 namespace sbert_fast::cpu::SBF_ISA {
-
-/// v * sigmoid(v); minus infinity gives NaN, as in torch.
-SBF_INLINE VecF silu(VecF v) { return v / (VecF::set1(1.0f) + exp(VecF::zero() - v)); }
 
 template <class T, bool kHasBias, class Function>
 SBF_INLINE void gated_rows(const GatedParams& p, int64_t begin, int64_t end, Function f) {
@@ -38,23 +35,12 @@ SBF_INLINE void gated_rows(const GatedParams& p, int64_t begin, int64_t end, Fun
   }
 }
 
-template <class T, bool kHasBias>
-SBF_INLINE void gated_by(const GatedParams& p, int64_t begin, int64_t end) {
-  switch (p.activation) {
-    case Activation::kNone:
-      return gated_rows<T, kHasBias>(p, begin, end, [](VecF v) { return v; });
-    case Activation::kGelu:
-      return gated_rows<T, kHasBias>(p, begin, end, [](VecF v) { return gelu<ErfTail<T>>(v); });
-    case Activation::kGeluTanh:
-      return gated_rows<T, kHasBias>(p, begin, end, [](VecF v) { return gelu<TanhTail<T>>(v); });
-    case Activation::kSilu:
-      return gated_rows<T, kHasBias>(p, begin, end, [](VecF v) { return silu(v); });
-  }
-}
-
 template <class T>
 void gated_activation(const GatedParams& p, int64_t begin, int64_t end) {
-  return p.bias != nullptr ? gated_by<T, true>(p, begin, end) : gated_by<T, false>(p, begin, end);
+  with_activation<T>(p.activation, [&](auto f) {
+    if (p.bias != nullptr) return gated_rows<T, true>(p, begin, end, f);
+    gated_rows<T, false>(p, begin, end, f);
+  });
 }
 
 }  // namespace sbert_fast::cpu::SBF_ISA

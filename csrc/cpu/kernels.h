@@ -97,7 +97,6 @@ struct BiasGeluParams {
 
 // Activation functions, by their numbers in the schemas.
 enum class Activation : int64_t { kNone, kGelu, kGeluTanh, kSilu };
-inline constexpr int64_t kNumLinearActivations = 3;  // without kSilu
 inline constexpr int64_t kNumActivations = 4;
 
 struct GatedParams {
@@ -113,6 +112,9 @@ struct GatedParams {
 /// 16 columns, bf16 [3 * panels, K / 2, 16, 2] or int8 [3 * panels, 2 + K / 4, 16, 4], zeros beyond
 /// column N: the order in which they are read, on every instruction set. Two steps come before the
 /// weights in int8, both fp32: the scale of each column, and the sum of its weights.
+///
+/// Gated layers have two panels for 48 columns of the result: strips of those that are activated,
+/// each before the strip of those that they are multiplied by.
 inline constexpr int64_t kPanelColumns = 48;
 inline constexpr int64_t kStripColumns = 16, kStripsPerPanel = kPanelColumns / kStripColumns;
 inline constexpr int64_t kInt8Header = 2;
@@ -130,12 +132,17 @@ struct LinearParams {
   const void* x;            // [T, K]
   const float* row_scales;  // [T, 2] of bytes, or null
   const void* panels;       // aligned to 4 bytes
-  const float* bias;        // [N], or null
+  const float* bias;        // [N], in the order of the panels where they are gated; or null
   void* out;                // [T, N]
   int64_t T, K, N;
-  int64_t item_rows, item_panels;
+  int64_t item_rows, item_panels;  // of gated ones an even number
   Activation activation;
+  bool gated;
 };
+
+inline constexpr int64_t panel_count(int64_t N, bool gated) {
+  return (N + kPanelColumns - 1) / kPanelColumns * (gated ? 2 : 1);
+}
 
 // Work items are linear.item_rows rows of the result, all panels of them.
 struct LinearNormParams {

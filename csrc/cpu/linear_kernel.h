@@ -2,12 +2,13 @@
 //
 // A tile of the result keeps its sums in registers and takes one step along K after another, so a
 // row depends on no other row and not on how many there are. The activation is applied while the
-// sums of a block of rows are in the cache; linear_norm (ops_linear.cpp) adds the residual and
-// normalises the rows of an item there, where there are items enough for all threads.
+// sums of a block of rows are in the cache, and where a layer is gated, the product of its halves
+// is taken there; linear_norm (ops_linear.cpp) adds the residual and normalises the rows of an item
+// there, where there are items enough for all threads.
 #pragma once
 
+#include "activation_kernel.h"
 #include "attention_tile.h"
-#include "gelu_kernel.h"
 #include "kernels.h"
 #include "vec.h"
 
@@ -189,11 +190,59 @@ SBF_INLINE void finish_row(const float* sums, int64_t columns, const float* bias
   }
 }
 
+// What becomes of the sums of some rows of a panel; or of two, whose sums stand one after the
+// other.
+template <class Out>
+using Finish = void (*)(const float* sums, int64_t rows, int64_t columns, const float* bias,
+                        Out* out, int64_t out_stride);
+
 template <class Out, class Activate>
-SBF_INLINE void finish_tile(const float* sums, int64_t rows, int64_t columns, const float* bias,
-                            Activate activate, Out* out, int64_t out_stride) {
+void finish_tile(const float* sums, int64_t rows, int64_t columns, const float* bias, Out* out,
+                 int64_t out_stride) {
   for (int64_t r = 0; r < rows; ++r) {
-    finish_row(sums + r * kPanelColumns, columns, bias, activate, out + r * out_stride);
+    const float* const row = sums + r * kPanelColumns;
+    // Loops of a number of steps that is known are unrolled.
+    if (columns == kPanelColumns) {
+      finish_row(row, kPanelColumns, bias, Activate(), out + r * out_stride);
+    } else {
+      finish_row(row, columns, bias, Activate(), out + r * out_stride);
+    }
+  }
+}
+
+// f(a) * b of at most a strip of each, `bias` being that of both strips.
+template <class Out, class Activate>
+SBF_INLINE void finish_gate(const float* a, const float* b, int64_t columns, const float* bias,
+                            Activate activate, Out* out) {
+  constexpr int64_t N = VecF::N;
+  for (int64_t c = 0; c < columns; c += N) {
+    VecF activated = VecF::load(a + c), gate = VecF::load(b + c);
+    if (bias != nullptr) {
+      activated = activated + VecF::load(bias + c);
+      gate = gate + VecF::load(bias + kStripColumns + c);
+    }
+    const VecF v = activate(activated) * gate;
+    if (c + N <= columns) {
+      store_rounded<Out>(out + c, v);
+    } else {
+      store_as_partial<Out>(out + c, v, static_cast<int>(columns - c));
+    }
+  }
+}
+
+template <class Out, class Activate>
+void finish_gated_tile(const float* sums, int64_t rows, int64_t columns, const float* bias,
+                       Out* out, int64_t out_stride) {
+  const auto strip = [=](int64_t r, int64_t s) {
+    return sums + (s / kStripsPerPanel * rows + r) * kPanelColumns +
+           s % kStripsPerPanel * kStripColumns;
+  };
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0, s = 0; c < columns; c += kStripColumns, s += 2) {
+      const int64_t left = columns - c;
+      finish_gate(strip(r, s), strip(r, s + 1), left < kStripColumns ? left : kStripColumns,
+                  bias == nullptr ? nullptr : bias + 2 * c, Activate(), out + r * out_stride + c);
+    }
   }
 }
 
@@ -227,15 +276,16 @@ SBF_INLINE void scale_sums(float* sums, int64_t rows, int64_t columns, const flo
 }
 
 // Rows [row, row_end) of the panels [panel, panel_end).
-template <class T, class Out, class Activate>
+template <class T, class Out>
 void linear_item(const LinearParams& p, int64_t row, int64_t row_end, int64_t panel,
-                 int64_t panel_end, Activate activate) {
+                 int64_t panel_end, Finish<Out> finish) {
   using Operand = LinearOperand<T>;
+  const int64_t together = p.gated ? 2 : 1;  // panels
   const int64_t steps = p.K / Operand::kValuesPerStep;
   const int64_t panel_size = (steps + Operand::kHeader) * kPanelColumns;  // of 32-bit lanes
   const int64_t fitting = kPanelGroupBytes / (panel_size * static_cast<int64_t>(sizeof(float)) + 1);
-  const int64_t group = fitting > 1 ? fitting : 1;
-  alignas(64) float sums[kRowBlock * kPanelColumns];
+  const int64_t group = fitting > together ? fitting / together * together : together;
+  alignas(64) float sums[2 * kRowBlock * kPanelColumns];
 
   for (int64_t first = panel; first < panel_end; first += group) {
     const int64_t last = first + group < panel_end ? first + group : panel_end;
@@ -243,47 +293,45 @@ void linear_item(const LinearParams& p, int64_t row, int64_t row_end, int64_t pa
       const int64_t rows = row_end - t < kRowBlock ? row_end - t : kRowBlock;
       // A lane holds a step of values; they are only broadcast, never computed with.
       const float* x = reinterpret_cast<const float*>(static_cast<const T*>(p.x) + t * p.K);
-      for (int64_t i = first; i < last; ++i) {
-        const float* weights = static_cast<const float*>(p.panels) + i * panel_size;
-        multiply_block<Operand>(x, rows, weights, steps, sums);
-        const int64_t column = i * kPanelColumns;
+      for (int64_t i = first; i < last; i += together) {
+        const int64_t column = i / together * kPanelColumns;
         const int64_t columns = p.N - column < kPanelColumns ? p.N - column : kPanelColumns;
-        const float* bias = p.bias == nullptr ? nullptr : p.bias + column;
-        if constexpr (Operand::kHeader > 0) {
-          scale_sums(sums, rows, columns, bias, p.row_scales + 2 * t, weights, steps);
-          bias = nullptr;
+        const float* bias = p.bias == nullptr ? nullptr : p.bias + i * kPanelColumns;
+        for (int64_t half = 0; half < together; ++half) {
+          const float* weights = static_cast<const float*>(p.panels) + (i + half) * panel_size;
+          float* const sums_of_half = sums + half * rows * kPanelColumns;
+          multiply_block<Operand>(x, rows, weights, steps, sums_of_half);
+          if constexpr (Operand::kHeader > 0) {
+            scale_sums(sums_of_half, rows, p.gated ? kPanelColumns : columns,
+                       bias == nullptr ? nullptr : bias + half * kPanelColumns,
+                       p.row_scales + 2 * t, weights, steps);
+          }
         }
-        finish_tile(sums, rows, columns, bias, activate,
-                    static_cast<Out*>(p.out) + t * p.N + column, p.N);
+        if constexpr (Operand::kHeader > 0) bias = nullptr;
+        finish(sums, rows, columns, bias, static_cast<Out*>(p.out) + t * p.N + column, p.N);
       }
     }
   }
 }
 
-template <class T, class Out, class Activate>
-void linear_items(const LinearParams& p, int64_t begin, int64_t end, Activate activate) {
-  const int64_t panels = (p.N + kPanelColumns - 1) / kPanelColumns;
+template <class T, class Out>
+void linear_items(const LinearParams& p, int64_t begin, int64_t end, Finish<Out> finish) {
+  const int64_t panels = panel_count(p.N, p.gated);
   const int64_t across = (panels + p.item_panels - 1) / p.item_panels;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t row = item / across * p.item_rows, panel = item % across * p.item_panels;
     const int64_t row_end = row + p.item_rows, panel_end = panel + p.item_panels;
     linear_item<T, Out>(p, row, row_end < p.T ? row_end : p.T, panel,
-                        panel_end < panels ? panel_end : panels, activate);
+                        panel_end < panels ? panel_end : panels, finish);
   }
 }
 
 template <class T, class Out>
 void linear(const LinearParams& p, int64_t begin, int64_t end) {
-  switch (p.activation) {
-    case Activation::kNone:
-      return linear_items<T, Out>(p, begin, end, [](VecF v) { return v; });
-    case Activation::kGelu:
-      return linear_items<T, Out>(p, begin, end, [](VecF v) { return gelu<ErfTail<Out>>(v); });
-    case Activation::kGeluTanh:
-      return linear_items<T, Out>(p, begin, end, [](VecF v) { return gelu<TanhTail<Out>>(v); });
-    case Activation::kSilu:
-      return;  // refused by the op
-  }
+  with_activation<Out>(p.activation, [&](auto f) {
+    using F = decltype(f);
+    linear_items<T, Out>(p, begin, end, p.gated ? finish_gated_tile<Out, F> : finish_tile<Out, F>);
+  });
 }
 
 }  // namespace sbert_fast::cpu::SBF_ISA

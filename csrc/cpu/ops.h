@@ -63,9 +63,9 @@ Tensor bias_gelu(const Tensor& x,                    // [T, F]
 
 Tensor linear(const Tensor& x,                    // [T, K]
               const Tensor& panels,               // [panels, K, 48] or [3 * panels, K / 2, 16, 2]
-              const std::optional<Tensor>& bias,  // [N] fp32
+              const std::optional<Tensor>& bias,  // [N] fp32; gated: [48 * panels]
               int64_t features,                   // N
-              int64_t activation);
+              int64_t activation, bool gated);
 
 Tensor linear_norm(const Tensor& x,                    // [T, K]
                    const Tensor& panels,               // as linear

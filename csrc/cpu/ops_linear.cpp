@@ -21,24 +21,26 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 struct LinearShape {
   Dtype dtype;
   bool int8;  // the weights
+  bool gated;
   int64_t T, K, N;
   LinearItems items;
 
-  int64_t panels() const { return ceil_div(N, kPanelColumns); }
-  int64_t products() const { return T * K * N; }
+  int64_t panels() const { return panel_count(N, gated); }
 };
 
 LinearShape check_linear(const KernelTable& table, const char* op, const Tensor& x,
-                         const Tensor& panels, const std::optional<Tensor>& bias,
-                         int64_t features) {
+                         const Tensor& panels, const std::optional<Tensor>& bias, int64_t features,
+                         bool gated = false) {
   const Dtype dtype = check_activation(op, "x", x, "[T, K]", {kAnySize, kAnySize});
   const bool int8 = panels.scalar_type() == ScalarType::Char;
-  const LinearShape shape{.dtype = dtype,
-                          .int8 = int8,
-                          .T = x.size(0),
-                          .K = x.size(1),
-                          .N = features,
-                          .items = table.linear_items[int8 ? kBFloat16 : dtype]};
+  LinearShape shape{.dtype = dtype,
+                    .int8 = int8,
+                    .gated = gated,
+                    .T = x.size(0),
+                    .K = x.size(1),
+                    .N = features,
+                    .items = table.linear_items[int8 ? kBFloat16 : dtype]};
+  if (gated) shape.items.panel_step = 2;
   SBF_CHECK(features >= 1, op, "features must be at least 1, got ", features);
   SBF_CHECK(shape.K >= 1, op, "x must have at least one column, got [", shape.T, ", 0]");
   if (int8) {
@@ -54,7 +56,12 @@ LinearShape check_linear(const KernelTable& table, const char* op, const Tensor&
     check_tensor(op, "panels", panels, ScalarType::BFloat16, "[3 * panels, K / 2, 16, 2]",
                  {kStripsPerPanel * shape.panels(), shape.K / 2, kStripColumns, 2});
   }
-  check_tensor(op, "bias", bias, ScalarType::Float, "[N]", {features});
+  if (gated) {
+    check_tensor(op, "bias", bias, ScalarType::Float, "[48 * panels]",
+                 {kPanelColumns * shape.panels()});
+  } else {
+    check_tensor(op, "bias", bias, ScalarType::Float, "[N]", {features});
+  }
   return shape;
 }
 
@@ -108,6 +115,7 @@ LinearParams linear_params(const LinearShape& shape, const Operand& x, const Ten
       .item_rows = item_rows(shape),
       .item_panels = shape.panels(),
       .activation = activation,
+      .gated = shape.gated,
   };
 }
 
@@ -144,12 +152,12 @@ void run_linear(RangeKernel<LinearParams> kernel, LinearParams params, const Lin
 }  // namespace
 
 Tensor linear(const Tensor& x, const Tensor& panels, const std::optional<Tensor>& bias,
-              int64_t features, int64_t activation) {
+              int64_t features, int64_t activation, bool gated) {
   constexpr const char* op = "linear";
   const KernelTable& table = kernels();
-  const LinearShape shape = check_linear(table, op, x, panels, bias, features);
-  SBF_CHECK(0 <= activation && activation < kNumLinearActivations, op, "activation must be in [0, ",
-            kNumLinearActivations, "), got ", activation);
+  const LinearShape shape = check_linear(table, op, x, panels, bias, features, gated);
+  SBF_CHECK(0 <= activation && activation < kNumActivations, op, "activation must be in [0, ",
+            kNumActivations, "), got ", activation);
   Tensor out = new_output({shape.T, shape.N}, shape.dtype);
   const Operand operand(table, shape, x);
   run_linear(linear_kernel(table, shape, shape.dtype),

@@ -24,8 +24,11 @@ SBF_INLINE const float* header_of(const float* const (&headers)[2], int64_t colu
   return headers[column / kStripColumns] + column % kStripColumns;
 }
 
+/// Columns of results in a block of sums; where they are gated, it holds one strip of each half.
+constexpr int64_t result_columns(bool gated) { return gated ? kStripColumns : kBlockColumns; }
+
 /// Finishes the results of a whole block, row by row.
-template <class T, class Out, class Activate, bool kHasBias>
+template <class T, class Out, bool kGated, class Activate, bool kHasBias>
 class WholeRows {
   static constexpr bool kInt8 = sizeof(T) == 1;
 
@@ -48,12 +51,18 @@ class WholeRows {
   SBF_INLINE void next() {
     if (rows_ == 0) return;
     --rows_;
-    SBF_UNROLL for (int v = 0; v < kVecs; v += 2) {
-      const int64_t c = v * VecF::N;
-      store_rounded<Out>(out_ + c, value(v), value(v + 1));
+    if constexpr (kGated) {
+      SBF_UNROLL for (int v = 0; v < kVecs / 2; ++v) {
+        const VecF gate = value(v + kVecs / 2);
+        store_rounded<Out>(out_ + v * VecF::N, activate_(value(v)) * gate);
+      }
+    } else {
+      SBF_UNROLL for (int v = 0; v < kVecs; v += 2) {
+        store_rounded<Out>(out_ + v * VecF::N, activate_(value(v)), activate_(value(v + 1)));
+      }
     }
     // What the block after this one will store, as a rule.
-    __builtin_prefetch(out_ + kBlockColumns, 1, 2);
+    __builtin_prefetch(out_ + result_columns(kGated), 1, 2);
     sums_ += kBlockColumns;
     out_ += stride_;
     if constexpr (kInt8) row_scales_ += 2;
@@ -66,9 +75,9 @@ class WholeRows {
     const VecF sum = VecF::load(sums_ + v * VecF::N);
     if constexpr (kInt8) {
       const float* const header = header_of(headers_, v * VecF::N);
-      return activate_(from_int8(sum, row_scales_, header, bias_[v]));
+      return from_int8(sum, row_scales_, header, bias_[v]);
     }
-    return activate_(kHasBias ? sum + bias_[v] : sum);
+    return kHasBias ? sum + bias_[v] : sum;
   }
 
   const Activate activate_;
@@ -83,7 +92,7 @@ class WholeRows {
 /// Weights that are used on all rows of an item before the next ones.
 constexpr int64_t kLinearGroupBytes = 192 << 10;
 
-template <class T, class Out, class Activate>
+template <class T, class Out, bool kGated, class Activate>
 class TileLinear {
  public:
   TileLinear(const LinearParams& params, Activate activate)
@@ -91,15 +100,17 @@ class TileLinear {
   ~TileLinear() { finish(); }
 
   void run(int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
-    const int64_t strips = divide_up(p_.N, kStripColumns);
+    const int64_t strips = 2 * divide_up(p_.N, result_columns(kGated));
     product_.for_each_block(row, row_end, panel * kStripsPerPanel,
                             smaller_of(panel_end * kStripsPerPanel, strips),
                             [this](const Block& block) { run(block); });
   }
 
  private:
+  static constexpr int64_t kColumns = result_columns(kGated);
+
   __attribute__((noinline)) void run(const Block& block) {
-    if (pending_.columns != kBlockColumns) {
+    if (pending_.columns != kColumns) {
       finish();
       product_.run(block, sums_, kBlockColumns, [] {});
     } else if (pending_.bias != nullptr) {
@@ -107,11 +118,11 @@ class TileLinear {
     } else {
       multiply<false>(block);
     }
-    const int64_t column = block.strip * kStripColumns;
+    const int64_t column = block.strip / 2 * kColumns;
     pending_.sums = sums_;
     pending_.rows = block.rows;
-    pending_.columns = smaller_of(kBlockColumns, p_.N - column);
-    pending_.bias = p_.bias == nullptr ? nullptr : p_.bias + column;
+    pending_.columns = smaller_of(kColumns, p_.N - column);
+    pending_.bias = p_.bias == nullptr ? nullptr : p_.bias + block.strip * kStripColumns;
     pending_.out = static_cast<Out*>(p_.out) + block.row * p_.N + column;
     pending_.out_stride = p_.N;
     if constexpr (sizeof(T) == 1) {
@@ -122,7 +133,7 @@ class TileLinear {
 
   template <bool kHasBias>
   SBF_INLINE void multiply(const Block& block) {
-    WholeRows<T, Out, Activate, kHasBias> rows(pending_, activate_);
+    WholeRows<T, Out, kGated, Activate, kHasBias> rows(pending_, activate_);
     if (product_.pauses() >= kBlockRows) {
       product_.run(block, sums_, kBlockColumns, [&] { rows.next(); });
     } else {
@@ -138,15 +149,20 @@ class TileLinear {
       bias = nullptr;
     }
     for (int64_t r = 0; r < pending_.rows; ++r) {
-      finish_row(pending_.sums + r * kBlockColumns, pending_.columns, bias, activate_,
-                 pending_.out + r * pending_.out_stride);
+      const float* const sums = pending_.sums + r * kBlockColumns;
+      Out* const out = pending_.out + r * pending_.out_stride;
+      if constexpr (kGated) {
+        finish_gate(sums, sums + kStripColumns, pending_.columns, bias, activate_, out);
+      } else {
+        finish_row(sums, pending_.columns, bias, activate_, out);
+      }
     }
   }
 
   void scale_pending() {
     for (int64_t c = 0; c < kBlockColumns && pending_.rows > 0; c += VecF::N) {
       const float* const header = header_of(pending_.headers, c);
-      const VecF bias = load_bias(pending_.bias, c, pending_.columns);
+      const VecF bias = load_bias(pending_.bias, c, kGated ? kBlockColumns : pending_.columns);
       for (int64_t r = 0; r < pending_.rows; ++r) {
         float* const at = sums_ + r * kBlockColumns + c;
         from_int8(VecF::load(at), pending_.row_scales + 2 * r, header, bias).store(at);
@@ -162,11 +178,11 @@ class TileLinear {
   alignas(64) float sums_[kBlockRows * kBlockColumns];
 };
 
-template <class T, class Out, class Activate>
+template <class T, class Out, bool kGated, class Activate>
 void tile_linear_items(const LinearParams& p, int64_t begin, int64_t end, Activate activate) {
-  const int64_t panels = divide_up(p.N, kPanelColumns);
+  const int64_t panels = panel_count(p.N, kGated);
   const int64_t across = divide_up(panels, p.item_panels);
-  TileLinear<T, Out, Activate> tiles(p, activate);
+  TileLinear<T, Out, kGated, Activate> tiles(p, activate);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t row = item / across * p.item_rows, panel = item % across * p.item_panels;
     tiles.run(row, smaller_of(row + p.item_rows, p.T), panel,
@@ -177,15 +193,15 @@ void tile_linear_items(const LinearParams& p, int64_t begin, int64_t end, Activa
 template <class T, class Out>
 void tile_linear(const LinearParams& p, int64_t begin, int64_t end) {
   if (!fits_tiles<T>(p)) return linear<T, Out>(p, begin, end);
-  switch (p.activation) {
-    case Activation::kNone:
-      return tile_linear_items<T, Out>(p, begin, end, [](VecF v) { return v; });
-    case Activation::kGelu:
-      return tile_linear_items<T, Out>(p, begin, end, TileGelu<Out, ErfTail<Out>, kErfTails>());
-    case Activation::kGeluTanh:
-      return tile_linear_items<T, Out>(p, begin, end, TileGelu<Out, TanhTail<Out>, kTanhTails>());
-    case Activation::kSilu:
-      return;  // refused by the op
+  using ErfGelu = TileGelu<Out, ErfTail<Out>, kErfTails>;
+  using TanhGelu = TileGelu<Out, TanhTail<Out>, kTanhTails>;
+  if constexpr (sizeof(T) == sizeof(bf16) && sizeof(Out) == sizeof(float)) {
+    tile_linear_items<T, Out, false>(p, begin, end, Identity());  // for linear_norm
+  } else {
+    with_activation<Out, ErfGelu, TanhGelu>(p.activation, [&](auto f) {
+      if (p.gated) return tile_linear_items<T, Out, true>(p, begin, end, f);
+      tile_linear_items<T, Out, false>(p, begin, end, f);
+    });
   }
 }
 

@@ -32,7 +32,7 @@ class TileRegisters {
   }
 
   template <int TILE>
-  void load(const void* from, int64_t stride) {
+  __attribute__((noinline)) void load(const void* from, int64_t stride) {
     for (int64_t row = 0; row < rows_of(TILE); ++row) {
       __builtin_memcpy(tiles_[TILE][row], static_cast<const char*>(from) + row * stride, kRowBytes);
     }
@@ -49,14 +49,14 @@ class TileRegisters {
   }
 
   template <int TILE>
-  void store(void* to, int64_t stride) const {
+  __attribute__((noinline)) void store(void* to, int64_t stride) const {
     for (int64_t row = 0; row < rows_of(TILE); ++row) {
       __builtin_memcpy(static_cast<char*>(to) + row * stride, tiles_[TILE][row], kRowBytes);
     }
   }
 
   template <int SUMS, int LEFT, int RIGHT>
-  void multiply_add_bytes() {
+  __attribute__((noinline)) void multiply_add_bytes() {
     for (int64_t row = 0; row < rows_; ++row) {
       for (int lane = 0; lane < kLanesOfRow; lane += VecF::N) {
         float* const at = tiles_[SUMS][row] + lane;
@@ -71,7 +71,7 @@ class TileRegisters {
   }
 
   template <int SUMS, int LEFT, int RIGHT>
-  void multiply_add() {
+  __attribute__((noinline)) void multiply_add() {
     for (int64_t row = 0; row < rows_; ++row) {
       for (int lane = 0; lane < kLanesOfRow; lane += VecF::N) {
         multiply_lanes(tiles_[LEFT][row], tiles_[RIGHT], lane, tiles_[SUMS][row] + lane);

@@ -73,7 +73,7 @@ class BlockProduct {
         panels_(static_cast<const char*>(p.panels)),
         x_stride_(p.K * static_cast<int64_t>(sizeof(T))),
         steps_(x_stride_ / kTileRowBytes),
-        strips_(divide_up(p.N, kPanelColumns) * kStripsPerPanel),
+        strips_(panel_count(p.N, p.gated) * kStripsPerPanel),
         group_(larger_of(1, group_bytes / (2 * steps_ * kTileBytes))),
         run_steps_(divide_up(steps_, divide_up(steps_, run_steps))) {}
 

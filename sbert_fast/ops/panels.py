@@ -5,6 +5,9 @@ fp32: panels of 48 columns (output features) side by side, one step along the in
 `[3 * panels, K / 2, 16, 2]`. int8: strips likewise, four inputs at a time, behind two steps of
 another meaning, both fp32: the scale of each column, and the sum of its weights. The layout is the
 same on every instruction set; the last panel is filled up with zeros.
+
+Gated layers have two panels for 48 columns of the result: strips of the columns that are activated,
+each before the strip of those that they are multiplied by.
 """
 
 from __future__ import annotations
@@ -35,6 +38,33 @@ def unpack(panels: Tensor, features: int) -> Tensor:
     return panels.transpose(1, 2).reshape(panels.shape[0] * panels.shape[2], -1)[:features]
 
 
+def gated_columns(features: int) -> int:
+    """The columns of the panels of a gated layer of `features` results."""
+    return 2 * (features + -features % COLUMNS)
+
+
+def interleave(rows: Tensor, first: bool) -> Tensor:
+    """The rows of a gated layer in the order of its panels, zeros where the last ones have none.
+
+    Args:
+        rows: of a weight or a bias, `[2F, ...]`, one half after the other.
+        first: whether the first half is the one that is activated.
+
+    Returns:
+        `[gated_columns(F), ...]`.
+    """
+    halves = rows.chunk(2) if first else rows.chunk(2)[::-1]
+    missing = rows.new_zeros(-len(halves[0]) % COLUMNS, *rows.shape[1:])
+    strips = [torch.cat((half, missing)).unflatten(0, (-1, STRIP_COLUMNS)) for half in halves]
+    return torch.stack(strips, dim=1).flatten(0, 2)
+
+
+def separated(columns: Tensor, features: int) -> Tensor:
+    """The halves of `columns` `[T, gated_columns(F)]` side by side, `[T, 2F]`, F = `features`."""
+    strips = columns.view(len(columns), -1, 2, STRIP_COLUMNS).transpose(1, 2)
+    return strips.flatten(2)[:, :, :features].flatten(1)
+
+
 def pack_int8(weight: Tensor) -> Tensor:
     """The int8 panels of `weight` fp32 `[N, K]`, each row rounded to 127 steps of its own each way.
 
@@ -55,6 +85,13 @@ def unpack_int8(panels: Tensor, features: int) -> tuple[Tensor, Tensor]:
     """The weights int8 `[N, K]` that :func:`pack_int8` has rounded, and their scales fp32 `[N]`."""
     scales = panels[:, 0].contiguous().view(torch.float32).view(-1)[:features]
     return unpack(panels[:, 2:], features), scales
+
+
+def multiply(x: Tensor, panels: Tensor, features: int) -> Tensor:
+    """`x` `[T, K]`, fp32 or fp64, times panels of any kind: `[T, N]` in its dtype."""
+    if panels.dtype == torch.int8:
+        return multiply_int8(x, panels, features)
+    return F.linear(x, unpack(panels, features).to(x.dtype))
 
 
 def multiply_int8(x: Tensor, panels: Tensor, features: int) -> Tensor:

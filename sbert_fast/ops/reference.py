@@ -15,7 +15,6 @@ from torch import Tensor
 # Bound here, as activations of transformers bind theirs: functions that are replaced in torch later
 # reach neither.
 from torch.nn.functional import embedding, gelu, layer_norm, rms_norm, silu
-from torch.nn.functional import linear as multiply
 from torch.nn.functional import normalize as l2_normalize
 
 from sbert_fast.ops import panels as panel_layout
@@ -232,9 +231,13 @@ def gated_activation(x: Tensor, bias: Tensor | None, activation: int, first: boo
 
 
 def linear(
-    x: Tensor, panels: Tensor, bias: Tensor | None, features: int, activation: int
+    x: Tensor, panels: Tensor, bias: Tensor | None, features: int, activation: int, gated: bool
 ) -> Tensor:
-    return _activate(_linear(x, panels, bias, features), activation).to(x.dtype)
+    y = _linear(x, panels, bias, panel_layout.gated_columns(features) if gated else features)
+    if gated:
+        y = panel_layout.separated(y, features)
+        return gated_activation(y, None, activation, first=True).to(x.dtype)
+    return _activate(y, activation).to(x.dtype)
 
 
 def linear_norm(
@@ -251,11 +254,7 @@ def linear_norm(
 
 
 def _linear(x: Tensor, panels: Tensor, bias: Tensor | None, features: int) -> Tensor:
-    x = x.to(_accumulator(x.dtype))
-    if panels.dtype == torch.int8:
-        return _sum(panel_layout.multiply_int8(x, panels, features), bias)
-    weight = panel_layout.unpack(panels, features).to(x.dtype)
-    return multiply(x, weight, None if bias is None else bias.to(x.dtype))
+    return _sum(panel_layout.multiply(x.to(_accumulator(x.dtype)), panels, features), bias)
 
 
 def segment_pool(

@@ -36,7 +36,8 @@ SCHEMAS = {
     " float eps, bool rms=False) -> (Tensor, Tensor)",
     "bias_gelu": "(Tensor x, Tensor? bias, bool tanh) -> Tensor",
     "gated_activation": "(Tensor x, Tensor? bias, int activation, bool first) -> Tensor",
-    "linear": "(Tensor x, Tensor panels, Tensor? bias, int features, int activation) -> Tensor",
+    "linear": "(Tensor x, Tensor panels, Tensor? bias, int features, int activation,"
+    " bool gated) -> Tensor",
     "linear_norm": "(Tensor x, Tensor panels, Tensor? bias, Tensor residual, Tensor weight,"
     " Tensor ln_bias, float eps) -> Tensor",
     "segment_pool": "(Tensor x, Tensor cu_seqlens, int pooling, bool normalize, int skip,"
@@ -108,7 +109,7 @@ def _fake_gated_activation(x: Tensor, *_: Any) -> Tensor:
 
 
 def _fake_linear(
-    x: Tensor, panels: Tensor, bias: Tensor | None, features: int, activation: int
+    x: Tensor, panels: Tensor, bias: Tensor | None, features: int, activation: int, gated: bool
 ) -> Tensor:
     return x.new_empty((x.shape[0], features))
 

@@ -84,6 +84,7 @@ def test_the_time_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seconds == pytest.approx(3 * 365 * (24 + 8 + 32 + 32) * 8 * 1e-12)
     assert len(asked) == 3 * 4 - 4, "160 and 165 are measured once"
     assert products.flops_per_token(config) == 2 * 3 * (24 + 8 + 32 + 32) * 8
+    assert products.flops_per_token(config | {"model_type": "nomic_bert"}) == 2 * 3 * 128 * 8
 
 
 def turned(loss: float) -> np.ndarray:

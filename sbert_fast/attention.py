@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sbert_fast import ops
-from sbert_fast.linears import PreparedLinear, PreparedNorm, attached, prepare_linear
+from sbert_fast.linears import PreparedLinear, prepare_linear
 from sbert_fast.models import base
+from sbert_fast.norms import PreparedNorm, attached
 from sbert_fast.packing import PackedBatch
 from sbert_fast.target import Target
 

@@ -17,8 +17,9 @@ from sbert_fast.errors import ImplementationError, UnsupportedModelError
 from sbert_fast.fingerprint import Fingerprint, derive, settle
 from sbert_fast.forking import Lock
 from sbert_fast.layers import PoolKernels, Stack, Unfinished
-from sbert_fast.linears import Choice, PreparedNorm, choose, row_alignment
+from sbert_fast.linears import Choice, choose, row_alignment
 from sbert_fast.models.checks import check_finite
+from sbert_fast.norms import PreparedNorm
 from sbert_fast.ops.dispatch import FUSING
 from sbert_fast.packing import ROW_ALIGNMENT, PackedBatch
 from sbert_fast.preparation import (

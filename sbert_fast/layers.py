@@ -14,7 +14,8 @@ from torch import Tensor
 
 from sbert_fast import ops
 from sbert_fast.attention import PreparedAttention, Turns
-from sbert_fast.linears import PreparedLinear, PreparedNorm
+from sbert_fast.linears import PreparedLinear
+from sbert_fast.norms import PreparedNorm
 from sbert_fast.packing import PackedBatch
 from sbert_fast.rotary import RotaryTable
 

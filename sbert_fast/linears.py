@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from sbert_fast import ops
 from sbert_fast.errors import UnsupportedModelError
-from sbert_fast.models.base import Linear, Norm
+from sbert_fast.models.base import Linear
+from sbert_fast.norms import PreparedNorm
 from sbert_fast.ops import panels
 from sbert_fast.ops.dispatch import requested
 from sbert_fast.ops.reference import Activation
@@ -28,26 +29,6 @@ from sbert_fast.target import BF16_ISAS, Target
 # Rows oneDNN lays prepacked weights out for; any other number of rows works too.
 _PREPACK_ROWS = 512
 _NOT_ASKED = "not asked for"
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedNorm:
-    """The parameters of a norm in fp32; the bias of one that has none is zeros.
-
-    They keep their gradients where these are recorded when it is made.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    eps: float
-    rms: bool = False
-
-    @classmethod
-    def of(cls, norm: Norm) -> PreparedNorm:
-        bias = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
-        weight, bias = (attached(part).float().contiguous() for part in (norm.weight, bias))
-        weight = weight + norm.shift if norm.shift else weight
-        return cls(aligned(weight), aligned(bias), norm.eps, norm.rms)
 
 
 class PreparedLinear(Protocol):
@@ -349,16 +330,3 @@ def _side_by_side(parts: tuple[Linear, ...]) -> Tensor | None:
     zeros = (part.weight.new_zeros(part.weight.shape[0]) for part in parts)
     pairs = zip(parts, zeros, strict=True)
     return torch.cat([zero if part.bias is None else part.bias.detach() for part, zero in pairs])
-
-
-def attached(values: Tensor) -> Tensor:
-    """`values`, detached unless gradients are recorded."""
-    return values if torch.is_grad_enabled() else values.detach()
-
-
-def aligned(values: Tensor) -> Tensor:
-    """`values`, copied where they begin between the 16 bytes that a kernel loads at once.
-
-    A file that is mapped into memory has its tensors anywhere.
-    """
-    return values if values.data_ptr() % 16 == 0 else values.clone()

@@ -28,8 +28,8 @@ from sbert_fast import bypass, forking, padded_call, training
 from sbert_fast.admission import Admission
 from sbert_fast.engine import PackedEncoder, Prepared
 from sbert_fast.errors import InvalidWeightsError, UnsupportedModelError
-from sbert_fast.linears import aligned
 from sbert_fast.models.base import pool
+from sbert_fast.norms import aligned
 from sbert_fast.packing import PackedBatch
 from sbert_fast.padded_call import UseOriginalError as _UseOriginalError
 from sbert_fast.transfer import Transfers

@@ -11,8 +11,9 @@ from torch import Tensor
 from sbert_fast import ops
 from sbert_fast.attention import attention_options, prepare_attention
 from sbert_fast.layers import Exit, NormedLinear, PreparedFeedForward, PreparedLayer, Stack
-from sbert_fast.linears import PreparedNorm, aligned, prepare_linear
+from sbert_fast.linears import prepare_linear
 from sbert_fast.models import base
+from sbert_fast.norms import PreparedNorm, aligned
 from sbert_fast.rotary import RotaryTable
 from sbert_fast.target import Target
 

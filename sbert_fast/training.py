@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from sbert_fast import bypass, ops
 from sbert_fast.engine import PackedEncoder
-from sbert_fast.linears import PreparedNorm
 from sbert_fast.models.base import Embeddings, EncoderWeights, is_in_pooler
+from sbert_fast.norms import PreparedNorm
 from sbert_fast.packing import PackedBatch
 from sbert_fast.preparation import prepare_projection, prepare_stack, required_ops
 from sbert_fast.target import Target

@@ -15,8 +15,9 @@ from guarded import before_a_guard
 from instruction_sets import EMULATED_TILES, NATIVE
 from sbert_fast import linears
 from sbert_fast.errors import UnsupportedModelError
-from sbert_fast.linears import PanelLinear, PreparedNorm
+from sbert_fast.linears import PanelLinear
 from sbert_fast.models.base import Linear
+from sbert_fast.norms import PreparedNorm
 from sbert_fast.ops import extension, panels
 from sbert_fast.ops.reference import Activation
 from sbert_fast.target import Target

@@ -22,6 +22,7 @@ LAYERS = (
     {"ops"},
     {"models"},
     {"target"},
+    {"norms"},
     {"packing", "linears"},
     {"layers", "attention", "fingerprint", "rotary"},
     {"preparation"},

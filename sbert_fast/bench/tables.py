@@ -99,8 +99,19 @@ def _limit(document: Document) -> str | None:
     return f"{document['corpus']['name']}: {', '.join(reached)}" if reached else None
 
 
+def _accuracy(document: Document) -> str | None:
+    """How far embeddings in int8 are from those in float32."""
+    told = [
+        f"{row['worst_cosine']:.4f} and {row['mean_cosine']:.4f} {row['system']}"
+        for row in document["rows"]
+        if row["precision"] == "int8" and row["status"] == "measured"
+    ]
+    return f"{document['corpus']['name']}: {', '.join(told)}" if told else None
+
+
 def asides(documents: Sequence[Document], full: bool = False) -> list[str]:
-    """A line on limits, on latency and on memory, each where a document has something to say."""
+    """A line on limits, on int8, on latency and on memory, each where a document has something to
+    say."""
 
     def call(row: Row) -> str:
         told = f"{row['p50_ms']:.2f} ms {' '.join(names(row))}"
@@ -112,6 +123,8 @@ def asides(documents: Sequence[Document], full: bool = False) -> list[str]:
 
     limits = [reached for document in documents if (reached := _limit(document))]
     lines = [f"The linear layers alone, {'; '.join(limits)}."] if limits else []
+    if losses := [told for document in documents if (told := _accuracy(document))]:
+        lines.append(f"Worst and mean cosine of int8 with float32, {'; '.join(losses)}.")
     if latencies := [found for document in documents if (found := document.get("latency"))]:
         calls = "; another run: ".join(", ".join(map(call, found["rows"])) for found in latencies)
         lines.append(f"One text of {latencies[0]['tokens']} tokens, median call: {calls}.")

@@ -98,11 +98,15 @@ def test_headline_of_results(tmp_path: Path) -> None:
         ["openvino", "not measured"],
     ]
     assert lines[-1] == "(1) a cpu; torch 2.13.0; 2026-01-02; commit 012345678."
-    write_json(DOCUMENT | {"model": {"name": "another"}}, tmp_path / "cpu" / "another.json")
+    int8 = ROW | {"system": OURS, "precision": "int8", "ratios": {}}
+    int8 |= {"worst_cosine": 0.9912, "mean_cosine": 0.99871}
+    another = DOCUMENT | {"model": {"name": "another"}, "rows": [int8, *DOCUMENT["rows"]]}
+    write_json(another, tmp_path / "cpu" / "another.json")
     (tmp_path / "a-gpu" / "mixed.json").unlink()
     pages = readme_figures(tmp_path)
     assert ["a cpu; another;" in pages, "a cpu; a model;" in pages] == [True, True]
-    assert pages.count("| sentences/s           | mixed (30 tokens), float32 |") == 2
+    assert "cosine of int8 with float32, mixed: 0.9912 and 0.9987 sbert-fast." in pages
+    assert pages.count("mixed (30 tokens), float32 |") == 2
     bare = [row | {"ratios": {}} for row in DOCUMENT["rows"]]
     write_json(DOCUMENT | {"rows": bare}, tmp_path / "cpu" / "mixed.json")
     assert report.headline(tmp_path) == report.NOT_MEASURED

@@ -41,15 +41,19 @@ class LinearLayers:
     Args:
         shapes: (outputs, inputs) of each.
         precision: "float32" or "bfloat16".
+        rows: of a product; by default so many that it is at its best.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, int]], precision: str) -> None:
+    def __init__(
+        self, shapes: Sequence[tuple[int, int]], precision: str, rows: int = _ROWS
+    ) -> None:
         dtype = getattr(torch, precision)
-        made = {}
-        for shape in set(shapes):
-            packed = torch.ops.mkldnn._reorder_linear_weight(torch.randn(shape).to(dtype), _ROWS)
-            made[shape] = (torch.randn(_ROWS, shape[1]).to(dtype), packed)
-        self._products = [made[shape] for shape in shapes]
+        lay_out = torch.ops.mkldnn._reorder_linear_weight
+        # As in a model, no layer finds the weights of another in a cache.
+        weights = [lay_out(torch.randn(shape).to(dtype), rows) for shape in shapes]
+        inputs = {width: torch.randn(rows, width).to(dtype) for _, width in shapes}
+        self._products = [(inputs[s[1]], w) for s, w in zip(shapes, weights, strict=True)]
+        self._rows = rows
         self.rates: list[float] = []
 
     def measure(self) -> None:
@@ -58,7 +62,7 @@ class LinearLayers:
             start = time.perf_counter()
             for x, weight in self._products:
                 torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-            self.rates.append(_ROWS / (time.perf_counter() - start))
+            self.rates.append(self._rows / (time.perf_counter() - start))
 
     @property
     def tokens_per_s(self) -> float:

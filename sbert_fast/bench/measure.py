@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from sbert_fast.bench.corpora import Corpus
 from sbert_fast.bench.limit import LinearLayers, linear_shapes
 from sbert_fast.bench.machine import warn_if_busy
 from sbert_fast.bench.memory import memory_of
-from sbert_fast.bench.names import OURS, REFERENCE, message, say
+from sbert_fast.bench.names import ALONE, OURS, REFERENCE, message, say
 from sbert_fast.bench.systems import NotAvailable, Setting
 
 SCOPE = "strings to L2-normalised float32 numpy rows in input order, tokenisation included"
@@ -134,28 +134,46 @@ def row_of(
     }
 
 
-def latency(running: list[Contender], folder: Checkpoint, calls: int) -> dict[str, Any]:
-    """Milliseconds of `calls` single calls with one short text, systems in turn."""
+def latency(
+    running: list[Contender], folder: Checkpoint, calls: int, shapes: Sequence[tuple[int, int]]
+) -> dict[str, Any]:
+    """Milliseconds of `calls` single calls with one short text, systems in turn with the linear
+    layers of `shapes` alone."""
     say(f"one text, {calls} calls")
     short = Corpus.load("short", 200, 0, folder)
     nearest = int(np.abs(short.tokens.lengths - LATENCY_TOKENS).argmin())
+    rows = int(short.tokens.lengths[nearest])
     taken: list[tuple[Contender, list[float]]] = [(each, []) for each in running]
+    limits = {
+        p: LinearLayers(shapes, p, rows) for p in _limited(each.precision for each in running)
+    }
     for _ in range(LATENCY_WARM_CALLS + calls):
         for each, seconds in taken:
             start = time.perf_counter()
             each.running.encode([short.texts[nearest]], Setting(1))
             seconds.append(time.perf_counter() - start)
-    rows = []
-    for each, seconds in taken:
-        found = np.percentile(np.array(seconds[LATENCY_WARM_CALLS:]) * 1e3, PERCENTILES).tolist()
-        row = {f"p{p}_ms": found[PERCENTILES.index(p)] for p in (50, 95)}
-        rows.append(each.named | row | {"percentiles_ms": found})
+        for limit in limits.values():
+            limit.measure()
+    found = [(each.named, np.array(seconds)) for each, seconds in taken]
+    alone = {p: rows / np.array(limit.rates) for p, limit in limits.items()}
+    found += [({"system": ALONE, "precision": p}, seconds) for p, seconds in alone.items()]
     return {
-        "tokens": int(short.tokens.lengths[nearest]),
+        "tokens": rows,
         "calls": calls,
         "percentiles": PERCENTILES,
-        "rows": rows,
+        "rows": [named | _percentiles(seconds[LATENCY_WARM_CALLS:]) for named, seconds in found],
     }
+
+
+def _percentiles(seconds: NDArray[np.float64]) -> dict[str, Any]:
+    found = np.percentile(seconds * 1e3, PERCENTILES).tolist()
+    named = {f"p{p}_ms": found[PERCENTILES.index(p)] for p in (50, 95)}
+    return named | {"percentiles_ms": found}
+
+
+def _limited(precisions: Iterable[str]) -> list[str]:
+    """Those whose linear layers can be measured alone."""
+    return [p for p in dict.fromkeys(precisions) if LinearLayers.available(p)]
 
 
 def by_length(
@@ -215,7 +233,7 @@ def _measure(
     truth, gates = embeddings[REFERENCE, "float32"], contenders.check(embeddings)
     (reference,) = (each for each in running if str(each) == f"{REFERENCE} float32")
     shapes = linear_shapes(lambda: reference.running.encode(corpus.texts[:1], Setting(1)))
-    limits = {p: LinearLayers(shapes, p) for p in args.dtype if LinearLayers.available(p)}
+    limits = {p: LinearLayers(shapes, p) for p in _limited(args.dtype)}
 
     def measure_limits() -> None:
         for limit in limits.values():
@@ -226,7 +244,7 @@ def _measure(
     for _ in contenders.take_turns(turns, args.rounds, CPU, measure_limits):
         pass
     found = {
-        "latency": latency(running, folder, args.calls) if args.calls else None,
+        "latency": args.calls and latency(running, folder, args.calls, shapes),
         "by_length": args.by_length and by_length(running, folder, args.by_length, args.rounds),
     }
     shared = {"model": args.model, "threads": args.threads, "seed": args.seed, "onnx": onnx}

@@ -8,6 +8,7 @@ OURS, OURS_CUDA = "sbert-fast", "sbert-fast cuda"
 REFERENCE, UNPADDED, COMPILED = "sentence-transformers", "st-unpadded", "torch-compile"
 PEERS = (REFERENCE, "onnxruntime", "openvino", "zentorch", COMPILED)
 PRECISIONS = ("float32", "bfloat16", "int8")
+ALONE = "linear layers alone"
 
 
 def say(text: str) -> None:

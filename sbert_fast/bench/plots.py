@@ -11,11 +11,11 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-from sbert_fast.bench.names import OURS, PEERS  # noqa: E402
+from sbert_fast.bench.names import ALONE, OURS, PEERS  # noqa: E402
 from sbert_fast.bench.tables import Document  # noqa: E402
 
 # A system has the same color in every picture.
-_COLORS = {name: f"C{number}" for number, name in enumerate((OURS, *PEERS))}
+_COLORS = {name: f"C{number}" for number, name in enumerate((OURS, *PEERS))} | {ALONE: "gray"}
 _WIDTH, _HEIGHT = 4.5, 3.2  # inches, of one part of a picture
 # Text stays text, and the same results give the same file.
 _SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "sbert-fast", "font.size": 9}
@@ -49,7 +49,7 @@ def throughput(
                 axes.plot(lengths, speeds, marker="o", color=_COLORS[name], label=name)
             if precision in limits:
                 limit = limits[precision]
-                axes.axhline(limit, color="gray", linestyle="--", label="linear layers alone")
+                axes.axhline(limit, color="gray", linestyle="--", label=ALONE)
             axes.set(title=precision, xlabel="tokens of a text", ylabel="tokens/s", ylim=(0, None))
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:.0f}")

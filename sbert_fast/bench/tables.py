@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sbert_fast.bench.names import OURS
+from sbert_fast.bench.names import ALONE, OURS
 
 Document = dict[str, Any]
 Row = dict[str, Any]
@@ -56,10 +56,10 @@ def encode_on_cpu(document: Document) -> str:
 
 def by_length(document: Document) -> list[str]:
     """Tokens a second on texts of one length each; the last row is the linear layers alone."""
-    found, alone = document["by_length"], "linear layers alone"
+    found = document["by_length"]
     lengths = found["lengths"]
     rates = [(names(row), row["tokens_per_s"]) for row in found["rows"]]
-    rates += [((alone, p), [r] * len(lengths)) for p, r in document["linear_layers_alone"].items()]
+    rates += [((ALONE, p), [r] * len(lengths)) for p, r in document["linear_layers_alone"].items()]
     rows = [(*name, *(f"{rate:,.0f}" for rate in each)) for name, each in rates]
     return markdown(("tokens/s", "precision", *(f"{n} tokens" for n in lengths)), rows)
 

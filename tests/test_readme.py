@@ -186,7 +186,8 @@ def test_examples_are_listed() -> None:
     assert sorted(name for name, _ in listed) == sorted(p.name for p in ROOT.glob("examples/*.py"))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.usefixtures("int8_anywhere")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_promise_of_determinism(dtype: str, minilm_path: str) -> None:
     encoder = FastEncoder(minilm_path, device="cpu", dtype=dtype)
     texts = sample_texts()[:24]
@@ -195,7 +196,8 @@ def test_promise_of_determinism(dtype: str, minilm_path: str) -> None:
     np.testing.assert_array_equal([encoder.encode(text) for text in texts], together)
     threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
-        np.testing.assert_array_equal(encoder.encode(texts), together)
+        for count in (1, 2, 3, 4):
+            torch.set_num_threads(count)
+            np.testing.assert_array_equal(encoder.encode(texts), together)
     finally:
         torch.set_num_threads(threads)

@@ -33,7 +33,8 @@ class Admission:
         drops: the model is in training mode and has dropout.
         weights, identity: of the parameters, see :class:`sbert_fast.models.EncoderWeights`.
         tensors, buffers: the parameters that a packed pass stands for, and the model's buffers.
-        records: a hook that gradient checkpointing has left records gradients where these are on.
+        records: gradient checkpointing has left a hook, which makes the embeddings require
+            gradients wherever these are recorded.
     """
 
     architecture: models.Architecture

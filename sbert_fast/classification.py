@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
-from sbert_fast import ops
+from sbert_fast import models, ops
 from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.heads import Head, Rows
 from sbert_fast.layers import PoolKernels
@@ -22,11 +22,7 @@ from sbert_fast.packing import ROW_ALIGNMENT, PackedBatch
 # Classes of transformers whose forward reads one state of a text: that of its first token, of its
 # last if they are decoders, or the mean of all where the config says so.
 CLASSIFIERS = frozenset(
-    f"{family}ForSequenceClassification"
-    for family in (
-        "Albert Bert Camembert DebertaV2 DistilBert Electra EuroBert Gemma3Text Gte "
-        "JinaEmbeddingsV3 MPNet ModernBert NomicBert Qwen3 Roberta XLMRoberta"
-    ).split()
+    f"{name.removesuffix('Model')}ForSequenceClassification" for name in models.FAMILIES
 )
 
 

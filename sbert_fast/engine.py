@@ -17,7 +17,7 @@ from sbert_fast.errors import ImplementationError, UnsupportedModelError
 from sbert_fast.fingerprint import Fingerprint, derive, settle
 from sbert_fast.forking import Lock
 from sbert_fast.layers import PoolKernels, Stack, Unfinished
-from sbert_fast.linears import Choice, choose, row_alignment
+from sbert_fast.linears import LinearChoice, choose, row_alignment
 from sbert_fast.models.checks import check_finite
 from sbert_fast.norms import PreparedNorm
 from sbert_fast.ops.dispatch import FUSING
@@ -180,11 +180,11 @@ class PackedEncoder:
         int8 = self.requested_dtype == torch.int8
         return Target(self.compute_dtype, self.device, self.impl, self.live, int8)
 
-    def linears(self) -> list[Choice]:
+    def linears(self) -> list[LinearChoice]:
         """The kernels of the linear layers of a forward pass: each choice once."""
         target = self._target()
         sizes = dict.fromkeys(part.weight.shape[1] for part in self.admitted.weights.linears())
-        choices: list[Choice] = []
+        choices: list[LinearChoice] = []
         for inputs in sizes:
             if (choice := choose(target, inputs)) not in choices:
                 choices.append(choice)

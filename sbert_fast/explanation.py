@@ -104,17 +104,17 @@ def _base_model(module: nn.Module) -> list[str]:
     lines = [] if reason is None else [f"not supported: {reason}"]
     if forward is None:
         return lines or ["supported, not accelerated: sbert_fast.accelerate(model) does that"]
-    engine, obstacle = "", None
+    engine, refused = "", None
     try:
         engine = f": {_engine(forward.engine)}"
-        obstacle = forward.obstacle()
+        refused = forward.refusal()
     except UnsupportedModelError as error:
-        engine, obstacle = "", str(error)
+        engine, refused = "", str(error)
     except ImplementationError:
         pass  # the line about the engine tells it
     lines.append(f"accelerated ({forward.engine.architecture.family}){engine}")
-    if obstacle is not None:
-        lines.append(f"every call runs the original forward now: {obstacle}")
+    if refused is not None:
+        lines.append(f"every call runs the original forward now: {refused}")
     counts = forward.counts
     lines.append(f"packed calls: {counts.pop(PACKED, 0)}")
     return lines + _tally("calls of the original forward", counts)

@@ -274,7 +274,7 @@ KINDS = (LiveLinear, Int8Linear, PanelLinear, OneDnnLinear, TorchLinear)
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class LinearChoice:
     """The kind of layer that runs; and why the kinds before it do not, by their names."""
 
     kind: type[LiveLinear | PanelLinear | OneDnnLinear | TorchLinear]
@@ -287,7 +287,7 @@ class Choice:
         return f"{self.kind.name} ({'; '.join(faster)})" if faster else self.kind.name
 
 
-def choose(target: Target, inputs: int = 0) -> Choice:
+def choose(target: Target, inputs: int = 0) -> LinearChoice:
     """The kind of layer that is fastest for `target`, of those that take rows of `inputs`."""
     refusals: dict[str, str] = {}
     for kind in KINDS:
@@ -295,10 +295,10 @@ def choose(target: Target, inputs: int = 0) -> Choice:
         if reason is None:
             break
         refusals[kind.name] = reason
-    return Choice(kind, refusals)
+    return LinearChoice(kind, refusals)
 
 
-def row_alignment(choices: Iterable[Choice]) -> int:
+def row_alignment(choices: Iterable[LinearChoice]) -> int:
     """What the number of rows must be a multiple of, so that a row's bits depend on no other."""
     return 1 if all(issubclass(each.kind, PanelLinear) for each in choices) else ROW_ALIGNMENT
 

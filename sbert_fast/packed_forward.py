@@ -153,7 +153,7 @@ class PackedForward(StandIn):
         if first:
             logger.log(level, "%s, forward: %s", type(self.engine.model).__name__, outcome)
 
-    def obstacle(self) -> str | None:
+    def refusal(self) -> str | None:
         """Why every call runs the original forward now, whatever it asks for; None where that
         depends on the call.
 
@@ -173,7 +173,7 @@ class PackedForward(StandIn):
         return "training mode with dropout" if admission.drops else None
 
     def _check_modes(self) -> Admission:
-        if (reason := self.obstacle()) is not None:
+        if (reason := self.refusal()) is not None:
             raise _UseOriginalError(reason)
         admission = self.engine.admitted
         if _records(admission) and (reason := training.refusal(self.engine)) is not None:
@@ -192,11 +192,11 @@ class PackedForward(StandIn):
         padded_call.check_arguments(arguments)
         return arguments
 
-    def _read(self, arguments: dict[str, Any]) -> padded_call.Call:
+    def _read(self, arguments: dict[str, Any]) -> padded_call.PaddedCall:
         return padded_call.read(self.engine, arguments, self.padding)
 
     def _states(
-        self, call: padded_call.Call, batch: PackedBatch, prepared: Prepared | None
+        self, call: padded_call.PaddedCall, batch: PackedBatch, prepared: Prepared | None
     ) -> Iterator[Tensor]:
         if prepared is None:
             return training.states(self.engine, batch, call.embeddings)
@@ -205,7 +205,7 @@ class PackedForward(StandIn):
             prepared = replace(prepared, word=table, scale=None)
         return self.engine.states(batch, prepared)
 
-    def _run(self, call: padded_call.Call, prepared: Prepared | None) -> Any:  # noqa: ANN401
+    def _run(self, call: padded_call.PaddedCall, prepared: Prepared | None) -> Any:  # noqa: ANN401
         """Run a call; its gradients are recorded where there is nothing `prepared`."""
         model, device = self.engine.model, self.engine.device
         with nullcontext() if prepared is None else torch.inference_mode():
@@ -235,7 +235,7 @@ class PackedForward(StandIn):
             output["hidden_states"] = tuple(states)
         return output if call.return_dict else output.to_tuple()
 
-    def _padded(self, x: Tensor, call: padded_call.Call, source: Tensor) -> Tensor:
+    def _padded(self, x: Tensor, call: padded_call.PaddedCall, source: Tensor) -> Tensor:
         """Packed states `[T, E]` where they belong in `[B, S, E]`, zeros everywhere else."""
         model: Any = self.engine.model
         # A tensor made in inference mode could not be saved for the backward pass of a head.

@@ -55,7 +55,7 @@ class UseOriginalError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class PaddedCall:
     """One call of `forward`, ready to run packed.
 
     Attributes:
@@ -84,7 +84,7 @@ def check_arguments(arguments: dict[str, Any]) -> None:
             raise UseOriginalError(f"{name} was given")
 
 
-def read(engine: PackedEncoder, arguments: dict[str, Any], padding: str) -> Call:
+def read(engine: PackedEncoder, arguments: dict[str, Any], padding: str) -> PaddedCall:
     """Read a call of the base model of `engine`.
 
     Args:
@@ -130,7 +130,7 @@ def read(engine: PackedEncoder, arguments: dict[str, Any], padding: str) -> Call
         types = _integers("token_type_ids", types, shape, architecture.type_vocab_size)
     return_dict = _asked(engine.model, arguments, "return_dict") is not False
     batch, source = pack_padded(ids, keep, positions, types)
-    return Call(batch, source, shape, embeddings, _states(engine.model, states), return_dict)
+    return PaddedCall(batch, source, shape, embeddings, _states(engine.model, states), return_dict)
 
 
 def _asked(model: nn.Module, arguments: dict[str, Any], name: str) -> Any:  # noqa: ANN401

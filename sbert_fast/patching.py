@@ -68,21 +68,21 @@ def accelerate(
     """Make every supported base model inside `model` run packed, in place and reversibly.
 
     Results stay what they were, but for two things: sums round in another order, and the hidden
-    states of masked tokens are zeros. Whatever looks at those has another result: a plain mean
-    over all columns, a convolution or an LSTM over the states, a loss whose labels on masked tokens
-    are not -100. `padding="stock"` is for them. Two kinds are found, whose padded calls go to the
-    original forward: modules in a SentenceTransformer other than its token-wise and pooling ones,
-    and heads of transformers that read masked tokens: question answering, whose answers are the
-    best of all columns, ELECTRA's summaries other than of the first token, and heads that take the
-    last token for text though it is masked. All other heads run packed.
+    states of masked tokens are zeros. Code that reads those states gets another result: a plain
+    mean over all columns, a convolution or an LSTM over the states, a loss whose labels on masked
+    tokens are not -100. Pass `padding="stock"` for such code. Some of it is recognised, and its
+    padded calls run the original forward: modules in a SentenceTransformer other than its
+    token-wise and pooling ones, heads of question answering (the answer is the best of all
+    columns), summaries of ELECTRA other than of the first token, and heads that read a last token
+    that is masked. All other heads run packed.
 
-    `state_dict`, parameters and saving are untouched, changed weights are followed, and copies
-    serve their own. What the packed path does not do (attention weights, the cache of a decoder
-    whose `config.use_cache` is not False, masks that are not `[B, S]`, dropout in training,
-    families whose ops lack gradients where these are recorded, hooks inside the model; masks that
-    drop the first token, where a pooler or a module around the model might read its state) goes to
-    the original forward; :func:`counts` tells how often, and why. So does what is traced or
-    compiled, uncounted.
+    `state_dict`, parameters and saving are untouched. Weights that change are noticed, and a copy
+    of the model uses its own. The original forward also runs for what the packed path does not do;
+    :func:`counts` tells how often, and why: attention weights, the cache of a decoder (unless
+    `config.use_cache` is False), masks that are not `[B, S]`, dropout in training, gradients of
+    families whose ops have none, hooks inside the model, and masks that drop the first token if a
+    pooler or a module around the model might read its state. Tracing and compiling run the original
+    forward uncounted.
 
     Call it again after a write through `.data` or numpy to less than a row of a matrix: weights are
     then read anew. A forward checks weights, when it reads them, and not its results: where weights

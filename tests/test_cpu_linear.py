@@ -290,7 +290,7 @@ def test_what_is_chosen_says_why_nothing_before_it_is(isa: str, dtype: torch.dty
 
 def test_live_weights_are_chosen_before_all_else_and_need_their_modules() -> None:
     target = Target(torch.float32, CPU, live=True)
-    assert linears.choose(target) == linears.Choice(linears.LiveLinear, {})
+    assert linears.choose(target) == linears.LinearChoice(linears.LiveLinear, {})
     part = as_part(torch.randn(30, 64), None, torch.float32)
     parts = part, Linear(part.weight, None)
     with pytest.raises(UnsupportedModelError, match=r"that of \(30, 64\) has none"):

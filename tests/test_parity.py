@@ -40,11 +40,13 @@ def test_embeddings(name: str) -> None:
     encoder = FastEncoder(stock)
     expected = stock.encode(texts)
     assert cosine_distances(encoder.encode(texts), expected).max() <= MAX_DISTANCE
-    ours = FastEncoder(stock, dtype="bfloat16").encode(texts)
+    half = FastEncoder(stock, dtype="bfloat16")
+    ours = half.encode(texts)
     peer = copy.deepcopy(stock).to(torch.bfloat16).encode(texts, convert_to_tensor=True)
     lost = cosine_distances(peer.float().numpy(), expected).max()
     assert cosine_distances(ours, expected).max() <= 2 * lost
-    assert not encoder.stats.fallbacks and encoder.stats.texts == COUNT
+    for each in (encoder, half):
+        assert not each.stats.fallbacks and each.stats.texts == COUNT
 
 
 @every_family

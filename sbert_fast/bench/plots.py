@@ -18,7 +18,7 @@ from sbert_fast.bench.tables import Document  # noqa: E402
 _COLORS = {name: f"C{number}" for number, name in enumerate((OURS, *PEERS))} | {ALONE: "gray"}
 _WIDTH, _HEIGHT = 4.5, 3.2  # inches, of one part of a picture
 # Text stays text, and the same results give the same file.
-_SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "sbert-fast", "font.size": 9}
+_SETTINGS: Any = {"svg.fonttype": "none", "svg.hashsalt": "sbert-fast", "font.size": 9}
 
 # Tokens of a text, and tokens a second.
 Point = tuple[float, float]

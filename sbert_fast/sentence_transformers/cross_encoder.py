@@ -26,11 +26,11 @@ from sbert_fast.finite import check_embeddings
 from sbert_fast.inference import Pipeline
 from sbert_fast.pooling import ACTIVATIONS
 from sbert_fast.sentence_transformers.packed_model import PackedModel, shared_arguments
-from sbert_fast.sentence_transformers.stock import check_pairs, stock_words
+from sbert_fast.sentence_transformers.stock import check_pairs, own_method, stock_words
 
-# torch activates whole vectors and what is left over in different ways, and shares many values out
-# to threads: rows are padded to a multiple of this, and so many are activated at once, that the
-# bits of a score depend on no other.
+# The bits of a score must depend on no other score. torch activates the values left over from whole
+# vectors differently, so rows are padded to a multiple of the first number. It gives many values to
+# several threads, so no more rows than the second number are activated at once.
 _ROWS, _MANY_ROWS = 64, 1 << 14
 _FUNCTIONS = (torch.sigmoid, torch.tanh)
 # Until 6.2, sentence-transformers squeezed scores last, and took a false activation for none.
@@ -209,9 +209,7 @@ class FastCrossEncoder(PackedModel, CrossEncoder):
         """What runs a call; `reason` says why its inputs do not run packed, if they do not."""
         found = self._session.ready(self, None, call.moves_to)
         if isinstance(found, Pipeline):
-            for name in ("forward", "preprocess", "tokenize"):
-                if getattr(type(self), name, None) is not getattr(CrossEncoder, name, None):
-                    reason = f"{type(self).__name__} has a {name} of its own"
+            reason = own_method(self, CrossEncoder) or reason
             if call.keywords:
                 reason = f"argument {next(iter(call.keywords))!r}"
             found = found if reason is None else Unsupported(reason)

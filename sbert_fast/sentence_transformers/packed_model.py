@@ -24,8 +24,8 @@ from sbert_fast.session import Session
 from sbert_fast.stats import Counters, EncoderStats
 from sbert_fast.values import check_model
 
-# What a warm-up computes: inputs of so many words, each alone, since kernels for a GPU are compiled
-# for ranges of lengths; and so many of the shortest, since others run where there is much to do.
+# What a warm-up computes. One input of each number of words: kernels for a GPU are compiled for a
+# range of lengths. Then many of the shortest: large batches run on other kernels.
 _WARM_WORDS, _WARM_INPUTS = (8, 120, 300), {"cpu": 16, "cuda": 2048}
 
 

@@ -113,6 +113,8 @@ def test_tables_of_distances(
     "options",
     [
         {},
+        {"reach": None},  # as ModernBERT
+        {"reach": None, "dim": 256, "kv_heads": 1, "normed": True},  # as Gemma 3
         {"causal": True},
         {"kv_heads": 1},
         {"causal": True, "kv_heads": 2, "normed": True},
@@ -121,7 +123,8 @@ def test_tables_of_distances(
     ids=str,
 )
 def test_options_together(isa: str, options: dict[str, Any], dtype: torch.dtype) -> None:
-    check(Case((*SHORT, 300), 32, dtype, reach=9, window=40, rotary=True, **options))
+    how = {"dim": 32, "reach": 9} | options
+    check(Case((*SHORT, 300), dtype=dtype, window=40, rotary=True, **how))
 
 
 @every_isa
@@ -227,17 +230,20 @@ def test_place_in_the_batch_changes_no_bit(
     isa: str, options: dict[str, Any], dim: int, dtype: torch.dtype
 ) -> None:
     """Permuted or alone, a sequence keeps its bits."""
-    args = Case((*SHORT, 300), dim, dtype, reach=7, **options).args()
-    qkv, cu_seqlens = args[0], args[1]
+    args = Case((*SHORT, 300), dim, dtype, reach=7, rotary=dim % 2 == 0, **options).args()
+    cu_seqlens, by_row = args[1], {i: args[i] for i in (0, 6, 7) if args[i] is not None}
     expected = attention(args)
     pieces = [sequence_rows(cu_seqlens, index) for index in range(len(SHORT) + 1)]
     order = torch.randperm(len(pieces)).tolist()
     rows = torch.cat([torch.arange(pieces[i].start, pieces[i].stop) for i in order])
-    args[0] = qkv[rows]
+    for place, values in by_row.items():
+        args[place] = values[rows]
     args[1] = pack_lengths([pieces[i].stop - pieces[i].start for i in order])
     assert_same_bits(attention(args), expected[rows])
     for piece in pieces:
-        args[0], args[1] = qkv[piece].clone(), pack_lengths([piece.stop - piece.start])
+        for place, values in by_row.items():
+            args[place] = values[piece].clone()
+        args[1] = pack_lengths([piece.stop - piece.start])
         assert_same_bits(attention(args), expected[piece])
 
 

@@ -185,15 +185,26 @@ def row_ops(dtype: torch.dtype, T: int, E: int) -> dict[str, tuple[list[Any], in
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", ["add_norm", "bias_gelu", "gated_activation"])
-def test_rows_are_isolated(isa: str, op: str, dtype: torch.dtype) -> None:
-    args, rows = row_ops(dtype, 9, 37)[op]
-    kernel = getattr(OPS, op).cpu
-    expected = kernel(*args)[4]
-    poisoned = args[rows].clone()
-    poisoned[torch.arange(9) != 4] = float("nan")
-    args[rows] = poisoned
-    assert torch.equal(kernel(*args)[4], expected)
+@pytest.mark.parametrize(
+    ("op", "options"),
+    [
+        *(("add_norm", {"rms": rms}) for rms in (False, True)),
+        *(("add_norm_sum", {"rms": rms}) for rms in (False, True)),
+        ("bias_gelu", {}),
+        ("gated_activation", {}),
+    ],
+)
+def test_rows_are_isolated(isa: str, op: str, options: Any, dtype: torch.dtype) -> None:
+    args, rows = row_ops(dtype, 9, 37)[op.removesuffix("_sum")]
+
+    def fifth() -> list[Tensor]:
+        found = getattr(OPS, op).cpu(*args, **options)
+        return [x[4] for x in (found if isinstance(found, tuple) else (found,))]
+
+    expected = fifth()
+    args[rows] = args[rows].clone()
+    args[rows][torch.arange(9) != 4] = float("nan")
+    assert all(map(torch.equal, fifth(), expected))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -49,6 +49,8 @@ DECODERS: dict[str, dict[str, Any]] = {
     "normed": {"normed": True},
     "turned": {"normed": True, "rotary": True},
     "all": {"causal": True, "kv_heads": 1, "heads": 3, "normed": True, "rotary": True},
+    "modernbert": {"rotary": True, "window": 20},
+    "gemma": {"kv_heads": 1, "normed": True, "rotary": True, "window": 20},
     "bias": {"causal": True, "kv_heads": 2, "heads": 4, "normed": True, "reach": 9, "window": 40},
 }
 BOTH = (True, True)

@@ -2,15 +2,15 @@
 
     python -m benchmarks.encode.rerank --corpus passages --texts 100 --dtype float32,bfloat16
 
-A cross-encoder of MiniLM's weights and a random head scores `--texts` pairs of one query, and in
-short calls 20. FastCrossEncoder and CrossEncoder take turns; CrossEncoder has its best batch size.
+A cross-encoder of MiniLM's weights and a random head scores `--texts` pairs of one query, and ranks
+20 in short calls. FastCrossEncoder and CrossEncoder take turns; CrossEncoder scores at its best
+batch size.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,8 @@ LOSS = 1e-5
 
 
 def _build(args: argparse.Namespace, folder: str) -> list[Any]:
-    """The cross-encoders in each precision, as contenders whose systems score pairs."""
+    """The cross-encoders in each precision, as contenders whose systems score pairs; each has
+    another beside it that ranks them."""
     import transformers
     from sentence_transformers import CrossEncoder
 
@@ -35,12 +36,16 @@ def _build(args: argparse.Namespace, folder: str) -> list[Any]:
     from sbert_fast.bench.systems import Setting, System
 
     class Scores(System):
-        def __init__(self, predict: Any) -> None:
-            self.predict = predict
+        def __init__(self, score: Any) -> None:
+            self.score = score
 
         def encode(self, texts: list[Any], setting: Setting) -> Any:
             size = {"batch_size": setting.batch_size} if setting.batch_size else {}
-            return self.predict(texts, **size)
+            return self.score(texts, **size)
+
+    class Ranks(Scores):
+        def encode(self, texts: list[Any], setting: Setting) -> Any:
+            return self.score(QUERY, [text for _, text in texts])
 
     transformers.set_seed(args.seed)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -57,7 +62,10 @@ def _build(args: argparse.Namespace, folder: str) -> list[Any]:
         if ours.unsupported_reason is not None:
             raise RuntimeError(f"the model does not run packed: {ours.unsupported_reason}")
         for name, model in ((REFERENCE, stock), (OURS, ours)):
-            found.append(Contender(name, precision, system=Scores(model.predict)))
+            few = Contender(name, precision, system=Ranks(model.rank))
+            all_pairs = Contender(name, precision, system=Scores(model.predict))
+            all_pairs.more = {"all": all_pairs, "short": few}
+            found.append(all_pairs)
     return found
 
 
@@ -74,15 +82,12 @@ def measure(args: argparse.Namespace, checkpoint: Any, corpus: Any) -> dict[str,
         systems = _build(args, folder)
         for each in systems:
             each.embeddings = each.system.encode(pairs.texts, each.setting)
-            few = replace(each, seconds=[], times=CALLS)
             if each.name == REFERENCE:
                 sizes = contenders.Sizes(8, 128, largest=128, times=2)
                 contenders.find_setting(each, "s1", pairs, cpu, sizes)
-            each.more = {"all": each, "short": few}
-            turns += [
-                (each, contenders.runner(each, "s1", pairs)),
-                (few, contenders.runner(few, "s1", pairs.first(SHORT))),
-            ]
+            few = each.more["short"]
+            turns.append((each, contenders.runner(each, "s1", pairs)))
+            turns += [(few, contenders.runner(few, "s1", pairs.first(SHORT)))] * CALLS
         for _ in contenders.take_turns(turns, args.rounds, cpu):
             pass
     return {"rows": [_row(each, systems, args.texts) for each in systems]}

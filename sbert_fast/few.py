@@ -54,8 +54,9 @@ def embed_few(
         uncounted_id=prepared.architecture.uncounted_id,
         row_alignment=prepared.row_alignment,
     )
-    out = torch.empty((count, request.dimension), dtype=torch.float32)
-    rows = torch.arange(count, dtype=torch.int32)
+    # Whatever the default device is.
+    out = torch.empty((count, request.dimension), dtype=torch.float32, device="cpu")
+    rows = torch.arange(count, dtype=torch.int32, device="cpu")
     try:
         embed_batch(pipeline, request, batch, prepared, out, rows)
     except torch.OutOfMemoryError:

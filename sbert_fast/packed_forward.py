@@ -133,6 +133,9 @@ class PackedForward(StandIn):
             arguments = self._arguments(args, kwargs)
             prepared = None if _records(admission) else self.engine.prepared(admission)
             call = self._read(arguments)
+            if prepared is None and call.states is not None:
+                # They would be copies beside the graph: no gradient would reach them.
+                raise _UseOriginalError("gradients are recorded: not of states between the layers")
         except _UseOriginalError as error:
             self._count(str(error))
         except InvalidWeightsError:
@@ -225,7 +228,7 @@ class PackedForward(StandIn):
             if decodes:
                 kind = BaseModelOutputWithPoolingAndCrossAttentions
             output = kind(hidden, pool(model, hidden))
-        elif self.engine.architecture.is_decoder:
+        elif self.engine.admitted.architecture.is_decoder:
             output = BaseModelOutputWithPast(hidden)
         elif decodes:
             output = BaseModelOutputWithPastAndCrossAttentions(hidden)

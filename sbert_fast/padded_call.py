@@ -95,7 +95,7 @@ def read(engine: PackedEncoder, arguments: dict[str, Any], padding: str) -> Padd
     Raises:
         UseOriginalError: the packed path would not give what the base model gives.
     """
-    architecture, config = engine.architecture, getattr(engine.model, "config", None)
+    architecture, config = engine.admitted.architecture, getattr(engine.model, "config", None)
     if _asked(engine.model, arguments, "output_attentions"):
         raise UseOriginalError("output_attentions was asked for")
     if architecture.is_decoder:
@@ -185,14 +185,15 @@ def _tokens(
         if type(input_ids) is not Tensor or input_ids.dim() != 2 or not input_ids.numel():
             raise UseOriginalError("input_ids is not a tensor [B, S] with tokens")
         shape = (input_ids.shape[0], input_ids.shape[1])
-        return _integers("input_ids", input_ids, shape, engine.architecture.vocab_size), None
+        rows = engine.admitted.architecture.vocab_size
+        return _integers("input_ids", input_ids, shape, rows), None
     if input_ids is not None:
         raise UseOriginalError("both input_ids and inputs_embeds were given")
     model: Any = engine.model
     if (
         type(embeddings) is not Tensor
         or embeddings.dim() != 3
-        or embeddings.shape[2] != engine.architecture.embedding_size
+        or embeddings.shape[2] != engine.admitted.architecture.embedding_size
         or not embeddings.numel()
         or (embeddings.dtype, embeddings.device) != (model.dtype, engine.device)
     ):

@@ -23,6 +23,8 @@ _CHARACTERS_PER_TOKEN = 64
 _HIDES_HISTORY = tuple(map(int, tokenizers.__version__.split(".")[:2])) < (0, 23)
 # Added tokens beyond which a backend is kept for the next call: adding them takes milliseconds.
 _MANY_ADDED = 64
+# Added tokens beyond which looking for a cut, which no token may span, takes longer than it saves.
+_MOST_ADDED_OF_CUT = 1000
 # Texts tokenised at once: bounds the memory of the tokenizer's own objects.
 _CHUNK = 4096
 
@@ -114,7 +116,7 @@ class TextTokenizer:
         # A Python tokenizer keeps per-call state: one call at a time.
         self._lock = Lock()
         self._backend: Any = None
-        self._added = ""
+        self._added, self._num_added = "", 0
         self.refresh()
 
     def refresh(self) -> None:
@@ -132,9 +134,15 @@ class TextTokenizer:
                 "this version of tokenizers does not expose how added tokens are normalised"
             )
         described = repr(added)
-        keeps = len(added) > _MANY_ADDED and described == self._added
+        # Calls share a backend that is kept: nothing may be set that they are to find otherwise.
+        splits = {live.encode_special_tokens, self._tokenizer.split_special_tokens}
+        keeps = (
+            len(added) > _MANY_ADDED
+            and described == self._added
+            and {self._backend.encode_special_tokens} == splits
+        )
         self._take_over(live, added, keeps)
-        self._added = described
+        self._added, self._num_added = described, len(added)
 
     def _take_over(self, live: Any, added: dict[int, Any], keeps: bool) -> None:  # noqa: ANN401
         """Make the backend of the parts of `live`; it keeps its added tokens, or gets `added`."""
@@ -201,7 +209,8 @@ class TextTokenizer:
         # Another call may replace it meanwhile.
         backend, limit = self._backend, self.max_length * _CHARACTERS_PER_TOKEN
         encode, longest = backend.encode_batch_fast, max(map(len, texts), default=0)
-        if longest <= limit or not self._right or not reads_nearby(backend):
+        cuts = longest > limit and self._right and self._num_added <= _MOST_ADDED_OF_CUT
+        if not (cuts and reads_nearby(backend)):
             return tokenize(encode, texts)
         parts = [beginning(backend, text, limit) for text in texts]
         encodings = tokenize(encode, parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,15 @@ def states(engine: PackedEncoder, batch: PackedBatch, given: Tensor | None) -> I
     """
     weights = engine.admitted.weights
     target = Target(engine.compute_dtype, engine.device, engine.impl, live=True)
+    # In a dead tail, a token that no text holds would pass on weights that are not finite.
+    count = batch.num_tokens or None
+    types = batch.token_type_ids
+    batch = replace(
+        batch,
+        input_ids=batch.input_ids[:count],
+        position_ids=batch.position_ids[:count],
+        token_type_ids=None if types is None else types[:count],
+    )
     x = _embed(engine, weights, batch, given, target)
     yield from prepare_stack(weights, target).states(x, batch)
 

@@ -44,8 +44,7 @@ def test_a_run(
     document = json.loads(Path("out.json").read_text(encoding="utf-8"))
     assert document["corpus"]["name"] == "texts.txt" and document["corpus"]["texts"] == 12
     assert {row["system"] for row in document["rows"]} == {"sbert-fast", "sentence-transformers"}
-    for part in ("latency", "by_length"):
-        assert len(document[part]["rows"]) == 2
+    assert len(document["latency"]["rows"]) == 3 and len(document["by_length"]["rows"]) == 2
     assert document["gates"]["float32"]["green"]
     for words in ("| sbert-fast ", "correctness float32: green", "| linear layers alone", "p95"):
         assert words in told
@@ -117,6 +116,9 @@ def test_a_bad_corpus_is_refused(
         (("--dtype", "fp8"), 2, "--dtype must be some of float32, bfloat16, int8, got fp8"),
         (("--peers", "tei"), 2, "--peers must be some of onnxruntime, openvino, zentorch, "),
         (("--json", "gone/out.json"), 1, "the folder gone does not exist"),
+        (("--json", "-"), 1, "--json must be a file, got '-'"),
+        (("--json", ""), 1, "--json must be a file, got ''"),
+        (("--json", "/proc/out.json"), 1, "error: /proc/"),
         (("--plots", "texts.txt"), 1, "--plots must be a folder, got the file texts.txt"),
         (("--plots", "plots"), 1, "--plots needs matplotlib: pip install 'sbert-fast[plots]'"),
     ],

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from families import VARIANTS, make_tokenizer
-from sbert_fast import cutting
+from sbert_fast import cutting, tokenization
 
 # Whatever may stick together, be split or vanish somewhere.
 PIECES = [
@@ -179,3 +179,12 @@ def test_characters_beside_a_cut_combine_with_no_space(form: Any) -> None:
         around = unicodedata.normalize(form, f"{character} {character}")
         assert around == f"{alone} {alone}" and not alone[-1].isspace(), hex(ord(character))
         assert not unicodedata.combining(character)
+
+
+def test_no_cut_is_sought_beside_many_added_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = make_tokenizer("bert")
+    original.add_tokens([AddedToken(f"zq{i}") for i in range(3)])
+    tokenizer = tokenization.TextTokenizer(original, 8)
+    monkeypatch.setattr(tokenization, "_MOST_ADDED_OF_CUT", len(original.added_tokens_decoder) - 1)
+    monkeypatch.setattr(tokenization, "beginning", None)
+    assert tokenizer(["sea " * 1000]).lengths.tolist() == [8]

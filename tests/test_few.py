@@ -115,6 +115,12 @@ def test_rows_of_one_text_on_panels(
     assert rows == [-(-encoder.stats.tokens // alignment) * alignment]
 
 
+def test_whatever_the_default_device_is(encoder: FastEncoder) -> None:
+    expected = encoder.encode(TEXTS)
+    with torch.device("meta"):
+        np.testing.assert_array_equal(encoder.encode(TEXTS), expected)
+
+
 def test_more_tokens_than_a_batch_holds(st: Any) -> None:
     encoder = FastEncoder(st, batch_tokens=20)
     few_texts = encoder.encode(MANY[:8])

@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 import families
-from sbert_fast import FastEncoder, budget, session
+from sbert_fast import FastEncoder, budget, few, session
 from sbert_fast.data import sample_texts
 from sbert_fast.engine import PackedEncoder, Prepared
 from sbert_fast.errors import DeviceLostError
@@ -70,6 +70,8 @@ def small_memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return forward(self, batch, prepared)
 
     monkeypatch.setattr(PackedEncoder, "__call__", call)
+    # A few texts on a CPU are tried in one batch before.
+    monkeypatch.setattr(few, "_MOST_TEXTS", 0)
     return refused
 
 

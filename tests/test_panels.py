@@ -37,3 +37,8 @@ def test_panels_of_a_gated_layer_hold_both_halves(features: int, first: bool) ->
     halves = weight.chunk(2) if first else reversed(weight.chunk(2))
     assert torch.equal(panels.separated(rows.T, features).T, torch.cat(tuple(halves)))
     assert rows.count_nonzero() == weight.count_nonzero()
+
+
+def test_panels_of_no_rows() -> None:
+    columns = torch.zeros(0, 2 * panels.COLUMNS)
+    assert panels.separated(columns, 20).shape == (0, 40)

@@ -26,7 +26,9 @@ from tokenizers import (
 
 from changed import WAYS, assert_as_stock, tiny
 from checks import assert_same_vectors
+from families import make_tokenizer
 from sbert_fast import FastEncoder, accelerate, explain
+from sbert_fast.tokenization import TextTokenizer
 
 # Words of the vocabulary inside other words, capitals, accents, Chinese, special tokens, and more
 # tokens than are kept.
@@ -312,3 +314,21 @@ def test_an_entry_of_the_real_model_made_special(minilm_path: str) -> None:
         make=lambda: SentenceTransformer(minilm_path, device="cpu"),
         texts=["[unused1] what is love"],
     )
+
+
+def test_nothing_is_written_to_a_backend_that_calls_share() -> None:
+    original = make_tokenizer("bert")
+    original.add_tokens([AddedToken(f"zq{i}", normalized=False) for i in range(100)])
+    tokenizer = TextTokenizer(original, 20)
+    for splits in (True, False):
+        used = tokenizer._backend
+        original.split_special_tokens = splits
+        tokenizer.refresh()
+        assert tokenizer._backend is not used
+        tokens = tokenizer(["[MASK] sea"])
+        expected = original("[MASK] sea")["input_ids"]
+        assert tokens.ids.tolist() == expected
+    # A stock call has set the original to the same.
+    kept = tokenizer._backend
+    tokenizer.refresh()
+    assert tokenizer._backend is kept

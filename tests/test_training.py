@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import families
 from checks import assert_same_vectors
@@ -115,6 +117,14 @@ def test_frozen_parts_have_no_gradient(part: Callable[[Any], Any]) -> None:
     assert counts(model) == {"packed": 1}
 
 
+def test_settings_changed_after_loading() -> None:
+    original, model = pair("roberta")
+    for each in (original, model):
+        each.embeddings.padding_idx = 5
+    check_gradients(families.make_batch("roberta", [5, 9, 20]), original, model)
+    assert counts(model) == {"packed": 1}
+
+
 def test_padding_tokens_in_a_text_have_no_gradient() -> None:
     original, model = pair("roberta")
     batch = families.make_batch("roberta", LENGTHS)
@@ -124,15 +134,37 @@ def test_padding_tokens_in_a_text_have_no_gradient() -> None:
     assert not table.grad[original.config.pad_token_id].any()
 
 
-def test_gradients_of_all_states() -> None:
+def test_states_between_the_layers_have_gradients() -> None:
     original, model = pair("bert")
     batch, gradients = families.make_batch("bert", LENGTHS), []
     for each in (original, model):
-        states = each(**batch, output_hidden_states=True).hidden_states
-        mask = batch["attention_mask"][:, :, None]
-        torch.stack([(state * mask).square().mean() for state in states]).sum().backward()
+        output = each(**batch, output_hidden_states=True)
+        output.hidden_states[1].retain_grad()
+        output.last_hidden_state[:, 0].square().sum().backward()
+        gradients.append(output.hidden_states[1].grad)
+    assert torch.equal(*gradients)
+    reason = "gradients are recorded: not of states between the layers"
+    assert counts(model) == {reason: 1}
+
+
+def test_checkpointed_calls() -> None:
+    original, model = pair("bert")
+    batch = families.make_batch("bert", LENGTHS)
+    gradients = []
+    for each in (original, model):
+        checkpoint(partial(loss, each, batch), use_reentrant=False).backward()
         gradients.append(each.embeddings.word_embeddings.weight.grad)
     assert_same_vectors(gradients[1].flatten()[None], gradients[0].flatten()[None])
+
+
+def test_weights_that_are_not_finite_reach_no_other_token() -> None:
+    """The row of a token that no text holds."""
+    _, model = pair("bert")
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight[0] = torch.nan
+    model(input_ids=torch.randint(5, 40, (2, 9))).last_hidden_state.square().mean().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert counts(model) == {"packed": 1}
 
 
 def test_embeddings_that_are_given() -> None:

@@ -13,6 +13,7 @@ import argparse
 import logging
 import os
 import sys
+import tempfile
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
@@ -109,8 +110,12 @@ def _check_outputs(args: argparse.Namespace) -> None:
     """Refuse what could not be written, before anything is measured."""
     from sbert_fast.cli.files import check_target
 
-    if args.json:
+    if args.json is not None:
+        if args.json in ("", "-"):
+            raise ValueError(f"--json must be a file, got {args.json!r}")
         check_target(Path(args.json), overwrite=True)
+        with tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(args.json))):
+            pass
     if args.plots and os.path.exists(args.plots) and not os.path.isdir(args.plots):
         raise NotADirectoryError(f"--plots must be a folder, got the file {args.plots}")
     if args.plots and find_spec("matplotlib") is None:

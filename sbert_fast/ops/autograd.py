@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -37,11 +37,6 @@ def save(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:  # noqa: AN
     ctx.arguments = [None if isinstance(a, Tensor) else a for a in inputs]
 
 
-def _saved(ctx: Any) -> list[Any]:  # noqa: ANN401
-    pairs = zip(ctx.arguments, ctx.saved_tensors, strict=True)
-    return [argument if tensor is None else tensor for argument, tensor in pairs]
-
-
 def refuse(op: str, what: str = "") -> NoReturn:
     raise NotImplementedError(
         f"sbert_fast.{op} has no backward{what} yet: run it under torch.inference_mode(), or train "
@@ -52,8 +47,9 @@ def refuse(op: str, what: str = "") -> NoReturn:
 Overload = Callable[[str], Any]  # of an op, in the implementation that computes its gradient
 
 
-def _varlen_attention(overload: Overload, ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
-    arguments = _saved(ctx)
+def _varlen_attention(
+    overload: Overload, arguments: list[Any], wanted: Sequence[bool], grad: Tensor
+) -> tuple[Any, ...]:
     for name, place in _UNCOVERED.items():
         if isinstance(arguments[place], Tensor) or arguments[place]:
             refuse("varlen_attention", f" with {name}")
@@ -63,16 +59,20 @@ def _varlen_attention(overload: Overload, ctx: Any, grad: Tensor) -> tuple[Any, 
     return d_qkv, None, None, None, None if bias is None else d_bias, *[None] * 12
 
 
-def _add_norm(overload: Overload, ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
-    x, bias, residual, weight, _, eps, rms = _saved(ctx)
+def _add_norm(
+    overload: Overload, arguments: list[Any], wanted: Sequence[bool], grad: Tensor
+) -> tuple[Any, ...]:
+    x, bias, residual, weight, _, eps, rms = arguments
     backward = overload("add_norm_backward")
     d_x, sums = backward(grad.contiguous(), x, bias, residual, weight, eps, rms)
     d_bias = None if bias is None else sums[2]
     return d_x, d_bias, None if residual is None else d_x, sums[0], sums[1], None, None
 
 
-def _embed_norm(overload: Overload, ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
-    ids, positions, types, word, position_table, type_table, weight, *rest = _saved(ctx)
+def _embed_norm(
+    overload: Overload, arguments: list[Any], wanted: Sequence[bool], grad: Tensor
+) -> tuple[Any, ...]:
+    ids, positions, types, word, position_table, type_table, weight, *rest = arguments
     _, eps, _, rms = rest
     places = (ids, word), (positions, position_table), (types, type_table)
     total, d_norm = grad.to(_accumulator(word.dtype)).contiguous(), (None, None)
@@ -85,8 +85,8 @@ def _embed_norm(overload: Overload, ctx: Any, grad: Tensor) -> tuple[Any, ...]: 
         total, sums = backward(total, embedded, None, None, weight, eps, rms)
         d_norm = sums[0], sums[1]
     d_tables = [
-        _of_table(total, rows, table) if wanted else None
-        for (rows, table), wanted in zip(places, ctx.needs_input_grad[3:6], strict=True)
+        _of_table(total, rows, table) if has_gradient else None
+        for (rows, table), has_gradient in zip(places, wanted[3:6], strict=True)
     ]
     return None, None, None, *d_tables, *d_norm, None, None, None
 
@@ -101,8 +101,10 @@ def _of_table(total: Tensor, rows: Tensor | None, table: Tensor) -> Tensor:
     return d_table.to(table.dtype)
 
 
-def _bias_gelu(overload: Overload, ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
-    x, bias, tanh = _saved(ctx)
+def _bias_gelu(
+    overload: Overload, arguments: list[Any], wanted: Sequence[bool], grad: Tensor
+) -> tuple[Any, ...]:
+    x, bias, tanh = arguments
     total = x.to(_accumulator(x.dtype))
     total = total if bias is None else total + bias
     approximate = "tanh" if tanh else "none"
@@ -110,8 +112,10 @@ def _bias_gelu(overload: Overload, ctx: Any, grad: Tensor) -> tuple[Any, ...]:  
     return d_x.to(x.dtype), None if bias is None else d_x.sum(0), None
 
 
-def _segment_pool(overload: Overload, ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
-    x, cu_seqlens, pooling, normalize, skip, spans = _saved(ctx)
+def _segment_pool(
+    overload: Overload, arguments: list[Any], wanted: Sequence[bool], grad: Tensor
+) -> tuple[Any, ...]:
+    x, cu_seqlens, pooling, normalize, skip, spans = arguments
     if spans is not None:
         refuse("segment_pool", " with spans")
     if cu_seqlens.shape[0] == 1:
@@ -178,8 +182,12 @@ def formula(op: str, overload: Overload) -> Callable[..., Any]:
         return refused
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
-        gradients = _FORMULAS[op](overload, ctx, grad)
-        kept = zip(gradients, ctx.saved_tensors, strict=True)
+        # Once: checkpoints give each saved tensor a single time.
+        tensors = ctx.saved_tensors
+        pairs = zip(ctx.arguments, tensors, strict=True)
+        arguments = [argument if tensor is None else tensor for argument, tensor in pairs]
+        gradients = _FORMULAS[op](overload, arguments, ctx.needs_input_grad, grad)
+        kept = zip(gradients, tensors, strict=True)
         return tuple(g if g is None else g.to(x.dtype) for g, x in kept)
 
     return backward

@@ -61,8 +61,8 @@ def interleave(rows: Tensor, first: bool) -> Tensor:
 
 def separated(columns: Tensor, features: int) -> Tensor:
     """The halves of `columns` `[T, gated_columns(F)]` side by side, `[T, 2F]`, F = `features`."""
-    strips = columns.view(len(columns), -1, 2, STRIP_COLUMNS).transpose(1, 2)
-    return strips.flatten(2)[:, :, :features].flatten(1)
+    strips = columns.unflatten(1, (columns.shape[1] // (2 * STRIP_COLUMNS), 2, STRIP_COLUMNS))
+    return strips.transpose(1, 2).flatten(2)[:, :, :features].flatten(1)
 
 
 def pack_int8(weight: Tensor) -> Tensor:

@@ -185,8 +185,8 @@ def _tokens(
         if type(input_ids) is not Tensor or input_ids.dim() != 2 or not input_ids.numel():
             raise UseOriginalError("input_ids is not a tensor [B, S] with tokens")
         shape = (input_ids.shape[0], input_ids.shape[1])
-        rows = engine.admitted.architecture.vocab_size
-        return _integers("input_ids", input_ids, shape, rows), None
+        words = engine.admitted.architecture.vocab_size
+        return _integers("input_ids", input_ids, shape, words), None
     if input_ids is not None:
         raise UseOriginalError("both input_ids and inputs_embeds were given")
     model: Any = engine.model

@@ -241,7 +241,8 @@ def test_other_inputs_run_in_sentence_transformers(
         with pytest.raises(type(error)):
             model.predict(inputs)
     else:
-        assert np.array_equal(model.predict(inputs), expected)
+        # Two texts are one pair for some versions, which runs packed.
+        assert_same_scores(*map(np.atleast_1d, (model.predict(inputs), expected)))
 
 
 @pytest.mark.parametrize("inputs", [[], PAIRS[0], PAIRS[:3]], ids=["none", "one", "some"])

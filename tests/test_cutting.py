@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
@@ -146,6 +146,7 @@ def test_first_tokens_of_families(family: str) -> None:
     cut: list[bool] = []
 
     @given(TEXTS, st.integers(1, 120))
+    @example("the sea " * 40, 120)
     @settings(max_examples=60, deadline=None)
     def check(text: str, limit: int) -> None:
         cut.append(assert_first_tokens(tokenizer, text, limit))
@@ -183,7 +184,7 @@ def test_characters_beside_a_cut_combine_with_no_space(form: Any) -> None:
 
 def test_no_cut_is_sought_beside_many_added_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     original = make_tokenizer("bert")
-    original.add_tokens([AddedToken(f"zq{i}") for i in range(3)])
+    original.add_tokens([AddedToken(f"zq{i}", normalized=False) for i in range(3)])
     tokenizer = tokenization.TextTokenizer(original, 8)
     monkeypatch.setattr(tokenization, "_MOST_ADDED_OF_CUT", len(original.added_tokens_decoder) - 1)
     monkeypatch.setattr(tokenization, "beginning", None)

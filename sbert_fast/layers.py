@@ -45,14 +45,10 @@ class PoolKernels:
 
 @dataclass(frozen=True, slots=True)
 class PreparedFeedForward:
-    """`up` activates its output itself, and gates it."""
+    """`up` activates its output itself, and gates it; `down` projects what comes of that."""
 
     up: PreparedLinear
     down: PreparedLinear
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """What `down` is to project, `[T, F]`."""
-        return self.up(x)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +110,7 @@ class Stack:
             is_last = number == len(self.layers)
             residual, x = _attend(layer, residual, x, batch, turns, kept if is_last else None)
             keeps_sum = layer.norm_first and not is_last
-            down, inner = layer.feed_forward.down, layer.feed_forward(x)
+            down, inner = layer.feed_forward.down, layer.feed_forward.up(x)
             how = layer.after, keeps_sum, layer.feed_forward_exit
             residual, x = _join(down, inner, residual, *how)
             yield residual
@@ -125,7 +121,7 @@ class Stack:
         x = self._enter(x)
         for number, layer in enumerate(self.layers, 1):
             residual, x = _attend(layer, residual, x, batch, turns)
-            down, inner = layer.feed_forward.down, layer.feed_forward(x)
+            down, inner = layer.feed_forward.down, layer.feed_forward.up(x)
             if number < len(self.layers):
                 how = layer.after, layer.norm_first, layer.feed_forward_exit
                 residual, x = _join(down, inner, residual, *how)

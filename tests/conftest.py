@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 # Set before torch and transformers read them; worker processes inherit them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,9 +26,8 @@ import instruction_sets  # noqa: E402
 import sbert_fast.kernels as kernels  # noqa: E402
 import triton_interpreter  # noqa: E402
 from families import make_sentence_transformer  # noqa: E402
-from sbert_fast import FastEncoder, ops, target  # noqa: E402
+from sbert_fast import FastEncoder, layers, ops, target  # noqa: E402
 from sbert_fast.engine import PackedEncoder  # noqa: E402
-from sbert_fast.layers import PreparedFeedForward  # noqa: E402
 from sbert_fast.packing import PackedBatch  # noqa: E402
 
 M_PERTURB = -6  # of glibc's mallopt
@@ -151,13 +151,14 @@ def triton_device(request: pytest.FixtureRequest) -> str:
 def feed_forward_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows each feed-forward has computed since."""
     rows: list[int] = []
-    run = PreparedFeedForward.__call__
+    attend = layers._attend
 
-    def record(self: PreparedFeedForward, x: torch.Tensor) -> torch.Tensor:
+    def record(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        residual, x = attend(*arguments)
         rows.append(x.shape[0])
-        return run(self, x)
+        return residual, x
 
-    monkeypatch.setattr(PreparedFeedForward, "__call__", record)
+    monkeypatch.setattr(layers, "_attend", record)
     return rows
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
@@ -43,11 +43,18 @@ _ROOTS = (*SYNTAX, "encode", "forward", "predict")
 Where = tuple[torch.dtype | None, torch.device]
 
 
+class How(TypedDict):
+    """Arguments of an engine: see :class:`PackedEncoder`."""
+
+    impl: str
+    low_memory: bool
+
+
 def build_pipeline(
     model: SentenceTransformer,
     route: str | None,
     where: Where,
-    impl: str,
+    how: How,
     known: Sequence[PackedEncoder],
 ) -> Pipeline:
     """The packed pipeline of a SentenceTransformer or a CrossEncoder.
@@ -56,14 +63,14 @@ def build_pipeline(
         model: what to run; its parameters are read, never copied into it.
         route: what to run of it, see :mod:`sbert_fast.routes`.
         where: the dtype and the device to run it in; the model may still be elsewhere.
-        impl: implementation of the ops.
+        how: how the engine runs it.
         known: engines so far; one that still serves is kept.
 
     Raises:
         UnsupportedModelError: with the reason.
         ValueError: `max_seq_length` is not a length, is beyond the position table, or leaves no
             room for the special tokens of a text.
-        ImplementationError: `impl` cannot run the model there.
+        ImplementationError: it cannot run there as asked.
     """
     dtype, device = where
     scores = isinstance(model, CrossEncoder)
@@ -82,7 +89,7 @@ def build_pipeline(
         task = check_transformer(first, SCORING if scores else [EMBEDDING])
     base, kind = base_model(first), StaticEncoder if is_static else PackedEncoder
     serving = (e for e in known if e.model is base and e.requested_dtype == dtype)
-    engine = next(serving, None) or kind(base, dtype=dtype, impl=impl, device=device)
+    engine = next(serving, None) or kind(base, dtype=dtype, device=device, **how)
     admission = engine.admission()
     implementation = engine.check(device)
     tokenizer: TextTokenizer
@@ -92,7 +99,7 @@ def build_pipeline(
         head = PoolingHead(mean_of_tokens(after, admission.architecture.hidden_size))
     else:
         tokenizer, head = _around(model, first, after, task, admission)
-    if device.type != "cpu" and impl == "auto" and implementation == "reference":
+    if device.type != "cpu" and how["impl"] == "auto" and implementation == "reference":
         raise UnsupportedModelError(f"no kernels run on {device}:\n{ops.explain_ops()}")
     return Pipeline(first, tokenizer, engine, head)
 
@@ -193,7 +200,7 @@ class Assembly:
         model: what to run.
         route: what to run of it, see :mod:`sbert_fast.routes`.
         where: the dtype and the device to run it in; the model may still be elsewhere.
-        impl: implementation of the ops.
+        how: how the engine runs it.
         old: assemblies so far, whose engines are kept if they still serve.
     """
 
@@ -202,7 +209,7 @@ class Assembly:
         model: SentenceTransformer,
         route: str | None,
         where: Where,
-        impl: str,
+        how: How,
         old: Iterable[Assembly],
     ) -> None:
         base = base_model(next(iter(modules_on(model, route).values()), None))
@@ -210,7 +217,7 @@ class Assembly:
         # The engine watches the base model, if there is one; other routes are watched by others.
         self._snapshot = Snapshot(model, without=[base, *modules_off(model, route)])
         self._originals = originals({*map(type, self._snapshot.objects), BatchEncoding}, _ROOTS)
-        self._found = self._build(model, impl, [found for each in old for found in each._engines()])
+        self._found = self._build(model, how, [found for each in old for found in each._engines()])
         if isinstance(self._found, Unsupported):
             self._snapshot = Snapshot(model)
             self._originals = originals({*map(type, self._snapshot.objects), BatchEncoding}, _ROOTS)
@@ -219,12 +226,12 @@ class Assembly:
         return [self._found.engine] if isinstance(self._found, Pipeline) else []
 
     def _build(
-        self, model: SentenceTransformer, impl: str, known: Sequence[PackedEncoder]
+        self, model: SentenceTransformer, how: How, known: Sequence[PackedEncoder]
     ) -> Pipeline | Unsupported:
         try:
             for part in self._snapshot.objects:
                 _check_own(part, self._originals.names)
-            pipeline = build_pipeline(model, self._route, self._where, impl, known)
+            pipeline = build_pipeline(model, self._route, self._where, how, known)
         except InvalidWeightsError:
             raise
         except UnsupportedModelError as error:

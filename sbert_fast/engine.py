@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sbert_fast import models, ops
+from sbert_fast import mapping, models, ops
 from sbert_fast.admission import Admission
 from sbert_fast.errors import ImplementationError, UnsupportedModelError
 from sbert_fast.fingerprint import Fingerprint, derive, settle
@@ -74,6 +75,7 @@ class PackedEncoder:
         live: call the model's own linear layers instead of copying their weights: less memory,
             fewer fused operations.
         device: where the model will be when it runs; None is where it is.
+        low_memory: keep weights that are prepared in another form in pages of files, out of memory.
 
     Raises:
         UnsupportedModelError: the model cannot be run packed; the message says why.
@@ -92,11 +94,11 @@ class PackedEncoder:
         impl: str = "auto",
         live: bool = False,
         device: torch.device | None = None,
+        low_memory: bool = False,
     ) -> None:
         self.model = model
         self.requested_dtype = dtype
-        self.impl = impl
-        self.live = live
+        self.impl, self.live, self.low_memory = impl, live, low_memory
         self._start()
         self.architecture = self.admission().architecture
         self.check(self.device if device is None else device)
@@ -113,6 +115,8 @@ class PackedEncoder:
         self._check_live(device)
         if self.requested_dtype == torch.int8 and (reason := int8_refusal(device, self.impl)):
             raise ImplementationError(f"dtype='int8' cannot run: {reason}")
+        if self.low_memory and (reason := mapping.refusal(device)):
+            raise ImplementationError(f"low_memory=True cannot run: {reason}")
         dtype = compute_dtype(self.model, self.requested_dtype, device)
         implementation = ops.resolve(device, dtype, self.impl)
         for op, how in self.required_ops():
@@ -247,12 +251,13 @@ class PackedEncoder:
                 or not current.fingerprint.is_current()
             ):
                 self._current = current = None
+                if self.low_memory and mapping.map_weights(self.model.parameters()):
+                    admission = self._admission = self._admit()
                 self.architecture = admission.architecture
                 tensors = [*admission.tensors, *admission.buffers]
                 weights = admission.weights
-                prepared, fingerprint = derive(
-                    tensors, lambda: self._prepare(weights), weights.tabulated()
-                )
+                make, tables = partial(self._prepare, weights), weights.tabulated()
+                prepared, fingerprint = derive(tensors, make, tables, self.low_memory)
                 current = _Current(admission, fingerprint, prepared)
             self._current = replace(current, admission=admission)
             return current.prepared

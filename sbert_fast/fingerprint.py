@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.linears import LiveLinear, StackedLinear
+from sbert_fast.mapping import MappedTensors
 from sbert_fast.ops.content import ContentHash
 
 Derived = TypeVar("Derived")
@@ -60,13 +61,19 @@ class Fingerprint:
             of the others are hashed, because many writes are not counted: through `.data`, by fused
             optimizers, through views of numpy.
         copied: those that something else was computed from; they are hashed, too.
+        mapped: whether the pages of what would be hashed tell of writes, where they are those of a
+            file; then nothing is read, and single bits count.
 
     Raises:
         UnsupportedModelError: a tensor neither counts writes nor is an inference tensor.
     """
 
     def __init__(
-        self, tensors: Iterable[Tensor], shared: Iterable[Tensor], copied: Iterable[Tensor] = ()
+        self,
+        tensors: Iterable[Tensor],
+        shared: Iterable[Tensor],
+        copied: Iterable[Tensor] = (),
+        mapped: bool = False,
     ) -> None:
         self._tensors = list(tensors)
         # They keep the storages alive, so that no address can be reused unnoticed.
@@ -75,7 +82,11 @@ class Fingerprint:
         addresses = {t.data_ptr() for t in shared if t.layout == torch.strided}
         addresses -= {t.data_ptr() for t in copied}
         live = [t for t in self._tensors if t.data_ptr() in addresses]
-        self._hash = ContentHash([t for t in self._tensors if t.data_ptr() not in addresses], live)
+        hashed = [t for t in self._tensors if t.data_ptr() not in addresses]
+        self._mapped = MappedTensors(hashed if mapped else ())
+        live += self._mapped.tensors
+        unread = set(map(id, self._mapped.tensors))
+        self._hash = ContentHash([t for t in hashed if id(t) not in unread], live)
         self._counted = [t for t in self._tensors if not t.is_inference()]
         # Inference tensors count no writes: a hash of all their bits detects them.
         self._uncounted = [t for t in self._tensors if t.is_inference()]
@@ -86,6 +97,7 @@ class Fingerprint:
     def _read(self) -> tuple[object, ...]:
         return (
             self._hash(),
+            self._mapped.are_written(),
             list(map(_version_of, self._counted)),
             [torch.hash_tensor(tensor).item() for tensor in self._uncounted],
         )
@@ -99,22 +111,30 @@ class Fingerprint:
                 raise
             return False
 
+    def page_out(self) -> None:
+        """Take what is mapped out of memory."""
+        self._mapped.page_out()
+
     def outdate(self) -> None:
         """Make :meth:`is_current` return False from now on."""
         self._values = ()
 
 
 def derive(
-    tensors: Iterable[Tensor], make: Callable[[], Derived], copied: Iterable[Tensor] = ()
+    tensors: Iterable[Tensor],
+    make: Callable[[], Derived],
+    copied: Iterable[Tensor] = (),
+    mapped: bool = False,
 ) -> tuple[Derived, Fingerprint]:
-    """What `make` derives from `tensors`, and their fingerprint, which takes `copied`.
+    """What `make` derives from `tensors`, and their fingerprint, which takes `copied`, `mapped`.
 
     If another thread writes to them in the meantime, the fingerprint is outdated at once.
     """
     tensors = list(tensors)
     before = Fingerprint(tensors, ())
     derived = make()
-    fingerprint = Fingerprint(tensors, tensors_in(derived), copied)
+    fingerprint = Fingerprint(tensors, tensors_in(derived), copied, mapped)
     if not before.is_current():
         fingerprint.outdate()
+    fingerprint.page_out()
     return derived, fingerprint

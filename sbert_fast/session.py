@@ -16,7 +16,7 @@ from tqdm.autonotebook import tqdm
 
 from sbert_fast import bypass, forking, ops, results
 from sbert_fast.arguments import DEFAULT_BATCH_SIZE, Chunk, DefaultBatchSize
-from sbert_fast.assembly import DEVICES, Assembly, Unsupported, Where
+from sbert_fast.assembly import DEVICES, Assembly, How, Unsupported, Where
 from sbert_fast.call import Call
 from sbert_fast.errors import DeviceLostError, SbertFastError, UnsupportedModelError
 from sbert_fast.few import embed_few
@@ -41,6 +41,7 @@ class Session:
         keeps_dtype: whether a float32 model computes in float32 on a GPU too.
         impl: implementation of the ops.
         batch_tokens: most tokens of a batch; "auto" picks by model and device.
+        low_memory: as :class:`PackedEncoder` takes it.
 
     Attributes:
         counters: what has been done.
@@ -55,9 +56,10 @@ class Session:
         keeps_dtype: bool,
         impl: str,
         batch_tokens: int | Literal["auto"],
+        low_memory: bool = False,
     ) -> None:
         self._dtype, self._keeps_dtype, self._impl = dtype, keeps_dtype, impl
-        self.batch_tokens = batch_tokens
+        self.batch_tokens, self._low_memory = batch_tokens, low_memory
         self.counters = Counters()
         self.assemblies: dict[str | None, Assembly] = {}
         self.lost: str | None = None
@@ -87,7 +89,8 @@ class Session:
         return found or Unsupported("the model kept changing while it was being read")
 
     def _assembled(self, model: SentenceTransformer, route: str | None, where: Where) -> Assembly:
-        return Assembly(model, route, where, self._impl, self.assemblies.values())
+        how = How(impl=self._impl, low_memory=self._low_memory)
+        return Assembly(model, route, where, how, self.assemblies.values())
 
     def ready(
         self, model: SentenceTransformer, task: Any, device: str | torch.device | None

@@ -61,6 +61,7 @@ class FastCrossEncoder(PackedModel, CrossEncoder):
         dtype: dtype to compute in; see :class:`FastEncoder`. Scores are float32.
         impl: implementation of the ops, see :mod:`sbert_fast.ops`.
         batch_tokens: most tokens of a batch; "auto" picks by model and device.
+        low_memory: see :class:`FastEncoder`.
         **kwargs: further arguments of `CrossEncoder`.
 
     Raises:

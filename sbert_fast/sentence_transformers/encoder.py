@@ -45,6 +45,10 @@ class FastEncoder(PackedModel, SentenceTransformer):
             to the parameters of the modules; embeddings are float32.
         impl: implementation of the ops, see :mod:`sbert_fast.ops`.
         batch_tokens: most tokens of a batch; "auto" picks by model and device.
+        low_memory: keep weights that the engine has in another form out of memory, on a CPU: they
+            lie in the file of the model, or in one without a name in the folder for temporary
+            files, and come back where sentence-transformers reads them. Linux only. Writes are
+            seen to the bit.
         **kwargs: further arguments of `SentenceTransformer`.
 
     Raises:

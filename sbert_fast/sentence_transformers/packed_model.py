@@ -18,6 +18,7 @@ from sbert_fast.call import Call
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import SbertFastError, UnsupportedModelError
 from sbert_fast.inference import Pipeline
+from sbert_fast.ops import validation
 from sbert_fast.routes import route_of, routes
 from sbert_fast.sentence_transformers.stock import stock_class, stock_words, written_as_stock
 from sbert_fast.session import Session
@@ -79,8 +80,10 @@ class PackedModel:
         dtype: str | torch.dtype = "auto",
         impl: str = "auto",
         batch_tokens: int | Literal["auto"] = "auto",
+        low_memory: bool = False,
         **kwargs: Any,
     ) -> None:
+        validation.flag("low_memory", low_memory)
         requested_dtype = parse_dtype(dtype)
         check_positive("batch_tokens", batch_tokens, "auto")
         if impl != "auto" and impl not in ops.IMPLEMENTATIONS:
@@ -114,6 +117,7 @@ class PackedModel:
             keeps_dtype=modules is not None or bool(named),
             impl=impl,
             batch_tokens=batch_tokens,
+            low_memory=low_memory,
         )
         self._session.announce(self)
 

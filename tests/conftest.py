@@ -22,12 +22,14 @@ if not torch.cuda.is_available():
 import pytest  # noqa: E402
 from sentence_transformers import SentenceTransformer  # noqa: E402
 
+import cuda_emulation  # noqa: E402
 import instruction_sets  # noqa: E402
 import sbert_fast.kernels as kernels  # noqa: E402
 import triton_interpreter  # noqa: E402
 from families import make_sentence_transformer  # noqa: E402
 from sbert_fast import FastEncoder, layers, ops, target  # noqa: E402
 from sbert_fast.engine import PackedEncoder  # noqa: E402
+from sbert_fast.ops import extension  # noqa: E402
 from sbert_fast.packing import PackedBatch  # noqa: E402
 
 M_PERTURB = -6  # of glibc's mallopt
@@ -145,6 +147,14 @@ def triton_device(request: pytest.FixtureRequest) -> str:
     if (reason := kernels.refusal(torch.device(request.param))) is not None:
         pytest.skip(reason)
     return str(request.param)
+
+
+@pytest.fixture
+def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CUDA ops take CPU tensors."""
+    cuda_emulation.load()
+    library = extension.load_emulated_cuda(cuda_emulation.library())
+    monkeypatch.setattr(extension, "CUDA", library)
 
 
 @pytest.fixture

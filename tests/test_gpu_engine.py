@@ -16,12 +16,10 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-import cuda_emulation
 import families
 from sbert_fast import FastEncoder, accelerate, ops
 from sbert_fast.data import sample_texts
 from sbert_fast.errors import NonFiniteEmbeddingError
-from sbert_fast.ops import extension
 from sbert_fast.testing import worst_cosine
 
 TEXTS = ["", "a", *sample_texts()[:60]]
@@ -71,14 +69,6 @@ def test_engine_on_triton_kernels(
     ran = {op for op, _ in launches()}
     assert {"embed_norm", "varlen_attention"} <= ran and ran & {"add_norm", "add_norm_sum"}
     assert ("norm_pool_out" in ran) == isinstance(pooling, str)
-
-
-@pytest.fixture
-def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CUDA ops take CPU tensors."""
-    cuda_emulation.load()
-    library = extension.load_emulated_cuda(cuda_emulation.library())
-    monkeypatch.setattr(extension, "CUDA", library)
 
 
 # Heads of a width, and texts of a length, that compute capability 9.0 has a kernel of its own for.

@@ -55,10 +55,14 @@ def test_scores(name: str) -> None:
     stock.max_seq_length = LONGEST
     first, *others = _texts(COUNT)
     pairs = [(first[:40], other) for other in others]
-    model = FastCrossEncoder(stock)
+    model, half = FastCrossEncoder(stock), FastCrossEncoder(stock, dtype="bfloat16")
     scores, expected = model.predict(pairs), stock.predict(pairs)
     assert np.abs(scores - expected).max() <= MAX_SCORE_ERROR
     # Scores that are nearer to one another than stock rounds have no order.
     falls = np.diff(scores[np.argsort(-expected)])
     assert falls.max() <= MAX_SCORE_ERROR
-    assert not model.stats.fallbacks
+    peer = copy.deepcopy(stock)
+    peer.model.to(torch.bfloat16)
+    lost = np.abs(peer.predict(pairs) - expected).max()
+    assert np.abs(half.predict(pairs) - expected).max() <= 2 * lost
+    assert not model.stats.fallbacks and not half.stats.fallbacks

@@ -140,6 +140,7 @@ def test_families_are_those_of_the_registry() -> None:
 
 
 @pytest.mark.skipif(not ops.extension.CPU.available, reason=str(ops.extension.CPU.reason))
+@pytest.mark.usefixtures("emulated_cuda")
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_what_each_family_runs_on(name: str) -> None:
     found = support.row(name)

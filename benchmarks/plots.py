@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 from benchmarks.report import RESULTS
-from sbert_fast.bench import plots
+from sbert_fast.bench import pictures
 from sbert_fast.bench.names import OURS
-from sbert_fast.bench.plots import Point
+from sbert_fast.bench.pictures import Point
 
 # Their texts differ in length alone.
 CORPORA = ("short", "mixed", "passages")
@@ -34,7 +34,7 @@ def draw(folder: Path) -> Path | None:
     # What was measured on one corpus alone shows nothing over lengths.
     rates = {p: systems for p, systems in rates.items() if len(systems[OURS]) > 1}
     title = f"{documents[0]['model']['name']}, {documents[0]['device']['name']}"
-    return plots.throughput(rates, limits, title, folder / "throughput.svg")
+    return pictures.throughput(rates, limits, title, folder / "throughput.svg")
 
 
 def main() -> int:

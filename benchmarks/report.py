@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import ROOT
-from benchmarks.common import storage, tables
+from benchmarks.common import pages, storage
 from benchmarks.common.options import plain_parser
 from benchmarks.common.provenance import commit, source_hash
 from sbert_fast.bench.names import OURS, REFERENCE
@@ -28,11 +28,12 @@ HEADLINE_CORPUS = "mixed"
 NOT_MEASURED = "not measured yet"
 OLDER = "Measured on an older commit."
 # Benchmarks on a GPU, whose documents are rows.
-TABLES = {"ops": tables.ops, "encode": tables.encode_on_gpu, "ground": tables.ground}
+TABLES = {"ops": pages.ops, "encode": pages.encode_on_gpu, "ground": pages.ground}
 ON_CPU = {
-    "breakdown": tables.breakdown,
-    "checks": tables.comparison,
-    "rerank": tables.rerank,
+    "breakdown": pages.breakdown,
+    "checks": pages.comparison,
+    "rerank": pages.rerank,
+    "training": pages.trainings,
 }
 
 
@@ -73,12 +74,15 @@ def _aside(document: Document) -> str:
     """What the page tells of a run that has no table."""
     kind = document["benchmark"]
     if kind == "checks":
-        return f"What the comparison of every call costs: {tables.comparison(document)}."
+        return f"What the comparison of every call costs: {pages.comparison(document)}."
     rows, name = document["rows"], document["corpus"]["name"]
     if kind == "breakdown":
-        return f"Where the time goes, {name}: {'. '.join(map(tables.shares, rows))}."
+        return f"Where the time goes, {name}: {'. '.join(map(pages.shares, rows))}."
+    if kind == "training":
+        batch = f"{document['batch_pairs']} pairs of {name} text"
+        return f"Fine-tuning, batches of {batch}: {'; '.join(map(pages.training, rows))}."
     pairs = document["settings"]["texts"]
-    return f"Reranking {pairs} {name} of one query: {'; '.join(map(tables.reranking, rows))}."
+    return f"Reranking {pairs} {name} of one query: {'; '.join(map(pages.reranking, rows))}."
 
 
 def _cpu_section(folder: str, documents: list[Document], others: list[Document]) -> str:
@@ -91,7 +95,7 @@ def _cpu_section(folder: str, documents: list[Document], others: list[Document])
     told = _origin([*documents, *others], documents[0]["model"]["name"])
     told_beside = [*asides(documents), *map(_aside, others)]
     first = f"{told} (benchmarks/results/{folder})"
-    parts = (first, "\n".join(tables.systems(documents, label)), "\n".join(told_beside))
+    parts = (first, "\n".join(pages.systems(documents, label)), "\n".join(told_beside))
     return "\n\n".join(filter(None, parts))
 
 
@@ -103,8 +107,8 @@ def _gpu_section(folder: str, documents: list[Document]) -> str:
 
     parts = [
         f"{_origin(documents)} (benchmarks/results/{folder})",
-        "\n".join(tables.encode_on_gpu(rows("encode"))),
-        "\n".join(tables.ops(rows("ops"), short=True)),
+        "\n".join(pages.encode_on_gpu(rows("encode"))),
+        "\n".join(pages.ops(rows("ops"), short=True)),
     ]
     return "\n\n".join(filter(None, parts))
 
@@ -141,7 +145,7 @@ def headline_table(stored: Path) -> str:
         return f"{precision} ({documents.index(document) + 1})"
 
     notes = [f"({i}) {_origin([d])}" for i, d in enumerate(documents, 1)]
-    table = tables.systems(documents, label, brief=True)
+    table = pages.systems(documents, label, brief=True)
     return "\n".join([*table, "", ".\n".join(notes) + "."])
 
 

@@ -85,9 +85,9 @@ def profile(encoder: Any, texts: list[str]) -> dict[str, float]:
 
     tokenise = TextTokenizer.__call__
 
-    def recorded(self: TextTokenizer, window: Sequence[str]) -> Any:
+    def recorded(self: TextTokenizer, texts: Sequence[str]) -> Any:
         with record_function("tokenising"):
-            return tokenise(self, window)
+            return tokenise(self, texts)
 
     with (
         mock.patch.object(TextTokenizer, "__call__", recorded),

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.common import checkpoints, products, tables
+from benchmarks.common import checkpoints, pages, products
 from benchmarks.common.provenance import provenance
 from benchmarks.common.storage import Record, append, latest, write_json
-from benchmarks.encode.systems import SYSTEMS, cuda_ops
+from benchmarks.encode.gpu_systems import SYSTEMS, cuda_ops
 from sbert_fast.bench import contenders
 from sbert_fast.bench.checkpoint import Checkpoint
 from sbert_fast.bench.contenders import Contender, Gates, Sizes
@@ -197,5 +197,5 @@ def main(args: argparse.Namespace) -> int:
             benchmark.run(scope)
     if args.json:
         write_json(run | {"rows": latest(rows)}, args.json)
-    print("\n".join(tables.encode_on_gpu(rows)))
+    print("\n".join(pages.encode_on_gpu(rows)))
     return int(bool(bad) or not rows)

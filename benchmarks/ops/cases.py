@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.common.pages import COPY
 from benchmarks.common.stopwatch import Call, copies
-from benchmarks.common.tables import COPY
 from benchmarks.ops import peers as op_peers
 from benchmarks.ops.peers import within
 from sbert_fast import ops

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import products, stopwatch, storage, tables
+from benchmarks.common import pages, products, stopwatch, storage
 from benchmarks.common.options import plain_parser
 from benchmarks.common.provenance import provenance
 from sbert_fast.bench.contenders import synchronize
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"{part}: {row.get('which', row.get('error'))}")
         kept.append(row)
         store("error" if "error" in row else "row", row)
-    print("\n".join(tables.ground(kept)))
+    print("\n".join(pages.ground(kept)))
     return int(any("error" in row for row in kept))
 
 

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from benchmarks.common import stopwatch
+from benchmarks.common.pages import COPY
 from benchmarks.common.stopwatch import cache_bytes, cold_sets
-from benchmarks.common.tables import COPY
 from benchmarks.ops.cases import Case, attention_case, lengths_of, row_case
 from benchmarks.ops.peers import CUDNN, EAGER, FA3, FA4, FLEX, MMA, ROW_PEERS, SDPA, VARLEN
 from sbert_fast.bench.names import OURS, OURS_CUDA, message

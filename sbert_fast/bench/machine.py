@@ -15,7 +15,7 @@ from sbert_fast.bench.names import say
 SCHEMA = 1
 PACKAGES = (
     *("sbert-fast", "torch", "transformers", "sentence-transformers", "tokenizers", "numpy"),
-    *("onnx", "onnxruntime", "openvino", "zentorch", "triton", "flash-attn"),
+    *("onnx", "onnxruntime", "openvino", "nncf", "zentorch", "triton", "flash-attn"),
 )
 # Load average per CPU above which figures are doubtful.
 BUSY = 0.1

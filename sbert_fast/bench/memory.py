@@ -44,7 +44,7 @@ def memory_of(each: Contender, **what: Any) -> dict[str, float]:
     return held
 
 
-def _resident_mb(field: str) -> float:
+def resident_mb(field: str) -> float:
     # Not getrusage: its maximum starts from that of the process which forked this one.
     status = Path("/proc/self/status").read_text()
     found = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
@@ -62,12 +62,12 @@ def _main(asked: dict[str, Any]) -> None:
     # By a tokenizer of its own, so that no system finds one that is loaded already.
     count = Checkpoint(folder.path, asked["threads"]).count
     lines = load_corpus(asked["corpus"], asked["texts"], asked["seed"], count)
-    loaded = _resident_mb("VmRSS")
+    loaded = resident_mb("VmRSS")
     start = time.perf_counter()
     built.encode(lines, Setting(*asked["setting"]))
     result = {
         "loaded_rss_mb": loaded,
-        "peak_rss_mb": _resident_mb("VmHWM"),
+        "peak_rss_mb": resident_mb("VmHWM"),
         "seconds": time.perf_counter() - start,
     }
     print(json.dumps(result))

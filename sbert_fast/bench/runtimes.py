@@ -21,10 +21,12 @@ from numpy.typing import NDArray
 from sbert_fast.bench.checkpoint import Checkpoint
 from sbert_fast.bench.names import COMPILED, OURS, REFERENCE
 from sbert_fast.bench.systems import NotAvailable, Packed, SentenceTransformers, Setting, System
+from sbert_fast.data import sample_texts
 
 Inputs = dict[str, NDArray[np.int64]]
 Forward = Callable[[Inputs], NDArray[np.float32]]
 MakeForward = Callable[[int], Forward]
+_CALIBRATION_TEXTS = 300
 _INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -163,14 +165,29 @@ def _onnxruntime(folder: Checkpoint, precision: str, onnx: Path) -> MakeForward:
     return make
 
 
+def _calibrated(model: Any, folder: Checkpoint) -> Any:
+    """An OpenVINO model in int8, calibrated on the sample texts."""
+    nncf = _require("nncf")
+    tokens = folder.tokenize(sample_texts()[:_CALIBRATION_TEXTS])
+    names = [port.any_name for port in model.inputs]
+    rows = [tokens.padded(np.array([row]), folder.pad) for row in range(len(tokens.lengths))]
+    dataset = nncf.Dataset([{name: inputs[name] for name in names} for inputs in rows])
+    with redirect_stdout(stderr):
+        return nncf.quantize(
+            model, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(rows)
+        )
+
+
 def _openvino(folder: Checkpoint, precision: str, onnx: Path) -> MakeForward:
     core = _require("openvino").Core()
-    hint = {"float32": "f32", "bfloat16": "bf16"}.get(precision)
-    if hint is None:
-        raise NotAvailable("quantises with NNCF, on texts to calibrate it")
-    capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    if precision == "bfloat16" and "BF16" not in capabilities:
+    has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if precision == "bfloat16" and not has_bf16:
         raise NotAvailable("this CPU has no bfloat16 instructions it could use")
+    # In int8 it is the precision of what is not quantised.
+    hint = "f32" if precision == "float32" or not has_bf16 else "bf16"
+    model = core.read_model(str(onnx))
+    if precision == "int8":
+        model = _calibrated(model, folder)
 
     def make(workers: int) -> Forward:
         settings = {
@@ -178,7 +195,7 @@ def _openvino(folder: Checkpoint, precision: str, onnx: Path) -> MakeForward:
             "INFERENCE_PRECISION_HINT": hint,
             "NUM_STREAMS": workers,
         }
-        compiled = core.compile_model(str(onnx), "CPU", settings)
+        compiled = core.compile_model(model, "CPU", settings)
         names = [port.any_name for port in compiled.inputs]
         own = threading.local()
 

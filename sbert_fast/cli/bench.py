@@ -163,7 +163,7 @@ def _store(args: argparse.Namespace, document: dict[str, Any]) -> None:
             stream.write((json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
         note(f"results: {args.json}")
     if args.plots:
-        from sbert_fast.bench import plots
+        from sbert_fast.bench import pictures
 
-        for path in plots.draw(document, Path(args.plots)):
+        for path in pictures.draw(document, Path(args.plots)):
             note(f"picture: {path}")

@@ -18,7 +18,7 @@ import pytest
 
 from benchmarks import ROOT
 from benchmarks.common import options
-from benchmarks.encode import breakdown, rerank
+from benchmarks.encode import breakdown, rerank, training
 from benchmarks.report import render
 from sbert_fast.bench import machine, measure, runtimes
 from sbert_fast.bench.checkpoint import Checkpoint
@@ -182,6 +182,14 @@ def test_reranking(run: Callable[..., dict[str, Any]]) -> None:
     assert [row["system"] for row in rows] == [REFERENCE, OURS]
     assert all(len(row["samples"]["short"]) == 2 * rerank.CALLS for row in rows)
     assert rows[0]["batch_size"] and rows[1]["ratios"]["float32"]["all"] > 0
+
+
+@pytest.mark.slow
+def test_training(run: Callable[..., dict[str, Any]]) -> None:
+    rows = run("encode.training", "--texts", "64")["rows"]
+    assert [row["system"] for row in rows] == [REFERENCE, OURS]
+    assert rows[0]["loss"] == 0 < rows[1]["loss"] < training.LOSS
+    assert rows[1]["ratio"] > 0 and min(row["peak_rss_mb"] for row in rows) > 0
 
 
 def test_breakdown_refuses_a_model_that_does_not_run_packed() -> None:

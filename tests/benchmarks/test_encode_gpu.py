@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import families
-from benchmarks.common import storage, tables
+from benchmarks.common import pages, storage
 from benchmarks.encode import gpu, systems
 from benchmarks.encode.__main__ import parse_args
 from benchmarks.report import render
@@ -150,7 +150,7 @@ def test_a_row_a_system(run: Any, tmp_path: Path) -> None:
     assert lines[0]["gemm_seconds"] > 0 and lines[0]["batches"]
     document = json.loads(out.read_text())
     assert OURS in render(document) and len(document["rows"]) == len(lines)
-    assert len(tables.encode_on_gpu(every)) == 2 + len(lines), "the last row of a system counts"
+    assert len(pages.encode_on_gpu(every)) == 2 + len(lines), "the last row of a system counts"
 
 
 @pytest.mark.slow
@@ -193,7 +193,7 @@ def test_a_system_that_fails_leaves_its_row(run: Any, monkeypatch: pytest.Monkey
     code, lines = run("bfloat16")
     errors = {line["error"] for line in lines if line["kind"] == "error"}
     assert code == 1 and errors == {"RuntimeError: no kernel image"}
-    assert "no kernel image" in "\n".join(tables.encode_on_gpu(lines))
+    assert "no kernel image" in "\n".join(pages.encode_on_gpu(lines))
 
 
 @pytest.mark.slow
@@ -221,7 +221,7 @@ def test_both_of_ours_are_compared(scale: float, run: Any, monkeypatch: pytest.M
     assert set(cuda["ratios"]) == (set(peer["ratios"]) if right else set())
     for row in (peer, ours):
         assert set(row["ratios_cuda"]) == ({"bfloat16"} if right else set())
-    assert f"{OURS_CUDA} is faster by" in "\n".join(tables.encode_on_gpu(lines))
+    assert f"{OURS_CUDA} is faster by" in "\n".join(pages.encode_on_gpu(lines))
 
 
 @pytest.mark.slow
@@ -251,4 +251,4 @@ def test_without_the_library(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     code, lines = run("bfloat16", peers=[])
     assert code == 0
     assert by_system(lines)[OURS_CUDA, "bfloat16"]["status"] == "not measured: was not built"
-    assert "not measured: was not built" in "\n".join(tables.encode_on_gpu(lines))
+    assert "not measured: was not built" in "\n".join(pages.encode_on_gpu(lines))

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.common import stopwatch, storage, tables
-from benchmarks.common.tables import COPY
+from benchmarks.common import pages, stopwatch, storage
+from benchmarks.common.pages import COPY
 from benchmarks.ops import cases, ground, peers
 from benchmarks.ops.peers import CUDNN, EAGER, FA3, FLEX, SDPA, VARLEN
 from benchmarks.ops.test_speed import ROW_OPS, check, measure
@@ -29,7 +29,7 @@ def add_norm(*others: str) -> cases.Case:
 
 
 def shown(row: dict[str, Any]) -> str:
-    return "\n".join(tables.ops([ATTENTION | row]))
+    return "\n".join(pages.ops([ATTENTION | row]))
 
 
 @pytest.mark.parametrize("name", ["16", "512", "short", "passages", "wiki", "mixed", "uniform"])
@@ -165,7 +165,7 @@ def test_the_table_has_both_within_200_columns() -> None:
     for name, ours in (("ratios", OURS), ("ratios_cuda", OURS_CUDA)):
         row[name] = {peer: pace / paces[ours] for peer, pace in paces.items() if peer != ours}
     other = {key: value for key, value in row.items() if key != "dim"} | {"op": "add_norm"}
-    table, second = "\n".join(tables.ops([row, other])).split("\n\n| op ")
+    table, second = "\n".join(pages.ops([row, other])).split("\n\n| op ")
     header, _, cells, *told = table.splitlines()
     names, values = ([c.strip() for c in line.split(" | ")] for line in (header, cells))
     columns = dict(zip(names, values, strict=True))

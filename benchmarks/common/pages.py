@@ -75,6 +75,22 @@ def rerank(document: Document) -> str:
     return "\n".join(lines)
 
 
+def training(row: Record) -> str:
+    """How fast a model is fine-tuned in one precision, ours or that of sentence-transformers."""
+    told = f"{row['steps_per_s']:.2f} steps/s, {row['peak_rss_mb']:,.0f} MB at most"
+    if "ratio" in row:
+        told += f", {row['ratio']:.2f}x as fast as {REFERENCE} in {row['memory_ratio']:.0%} of it"
+    return f"{row['system']} {row['precision']}: {told}"
+
+
+def trainings(document: Document) -> str:
+    """How fast a model is fine-tuned on a CPU."""
+    pairs, rounds = document["batch_pairs"], document["settings"]["rounds"]
+    lines = head(document, f"; batches of {pairs} pairs, median of {rounds} rounds")
+    lines += [f"{training(row)}; gradients differ by {row['loss']:.1e}" for row in document["rows"]]
+    return "\n".join(lines)
+
+
 def comparison(document: Document) -> str:
     """What it costs to compare a model with what was derived from it."""
     one, corpus = document["one_text"], document["corpus"]

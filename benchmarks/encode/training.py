@@ -1,0 +1,158 @@
+"""Fine-tuning: steps of sentence-transformers' loss on pairs of texts, padded and packed.
+
+    python -m benchmarks.encode.training --corpus short --texts 640 --dtype float32,bfloat16
+
+A model, and a copy of it that `accelerate` has patched, take turns at the same batches: tokenise,
+loss, backward, AdamW. bfloat16 is autocast. Before that, a step without dropout shows whether both
+give the same gradients. Peak memory is that of a process of its own for each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import multiprocessing
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import options
+from sbert_fast.bench.memory import resident_mb
+from sbert_fast.bench.names import OURS, REFERENCE
+
+PAIRS = 32  # of a batch
+# What the gradients may lose, all of them as one vector, in float32; under autocast they may differ
+# by twice what stock's differ from those in float32.
+LOSS = 1e-4
+
+
+class Training:
+    """A model, a loss over pairs, and what steps it."""
+
+    def __init__(self, name: str, precision: str, model: Any) -> None:
+        import torch
+        from sentence_transformers import losses
+
+        from sbert_fast import accelerate
+
+        self.precision = precision
+        self.model = copy.deepcopy(model).train()
+        if name == OURS:
+            accelerate(self.model)
+        self.loss = losses.CosineSimilarityLoss(self.model)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-5)
+
+    def step(self, texts: list[str]) -> None:
+        """Of a batch: the first half of `texts` are the partners of the second."""
+        self.backward(texts)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def backward(self, texts: list[str]) -> None:
+        """The gradients of a batch."""
+        import torch
+
+        half = len(texts) // 2
+        features = [self.model.preprocess(side) for side in (texts[:half], texts[half:])]
+        labels = torch.linspace(0, 1, half)
+        autocast = self.precision == "bfloat16"
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = self.loss(features, labels)
+        loss.backward()
+
+    def gradients(self, texts: list[str]) -> Any:
+        """Those of one batch without dropout, fp32 `[parameters]`."""
+        import torch
+
+        dropouts = [m for m in self.model.modules() if isinstance(m, torch.nn.Dropout)]
+        kept = [module.p for module in dropouts]
+        for module in dropouts:
+            module.p = 0.0
+        self.backward(texts)
+        found = [p.grad.flatten().float() for p in self.model.parameters() if p.grad is not None]
+        self.optimizer.zero_grad()
+        for module, p in zip(dropouts, kept, strict=True):
+            module.p = p
+        return torch.cat(found).numpy()
+
+
+def _load(folder: str) -> Any:
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(folder, device="cpu")
+
+
+def peak_of(name: str, precision: str, folder: str, threads: int, texts: list[str]) -> float:
+    """MB that a process holds at most, which takes a step for each batch."""
+    import torch
+
+    torch.set_num_threads(threads)
+    training = Training(name, precision, _load(folder))
+    for batch in batches(texts):
+        training.step(batch)
+    return resident_mb("VmHWM")
+
+
+def batches(texts: list[str]) -> list[list[str]]:
+    """As many texts as the pairs of a batch hold, the last ones that are too few left out."""
+    size = 2 * PAIRS
+    return [texts[start : start + size] for start in range(0, len(texts) - size + 1, size)]
+
+
+def measure(args: argparse.Namespace, checkpoint: Any, corpus: Any) -> dict[str, Any]:
+    """Steps a second of each, in turn, and what they hold."""
+    import torch
+
+    # As a program this file is `__main__`, whose functions another process cannot be sent.
+    from benchmarks.encode import training as importable
+    from sbert_fast.bench import contenders
+    from sbert_fast.bench.contenders import Contender
+    from sbert_fast.patching import counts
+
+    steps, model = batches(corpus.texts), _load(str(args.model))
+    if not steps:
+        raise ValueError(f"--texts must be at least {2 * PAIRS}, got {args.texts}")
+    systems = [Contender(*each) for each in itertools.product((REFERENCE, OURS), args.dtype)]
+    trainings = [Training(each.name, each.precision, model) for each in systems]
+    for each, training in zip(systems, trainings, strict=True):
+        each.embeddings = training.gradients(steps[0])
+    turns = [
+        (each, lambda training=training: [training.step(batch) for batch in steps])
+        for each, training in zip(systems, trainings, strict=True)
+    ]
+    for _ in contenders.take_turns(turns, args.rounds, torch.device("cpu")):
+        pass
+    for each, training in zip(systems, trainings, strict=True):
+        if each.name == OURS and counts(training.model).keys() != {"packed"}:
+            raise RuntimeError(f"not every step ran packed: {counts(training.model)}")
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            asked = each.name, each.precision, str(args.model), args.threads, corpus.texts
+            each.more["peak_rss_mb"] = pool.apply(importable.peak_of, asked)
+    return {"batch_pairs": PAIRS, "rows": [_row(each, systems, len(steps)) for each in systems]}
+
+
+def _row(each: Any, systems: list[Any], steps: int) -> dict[str, Any]:
+    found = {(other.name, other.precision): other for other in systems}
+    stock = found[REFERENCE, each.precision]
+    truth = found.get((REFERENCE, "float32"), stock).embeddings
+
+    def loss(gradients: Any) -> float:
+        return float(np.linalg.norm(gradients - truth) / np.linalg.norm(truth))
+
+    row = {
+        **each.named,
+        "loss": loss(each.embeddings),
+        "steps_per_s": steps / float(np.median(each.seconds)),
+        "samples": each.seconds,
+        **each.more,
+    }
+    allowed = LOSS if each.precision == "float32" else 2 * loss(stock.embeddings)
+    if each is not stock and row["loss"] <= allowed:
+        row["ratio"] = float(np.median(np.divide(stock.seconds, each.seconds)))
+        row["memory_ratio"] = each.more["peak_rss_mb"] / stock.more["peak_rss_mb"]
+    return row
+
+
+if __name__ == "__main__":
+    raise SystemExit(options.run(__doc__, ["float32", "bfloat16"], "training", measure))

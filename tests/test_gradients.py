@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -15,8 +15,18 @@ from sbert_fast import ops
 from sbert_fast.ops import reference
 from sbert_fast.testing import PEERS, assert_close_to_oracle, pack_lengths, to_fp64
 
-OPS = ("varlen_attention", "embed_norm", "add_norm", "bias_gelu", "segment_pool")
-# By the places of arguments: what is changed in those of `op_cases.arguments`.
+OPS = (
+    "varlen_attention",
+    "embed_norm",
+    "add_norm",
+    "add_norm_sum",
+    "bias_gelu",
+    "gated_activation",
+    "segment_pool",
+)
+# Bias, rotary positions, a head of keys for two of queries, and norms of heads.
+FULL = {4: 5, 6: True, 10: 1, 11: True}
+# By the places of arguments: what is changed in those of `op_cases.arguments`; see `case`.
 CASES: list[tuple[str, dict[int, Any]]] = [
     ("varlen_attention", {}),
     ("varlen_attention", {3: -0.3}),
@@ -25,6 +35,10 @@ CASES: list[tuple[str, dict[int, Any]]] = [
     ("varlen_attention", {4: 0, 5: 3}),
     ("varlen_attention", {9: True}),
     ("varlen_attention", {4: 4, 5: 9, 9: True}),
+    ("varlen_attention", {6: True}),
+    ("varlen_attention", {9: True, 10: 1}),
+    ("varlen_attention", {10: 2, 11: True}),
+    ("varlen_attention", FULL),
     ("embed_norm", {}),
     ("embed_norm", {2: None}),
     ("embed_norm", {1: None, 4: None}),
@@ -33,8 +47,14 @@ CASES: list[tuple[str, dict[int, Any]]] = [
     ("add_norm", {}),
     ("add_norm", {1: None}),
     ("add_norm", {2: None, 6: True}),
+    ("add_norm_sum", {}),
+    ("add_norm_sum", {1: None, 6: True}),
     ("bias_gelu", {}),
     ("bias_gelu", {1: None, 2: True}),
+    ("gated_activation", {}),
+    ("gated_activation", {1: None, 2: 2}),
+    ("gated_activation", {2: 3, 3: False}),
+    ("gated_activation", {1: None, 2: 0}),
     *(
         ("segment_pool", {2: mode, 3: normalize, 4: skip})
         for mode, normalize, skip in itertools.product(range(6), (False, True), (0, 2))
@@ -44,38 +64,63 @@ every_case = pytest.mark.parametrize(("op", "changes"), CASES, ids=str)
 every_impl = pytest.mark.parametrize("impl", ["reference", "cpu"])
 
 
+# The last arguments of schemas, which have defaults.
+OPTIONAL: dict[str, list[Any]] = {
+    "varlen_attention": [False, 0, None, None, 1e-6],
+    **dict.fromkeys(("embed_norm", "add_norm", "add_norm_sum"), [False]),
+}
+
+
 def case(op: str, changes: dict[int, Any], dtype: torch.dtype, **sizes: Any) -> list[Any]:
-    """The arguments of `op` with `changes`; a number in the place of a bias is its reach."""
-    args = [*arguments(op, dtype, **sizes)]
-    args += [False] * (max(changes, default=0) + 1 - len(args))
+    """The arguments of `op` with `changes`: of attention, the reach of a bias, and whether there
+    are rotary positions or norms of heads, in the place of the first of their tensors."""
+    args = [*arguments(op, dtype, **sizes), *OPTIONAL.get(op, [])]
     for place, value in changes.items():
         args[place] = value
-    if op == "varlen_attention" and args[4] is not None:
-        g = torch.Generator().manual_seed(1)
-        args[4] = torch.randn(args[0].shape[2], 2 * args[4] + 1, generator=g)
+    if op != "varlen_attention":
+        return args
+    g = torch.Generator().manual_seed(1)
+    tokens, _, heads, dim = args[0].shape
+    if args[4] is not None:
+        args[4] = torch.randn(heads, 2 * args[4] + 1, generator=g)
+    if args[6] is not None:
+        angles = 6 * torch.rand(tokens, dim // 2, generator=g)
+        args[6:8] = angles.cos(), angles.sin()
+    if args[10]:
+        args[0] = args[0].flatten(1, 2)[:, : heads + 2 * args[10]].contiguous()
+    if args[11] is not None:
+        args[11:13] = 1 + 0.2 * torch.randn(2, dim, generator=g)
     return args
 
 
-def floats(args: list[Any]) -> list[int]:
-    return [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
+def floats(op: str, args: list[Any]) -> list[int]:
+    """The places of what has a gradient: rotary positions have none."""
+    rotary = (6, 7) if op == "varlen_attention" else ()
+    tensors = (i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point())
+    return [i for i in tensors if i not in rotary]
 
 
-def gradients(function: Any, args: list[Any], grad: Tensor) -> list[Tensor]:
-    """The gradients of all floating arguments."""
-    args, places = list(args), floats(args)
+def gradients(op: str, function: Any, args: list[Any], grad: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of all that has one, `grad` being those of the results."""
+    args, places = list(args), floats(op, args)
     for place in places:
         args[place] = args[place].clone().requires_grad_()
-    out = function(*args)
-    return list(torch.autograd.grad(out, [args[i] for i in places], grad.to(out.dtype)))
+    out = results(function(*args))
+    wide = [part.to(each.dtype) for part, each in zip(grad, out, strict=True)]
+    return list(torch.autograd.grad(out, [args[i] for i in places], wide))
+
+
+def results(out: Any) -> tuple[Tensor, ...]:
+    return (out,) if isinstance(out, Tensor) else out
 
 
 def overload(op: str, impl: str) -> Any:
     return getattr(getattr(torch.ops.sbert_fast, op), impl)
 
 
-def upstream(op: str, args: list[Any]) -> Tensor:
+def upstream(op: str, args: list[Any]) -> list[Tensor]:
     torch.manual_seed(3)
-    return torch.randn_like(getattr(reference, op)(*args).float())
+    return [torch.randn_like(each.float()) for each in results(getattr(reference, op)(*args))]
 
 
 @every_case
@@ -84,13 +129,12 @@ def test_finite_differences(op: str, changes: dict[int, Any]) -> None:
     args = to_fp64(case(op, changes, torch.float32, **sizes))
     if op == "embed_norm":
         args[9] = torch.float64
-    places = floats(args)
+    places = floats(op, args)
 
-    def function(*inputs: Tensor) -> Tensor:
+    def function(*inputs: Tensor) -> tuple[Tensor, ...]:
         for place, value in zip(places, inputs, strict=True):
             args[place] = value
-        out: Tensor = overload(op, "reference")(*args)
-        return out
+        return results(overload(op, "reference")(*args))
 
     inputs = tuple(args[place].requires_grad_() for place in places)
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
@@ -105,22 +149,23 @@ def test_2x_rule(op: str, changes: dict[int, Any], impl: str, dtype: torch.dtype
 
 def check(op: str, impl: str, args: list[Any], dtype: torch.dtype) -> None:
     """Compare all gradients with those of the reference in fp64 by the 2x rule."""
-    grad, wide = upstream(op, args).to(dtype), to_fp64(args)
+    grad, wide = [each.to(dtype) for each in upstream(op, args)], to_fp64(args)
     if op == "embed_norm":
         wide[9] = torch.float64
-    results = [
-        gradients(overload(op, impl), args, grad),
-        gradients(getattr(reference, op), wide, grad.double()),
-        gradients(PEERS[op], args, grad),
+    found = [
+        gradients(op, overload(op, impl), args, grad),
+        gradients(op, getattr(reference, op), wide, grad),
+        gradients(op, PEERS[op], args, grad),
     ]
-    for ours, expected, peer in zip(*results, strict=True):
+    for ours, expected, peer in zip(*found, strict=True):
         assert_close_to_oracle(ours, expected, peer, dtype)
 
 
 @pytest.mark.usefixtures("isa", "poisoned_memory")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("op", "changes"), [each for each in CASES if each[0] in ("varlen_attention", "add_norm")]
+    ("op", "changes"),
+    [each for each in CASES if each[0].startswith(("varlen_attention", "add_norm", "gated"))],
 )
 def test_instruction_sets(op: str, changes: dict[int, Any], dtype: torch.dtype) -> None:
     check(op, "cpu", case(op, changes, dtype), dtype)
@@ -129,7 +174,8 @@ def test_instruction_sets(op: str, changes: dict[int, Any], dtype: torch.dtype) 
 @pytest.mark.usefixtures("isa", "poisoned_memory")
 @pytest.mark.parametrize("dim", [8, 16, 33, 64, 100, 256])
 def test_head_dims(dim: int) -> None:
-    args = case("varlen_attention", {4: 40}, torch.float32, lengths=(1, 130, 0, 33), dim=dim)
+    changes = FULL | {4: 40, 6: None if dim % 2 else True}
+    args = case("varlen_attention", changes, torch.float32, lengths=(1, 130, 0, 33), dim=dim)
     check("varlen_attention", "cpu", args, torch.float32)
 
 
@@ -142,23 +188,35 @@ def test_widths(width: int) -> None:
 
 def _replaced(op: str, place: int, value: Any) -> list[Any]:
     args = [*arguments(op, torch.float32)]
+    args += {
+        ATTENTION: [False, None, None, 0, None, None, 0.0],
+        NORM: [False, None],
+    }.get(op, [])
     args[place] = value
     return args
 
 
 ATTENTION, NORM = "varlen_attention_backward", "add_norm_backward"
+GATE = "gated_activation_backward"
 BAD: list[tuple[str, int, Any, str]] = [
     (ATTENTION, 0, torch.zeros(112, 2, 8), r"grad must be .* \[T, H, D\] = \[112, 2, 26\], got"),
     (ATTENTION, 1, torch.zeros(112, 2, 26), r"qkv must be contiguous float32 \[T, 3, H, D\]"),
-    (ATTENTION, 1, torch.zeros(112, 3, 2, 4), "grad must be"),
+    (ATTENTION, 1, torch.zeros(112, 3, 2, 8), "grad must be"),
+    (ATTENTION, 1, torch.zeros(112, 3, 2, 4), r"D must be in \[8, 256\], got 4"),
     (ATTENTION, 2, pack_lengths([113]), r"cu_seqlens must end at or before T = 112, got 113"),
     (ATTENTION, 3, 63, "max_seqlen must be at least 64, the longest sequence, got 63"),
     (ATTENTION, 5, torch.zeros(2, 6), r"bias must be \[H, 2R \+ 1\] with an odd number"),
     (ATTENTION, 6, -2, "window must be at least -1, got -2"),
+    (ATTENTION, 8, torch.zeros(112, 13), "rotary_cos and rotary_sin must both be given"),
+    (ATTENTION, 10, 1, r"qkv must be contiguous float32 \[T, H \+ 2 \* kv_heads, D\]"),
+    (ATTENTION, 11, torch.zeros(8), r"query_norm must be .* \[D\] = \[26\], got"),
     (NORM, 0, torch.zeros(112, 8), r"grad must be .* \[T, E\] = \[112, 52\], got"),
     (NORM, 1, torch.zeros(112, 52, dtype=torch.float64), "x must be float32 or bfloat16"),
     (NORM, 3, torch.zeros(3, 52), "residual must be"),
     (NORM, 4, torch.zeros(8), "weight must be"),
+    (NORM, 7, torch.zeros(8), "grad_sum must be"),
+    (GATE, 0, torch.zeros(112, 52), r"grad must be .* \[T, F\] = \[112, 26\], got"),
+    (GATE, 3, 4, r"activation must be in \[0, 4\), got 4"),
 ]
 
 
@@ -176,16 +234,20 @@ def test_triton_has_gradients(op: str, triton_device: str) -> None:
 
 
 @every_impl
-@pytest.mark.parametrize("op", ["varlen_attention", "segment_pool"])
-def test_a_sequence_that_is_nan_changes_no_gradient_of_another(op: str, impl: str) -> None:
-    args = case(op, {}, torch.float32)
+@pytest.mark.parametrize(
+    ("op", "changes"), [("varlen_attention", {}), ("varlen_attention", FULL), ("segment_pool", {})]
+)
+def test_a_sequence_that_is_nan_changes_no_gradient_of_another(
+    op: str, changes: dict[int, Any], impl: str
+) -> None:
+    args = case(op, changes, torch.float32)
     grad = upstream(op, args)
-    (alone,) = gradients(overload(op, impl), args, grad)
+    alone, *_ = gradients(op, overload(op, impl), args, grad)
     start, end = args[1][4], args[1][5]
     poisoned = [args[0].clone(), *args[1:]]
     poisoned[0][start:end] = float("nan")
     poisoned[0][args[1][-1] :] = float("nan")
-    (beside,) = gradients(overload(op, impl), poisoned, grad)
+    beside, *_ = gradients(op, overload(op, impl), poisoned, grad)
     others = torch.ones(len(alone), dtype=torch.bool)
     others[start:end] = False
     assert torch.equal(alone[others], beside[others])
@@ -203,20 +265,21 @@ def threads() -> Iterator[None]:
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("op", OPS)
 def test_bits_do_not_depend_on_threads(op: str, impl: str) -> None:
-    args = case(op, {4: 5} if op == "varlen_attention" else {}, torch.float32, lengths=(70, 300, 9))
-    grad, results = upstream(op, args), []
+    changes = FULL if op == "varlen_attention" else {}
+    args = case(op, changes, torch.float32, lengths=(70, 300, 9))
+    grad, found = upstream(op, args), []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        results.append(gradients(overload(op, impl), args, grad))
-    for few, some, more in zip(*results, strict=True):
+        found.append(gradients(op, overload(op, impl), args, grad))
+    for few, some, more in zip(*found, strict=True):
         assert torch.equal(few, some) and torch.equal(few, more)
 
 
 @every_impl
 @pytest.mark.parametrize("op", OPS)
 def test_gradients_are_traced(op: str, impl: str) -> None:
-    args = case(op, {}, torch.float32)
-    for place in floats(args):
+    args = case(op, FULL if op == "varlen_attention" else {}, torch.float32)
+    for place in floats(op, args):
         args[place] = args[place].requires_grad_()
     torch.library.opcheck(overload(op, impl), tuple(args), test_utils="test_aot_dispatch_dynamic")
 
@@ -225,7 +288,7 @@ def test_a_table_sums_tokens_in_their_order() -> None:
     args = embed_args(4000, 16, torch.float32, torch.float32)
     args[6] = args[7] = None
     grad = torch.randn(4000, 16)
-    word = gradients(overload("embed_norm", "reference"), args, grad)[0]
+    word = gradients("embed_norm", overload("embed_norm", "reference"), args, [grad])[0]
     expected = torch.zeros(50, 16)
     for row, part in zip(args[0].tolist(), grad, strict=True):
         expected[row] += part
@@ -240,24 +303,20 @@ def test_only_the_first_of_equal_tokens_is_the_maximum() -> None:
 
 QKV = torch.zeros(8, 3, 2, 16, requires_grad=True)
 CU = pack_lengths((3, 5))
-HALF = torch.zeros(8, 8)
-OPTIONS: list[tuple[str, dict[str, Any]]] = [
-    ("rotary", {"rotary": (HALF, HALF)}),
-    ("query_norm", {"head_norm": (torch.ones(16), torch.ones(16), 1e-6)}),
-    ("position_keys", {"disentangled": (torch.ones(2, 1, 16), None, pack_lengths([]))}),
+TURNS = torch.zeros(8, 8, requires_grad=True)
+REFUSED: list[tuple[str, dict[str, Any]]] = [
+    ("backward to rotary", {"rotary": (TURNS, TURNS)}),
+    (
+        "backward with position_keys",
+        {"disentangled": (torch.ones(2, 1, 16), None, pack_lengths([]))},
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "options"), OPTIONS, ids=str)
-def test_options_without_a_gradient_are_refused(name: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("what", "options"), REFUSED, ids=str)
+def test_what_has_no_gradient_is_refused(what: str, options: dict[str, Any]) -> None:
     out = ops.varlen_attention(QKV, CU, 5, **options)
-    with pytest.raises(NotImplementedError, match=f"has no backward with {name} yet"):
-        out.sum().backward()
-
-
-def test_grouped_heads_are_refused() -> None:
-    out = ops.varlen_attention(QKV.flatten(1, 2), CU, 5, kv_heads=2)
-    with pytest.raises(NotImplementedError, match="has no backward with kv_heads yet"):
+    with pytest.raises(NotImplementedError, match=f"has no {what} yet"):
         out.sum().backward()
 
 

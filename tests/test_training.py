@@ -215,7 +215,6 @@ REFUSED: list[tuple[str, Callable[[Any], object], str]] = [
         "BertLayer has backward hooks",
     ),
     ("bert", lambda m: m.enable_input_require_grads(), "a hook makes embeddings record them"),
-    ("nomic_bert", lambda m: None, "varlen_attention has no backward with rotary yet"),
     ("deberta-v2", lambda m: None, "varlen_attention has no backward with position_keys yet"),
 ]
 

@@ -1,14 +1,17 @@
-// The gradient of varlen_attention, one (sequence, head) per work item.
+// The gradient of varlen_attention, one (sequence, head of keys) per work item.
 //
-// A work item goes through its queries kLanes at a time, all keys of each at once:
+// A work item goes through its heads of queries in turn, and through the queries of each kLanes at
+// a time, all keys of each at once:
 //
+//   pack      q, k, v and d_out, normed and rotated as in attention_kernel.h
 //   scores    keys x queries, a lane is a query, as in attention_kernel.h; and their softmax
 //   gradient  d_scores = weights (d_weights - sum of weights d_weights), d_weights = v d_out
 //   products  d_q, d_k and d_v, of register tiles
+//   unpack    d_q and d_k back through rotation and norm
 //
 // Nothing is kept of the forward pass: the scores are computed again. Everything is fp32, but for
-// the sums of the gradient of the bias, which have a term for every pair of tokens; and a sum has
-// an order that depends on nothing but the sequence. Scratch grows with the sequence.
+// the sums of the gradients of the bias, which have a term for every pair of tokens, and of norms;
+// and a sum has an order that depends on nothing but the sequence. Scratch grows with the sequence.
 #pragma once
 
 #include "attention_head.h"
@@ -62,19 +65,59 @@ SBF_INLINE void multiply(const ProductTile& product, int64_t rows, int64_t colum
   }
 }
 
+// The gradient of what rotate_row rotates, in place of that of its result.
+SBF_INLINE void rotate_back(float* row, int64_t D, Rotary rotary) {
+  const int64_t half = D / 2;
+  for (int64_t d = 0; d < half; d += VecF::N) {
+    const int n = static_cast<int>(smaller(VecF::N, half - d));
+    const VecF x1 = load_dims(row, d, half), x2 = load_dims(row + half, d, half);
+    const VecF c = load_dims(rotary.cos, d, half), s = load_dims(rotary.sin, d, half);
+    fma(x1, c, x2 * s).store_partial(row + d, n);
+    fma(x2, c, VecF::zero() - x1 * s).store_partial(row + half + d, n);
+  }
+}
+
+// The gradient of the `row` that norm_row norms, in place of that of its result; that of the
+// weight, times `factor`, is added to `d_weight`.
+template <class T>
+SBF_INLINE void norm_back(const T* row, int64_t D, HeadNorm norm, float factor, float* grad,
+                          double* d_weight) {
+  const VecF inverse = inverse_rms(row, D, norm.eps);
+  float of_weight[kMaxHeadDim];
+  VecF along = VecF::zero();
+  for (int64_t d = 0; d < D; d += VecF::N) {
+    const VecF normed = load_dims(row, d, D) * inverse, upstream = load_dims(grad, d, D);
+    (upstream * normed * VecF::set1(factor)).store(of_weight + d);
+    along = fma(upstream * load_dims(norm.weight, d, D), normed, along);
+  }
+  const VecF slope = VecF::set1(reduce_add(along) / static_cast<float>(D));
+  for (int64_t d = 0; d < D; d += VecF::N) {
+    const VecF normed = load_dims(row, d, D) * inverse;
+    const VecF u = load_dims(grad, d, D) * load_dims(norm.weight, d, D);
+    ((u - normed * slope) * inverse)
+        .store_partial(grad + d, static_cast<int>(smaller(VecF::N, D - d)));
+  }
+  for (int64_t d = 0; d < D; ++d) d_weight[d] += static_cast<double>(of_weight[d]);
+}
+
+// One head of keys and values of one sequence, and all heads of queries that read it, in their
+// order.
 template <class T>
 class HeadGradient {
  public:
-  HeadGradient(const AttentionBackwardParams& params, int64_t sequence, int64_t head)
-      : p_(params.forward),
-        h_(params.forward, sequence, head),
+  HeadGradient(const AttentionBackwardParams& params, int64_t sequence, int64_t kv_head)
+      : params_(params),
+        p_(params.forward),
+        sequence_(sequence),
+        group_(p_.H / p_.kv_heads),
+        first_head_(kv_head * group_),
         D_(p_.D),
         row_(round_up(D_, kLanes)) {
-    const int64_t first = p_.cu_seqlens[sequence], L = h_.length;
-    grad_ = static_cast<const T*>(params.grad) + (first * p_.H + head) * D_;
-    d_q_ = static_cast<T*>(params.d_qkv) + first * h_.stride + head * D_;
-    if (params.d_bias != nullptr) {
-      d_bias_ = params.d_bias + (sequence * p_.H + head) * (2 * p_.R + 1) + p_.R;
+    enter(first_head_);
+    const int64_t L = h_.length;
+    if (params.d_norms != nullptr) {
+      d_query_norm_ = params.d_norms + (sequence * p_.kv_heads + kv_head) * 2 * D_;
+      d_key_norm_ = d_query_norm_ + D_;
     }
     float* at = params.scratch;
     const auto take = [&at](int64_t size) {
@@ -98,24 +141,45 @@ class HeadGradient {
   }
 
   void run() {
-    const int64_t L = h_.length, H = p_.H;
-    for (int64_t i = 0; i < L; ++i) {
-      pack_row(Fp32{}, h_.k + i * h_.stride, D_, k_ + i * row_);
-      pack_row(Fp32{}, h_.v + i * h_.stride, D_, v_ + i * row_);
+    const int64_t L = h_.length;
+    pack_rows<Fp32>(h_.k, h_.stride, L, D_, key_norm(), h_.rotary_at(0), k_, row_);
+    pack_rows<Fp32>(h_.v, h_.stride, L, D_, {}, {}, v_, row_);
+    for (int64_t i = 0; i < group_; ++i) {
+      enter(first_head_ + i);
+      for (int64_t first = 0; first < L; first += kLanes) {
+        block(first, smaller(kLanes, L - first), i > 0 || first > 0);
+      }
     }
-    for (int64_t first = 0; first < L; first += kLanes) block(first, smaller(kLanes, L - first));
-    store(d_k_, L, p_.scale, d_q_ + H * D_);
-    store(d_v_, L, 1.0f, d_q_ + 2 * H * D_);
+    unpack(d_k_, h_.k, L, 0, key_norm(), d_key_norm_);
+    store(d_k_, L, p_.scale, gradient_of(h_.k));
+    store(d_v_, L, 1.0f, gradient_of(h_.v));
   }
 
  private:
-  // Queries [first, first + queries).
-  void block(int64_t first, int64_t queries) {
-    const int64_t L = h_.length, vecs = ceil_div(queries, VecF::N);
-    for (int64_t i = 0; i < queries; ++i) {
-      pack_row(Fp32{}, h_.q + (first + i) * h_.stride, D_, q_ + i * row_);
-      pack_row(Fp32{}, grad_ + (first + i) * h_.out_stride, D_, out_ + i * row_);
+  HeadNorm query_norm() const { return {p_.query_norm, p_.norm_eps}; }
+  HeadNorm key_norm() const { return {p_.key_norm, p_.norm_eps}; }
+
+  // A head of queries.
+  void enter(int64_t head) {
+    h_ = HeadRows<T>(p_, sequence_, head);
+    const int64_t first = p_.cu_seqlens[sequence_];
+    grad_ = static_cast<const T*>(params_.grad) + (first * p_.H + head) * D_;
+    if (params_.d_bias != nullptr) {
+      d_bias_ = params_.d_bias + (sequence_ * p_.H + head) * (2 * p_.R + 1) + p_.R;
     }
+  }
+
+  // Where the gradient of a row of qkv goes.
+  T* gradient_of(const T* row) const {
+    return static_cast<T*>(params_.d_qkv) + (row - static_cast<const T*>(p_.qkv));
+  }
+
+  // Queries [first, first + queries); `adds`: others before them read the same keys.
+  void block(int64_t first, int64_t queries, bool adds) {
+    const int64_t L = h_.length, vecs = ceil_div(queries, VecF::N);
+    const T *const q = h_.q + first * h_.stride, *const grad = grad_ + first * h_.out_stride;
+    pack_rows<Fp32>(q, h_.stride, queries, D_, query_norm(), h_.rotary_at(first), q_, row_);
+    pack_rows<Fp32>(grad, h_.out_stride, queries, D_, {}, {}, out_, row_);
     transpose_rows(q_, row_, queries, round_up(D_, 4), q_columns_);
     transpose_rows(out_, row_, queries, round_up(D_, 4), out_columns_);
 
@@ -124,10 +188,11 @@ class HeadGradient {
     for (int64_t lane = 0; lane < queries; lane += VecF::N) differentiate(lane);
     if (d_bias_ != nullptr) add_terms(first, queries);
 
-    multiply({weights_, kLanes, 1, out_, row_, queries, d_v_, row_, first > 0}, L, D_);
-    multiply({d_scores_, kLanes, 1, q_, row_, queries, d_k_, row_, first > 0}, L, D_);
+    multiply({weights_, kLanes, 1, out_, row_, queries, d_v_, row_, adds}, L, D_);
+    multiply({d_scores_, kLanes, 1, q_, row_, queries, d_k_, row_, adds}, L, D_);
     multiply({d_scores_, 1, kLanes, k_, row_, L, sums_, row_, false}, queries, D_);
-    store(sums_, queries, p_.scale, d_q_ + first * h_.stride);
+    unpack(sums_, q, queries, first, query_norm(), d_query_norm_);
+    store(sums_, queries, p_.scale, gradient_of(q));
   }
 
   // The weights of the queries, each to be divided by its sum.
@@ -174,6 +239,19 @@ class HeadGradient {
     }
   }
 
+  // The gradients of the rows `from`, those of tokens from `first` on, in place of those of what
+  // was packed; both are still to be scaled.
+  void unpack(float* rows, const T* from, int64_t count, int64_t first, HeadNorm norm,
+              double* d_weight) const {
+    for (int64_t i = 0; i < count; ++i) {
+      float* row = rows + i * row_;
+      const Rotary rotary = h_.rotary_at(first + i);
+      if (rotary.cos != nullptr) rotate_back(row, D_, rotary);
+      if (norm.weight == nullptr) continue;
+      norm_back(from + i * h_.stride, D_, norm, p_.scale, row, d_weight);
+    }
+  }
+
   void store(const float* rows, int64_t count, float factor, T* to) const {
     const VecF times = VecF::set1(factor);
     for (int64_t i = 0; i < count; ++i) {
@@ -184,13 +262,16 @@ class HeadGradient {
     }
   }
 
+  const AttentionBackwardParams& params_;
   const AttentionParams& p_;
-  const HeadRows<T> h_;
+  int64_t sequence_;
+  int64_t group_, first_head_;  // of queries
+  HeadRows<T> h_;               // of the head of queries that is entered
   int64_t D_;
   int64_t row_;  // elements of a row in scratch
-  const T* grad_;
-  T* d_q_;
+  const T* grad_ = nullptr;
   double* d_bias_ = nullptr;                                // of a key at its query, or null
+  double *d_query_norm_ = nullptr, *d_key_norm_ = nullptr;  // [D], or null
   float *k_, *v_, *d_k_, *d_v_;                             // [L][row_]
   float *q_, *out_, *sums_, *q_columns_, *out_columns_;     // [kLanes][row_]; columns: transposed
   float *weights_, *d_scores_;                              // [L][kLanes]
@@ -198,11 +279,12 @@ class HeadGradient {
   float maxima_[kLanes], lowest_[kLanes], totals_[kLanes];  // [query]
 };
 
-/// Items are sequence * H + head.
+/// Items are sequence * kv_heads + head.
 template <class T>
 void attention_backward(const AttentionBackwardParams& params, int64_t begin, int64_t end) {
+  const int64_t heads = params.forward.kv_heads;
   for (int64_t item = begin; item < end; ++item) {
-    HeadGradient<T>(params, item / params.forward.H, item % params.forward.H).run();
+    HeadGradient<T>(params, item / heads, item % heads).run();
   }
 }
 

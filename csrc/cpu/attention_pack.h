@@ -50,16 +50,22 @@ SBF_INLINE void rotate_row(const T* row, int64_t D, const float* cos, const floa
   }
 }
 
-// to[0, D) = row / sqrt(mean(row^2) + eps) * weight.
+// 1 / sqrt(mean(row^2) + eps).
 template <class T>
-SBF_INLINE void norm_row(const T* row, int64_t D, HeadNorm norm, float* to) {
+SBF_INLINE VecF inverse_rms(const T* row, int64_t D, float eps) {
   VecF squares = VecF::zero();
   for (int64_t d = 0; d < D; d += VecF::N) {
     const VecF x = load_dims(row, d, D);
     squares = fma(x, x, squares);
   }
   const float mean = reduce_add(squares) / static_cast<float>(D);
-  const VecF factor = VecF::set1(1.0f / __builtin_sqrtf(mean + norm.eps));
+  return VecF::set1(1.0f / __builtin_sqrtf(mean + eps));
+}
+
+// to[0, D) = row / sqrt(mean(row^2) + eps) * weight.
+template <class T>
+SBF_INLINE void norm_row(const T* row, int64_t D, HeadNorm norm, float* to) {
+  const VecF factor = inverse_rms(row, D, norm.eps);
   for (int64_t d = 0; d < D; d += VecF::N) {
     const int n = static_cast<int>(smaller(VecF::N, D - d));
     const VecF x = load_dims(row, d, D) * factor;

@@ -4,6 +4,7 @@
 
 #include "attention_backward_kernel.h"
 #include "attention_kernel.h"
+#include "gated_backward_kernel.h"
 #include "gated_kernel.h"
 #include "gelu_kernel.h"
 #include "linear_kernel.h"
@@ -56,6 +57,7 @@ constexpr KernelTable kTable{
     .add_norm = {{add_norm<float, float>, add_norm<float, bf16>}, {nullptr, add_norm<bf16, bf16>}},
     .bias_gelu = {bias_gelu<float>, bias_gelu<bf16>},
     .gated_activation = {gated_activation<float>, gated_activation<bf16>},
+    .gated_backward = {gated_activation_backward<float>, gated_activation_backward<bf16>},
     .linear = {{linear<float, float>, nullptr},
                {NarrowLinear<bf16>::kToFloat, NarrowLinear<bf16>::kToBf16}},
     .linear_norm = {linear_norm<float>, kLinearNormBf16},

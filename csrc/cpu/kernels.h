@@ -36,10 +36,11 @@ struct AttentionParams {
 };
 
 struct AttentionBackwardParams {
-  AttentionParams forward;  // out is null, and so is all that the gradient does not cover
+  AttentionParams forward;  // out is null, and so are the tables of distances
   const void* grad;         // [T, H, D]
-  void* d_qkv;              // [T, 3, H, D]
+  void* d_qkv;              // as forward.qkv
   double* d_bias;           // [B, H, 2R + 1], zeros, or null: added to, by sequence
+  double* d_norms;          // [B, kv_heads, 2, D], zeros, or null: added to, by item
   float* scratch;           // attention_backward_scratch(longest sequence, D), of this thread
 };
 
@@ -84,7 +85,8 @@ struct AddNormBackwardParams {
   float* sums;           // [chunks, 3, E]: for weight, ln_bias and bias
   int64_t T, E;
   float eps;
-  bool rms;  // RMSNorm
+  bool rms;              // RMSNorm
+  const void* grad_sum;  // [T, E], or null: the gradient of the sum of x, bias and residual
 };
 
 struct BiasGeluParams {
@@ -106,6 +108,12 @@ struct GatedParams {
   int64_t F;
   Activation activation;
   bool first;  // whether the first half is the one that is activated
+};
+
+struct GatedBackwardParams {
+  GatedParams forward;  // out is null
+  const void* grad;     // [T, F]
+  void* d_x;            // [T, 2F]
 };
 
 /// Columns of a panel. The weights of a linear layer lie as fp32 [panels, K, 48], or in strips of
@@ -191,19 +199,21 @@ struct LinearItems {
 struct KernelTable {
   const char* isa;
   RangeKernel<AttentionParams> varlen_attention[kNumDtypes];  // items: sequence * H + head
-  RangeKernel<AttentionBackwardParams> attention_backward[kNumDtypes];  // items, as above
-  int64_t (*attention_backward_scratch)(int64_t length, int64_t D);     // elements
-  RangeKernel<AddNormBackwardParams> add_norm_backward[kNumDtypes];     // chunks of kNormChunk rows
-  RangeKernel<EmbedNormParams> embed_norm[kNumDtypes][kNumDtypes];      // rows; [tables][out]
-  RangeKernel<AddNormParams> add_norm[kNumDtypes][kNumDtypes];  // rows; [x][residual and out]
-  RangeKernel<BiasGeluParams> bias_gelu[kNumDtypes];            // rows
-  RangeKernel<GatedParams> gated_activation[kNumDtypes];        // rows
-  RangeKernel<LinearParams> linear[kNumDtypes][kNumDtypes];     // items; [x and weights][out]
-  RangeKernel<LinearNormParams> linear_norm[kNumDtypes];        // items
-  RangeKernel<QuantizeParams> quantize_rows[kNumDtypes];        // rows
-  RangeKernel<LinearParams> linear_int8[kNumDtypes];            // items; [out]
-  RangeKernel<LinearNormParams> linear_norm_int8[kNumDtypes];   // items; [residual and out]
-  RangeKernel<SegmentPoolParams> segment_pool[kNumDtypes];      // segments
+  RangeKernel<AttentionBackwardParams>
+      attention_backward[kNumDtypes];                                // sequence * kv_heads + head
+  int64_t (*attention_backward_scratch)(int64_t length, int64_t D);  // elements
+  RangeKernel<AddNormBackwardParams> add_norm_backward[kNumDtypes];  // chunks of kNormChunk rows
+  RangeKernel<EmbedNormParams> embed_norm[kNumDtypes][kNumDtypes];   // rows; [tables][out]
+  RangeKernel<AddNormParams> add_norm[kNumDtypes][kNumDtypes];       // rows; [x][residual and out]
+  RangeKernel<BiasGeluParams> bias_gelu[kNumDtypes];                 // rows
+  RangeKernel<GatedParams> gated_activation[kNumDtypes];             // rows
+  RangeKernel<GatedBackwardParams> gated_backward[kNumDtypes];       // rows
+  RangeKernel<LinearParams> linear[kNumDtypes][kNumDtypes];          // items; [x and weights][out]
+  RangeKernel<LinearNormParams> linear_norm[kNumDtypes];             // items
+  RangeKernel<QuantizeParams> quantize_rows[kNumDtypes];             // rows
+  RangeKernel<LinearParams> linear_int8[kNumDtypes];                 // items; [out]
+  RangeKernel<LinearNormParams> linear_norm_int8[kNumDtypes];        // items; [residual and out]
+  RangeKernel<SegmentPoolParams> segment_pool[kNumDtypes];           // segments
   LinearItems linear_items[kNumDtypes];
 };
 

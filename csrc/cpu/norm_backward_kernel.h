@@ -2,6 +2,7 @@
 //
 //   d_v = (u - mean(u) - n mean(u n)) rstd, for RMSNorm without mean(u)
 //
+// and what the sum v has for a gradient of its own, where it was a result too (add_norm_sum).
 // Sums over rows, for the parameters, are taken in chunks of a fixed number of rows.
 #pragma once
 
@@ -37,9 +38,10 @@ SBF_INLINE void for_each_part(int64_t E, Body body) {
   if (e < E) body(Part<false>{e, static_cast<int>(E - e)});
 }
 
+// `grad_sum` is the gradient of the sum that the row is of, or null.
 template <class T, class Row>
-SBF_INLINE void norm_backward_row(const Row& row, const T* grad, const AddNormBackwardParams& p,
-                                  T* d_x, float* sums) {
+SBF_INLINE void norm_backward_row(const Row& row, const T* grad, const T* grad_sum,
+                                  const AddNormBackwardParams& p, T* d_x, float* sums) {
   const int64_t E = p.E;
   const float size = static_cast<float>(E);
   const auto value = [](VecF v) { return v; };
@@ -62,7 +64,8 @@ SBF_INLINE void norm_backward_row(const Row& row, const T* grad, const AddNormBa
   for_each_part(E, [&](auto part) {
     const VecF normed = (part.of(row) - centre) * rstd;
     const VecF u = part.load(grad) * part.load(p.weight);
-    const VecF d = (u - level - normed * slope) * rstd;
+    VecF d = (u - level - normed * slope) * rstd;
+    if (grad_sum != nullptr) d = d + part.load(grad_sum);
     part.store(d_x, d);
     part.add(sums + 2 * E, d);
   });
@@ -78,7 +81,9 @@ void norm_backward_chunk(const AddNormBackwardParams& p, int64_t chunk) {
     const AddRow<T, T, kHasBias, kHasResidual> row{
         static_cast<const T*>(p.x) + offset, p.bias,
         kHasResidual ? static_cast<const T*>(p.residual) + offset : nullptr};
-    norm_backward_row<T>(row, static_cast<const T*>(p.grad) + offset, p,
+    const T* grad_sum = static_cast<const T*>(p.grad_sum);
+    norm_backward_row<T>(row, static_cast<const T*>(p.grad) + offset,
+                         grad_sum == nullptr ? nullptr : grad_sum + offset, p,
                          static_cast<T*>(p.d_x) + offset, sums);
   }
 }

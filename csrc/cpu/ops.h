@@ -87,20 +87,45 @@ void segment_pool_out(const Tensor& x,           // [T, E], unit inner stride
                       const Tensor& out,                       // [N, E] fp32, unit inner stride
                       const std::optional<Tensor>& out_rows);  // [B] or [P] int32
 
-// The gradients of qkv [T, 3, H, D] and of bias [H, 2R + 1] fp32, [0] where there is none.
-std::tuple<Tensor, Tensor> varlen_attention_backward(const Tensor& grad,  // [T, H, D]
-                                                     const Tensor& qkv, const Tensor& cu_seqlens,
-                                                     int64_t max_seqlen, double scale,
-                                                     const std::optional<Tensor>& bias,
-                                                     int64_t window,
-                                                     bool causal);  // as varlen_attention
+// The gradients of qkv, of bias [H, 2R + 1] fp32, and of the norms [2, D] fp32; of what there is
+// not, [0].
+std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward(
+    const Tensor& grad,  // [T, H, D]
+    const Tensor& qkv,   // this and the rest as varlen_attention
+    const Tensor& cu_seqlens, int64_t max_seqlen, double scale, const std::optional<Tensor>& bias,
+    int64_t window, bool causal, const std::optional<Tensor>& rotary_cos,
+    const std::optional<Tensor>& rotary_sin, int64_t kv_heads,
+    const std::optional<Tensor>& query_norm, const std::optional<Tensor>& key_norm,
+    double norm_eps);
 
 // The gradients of x [T, E], and of weight, ln_bias and bias [3, E] fp32.
 std::tuple<Tensor, Tensor> add_norm_backward(const Tensor& grad,  // [T, E]
                                              const Tensor& x,     // as add_norm
                                              const std::optional<Tensor>& bias,
                                              const std::optional<Tensor>& residual,
-                                             const Tensor& weight, double eps, bool rms);
+                                             const Tensor& weight, double eps, bool rms,
+                                             const std::optional<Tensor>& grad_sum);  // [T, E]
+
+// The gradient of x [T, 2F].
+Tensor gated_activation_backward(const Tensor& grad,                 // [T, F]
+                                 const Tensor& x,                    // as gated_activation
+                                 const std::optional<Tensor>& bias,  //
+                                 int64_t activation, bool first);
+
+/// The arguments of attention, checked; there is no result and no table of distances yet.
+struct CheckedAttention {
+  AttentionParams params;
+  Dtype dtype;
+  int64_t longest;  // tokens of a sequence
+};
+
+CheckedAttention check_attention(const char* op, const Tensor& qkv, const Tensor& cu_seqlens,
+                                 int64_t max_seqlen, double scale,
+                                 const std::optional<Tensor>& bias, int64_t window,
+                                 const std::optional<Tensor>& rotary_cos,
+                                 const std::optional<Tensor>& rotary_sin, bool causal,
+                                 int64_t kv_heads, const std::optional<Tensor>& query_norm,
+                                 const std::optional<Tensor>& key_norm, double norm_eps);
 
 /// 64 bits over the geometry of `tensors` and the content of the first `read`, those elsewhere than
 /// on the CPU left out.

@@ -10,32 +10,13 @@
 namespace sbert_fast::cpu {
 namespace {
 
-constexpr const char* op = "varlen_attention";
-
-void check_optional_inputs(int64_t T, int64_t H, int64_t D, const std::optional<Tensor>& bias,
-                           int64_t window, const std::optional<Tensor>& rotary_cos,
-                           const std::optional<Tensor>& rotary_sin,
-                           const std::optional<Tensor>& tiles) {
-  check_tensor(op, "bias", bias, ScalarType::Float, "[H, 2R + 1]", {H, kAnySize});
-  SBF_CHECK(!bias.has_value() || bias->size(1) % 2 == 1, op,
-            "bias must be [H, 2R + 1] with an odd number of columns, got ", describe(*bias));
-  SBF_CHECK(window >= -1, op, "window must be at least -1, got ", window);
-  SBF_CHECK(rotary_cos.has_value() == rotary_sin.has_value(), op,
-            "rotary_cos and rotary_sin must both be given or both be None, got only ",
-            rotary_cos.has_value() ? "rotary_cos" : "rotary_sin");
-  SBF_CHECK(!rotary_cos.has_value() || D % 2 == 0, op, "D must be even with rotary, got ", D);
-  check_tensor(op, "rotary_cos", rotary_cos, ScalarType::Float, "[T, D / 2]", {T, D / 2});
-  check_tensor(op, "rotary_sin", rotary_sin, ScalarType::Float, "[T, D / 2]", {T, D / 2});
-  check_tensor(op, "tiles", tiles, ScalarType::Int, "[n, 4]", {kAnySize, 4});
-}
-
 struct Heads {
   Dtype dtype;
   int64_t queries, keys, D;
 };
 
 /// Heads of queries and of keys: as many in [T, 3, H, D], fewer in [T, H + 2 * kv_heads, D].
-Heads check_heads(const Tensor& qkv, int64_t kv_heads) {
+Heads check_heads(const char* op, const Tensor& qkv, int64_t kv_heads) {
   if (kv_heads == 0) {
     const Dtype dtype =
         check_activation(op, "qkv", qkv, "[T, 3, H, D]", {kAnySize, 3, kAnySize, kAnySize});
@@ -51,7 +32,7 @@ Heads check_heads(const Tensor& qkv, int64_t kv_heads) {
 }
 
 /// The rows P of the tables of distances [H, P, D]; 0 where there are none.
-int64_t check_distances(const Tensor& qkv, const Heads& heads,
+int64_t check_distances(const char* op, const Tensor& qkv, int64_t H, int64_t D,
                         const std::optional<Tensor>& position_keys,
                         const std::optional<Tensor>& position_queries,
                         const std::optional<Tensor>& buckets) {
@@ -62,7 +43,7 @@ int64_t check_distances(const Tensor& qkv, const Heads& heads,
   if (!some) return 0;
   int64_t P = kAnySize;
   const auto check = [&](const char* name, const std::optional<Tensor>& table) {
-    check_tensor(op, name, table, qkv.scalar_type(), "[H, P, D]", {heads.queries, P, heads.D});
+    check_tensor(op, name, table, qkv.scalar_type(), "[H, P, D]", {H, P, D});
     if (table.has_value()) P = table->size(1);
   };
   check("position_keys", position_keys);
@@ -77,6 +58,57 @@ int64_t check_distances(const Tensor& qkv, const Heads& heads,
 
 }  // namespace
 
+CheckedAttention check_attention(const char* op, const Tensor& qkv, const Tensor& cu_seqlens,
+                                 int64_t max_seqlen, double scale,
+                                 const std::optional<Tensor>& bias, int64_t window,
+                                 const std::optional<Tensor>& rotary_cos,
+                                 const std::optional<Tensor>& rotary_sin, bool causal,
+                                 int64_t kv_heads, const std::optional<Tensor>& query_norm,
+                                 const std::optional<Tensor>& key_norm, double norm_eps) {
+  const Heads heads = check_heads(op, qkv, kv_heads);
+  const int64_t T = qkv.size(0), H = heads.queries, D = heads.D;
+  SBF_CHECK(kMinHeadDim <= D && D <= kMaxHeadDim, op, "D must be in [", kMinHeadDim, ", ",
+            kMaxHeadDim, "], got ", D);
+  check_tensor(op, "bias", bias, ScalarType::Float, "[H, 2R + 1]", {H, kAnySize});
+  SBF_CHECK(!bias.has_value() || bias->size(1) % 2 == 1, op,
+            "bias must be [H, 2R + 1] with an odd number of columns, got ", describe(*bias));
+  SBF_CHECK(window >= -1, op, "window must be at least -1, got ", window);
+  SBF_CHECK(rotary_cos.has_value() == rotary_sin.has_value(), op,
+            "rotary_cos and rotary_sin must both be given or both be None, got only ",
+            rotary_cos.has_value() ? "rotary_cos" : "rotary_sin");
+  SBF_CHECK(!rotary_cos.has_value() || D % 2 == 0, op, "D must be even with rotary, got ", D);
+  check_tensor(op, "rotary_cos", rotary_cos, ScalarType::Float, "[T, D / 2]", {T, D / 2});
+  check_tensor(op, "rotary_sin", rotary_sin, ScalarType::Float, "[T, D / 2]", {T, D / 2});
+  check_tensor(op, "query_norm", query_norm, ScalarType::Float, "[D]", {D});
+  check_tensor(op, "key_norm", key_norm, ScalarType::Float, "[D]", {D});
+  SBF_CHECK(query_norm.has_value() == key_norm.has_value(), op,
+            "query_norm and key_norm must both be given or both be None, got only ",
+            query_norm.has_value() ? "query_norm" : "key_norm");
+  const auto [cu, B, longest] = check_cu_seqlens(op, cu_seqlens, T);
+  SBF_CHECK(longest <= max_seqlen, op, "max_seqlen must be at least ", longest,
+            ", the longest sequence, got ", max_seqlen);
+
+  AttentionParams params{};
+  params.qkv = qkv.const_data_ptr();
+  params.cu_seqlens = cu;
+  params.T = T;
+  params.B = B;
+  params.H = H;
+  params.D = D;
+  params.kv_heads = heads.keys;
+  params.scale = static_cast<float>(scale);
+  params.causal = causal;
+  params.bias = data_or_null<float>(bias);
+  params.R = bias.has_value() ? bias->size(1) / 2 : 0;
+  params.window = std::min(window, T);
+  params.rotary_cos = data_or_null<float>(rotary_cos);
+  params.rotary_sin = data_or_null<float>(rotary_sin);
+  params.query_norm = data_or_null<float>(query_norm);
+  params.key_norm = data_or_null<float>(key_norm);
+  params.norm_eps = static_cast<float>(norm_eps);
+  return {params, heads.dtype, longest};
+}
+
 Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t max_seqlen,
                         double scale, const std::optional<Tensor>& bias, int64_t window,
                         const std::optional<Tensor>& rotary_cos,
@@ -86,59 +118,31 @@ Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t max
                         const std::optional<Tensor>& position_keys,
                         const std::optional<Tensor>& position_queries,
                         const std::optional<Tensor>& buckets) {
-  const Heads heads = check_heads(qkv, kv_heads);
-  const int64_t T = qkv.size(0), H = heads.queries, D = heads.D;
-  SBF_CHECK(kMinHeadDim <= D && D <= kMaxHeadDim, op, "D must be in [", kMinHeadDim, ", ",
-            kMaxHeadDim, "], got ", D);
-  check_optional_inputs(T, H, D, bias, window, rotary_cos, rotary_sin, tiles);
-  check_tensor(op, "query_norm", query_norm, ScalarType::Float, "[D]", {D});
-  check_tensor(op, "key_norm", key_norm, ScalarType::Float, "[D]", {D});
-  SBF_CHECK(query_norm.has_value() == key_norm.has_value(), op,
-            "query_norm and key_norm must both be given or both be None, got only ",
-            query_norm.has_value() ? "query_norm" : "key_norm");
-  const int64_t P = check_distances(qkv, heads, position_keys, position_queries, buckets);
-  const Sequences sequences = check_cu_seqlens(op, cu_seqlens, T);
-  const int32_t* cu = sequences.cu;
-  const int64_t B = sequences.B;
-  SBF_CHECK(sequences.longest <= max_seqlen, op, "max_seqlen must be at least ", sequences.longest,
-            ", the longest sequence, got ", max_seqlen);
+  constexpr const char* op = "varlen_attention";
+  auto [params, dtype, longest] =
+      check_attention(op, qkv, cu_seqlens, max_seqlen, scale, bias, window, rotary_cos, rotary_sin,
+                      causal, kv_heads, query_norm, key_norm, norm_eps);
+  const int64_t T = params.T, H = params.H, D = params.D, last = params.cu_seqlens[params.B];
+  check_tensor(op, "tiles", tiles, ScalarType::Int, "[n, 4]", {kAnySize, 4});
+  params.position_keys = data_or_null<void>(position_keys);
+  params.position_queries = data_or_null<void>(position_queries);
+  params.buckets = data_or_null<int32_t>(buckets);
+  params.P = check_distances(op, qkv, H, D, position_keys, position_queries, buckets);
+  params.reach = buckets.has_value() ? buckets->size(0) / 2 : 0;
 
-  Tensor out = new_output({T, H, D}, heads.dtype);
-  const AttentionParams params{
-      .qkv = qkv.const_data_ptr(),
-      .out = out.mutable_data_ptr(),
-      .cu_seqlens = cu,
-      .T = T,
-      .B = B,
-      .H = H,
-      .D = D,
-      .kv_heads = heads.keys,
-      .scale = static_cast<float>(scale),
-      .causal = causal,
-      .bias = data_or_null<float>(bias),
-      .R = bias.has_value() ? bias->size(1) / 2 : 0,
-      .window = std::min(window, T),
-      .rotary_cos = data_or_null<float>(rotary_cos),
-      .rotary_sin = data_or_null<float>(rotary_sin),
-      .query_norm = data_or_null<float>(query_norm),
-      .key_norm = data_or_null<float>(key_norm),
-      .norm_eps = static_cast<float>(norm_eps),
-      .position_keys = data_or_null<void>(position_keys),
-      .position_queries = data_or_null<void>(position_queries),
-      .buckets = data_or_null<int32_t>(buckets),
-      .P = P,
-      .reach = buckets.has_value() ? buckets->size(0) / 2 : 0,
-  };
-  if (cu[B] < T) {
+  Tensor out = new_output({T, H, D}, dtype);
+  params.out = out.mutable_data_ptr();
+  if (last < T) {
     const size_t row_bytes = static_cast<size_t>(H * D) * out.element_size();
-    std::memset(static_cast<char*>(params.out) + cu[B] * row_bytes, 0, (T - cu[B]) * row_bytes);
+    std::memset(static_cast<char*>(params.out) + last * row_bytes, 0, (T - last) * row_bytes);
   }
-  const auto items = [&](int64_t sequence) {
-    const int64_t length = cu[sequence + 1] - cu[sequence];
-    const int64_t keys = window < 0 ? length : std::min(length, 2 * params.window + 1);
-    return ItemGroup{.items = H, .cost = length * ((causal ? keys / 2 : keys) + 16) * D / 16};
+  const auto items = [&params = params](int64_t sequence) {
+    const int64_t length = params.cu_seqlens[sequence + 1] - params.cu_seqlens[sequence];
+    const int64_t keys = params.window < 0 ? length : std::min(length, 2 * params.window + 1);
+    const int64_t seen = (params.causal ? keys / 2 : keys) + 16;
+    return ItemGroup{.items = params.H, .cost = length * seen * params.D / 16};
   };
-  parallel_items(kernels().varlen_attention[heads.dtype], params, B, items);
+  parallel_items(kernels().varlen_attention[dtype], params, params.B, items);
   return out;
 }
 

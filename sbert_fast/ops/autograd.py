@@ -12,13 +12,7 @@ from torch import Tensor
 from sbert_fast.ops.reference import NORMALIZE_EPS, POOLING_MODES, _accumulator
 
 # Options that the gradient of attention does not have, with their places in the schema.
-_UNCOVERED = {
-    "rotary": 6,
-    "kv_heads": 10,
-    "query_norm": 11,
-    "position_keys": 14,
-    "position_queries": 15,
-}
+_UNCOVERED = {"position_keys": 14, "position_queries": 15}
 
 
 def refusal(op: str, how: Mapping[str, Any]) -> str | None:
@@ -53,18 +47,29 @@ def _varlen_attention(
     for name, place in _UNCOVERED.items():
         if isinstance(arguments[place], Tensor) or arguments[place]:
             refuse("varlen_attention", f" with {name}")
-    *which, bias, window = arguments[:6]
+    if any(wanted[6:8]):
+        refuse("varlen_attention", " to rotary")
+    *which, cos, sin, _, causal, kv_heads, query_norm, key_norm, eps = arguments[:14]
+    how = causal, cos, sin, kv_heads, query_norm, key_norm, eps
     backward = overload("varlen_attention_backward")
-    d_qkv, d_bias = backward(grad.contiguous(), *which, bias, window, arguments[9])
-    return d_qkv, None, None, None, None if bias is None else d_bias, *[None] * 12
+    d_qkv, d_bias, d_norms = backward(grad.contiguous(), *which, *how)
+    norms = (None, None) if query_norm is None else d_norms
+    d_bias = None if arguments[4] is None else d_bias
+    return d_qkv, None, None, None, d_bias, *[None] * 6, *norms, *[None] * 4
 
 
 def _add_norm(
-    overload: Overload, arguments: list[Any], wanted: Sequence[bool], grad: Tensor
+    overload: Overload,
+    arguments: list[Any],
+    wanted: Sequence[bool],
+    grad: Tensor,
+    grad_sum: Tensor | None = None,
 ) -> tuple[Any, ...]:
+    """Of add_norm, and of add_norm_sum, whose sum has a gradient of its own."""
     x, bias, residual, weight, _, eps, rms = arguments
     backward = overload("add_norm_backward")
-    d_x, sums = backward(grad.contiguous(), x, bias, residual, weight, eps, rms)
+    grad_sum = None if grad_sum is None else grad_sum.contiguous()
+    d_x, sums = backward(grad.contiguous(), x, bias, residual, weight, eps, rms, grad_sum)
     d_bias = None if bias is None else sums[2]
     return d_x, d_bias, None if residual is None else d_x, sums[0], sums[1], None, None
 
@@ -110,6 +115,15 @@ def _bias_gelu(
     approximate = "tanh" if tanh else "none"
     d_x = torch.ops.aten.gelu_backward(grad.to(total.dtype), total, approximate=approximate)
     return d_x.to(x.dtype), None if bias is None else d_x.sum(0), None
+
+
+def _gated_activation(
+    overload: Overload, arguments: list[Any], wanted: Sequence[bool], grad: Tensor
+) -> tuple[Any, ...]:
+    x, bias, *_ = arguments
+    d_x = overload("gated_activation_backward")(grad.contiguous(), *arguments)
+    d_bias = None if bias is None else d_x.sum(0, dtype=_accumulator(x.dtype))
+    return d_x, d_bias, None, None
 
 
 def _segment_pool(
@@ -167,7 +181,9 @@ _FORMULAS: dict[str, Callable[..., tuple[Any, ...]]] = {
     "varlen_attention": _varlen_attention,
     "embed_norm": _embed_norm,
     "add_norm": _add_norm,
+    "add_norm_sum": _add_norm,
     "bias_gelu": _bias_gelu,
+    "gated_activation": _gated_activation,
     "segment_pool": _segment_pool,
 }
 
@@ -181,12 +197,12 @@ def formula(op: str, overload: Overload) -> Callable[..., Any]:
 
         return refused
 
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
         # Once: checkpoints give each saved tensor a single time.
         tensors = ctx.saved_tensors
         pairs = zip(ctx.arguments, tensors, strict=True)
         arguments = [argument if tensor is None else tensor for argument, tensor in pairs]
-        gradients = _FORMULAS[op](overload, arguments, ctx.needs_input_grad, grad)
+        gradients = _FORMULAS[op](overload, arguments, ctx.needs_input_grad, *grads)
         kept = zip(gradients, tensors, strict=True)
         return tuple(g if g is None else g.to(x.dtype) for g, x in kept)
 

@@ -6,11 +6,15 @@ fp32 or fp64, one rounding, and sums in an order that depends on nothing but the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sbert_fast.ops import reference
+
+_Rotary = tuple[Tensor | None, Tensor | None]  # rotary_cos and rotary_sin
 
 
 def varlen_attention_backward(
@@ -22,17 +26,78 @@ def varlen_attention_backward(
     bias: Tensor | None,
     window: int,
     causal: bool = False,
-) -> tuple[Tensor, Tensor]:
-    dtype = reference._accumulator(qkv.dtype)
-    parts = [*qkv.to(dtype).unbind(1), grad.to(dtype)]
-    d_qkv, heads = torch.zeros_like(qkv), qkv.shape[2]
-    d_bias = qkv.new_zeros((0,) if bias is None else bias.shape, dtype=dtype)
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    kv_heads: int = 0,
+    query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None,
+    norm_eps: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, tokens = reference._accumulator(qkv.dtype), int(cu_seqlens[-1])
+    heads = grad.shape[1]
+    sizes = [heads, kv_heads or heads, kv_heads or heads]
+    given = qkv[:tokens].to(dtype).flatten(1, -2).split(sizes, dim=1)
+    cos, sin = (None if part is None else part[:tokens] for part in (rotary_cos, rotary_sin))
+    rotary, norms = (cos, sin), (query_norm, key_norm)
+    q, k = (
+        _prepared(part, norm, norm_eps, rotary) for part, norm in zip(given[:2], norms, strict=True)
+    )
+    group = heads // sizes[1]
+    parts = [q, *(part.repeat_interleave(group, dim=1) for part in (k, given[2]))]
+    upstream = grad[:tokens].to(dtype)
+    d_q, d_k, d_v, d_bias = _attention(parts, upstream, cu_seqlens, scale, bias, window, causal)
+    d_k, d_v = (part.unflatten(1, (-1, group)).sum(2) for part in (d_k, d_v))
+    d_q, *of_queries = _unprepared(d_q, given[0], query_norm, norm_eps, rotary)
+    d_k, *of_keys = _unprepared(d_k, given[1], key_norm, norm_eps, rotary)
+    d_qkv, d_norms = torch.zeros_like(qkv), [*of_queries, *of_keys]
+    d_qkv[:tokens] = torch.cat((d_q, d_k, d_v), dim=1).view_as(qkv[:tokens])
+    return d_qkv, d_bias, torch.stack(d_norms) if d_norms else q.new_zeros(0)
+
+
+def _prepared(x: Tensor, norm: Tensor | None, eps: float, rotary: _Rotary) -> Tensor:
+    """Heads `[T, H, D]` of queries or keys, normed and rotated where they are."""
+    if norm is not None:
+        x = F.rms_norm(x, x.shape[-1:], norm.to(x.dtype), eps)
+    cos, sin = rotary
+    return x if cos is None or sin is None else reference._rotate(x, cos, sin)
+
+
+def _unprepared(
+    grad: Tensor, x: Tensor, norm: Tensor | None, eps: float, rotary: _Rotary
+) -> tuple[Tensor, ...]:
+    """The gradients of the heads `x`, and of their norm where there is one, by that of what
+    :func:`_prepared` makes of them."""
+    cos, sin = rotary
+    if cos is not None and sin is not None:
+        grad = reference._rotate(grad, cos, -sin)
+    if norm is None:
+        return (grad,)
+    rows = grad.flatten(0, 1), x.flatten(0, 1)
+    d_x, sums = add_norm_backward(*rows, None, None, norm, eps, rms=True)
+    return d_x.view_as(grad), sums[0]
+
+
+def _attention(
+    parts: Sequence[Tensor],
+    grad: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    window: int,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of `parts`, queries, keys and values `[T, H, D]`, and of `bias`."""
+    heads, dtype = grad.shape[1], grad.dtype
+    d_parts = [torch.zeros_like(part) for part in parts]
+    d_bias = grad.new_zeros((0,) if bias is None else bias.shape)
     for rows in reference._rows_by_length(cu_seqlens):
         length = rows.shape[1]
         block = max(1, min(length, reference._SCORE_BUDGET // (heads * length)))
         group = max(1, reference._SCORE_BUDGET // (heads * length * block))
         for some in rows.split(group):
-            q, k, v, upstream = (part[some].transpose(1, 2) for part in parts)  # [n, H, L, D]
+            q, k, v, upstream = (
+                part[some].transpose(1, 2) for part in (*parts, grad)
+            )  # [n, H, L, D]
             d_q, d_k, d_v = (torch.zeros_like(k) for _ in range(3))
             for first in range(0, length, block):
                 these = slice(first, first + block)
@@ -48,8 +113,10 @@ def varlen_attention_backward(
                 d_k += d_scores.mT @ q[:, :, these] * scale
                 if bias is not None:
                     d_bias += _by_distance(d_scores.sum(0), first, bias.shape[1] // 2)
-            d_qkv[some] = torch.stack((d_q, d_k, d_v), dim=1).permute(0, 3, 1, 2, 4).to(qkv.dtype)
-    return d_qkv, d_bias if bias is None else d_bias.to(bias.dtype)
+            for whole, part in zip(d_parts, (d_q, d_k, d_v), strict=True):
+                whole[some] = part.transpose(1, 2)
+    d_q, d_k, d_v = d_parts
+    return d_q, d_k, d_v, d_bias
 
 
 def _by_distance(scores: Tensor, first: int, reach: int) -> Tensor:
@@ -76,6 +143,7 @@ def add_norm_backward(
     weight: Tensor,
     eps: float,
     rms: bool = False,
+    grad_sum: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     total = reference._sum(x, bias, residual)
     upstream = grad.to(total.dtype)
@@ -86,6 +154,31 @@ def add_norm_backward(
     d_total = d_normed - normed * (d_normed * normed).mean(-1, keepdim=True)
     if not rms:
         d_total = d_total - d_normed.mean(-1, keepdim=True)
-    d_total = d_total * inverse
+    d_total = reference._sum(d_total * inverse, grad_sum)
     sums = torch.stack([part.sum(0) for part in (upstream * normed, upstream, d_total)])
     return d_total.to(x.dtype), sums
+
+
+def gated_activation_backward(
+    grad: Tensor, x: Tensor, bias: Tensor | None, activation: int, first: bool
+) -> Tensor:
+    halves = reference._sum(x, bias).chunk(2, dim=1)
+    activated, gate = halves if first else halves[::-1]
+    upstream = grad.to(gate.dtype)
+    parts = (
+        _through(activation, upstream * gate, activated),
+        upstream * reference._activate(activated, activation),
+    )
+    return torch.cat(parts if first else parts[::-1], dim=1).to(x.dtype)
+
+
+def _through(activation: int, grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of the argument `x` of an activation."""
+    if activation == reference.Activation.NONE:
+        return grad
+    if activation == reference.Activation.SILU:
+        d_x: Tensor = torch.ops.aten.silu_backward(grad, x)
+    else:
+        approximate = "tanh" if activation == reference.Activation.GELU_TANH else "none"
+        d_x = torch.ops.aten.gelu_backward(grad, x, approximate=approximate)
+    return d_x

@@ -51,13 +51,19 @@ SCHEMAS = {
     " float eps, Tensor cu_seqlens, int pooling, bool normalize, int skip, Tensor? spans,"
     " Tensor(a!) out, Tensor? out_rows, bool rms=False) -> ()",
     "varlen_attention_backward": "(Tensor grad, Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen,"
-    " float scale, Tensor? bias, int window, bool causal=False) -> (Tensor, Tensor)",
+    " float scale, Tensor? bias, int window, bool causal=False, Tensor? rotary_cos=None,"
+    " Tensor? rotary_sin=None, int kv_heads=0, Tensor? query_norm=None, Tensor? key_norm=None,"
+    " float norm_eps=0.0) -> (Tensor, Tensor, Tensor)",
     "add_norm_backward": "(Tensor grad, Tensor x, Tensor? bias, Tensor? residual, Tensor weight,"
-    " float eps, bool rms=False) -> (Tensor, Tensor)",
+    " float eps, bool rms=False, Tensor? grad_sum=None) -> (Tensor, Tensor)",
+    "gated_activation_backward": "(Tensor grad, Tensor x, Tensor? bias, int activation, bool first)"
+    " -> Tensor",
 }
 
 # What gradients are computed with.
-GRADIENTS = frozenset({"varlen_attention_backward", "add_norm_backward"})
+GRADIENTS = frozenset(
+    {"varlen_attention_backward", "add_norm_backward", "gated_activation_backward"}
+)
 # Other devices have GEMMs of their own, and no kernels for gradients yet.
 CPU_ONLY = frozenset({"linear", "linear_norm"}) | GRADIENTS
 # Ops for which there is no kernel in CUDA C++ yet.
@@ -133,10 +139,15 @@ def _fake_nothing(*_: Any) -> None:
     return None
 
 
-def _fake_attention_backward(grad: Tensor, qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    bias = args[3]
-    shape = (0,) if bias is None else bias.shape
-    return qkv.new_empty(qkv.shape), qkv.new_empty(shape, dtype=reference._accumulator(qkv.dtype))
+def _fake_attention_backward(grad: Tensor, qkv: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    dtype = reference._accumulator(qkv.dtype)
+    bias, norm = args[3], args[9] if len(args) > 9 else None
+    shapes = (0,) if bias is None else bias.shape, (0,) if norm is None else (2, qkv.shape[-1])
+    return qkv.new_empty(qkv.shape), *(qkv.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+def _fake_gated_backward(grad: Tensor, x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 def _fake_norm_backward(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -159,6 +170,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "norm_pool_out": _fake_nothing,
     "varlen_attention_backward": _fake_attention_backward,
     "add_norm_backward": _fake_norm_backward,
+    "gated_activation_backward": _fake_gated_backward,
 }
 
 

@@ -44,10 +44,13 @@ def refusal(engine: PackedEncoder) -> str | None:
 
 
 def _tables(model: nn.Module, embeddings: Embeddings) -> list[nn.Module]:
-    """The modules of word, position and type embeddings, those there are; none where one lacks."""
-    if embeddings.norm is None or embeddings.norm.rms or embeddings.scale is not None:
-        return []
-    found = {id(m.weight): m for m in model.modules() if type(m) is nn.Embedding}
+    """The modules of word, position and type embeddings, those there are; none where one lacks.
+
+    Where there is a scale, the module of words multiplies by it.
+    """
+    kinds = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    scaled = embeddings.scale is not None
+    found = {id(m.weight): m for m in kinds if scaled or type(m) is nn.Embedding}
     tables = embeddings.word, embeddings.position, embeddings.token_type
     modules = [found.get(id(table)) for table in tables if table is not None]
     return [] if None in modules else [m for m in modules if m is not None]
@@ -91,9 +94,9 @@ def _embed(
         x = x + next(tables)(batch.position_ids)
     if embeddings.token_type is not None:
         x = x + next(tables)(torch.zeros_like(batch.input_ids) if types is None else types)
-    assert embeddings.norm is not None
-    norm = PreparedNorm.of(embeddings.norm)
-    kernel = target.bind("add_norm", width=x.shape[1])
-    x = kernel(x, None, None, norm.weight, norm.bias, norm.eps)
+    if embeddings.norm is not None:
+        norm = PreparedNorm.of(embeddings.norm)
+        kernel = target.bind("add_norm", width=x.shape[1], options={"rms": norm.rms})
+        x = kernel(x, None, None, norm.weight, norm.bias, norm.eps)
     projection = prepare_projection(embeddings, target)
     return x if projection is None else projection(x)

@@ -167,10 +167,11 @@ def _check_own(part: Any, names: Set[str]) -> None:
         part: a module, a tokenizer, or something that belongs to one.
         names: what the code of all of them mentions.
     """
-    reason = bypass.reason([part]) if isinstance(part, nn.Module) else None
+    reason = bypass.reason([part], in_any_dtype=True) if isinstance(part, nn.Module) else None
     kind = type(part)
     for name in vars(part).keys() & names:
-        if callable(getattr(kind, name, None)) and bypass.is_replaced(part, name):
+        replaced = bypass.is_replaced(part, name, in_any_dtype=True)
+        if callable(getattr(kind, name, None)) and replaced:
             reason = f"{name} of {kind.__name__} was replaced on an instance"
     if is_module(part, "Transformer"):
         for name, value in vars(part).items():

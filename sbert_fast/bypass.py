@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from types import MethodType
 from typing import Any
@@ -18,6 +19,8 @@ from torch.utils._device import DeviceContext
 # transformers leaves these hooks behind; they do nothing unless gradients are recorded.
 _IDLE_HOOKS = "transformers.utils.output_capturing"
 _GRADIENT_HOOK = "make_inputs_require_grads"
+# The code of whatever torch.autocast decorates.
+_AUTOCAST = torch.autocast("cpu")(lambda: None).__code__
 
 
 def is_transformed() -> bool:
@@ -79,13 +82,18 @@ def collects_states(module: nn.Module) -> int:
     )
 
 
-def reason(modules: Iterable[nn.Module]) -> str | None:
-    """Why a packed pass, which calls none of `modules`, cannot replace them; None if it can."""
+def reason(modules: Iterable[nn.Module], *, in_any_dtype: bool = False) -> str | None:
+    """Why a packed pass, which calls none of `modules`, cannot replace them; None if it can.
+
+    Args:
+        modules: of a model.
+        in_any_dtype: see :func:`is_replaced`.
+    """
     for module in modules:
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
         if not all(map(_is_idle, hooks)):
             return f"{type(module).__name__} has forward hooks"
-        if is_replaced(module, "forward"):
+        if is_replaced(module, "forward", in_any_dtype=in_any_dtype):
             return f"forward of {type(module).__name__} was replaced on an instance"
         if module._compiled_call_impl is not None:
             return f"{type(module).__name__} was compiled"
@@ -116,16 +124,38 @@ def _dropout_rates(module: nn.Module, names: Set[str]) -> Iterator[float]:
                 yield value
 
 
-def is_replaced(instance: object, name: str) -> bool:
-    """Whether an instance has a method `name` other than the one of its class."""
+def is_replaced(instance: object, name: str, *, in_any_dtype: bool = False) -> bool:
+    """Whether an instance has a method `name` other than the one of its class.
+
+    Args:
+        instance: any object.
+        name: of the method.
+        in_any_dtype: the method of the class is itself under an autocast that it brings along, as a
+            trainer in mixed precision leaves it behind: the caller computes in a dtype of its own.
+    """
     method = vars(instance).get(name)
     if method is None or getattr(type(method), "stands_for_original", False):
         return False
-    return not (
-        isinstance(method, MethodType)
-        and method.__self__ is instance
-        and method.__func__ is getattr(type(instance), name, None)
-    )
+    if not (isinstance(method, MethodType) and method.__self__ is instance):
+        return True
+    function = _without_autocast(method.__func__) if in_any_dtype else method.__func__
+    return function is not getattr(type(instance), name, None)
+
+
+def _without_autocast(function: Any) -> Any:  # noqa: ANN401
+    """What is inside of autocast, and of accelerate's conversion of its results to float32."""
+    # accelerate is optional; where it has wrapped something, it is there.
+    casts = getattr(sys.modules.get("accelerate.utils.operations"), "convert_outputs_to_fp32", None)
+    converted = () if casts is None else casts.__code__.co_consts
+    while (code := getattr(function, "__code__", None)) is not None:
+        held = inspect.getclosurevars(function).nonlocals
+        if code is _AUTOCAST and isinstance(held["autocast_instance"], torch.autocast):
+            function = held["func"]
+        elif any(code is each for each in converted):
+            function = held["model_forward"].model_forward
+        else:
+            break
+    return function
 
 
 def holds_plain_tensors(model: nn.Module) -> bool:

@@ -88,6 +88,9 @@ class PackedForward(StandIn):
         engine: the packed forward pass of the base model.
         padding: see :func:`sbert_fast.accelerate`.
 
+    Attributes:
+        observer: called with what each call is counted under; copies and pickles have none.
+
     Raises:
         InvalidWeightsError: by a packed call, where weights have come to hold NaN or infinity.
     """
@@ -108,6 +111,7 @@ class PackedForward(StandIn):
     def _start(self) -> None:
         self._lock = forking.Lock()
         self._counts: Counter[str] = Counter()
+        self.observer: Callable[[str], None] | None = None
         self._look_like_original()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -153,6 +157,8 @@ class PackedForward(StandIn):
         with self._lock:
             self._counts[outcome] += 1
             first = self._counts[outcome] == 1
+        if self.observer is not None:
+            self.observer(outcome)
         if first:
             logger.log(level, "%s, forward: %s", type(self.engine.model).__name__, outcome)
 

@@ -8,6 +8,8 @@ first layer and unpacked once after the last. Poolers and heads run as they are.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -52,10 +54,15 @@ def candidates(model: nn.Module) -> dict[str, nn.Module]:
 
 def refusal(module: nn.Module) -> str | None:
     """Why a base model cannot be accelerated; None where it can."""
-    forward = module.__dict__.get("forward")
-    if bypass.is_replaced(module, "forward"):
-        return f"{type(module).__name__}.forward was replaced on this instance by {forward!r}"
-    return models.refusal(module)
+    return _replacement(module) or models.refusal(module)
+
+
+def _replacement(module: nn.Module) -> str | None:
+    """What stands in the place of a module's forward and is neither its own nor ours; or None."""
+    if not bypass.is_replaced(module, "forward"):
+        return None
+    forward = module.__dict__["forward"]
+    return f"{type(module).__name__}.forward was replaced on this instance by {forward!r}"
 
 
 def accelerate(
@@ -83,6 +90,9 @@ def accelerate(
     families whose ops have none, hooks inside the model, and masks that drop the first token if a
     pooler or a module around the model might read its state. Tracing and compiling run the original
     forward uncounted.
+
+    Trainers of sentence-transformers and transformers, and loops of one's own, train it as they
+    train the original, packed wherever gradients are recorded and the list above has nothing.
 
     Call it again after a write through `.data` or numpy to less than a row of a matrix: weights are
     then read anew. A forward checks weights, when it reads them, and not its results: where weights
@@ -140,6 +150,65 @@ def accelerate(
         if has_masked_lm_head(module) and not bypass.is_replaced(module, "forward"):
             module.__dict__["forward"] = _stand_in_of(module) or SparseForward(module)
     return model
+
+
+@contextmanager
+def accelerated(
+    model: nn.Module, known: dict[str, PackedForward], impl: str, count: Callable[[str], None]
+) -> Iterator[None]:
+    """While a block runs, accelerate base models that are trained: those in training mode, and all
+    where gradients are recorded. What is accelerated anyway stays so.
+
+    Args:
+        model: holds the base models.
+        known: their stand-ins in earlier blocks, by name; those of new base models are added.
+        impl: implementation of the ops.
+        count: called with how each call ran, as :func:`counts` names it, and with the reason why
+            nothing, or not a base model, is accelerated.
+
+    Raises:
+        InvalidWeightsError: as :func:`accelerate`.
+    """
+    own: list[tuple[nn.Module, object]] = []
+    found = candidates(model)
+    if not found and torch.is_grad_enabled():
+        count("the model contains no model of transformers")
+    try:
+        for name, base in found.items():
+            forward = base.__dict__.get("forward")
+            is_trained = base.training or torch.is_grad_enabled()
+            if not is_trained or isinstance(forward, StandIn):
+                continue
+            try:
+                stand_in = _known(base, known.get(name), impl)
+            except UnsupportedModelError as error:
+                count(str(error))
+                continue
+            stand_in.observer, known[name] = count, stand_in
+            own.append((base, forward))
+            base.__dict__["forward"] = stand_in
+        yield
+    finally:
+        for base, forward in own:
+            if forward is None:
+                base.__dict__.pop("forward", None)
+            else:
+                base.__dict__["forward"] = forward
+
+
+def _known(base: nn.Module, known: PackedForward | None, impl: str) -> PackedForward:
+    """What stands in for the forward of `base`: `known`, where it is of the same model.
+
+    Raises:
+        UnsupportedModelError, InvalidWeightsError: as :func:`accelerate`.
+    """
+    if known is None or known.model is not base:
+        accelerate(base, impl=impl)
+        known = base.__dict__["forward"]
+        restore(base)
+    elif (reason := _replacement(base)) is not None:
+        raise UnsupportedModelError(reason)
+    return known
 
 
 def restore(model: nn.Module) -> nn.Module:

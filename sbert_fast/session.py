@@ -21,6 +21,7 @@ from sbert_fast.call import Call
 from sbert_fast.errors import DeviceLostError, SbertFastError, UnsupportedModelError
 from sbert_fast.few import embed_few
 from sbert_fast.inference import Pipeline, Request
+from sbert_fast.packed_forward import PACKED, PackedForward
 from sbert_fast.routes import route_of, routes
 from sbert_fast.stats import Counters
 from sbert_fast.transfer import device_error
@@ -46,6 +47,7 @@ class Session:
     Attributes:
         counters: what has been done.
         assemblies: what was derived from the model, by route (see :mod:`sbert_fast.routes`).
+        forwards: what stands in for the forwards of base models while they train, by name.
         lost: what made the device useless to this process; None if it works.
     """
 
@@ -58,14 +60,15 @@ class Session:
         batch_tokens: int | Literal["auto"],
         low_memory: bool = False,
     ) -> None:
-        self._dtype, self._keeps_dtype, self._impl = dtype, keeps_dtype, impl
+        self._dtype, self._keeps_dtype, self.impl = dtype, keeps_dtype, impl
         self.batch_tokens, self._low_memory = batch_tokens, low_memory
         self.counters = Counters()
         self.assemblies: dict[str | None, Assembly] = {}
+        self.forwards: dict[str, PackedForward] = {}
         self.lost: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"counters": Counters(), "assemblies": {}, "lost": None}
+        return vars(self) | {"counters": Counters(), "assemblies": {}, "forwards": {}, "lost": None}
 
     def pipeline(self, model: SentenceTransformer, route: str | None) -> Pipeline | Unsupported:
         """What runs a route of the model as it is now."""
@@ -89,7 +92,7 @@ class Session:
         return found or Unsupported("the model kept changing while it was being read")
 
     def _assembled(self, model: SentenceTransformer, route: str | None, where: Where) -> Assembly:
-        how = How(impl=self._impl, low_memory=self._low_memory)
+        how = How(impl=self.impl, low_memory=self._low_memory)
         return Assembly(model, route, where, how, self.assemblies.values())
 
     def ready(
@@ -212,7 +215,7 @@ class Session:
             )
             return
         engine = found.engine
-        if engine.implementation == "reference" and ops.requested(self._impl) == "auto":
+        if engine.implementation == "reference" and ops.requested(self.impl) == "auto":
             logger.warning(
                 "no kernels run on %s, only plain torch: `sbert-fast doctor` says why",
                 engine.device,
@@ -231,6 +234,13 @@ class Session:
         reason = unsupported.reason
         if unsupported.counts and self.counters.add_fallback(reason):
             logger.warning("running in sentence-transformers, unaccelerated: %s", reason)
+
+    def count_forward(self, outcome: str) -> None:
+        """Count a call of a base model's forward by how it ran, see :class:`PackedForward`."""
+        if outcome == PACKED:
+            self.counters.add(forwards=1)
+        else:
+            self.counters.add_fallback(outcome)
 
     def _where(self, model: SentenceTransformer, device: torch.device | None = None) -> Where:
         """Where the model runs once it is on `device`; None for where it is."""

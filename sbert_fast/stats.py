@@ -45,7 +45,10 @@ class EncoderStats:
         batches: packed batches run.
         truncated: texts cut at `max_seq_length`.
         memory_shortages: batches that did not fit the memory of the device and were cut again.
-        fallbacks: calls handed to sentence-transformers, by reason.
+        forwards: calls of a base model that ran packed because the encoder itself was called, as in
+            training.
+        fallbacks: calls handed to sentence-transformers, by reason; of those of a base model, only
+            the ones in training.
     """
 
     texts: int = 0
@@ -53,6 +56,7 @@ class EncoderStats:
     batches: int = 0
     truncated: int = 0
     memory_shortages: int = 0
+    forwards: int = 0
     fallbacks: dict[str, int] = field(default_factory=dict)
 
     @property

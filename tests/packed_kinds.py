@@ -76,7 +76,12 @@ KINDS = {
         FastEncoder,
         _as_stock,
         lambda model: sum(model.stats.fallbacks.values()),
-        _CALLS,
+        _CALLS
+        | {
+            "forward with gradients": lambda model, texts: torch.enable_grad()(_forward)(
+                model, texts
+            )
+        },
     ),
     "accelerated": Kind(
         accelerate,

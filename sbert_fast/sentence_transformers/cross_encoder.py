@@ -26,7 +26,7 @@ from sbert_fast.finite import check_embeddings
 from sbert_fast.inference import Pipeline
 from sbert_fast.pooling import ACTIVATIONS
 from sbert_fast.sentence_transformers.packed_model import PackedModel, shared_arguments
-from sbert_fast.sentence_transformers.stock import check_pairs, own_method, stock_words
+from sbert_fast.sentence_transformers.stock import check_pairs, stock_words
 
 # The bits of a score must depend on no other score. torch activates the values left over from whole
 # vectors differently, so rows are padded to a multiple of the first number. It gives many values to
@@ -52,6 +52,8 @@ class FastCrossEncoder(PackedModel, CrossEncoder):
     `LogitScore` reads are computed. Where a chat template formats the pairs, sentence-transformers
     renders and tokenises each as a whole, the query with every passage: the ids of a text depend on
     what the template puts next to it.
+
+    The trainers of sentence-transformers train it packed, see :meth:`forward`.
 
     Args:
         model_name_or_path: name or path of a model, or a loaded `CrossEncoder`, whose modules are
@@ -210,7 +212,7 @@ class FastCrossEncoder(PackedModel, CrossEncoder):
         """What runs a call; `reason` says why its inputs do not run packed, if they do not."""
         found = self._session.ready(self, None, call.moves_to)
         if isinstance(found, Pipeline):
-            reason = own_method(self, CrossEncoder) or reason
+            reason = self._own_method() or reason
             if call.keywords:
                 reason = f"argument {next(iter(call.keywords))!r}"
             found = found if reason is None else Unsupported(reason)

@@ -32,6 +32,8 @@ class FastEncoder(PackedModel, SentenceTransformer):
     is expected. Text runs packed: tokenised once, cut into batches by tokens, never padded. What
     the packed engine does not support runs in sentence-transformers, with one warning.
 
+    The trainers of sentence-transformers train it packed, see :meth:`forward`.
+
     Args:
         model_name_or_path: name or path of a model, or a loaded `SentenceTransformer`, whose
             modules are shared, not copied.
@@ -73,7 +75,7 @@ class FastEncoder(PackedModel, SentenceTransformer):
         """What runs a call; `reason` says why its inputs do not run packed, if they do not."""
         found = self._session.ready(self, call.keywords.get("task"), call.moves_to)
         if isinstance(found, Pipeline):
-            reason = reason_of_call(self, call, found) or reason
+            reason = self._own_method() or reason_of_call(self, call, found) or reason
             found = found if reason is None else Unsupported(reason)
         return found
 

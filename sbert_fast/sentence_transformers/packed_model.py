@@ -6,12 +6,13 @@ import copy
 import os
 from collections import OrderedDict
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from sbert_fast import ops
+from sbert_fast import bypass, ops
 from sbert_fast.arguments import DEFAULT_BATCH_SIZE, check_device, check_positive, parse_dtype
 from sbert_fast.assembly import Unsupported
 from sbert_fast.call import Call
@@ -19,6 +20,7 @@ from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import SbertFastError, UnsupportedModelError
 from sbert_fast.inference import Pipeline
 from sbert_fast.ops import validation
+from sbert_fast.patching import accelerated
 from sbert_fast.routes import route_of, routes
 from sbert_fast.sentence_transformers.stock import stock_class, stock_words, written_as_stock
 from sbert_fast.session import Session
@@ -128,6 +130,32 @@ class PackedModel:
         copied._session = copy.copy(self._session)
         return copied  # type: ignore[no-any-return]
 
+    def forward(self, input: dict[str, Tensor], **kwargs: Any) -> dict[str, Tensor]:
+        """Run the modules on features, as trainers do; arguments and results are those of
+        sentence-transformers.
+
+        In training mode, and wherever gradients are recorded, base models run packed as
+        :func:`sbert_fast.accelerate` has it: in the dtype of the weights, with zeros for the states
+        of masked tokens. What it does not serve runs in sentence-transformers. :attr:`stats` counts
+        both.
+        """
+        model: Any = self
+        session = self._session
+        packed: AbstractContextManager[None] = nullcontext()
+        if not bypass.is_transformed():
+            packed = accelerated(model, session.forwards, session.impl, session.count_forward)
+        with packed:
+            return super().forward(input, **kwargs)  # type: ignore[misc, no-any-return]
+
+    def _own_method(self) -> str | None:
+        """Why the class does not run as that of sentence-transformers does; None if it does."""
+        own, stock = type(self), stock_class(type(self))
+        for name in ("forward", "preprocess", "tokenize"):
+            method = getattr(own, name, None)
+            if method is not getattr(stock, name, None) and method is not _FORWARD:
+                return f"{own.__name__} has a {name} of its own"
+        return None
+
     @property
     def batch_tokens(self) -> int | Literal["auto"]:
         """Most tokens of a batch; "auto" picks by model and device."""
@@ -219,7 +247,7 @@ class PackedModel:
 
         Needed after a write through `.data` or numpy to less than a row of a matrix.
         """
-        self._session.assemblies = {}
+        self._session.assemblies, self._session.forwards = {}, {}
 
     def _pipeline(self) -> Pipeline | Unsupported:
         """What runs texts without a task."""
@@ -236,3 +264,6 @@ class PackedModel:
     def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
         with written_as_stock(self) as model:
             return str(stock_class(type(self)).push_to_hub(model, *args, **kwargs))
+
+
+_FORWARD = PackedModel.forward

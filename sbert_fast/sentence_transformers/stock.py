@@ -119,18 +119,8 @@ def checked(model: SentenceTransformer, call: Call, prompt_name: str | None) -> 
     return call
 
 
-def own_method(model: Any, stock: type) -> str | None:  # noqa: ANN401
-    """Why the class of `model` does not run as `stock`, which it derives from, does; or None."""
-    for name in ("forward", "preprocess", "tokenize"):
-        if getattr(type(model), name, None) is not getattr(stock, name, None):
-            return f"{type(model).__name__} has a {name} of its own"
-    return None
-
-
 def reason_of_call(model: SentenceTransformer, call: Call, pipeline: Pipeline) -> str | None:
     """Why sentence-transformers runs a call of a model with a pipeline; None if it does not."""
-    if (reason := own_method(model, SentenceTransformer)) is not None:
-        return reason
     if isinstance(pipeline.engine, StaticEncoder) and not call.is_of_sentences:
         return f"output_value={call.output_value!r} of StaticEmbedding"
     if (reason := _other_modalities(model)) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import runpy
@@ -17,11 +18,16 @@ from sbert_fast.data import sample_texts
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 DEMO = EXAMPLES / "demo.py"
+TRAINED = (r"before 0\.\d+, after 10 steps 0\.\d+", r"losses: training/\w+\.png")
 # What the output of each example must show.
 SHOWN = {
     "accelerate_in_place": (r"\(3, \d+, 384\)", r"calls: \{'packed': 1\}", r"bit for bit: True"),
     "classifier": (r"(?m)^billing +0\.\d\d  Please refund", r"(?m)^delivery +0\.\d\d  Tracking"),
     "devices": (r"64 texts on .+, .+: \(64, 384\), worst cosine (1\.0000|0\.9999)",),
+    "train_contrastive": (*TRAINED, r"calls: \{'packed': \d+\}"),
+    "train_lora": (*TRAINED, r"trainable params: \d"),
+    "train_sentiment": (*TRAINED, r"calls: \{'packed': \d+\}"),
+    "train_softmax": (*TRAINED, r"calls: \{'packed': \d+\}"),
     "prompts": (r"rest\?\n .* Sourdough", r"slow\?\n .* An index", r"the same bits: True"),
 }
 
@@ -32,6 +38,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     it imports is there already. The variable MODEL is unset."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MODEL", raising=False)
+    monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.setattr("transformers.utils.logging.disable_progress_bar", lambda: None)
 
     def run(path: Path, *arguments: str) -> None:
@@ -125,16 +132,22 @@ def test_takes_a_named_model(
 
 
 def test_every_example_is_run() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*SHOWN, "demo"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*SHOWN, "demo", "training"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHOWN)
 def test_example(
-    run: Callable[..., None], name: str, minilm_path: str, capfd: pytest.CaptureFixture[str]
+    run: Callable[..., None],
+    name: str,
+    minilm_path: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if name.startswith("train_"):
+        monkeypatch.setitem(importlib.import_module("training").ARGUMENTS, "max_steps", 10)
     path = EXAMPLES / f"{name}.py"
-    assert len(path.read_text(encoding="utf-8").splitlines()) < 50
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 60
     if name == "devices":  # its workers import the script that started them
         subprocess.run([sys.executable, str(path), minilm_path], check=True)
     else:

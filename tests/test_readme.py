@@ -182,7 +182,8 @@ def test_gpu_kernels_are_not_measured_until_a_result_is_stored() -> None:
 
 
 def test_examples_are_listed() -> None:
-    listed = re.findall(r"\[(\w+\.py)\]\(examples/(\w+\.py)\)", README)
+    page = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    listed = re.findall(r"\[(\w+\.py)\]\((\w+\.py)\)", page)
     assert all(name == target for name, target in listed)
     assert sorted(name for name, _ in listed) == sorted(p.name for p in ROOT.glob("examples/*.py"))
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sbert_fast.ops import panels as panel_layout
 from sbert_fast.ops import reference
+from sbert_fast.ops.dropout import drop
 
 
 def assert_close_to_oracle(
@@ -76,6 +77,8 @@ def peer_varlen_attention(
     position_keys: Tensor | None = None,
     position_queries: Tensor | None = None,
     buckets: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """Attention as plain torch does it in the dtype of `qkv`, sequence by sequence."""
     q, k, v = reference._heads(qkv, kv_heads)
@@ -101,7 +104,9 @@ def peer_varlen_attention(
             scores = reference._disentangle(scores, qs, ks.mT, distance, tables, buckets)
         scores = scores * scale
         scores = scores + reference._distance_terms(distance, bias, window, causal, qkv.dtype)
-        out[start:end] = (torch.softmax(scores, dim=-1) @ vs).transpose(0, 1)
+        weights = torch.softmax(scores, dim=-1)
+        weights = drop(weights[None], dropout, seed, torch.arange(start, end)[None])[0]
+        out[start:end] = (weights @ vs).transpose(0, 1)
     return out
 
 

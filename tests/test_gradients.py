@@ -39,6 +39,8 @@ CASES: list[tuple[str, dict[int, Any]]] = [
     ("varlen_attention", {9: True, 10: 1}),
     ("varlen_attention", {10: 2, 11: True}),
     ("varlen_attention", FULL),
+    ("varlen_attention", {17: 0.3}),
+    ("varlen_attention", {4: 2, 5: 30, 9: True, 17: 0.5}),
     ("embed_norm", {}),
     ("embed_norm", {2: None}),
     ("embed_norm", {1: None, 4: None}),
@@ -64,17 +66,12 @@ every_case = pytest.mark.parametrize(("op", "changes"), CASES, ids=str)
 every_impl = pytest.mark.parametrize("impl", ["reference", "cpu"])
 
 
-# The last arguments of schemas, which have defaults.
-OPTIONAL: dict[str, list[Any]] = {
-    "varlen_attention": [False, 0, None, None, 1e-6],
-    **dict.fromkeys(("embed_norm", "add_norm", "add_norm_sum"), [False]),
-}
-
-
 def case(op: str, changes: dict[int, Any], dtype: torch.dtype, **sizes: Any) -> list[Any]:
     """The arguments of `op` with `changes`: of attention, the reach of a bias, and whether there
     are rotary positions or norms of heads, in the place of the first of their tensors."""
-    args = [*arguments(op, dtype, **sizes), *OPTIONAL.get(op, [])]
+    args = [*arguments(op, dtype, **sizes)]
+    known = overload(op, "reference")._schema.arguments[len(args) :]
+    args += [each.default_value for each in known]
     for place, value in changes.items():
         args[place] = value
     if op != "varlen_attention":
@@ -89,7 +86,9 @@ def case(op: str, changes: dict[int, Any], dtype: torch.dtype, **sizes: Any) -> 
     if args[10]:
         args[0] = args[0].flatten(1, 2)[:, : heads + 2 * args[10]].contiguous()
     if args[11] is not None:
-        args[11:13] = 1 + 0.2 * torch.randn(2, dim, generator=g)
+        args[11:14] = *(1 + 0.2 * torch.randn(2, dim, generator=g)), 1e-6
+    if args[17]:
+        args[18] = torch.tensor([2**40 + 7])
     return args
 
 
@@ -265,7 +264,7 @@ def threads() -> Iterator[None]:
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("op", OPS)
 def test_bits_do_not_depend_on_threads(op: str, impl: str) -> None:
-    changes = FULL if op == "varlen_attention" else {}
+    changes = FULL | {17: 0.2} if op == "varlen_attention" else {}
     args = case(op, changes, torch.float32, lengths=(70, 300, 9))
     grad, found = upstream(op, args), []
     for count in (1, 2, 3):

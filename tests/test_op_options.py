@@ -186,7 +186,8 @@ LACKED = [
     for op, needs in table.items()
     for need in needs
 ]
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
+    "dropout": {"dropout": 0.1},
     "causal": {"causal": True},
     "kv_heads": {"kv_heads": 1},
     "query_norm": {"head_norm": (torch.ones(16), torch.ones(16), 1e-6)},
@@ -284,6 +285,7 @@ def test_overloads_have_no_argument_for_what_they_lack(
     [
         ("varlen_attention", (True, 0)),
         ("varlen_attention", (False, 0, None, None, 0.0, table_of_distances(26), None, BUCKETS)),
+        ("varlen_attention", (False, 0, None, None, 0.0, None, None, None, 0.3, torch.tensor([7]))),
         ("add_norm_sum", ()),
         ("gated_activation", ()),
     ],

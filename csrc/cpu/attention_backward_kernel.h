@@ -5,7 +5,8 @@
 //
 //   pack      q, k, v and d_out, normed and rotated as in attention_kernel.h
 //   scores    keys x queries, a lane is a query, as in attention_kernel.h; and their softmax
-//   gradient  d_scores = weights (d_weights - sum of weights d_weights), d_weights = v d_out
+//   gradient  d_scores = weights (d_weights - sum of weights d_weights), d_weights = v d_out, and 0
+//             where dropout has dropped the weight
 //   products  d_q, d_k and d_v, of register tiles
 //   unpack    d_q and d_k back through rotation and norm
 //
@@ -14,6 +15,7 @@
 // and a sum has an order that depends on nothing but the sequence. Scratch grows with the sequence.
 #pragma once
 
+#include "attention_dropout.h"
 #include "attention_head.h"
 #include "attention_softmax.h"
 
@@ -111,6 +113,7 @@ class HeadGradient {
         sequence_(sequence),
         group_(p_.H / p_.kv_heads),
         first_head_(kv_head * group_),
+        dropout_(p_.dropout, first_head_, p_.cu_seqlens[sequence]),
         D_(p_.D),
         row_(round_up(D_, kLanes)) {
     enter(first_head_);
@@ -152,7 +155,7 @@ class HeadGradient {
     }
     unpack(d_k_, h_.k, L, 0, key_norm(), d_key_norm_);
     store(d_k_, L, p_.scale, gradient_of(h_.k));
-    store(d_v_, L, 1.0f, gradient_of(h_.v));
+    store(d_v_, L, p_.dropout.scale, gradient_of(h_.v));
   }
 
  private:
@@ -163,6 +166,7 @@ class HeadGradient {
   void enter(int64_t head) {
     h_ = HeadRows<T>(p_, sequence_, head);
     const int64_t first = p_.cu_seqlens[sequence_];
+    dropout_ = DropoutMask(p_.dropout, head, first);
     grad_ = static_cast<const T*>(params_.grad) + (first * p_.H + head) * D_;
     if (params_.d_bias != nullptr) {
       d_bias_ = params_.d_bias + (sequence_ * p_.H + head) * (2 * p_.R + 1) + p_.R;
@@ -184,6 +188,7 @@ class HeadGradient {
     transpose_rows(out_, row_, queries, round_up(D_, 4), out_columns_);
 
     softmax_of(first, vecs);
+    if (dropout_.drops()) dropout_.mark(weights_, first, 0, L);
     multiply({v_, row_, 1, out_columns_, kLanes, D_, d_scores_, kLanes, false}, L, vecs * VecF::N);
     for (int64_t lane = 0; lane < queries; lane += VecF::N) differentiate(lane);
     if (d_bias_ != nullptr) add_terms(first, queries);
@@ -214,18 +219,23 @@ class HeadGradient {
     softmax_tile<Fp32>(vecs, weights_, L, lowest_, maxima_, totals_, decay, VecF::set1(kLog2e));
   }
 
-  // Some queries: weights divided by their sums, and d_scores in the place of d_weights.
+  // Some queries: weights divided by their sums, zeros where they are dropped, and d_scores in the
+  // place of d_weights.
   void differentiate(int64_t lane) {
     const VecF factor = VecF::set1(1.0f) / VecF::load(totals_ + lane);
+    const VecF scale = VecF::set1(p_.dropout.scale), zero = VecF::zero();
     VecF centre = VecF::zero();
     for (int64_t i = lane; i < h_.length * kLanes; i += kLanes) {
       const VecF weight = VecF::load(weights_ + i) * factor;
       weight.store(weights_ + i);
-      centre = fma(weight, VecF::load(d_scores_ + i), centre);
+      const VecF d_weight = select_lt(weight, zero, zero, VecF::load(d_scores_ + i) * scale);
+      d_weight.store(d_scores_ + i);
+      centre = fma(weight, d_weight, centre);
     }
     for (int64_t i = lane; i < h_.length * kLanes; i += kLanes) {
-      const VecF difference = VecF::load(d_scores_ + i) - centre;
-      (VecF::load(weights_ + i) * difference).store(d_scores_ + i);
+      const VecF weight = VecF::load(weights_ + i);
+      (abs(weight) * (VecF::load(d_scores_ + i) - centre)).store(d_scores_ + i);
+      select_lt(weight, zero, zero, weight).store(weights_ + i);
     }
   }
 
@@ -267,6 +277,7 @@ class HeadGradient {
   int64_t sequence_;
   int64_t group_, first_head_;  // of queries
   HeadRows<T> h_;               // of the head of queries that is entered
+  DropoutMask dropout_;         // of that head
   int64_t D_;
   int64_t row_;  // elements of a row in scratch
   const T* grad_ = nullptr;

@@ -5,7 +5,8 @@
 //   pack       q transposed [slots][kLanes], so that a lane is a query; k and v as rows
 //   scores     keys x queries, in register tiles, with their running maximum; where attention is
 //              disentangled, also both x rows of tables of distances (attention_distance.h)
-//   softmax    down the lanes: no reduction across a vector, no mask for the last keys
+//   softmax    down the lanes: no reduction across a vector, no mask for the last keys; then some
+//              weights are dropped (attention_dropout.h)
 //   values     queries x dims, in register tiles; what was gathered before fades by `decay`
 //
 // Everything is fp32, except that on CPUs with bf16 dot products bf16 operands stay bf16 and
@@ -15,6 +16,7 @@
 #pragma once
 
 #include "attention_distance.h"
+#include "attention_dropout.h"
 #include "attention_head.h"
 #include "attention_softmax.h"
 
@@ -38,7 +40,12 @@ class HeadAttention {
  public:
   HeadAttention(const AttentionParams& params, int64_t sequence, int64_t head,
                 AttentionScratch& scratch, DistancePanels* panels)
-      : p_(params), s_(scratch), panels_(panels), h_(params, sequence, head), D_(params.D) {
+      : p_(params),
+        s_(scratch),
+        panels_(panels),
+        h_(params, sequence, head),
+        dropout_(params.dropout, head, params.cu_seqlens[sequence]),
+        D_(params.D) {
     position_keys_ = table_of(p_.position_keys, head);
     position_queries_ = table_of(p_.position_queries, head);
     has_terms_ = h_.has_terms() || !(p_.scale > 0.0f);
@@ -90,15 +97,17 @@ class HeadAttention {
         // Only the keys that a query of the tile can see; the first one shares no slot with others.
         const int64_t from = larger(0, q0 + i - h_.before - k0) / 2 * 2;
         const int64_t to = smaller(keys, q0 + i + some + h_.after - k0);
-        if (from < to) attend_tile(i, some, from, to, i + keys - 1 - from);
+        if (from < to) attend_tile(q0, k0, i, some, from, to, i + keys - 1 - from);
       }
     }
     store_rows(q0, queries);
   }
 
-  // Queries [i, i + queries) of the block, one tile, against its keys [from, to). `x` is where the
-  // term and the column of the first query and key are, see fill_terms.
-  void attend_tile(int64_t i, int64_t queries, int64_t from, int64_t to, int64_t x) {
+  // Queries [i, i + queries) of the block from q0 on, one tile, against the keys [from, to) of that
+  // from k0 on. `x` is where the term and the column of the first query and key are, see
+  // fill_terms.
+  void attend_tile(int64_t q0, int64_t k0, int64_t i, int64_t queries, int64_t from, int64_t to,
+                   int64_t x) {
     const int64_t vecs = ceil_div(queries, VecF::N), keys = to - from;
     float* maxima = s_.maxima + i;
     for (int lane = 0; lane < kLanes; lane += VecF::N) {
@@ -118,6 +127,7 @@ class HeadAttention {
     });
     const VecF c = VecF::set1(has_terms_ ? kLog2e : p_.scale * kLog2e);
     softmax_tile<Operand>(vecs, s_.scores, keys, s_.previous, maxima, s_.sums + i, s_.decay, c);
+    if (dropout_.drops()) dropout_.template drop<Operand>(s_.scores, q0 + i, k0 + from, keys);
 
     constexpr int kPerSlot = Operand::kValuesPerSlot;
     bool& started = s_.started[i / kLanes];
@@ -180,7 +190,7 @@ class HeadAttention {
 
   void store_rows(int64_t q0, int64_t count) const {
     for (int64_t i = 0; i < count; ++i) {
-      const VecF factor = VecF::set1(1.0f / s_.sums[i]);
+      const VecF factor = VecF::set1(p_.dropout.scale * (1.0f / s_.sums[i]));
       const float* row = s_.out + i * row_;
       T* to = h_.out + (q0 + i) * h_.out_stride;
       int64_t d = 0;
@@ -194,6 +204,7 @@ class HeadAttention {
   AttentionScratch& s_;
   DistancePanels* panels_;
   const HeadRows<T> h_;
+  const DropoutMask dropout_;
   const T *position_keys_, *position_queries_;  // of this head, or null
   int64_t D_;
   bool has_terms_;        // scores are scaled and get something added before the softmax

@@ -13,6 +13,13 @@ namespace sbert_fast::cpu {
 
 enum Dtype { kFloat32 = 0, kBFloat16 = 1, kNumDtypes = 2 };
 
+// Dropout of attention weights, see attention_dropout.h; a threshold of 0 drops none.
+struct Dropout {
+  uint32_t threshold = 0;
+  float scale = 1.0f;  // of the weights that stay
+  uint64_t seed = 0;
+};
+
 struct AttentionParams {
   const void* qkv;            // [T, H + 2 * kv_heads, D]
   void* out;                  // [T, H, D]
@@ -33,6 +40,7 @@ struct AttentionParams {
   const void* position_queries;  // [H, P, D], or null: rows that keys are multiplied by
   const int32_t* buckets;        // [2 * reach + 1], rows by distance, or null: there are no tables
   int64_t P, reach;
+  Dropout dropout{};
 };
 
 struct AttentionBackwardParams {

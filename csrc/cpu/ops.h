@@ -26,7 +26,9 @@ Tensor varlen_attention(const Tensor& qkv,                 // [T, 3, H, D], or, 
                         double norm_eps,                                //
                         const std::optional<Tensor>& position_keys,     // [H, P, D]
                         const std::optional<Tensor>& position_queries,  // [H, P, D]
-                        const std::optional<Tensor>& buckets);          // [2R + 1] int32
+                        const std::optional<Tensor>& buckets,           // [2R + 1] int32
+                        double dropout,                                 // [0, 1)
+                        const std::optional<Tensor>& seed);             // [1] int64
 
 Tensor embed_norm(const Tensor& ids,                            // [T] int32
                   const std::optional<Tensor>& positions,       // [T] int32
@@ -95,8 +97,8 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward(
     const Tensor& cu_seqlens, int64_t max_seqlen, double scale, const std::optional<Tensor>& bias,
     int64_t window, bool causal, const std::optional<Tensor>& rotary_cos,
     const std::optional<Tensor>& rotary_sin, int64_t kv_heads,
-    const std::optional<Tensor>& query_norm, const std::optional<Tensor>& key_norm,
-    double norm_eps);
+    const std::optional<Tensor>& query_norm, const std::optional<Tensor>& key_norm, double norm_eps,
+    double dropout, const std::optional<Tensor>& seed);
 
 // The gradients of x [T, E], and of weight, ln_bias and bias [3, E] fp32.
 std::tuple<Tensor, Tensor> add_norm_backward(const Tensor& grad,  // [T, E]
@@ -125,11 +127,15 @@ CheckedAttention check_attention(const char* op, const Tensor& qkv, const Tensor
                                  const std::optional<Tensor>& rotary_cos,
                                  const std::optional<Tensor>& rotary_sin, bool causal,
                                  int64_t kv_heads, const std::optional<Tensor>& query_norm,
-                                 const std::optional<Tensor>& key_norm, double norm_eps);
+                                 const std::optional<Tensor>& key_norm, double norm_eps,
+                                 double dropout, const std::optional<Tensor>& seed);
 
 /// 64 bits over the geometry of `tensors` and the content of the first `read`, those elsewhere than
 /// on the CPU left out.
 int64_t content_hash(std::vector<Tensor> tensors, int64_t read);
+
+/// What the kernels take for the rate and the seed of dropout; refuses those that are none.
+Dropout dropout_of(const char* op, double rate, const std::optional<Tensor>& seed);
 
 /// The kernels' dtype of a torch dtype; refuses those they do not take.
 Dtype kernel_dtype(const char* op, const char* name, ScalarType dtype);

@@ -58,13 +58,23 @@ int64_t check_distances(const char* op, const Tensor& qkv, int64_t H, int64_t D,
 
 }  // namespace
 
+Dropout dropout_of(const char* op, double rate, const std::optional<Tensor>& seed) {
+  SBF_CHECK(rate >= 0.0 && rate < 1.0, op, "dropout must be in [0, 1), got ", rate);
+  check_tensor(op, "seed", seed, ScalarType::Long, "[1]", {1});
+  if (rate == 0.0) return {};
+  SBF_CHECK(seed.has_value(), op, "seed must be given with dropout, got None");
+  return {static_cast<uint32_t>(rate * 4294967296.0), static_cast<float>(1.0 / (1.0 - rate)),
+          static_cast<uint64_t>(*seed->const_data_ptr<int64_t>())};
+}
+
 CheckedAttention check_attention(const char* op, const Tensor& qkv, const Tensor& cu_seqlens,
                                  int64_t max_seqlen, double scale,
                                  const std::optional<Tensor>& bias, int64_t window,
                                  const std::optional<Tensor>& rotary_cos,
                                  const std::optional<Tensor>& rotary_sin, bool causal,
                                  int64_t kv_heads, const std::optional<Tensor>& query_norm,
-                                 const std::optional<Tensor>& key_norm, double norm_eps) {
+                                 const std::optional<Tensor>& key_norm, double norm_eps,
+                                 double dropout, const std::optional<Tensor>& seed) {
   const Heads heads = check_heads(op, qkv, kv_heads);
   const int64_t T = qkv.size(0), H = heads.queries, D = heads.D;
   SBF_CHECK(kMinHeadDim <= D && D <= kMaxHeadDim, op, "D must be in [", kMinHeadDim, ", ",
@@ -106,6 +116,7 @@ CheckedAttention check_attention(const char* op, const Tensor& qkv, const Tensor
   params.query_norm = data_or_null<float>(query_norm);
   params.key_norm = data_or_null<float>(key_norm);
   params.norm_eps = static_cast<float>(norm_eps);
+  params.dropout = dropout_of(op, dropout, seed);
   return {params, heads.dtype, longest};
 }
 
@@ -117,11 +128,12 @@ Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t max
                         const std::optional<Tensor>& key_norm, double norm_eps,
                         const std::optional<Tensor>& position_keys,
                         const std::optional<Tensor>& position_queries,
-                        const std::optional<Tensor>& buckets) {
+                        const std::optional<Tensor>& buckets, double dropout,
+                        const std::optional<Tensor>& seed) {
   constexpr const char* op = "varlen_attention";
   auto [params, dtype, longest] =
       check_attention(op, qkv, cu_seqlens, max_seqlen, scale, bias, window, rotary_cos, rotary_sin,
-                      causal, kv_heads, query_norm, key_norm, norm_eps);
+                      causal, kv_heads, query_norm, key_norm, norm_eps, dropout, seed);
   const int64_t T = params.T, H = params.H, D = params.D, last = params.cu_seqlens[params.B];
   check_tensor(op, "tiles", tiles, ScalarType::Int, "[n, 4]", {kAnySize, 4});
   params.position_keys = data_or_null<void>(position_keys);

@@ -28,11 +28,12 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward(
     double scale, const std::optional<Tensor>& bias, int64_t window, bool causal,
     const std::optional<Tensor>& rotary_cos, const std::optional<Tensor>& rotary_sin,
     int64_t kv_heads, const std::optional<Tensor>& query_norm,
-    const std::optional<Tensor>& key_norm, double norm_eps) {
+    const std::optional<Tensor>& key_norm, double norm_eps, double dropout,
+    const std::optional<Tensor>& seed) {
   constexpr const char* op = "varlen_attention_backward";
   const auto [forward, dtype, longest] =
       check_attention(op, qkv, cu_seqlens, max_seqlen, scale, bias, window, rotary_cos, rotary_sin,
-                      causal, kv_heads, query_norm, key_norm, norm_eps);
+                      causal, kv_heads, query_norm, key_norm, norm_eps, dropout, seed);
   const int64_t T = forward.T, B = forward.B, H = forward.H, D = forward.D;
   check_tensor(op, "grad", grad, qkv.scalar_type(), "[T, H, D]", {T, H, D});
 

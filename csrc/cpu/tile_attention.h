@@ -301,7 +301,9 @@ class TileAttention {
 
 /// Items are sequence * H + head. Tiles have no code for what is passed on, or are slower.
 inline void tile_attention(const AttentionParams& p, int64_t begin, int64_t end) {
-  if (p.D % kStepDims != 0 || p.buckets != nullptr) return varlen_attention<bf16>(p, begin, end);
+  if (p.D % kStepDims != 0 || p.buckets != nullptr || p.dropout.threshold != 0) {
+    return varlen_attention<bf16>(p, begin, end);
+  }
   if (begin >= end) return;
   TileScratch scratch;
   TileAttention tiles(p, scratch);

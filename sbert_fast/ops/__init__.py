@@ -38,6 +38,7 @@ from sbert_fast.ops.dispatch import (
     resolve,
     run,
 )
+from sbert_fast.ops.dropout import draw_seed
 from sbert_fast.ops.pool import norm_pool, segment_pool
 from sbert_fast.ops.reference import POOLING_MODES
 from sbert_fast.ops.rows import add_norm, bias_gelu, embed_norm, gated_activation
@@ -50,6 +51,7 @@ __all__ = [
     "add_norm",
     "bias_gelu",
     "bind",
+    "draw_seed",
     "embed_norm",
     "explain_ops",
     "extension",
@@ -80,6 +82,8 @@ def varlen_attention(
     kv_heads: int | None = None,
     head_norm: tuple[Tensor, Tensor, float] | None = None,
     disentangled: tuple[Tensor | None, Tensor | None, Tensor] | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Attention of every token over the tokens of its own sequence.
@@ -105,6 +109,10 @@ def varlen_attention(
             of `qkv`, one of which may be None, and int32 `[2R + 1]`. To `q_i · k_j` are added
             `q_i · position_keys[h, b]` and `position_queries[h, b] · k_j`, b being
             `buckets[clamp(j - i, -R, R) + R]`; q and k are normed and turned before.
+        dropout: float in [0, 1): the share of softmax weights that become 0, which the others make
+            up for by a factor of `1 / (1 - dropout)`. Which ones depends on `seed`, the head, the
+            packed row of the query and the position of the key in its sequence.
+        seed: int64 `[1]`; None draws one of torch's default generator of the device.
         impl: see the module docstring.
 
     Returns:
@@ -120,7 +128,8 @@ def varlen_attention(
 
     Source:
         Vaswani et al., arXiv:1706.03762; rotary tables: Su et al., arXiv:2104.09864; `bias`: T5,
-        arXiv:1910.10683; `disentangled`: He et al., arXiv:2006.03654.
+        arXiv:1910.10683; `disentangled`: He et al., arXiv:2006.03654; `dropout`: Philox4x32-10,
+        Salmon et al., SC 2011.
     """
     longest, heads, grouped = contracts.attention(qkv, cu_seqlens, max_seqlen, tiles, kv_heads)
     dim = qkv.shape[-1]
@@ -133,5 +142,6 @@ def varlen_attention(
     args = qkv, cu_seqlens, longest, scale, bias, reach, cos, sin, tiles
     options = {"causal": causal, "kv_heads": grouped} | contracts.head_norm(head_norm, qkv)
     options |= contracts.disentangled(disentangled, qkv, heads)
+    options |= contracts.dropout(dropout, seed, qkv)
     needs = () if rotary is None else ("rotary",)
     return run("varlen_attention", qkv.dtype, impl, args, options, needs, head_dim=dim)

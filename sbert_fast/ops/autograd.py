@@ -52,10 +52,12 @@ def _varlen_attention(
     *which, cos, sin, _, causal, kv_heads, query_norm, key_norm, eps = arguments[:14]
     how = causal, cos, sin, kv_heads, query_norm, key_norm, eps
     backward = overload("varlen_attention_backward")
-    d_qkv, d_bias, d_norms = backward(grad.contiguous(), *which, *how)
+    # An implementation that lacks dropout has no arguments for it.
+    d_qkv, d_bias, d_norms = backward(grad.contiguous(), *which, *how, *arguments[17:])
     norms = (None, None) if query_norm is None else d_norms
     d_bias = None if arguments[4] is None else d_bias
-    return d_qkv, None, None, None, d_bias, *[None] * 6, *norms, *[None] * 4
+    others = [None] * (len(arguments) - 13)
+    return d_qkv, None, None, None, d_bias, *[None] * 6, *norms, *others
 
 
 def _add_norm(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sbert_fast.ops import integers, validation
+from sbert_fast.ops.dropout import draw_seed
 from sbert_fast.ops.reference import POOLING_MODES, Activation
 from sbert_fast.values import shown
 
@@ -135,6 +136,20 @@ def disentangled(parts: Sequence[Any] | None, qkv: Tensor, heads: int) -> dict[s
         raise ValueError(f"disentangled[2] must have an odd length 2R + 1, got {buckets.shape[0]}")
     integers.indices("disentangled[2]", buckets, rows, "the tables")
     return {"position_keys": parts[0], "position_queries": parts[1], "buckets": buckets}
+
+
+def dropout(rate: float, seed: Tensor | None, qkv: Tensor) -> dict[str, Any]:
+    """Check the dropout of attention weights; the options of its op come back."""
+    rate = validation.number("dropout", rate, 0)
+    if rate >= 1:
+        raise ValueError(f"dropout must be less than 1, got {rate}")
+    if seed is not None:
+        validation.shape("seed", seed, (1,))
+        validation.dtype("seed", seed, (torch.int64,))
+        validation.device("seed", seed, qkv.device)
+    if rate == 0:
+        return {}
+    return {"dropout": rate, "seed": draw_seed(qkv.device) if seed is None else seed}
 
 
 def embedding(

@@ -38,11 +38,11 @@ class Kernel:
     overload: Any
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def __call__(self, *args: Any) -> Any:  # noqa: ANN401
+    def __call__(self, *args: Any, **options: Any) -> Any:  # noqa: ANN401
         if not torch.compiler.is_compiling():
             key = self.op, self.implementation
             (_launches.get(key) or _launches.setdefault(key, Tally())).add()
-        return self.overload(*args, **self.options)
+        return self.overload(*args, **self.options, **options)
 
 
 def refusal(

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sbert_fast.ops import reference
+from sbert_fast.ops.dropout import drop
 
 _Rotary = tuple[Tensor | None, Tensor | None]  # rotary_cos and rotary_sin
 
@@ -32,6 +33,8 @@ def varlen_attention_backward(
     query_norm: Tensor | None = None,
     key_norm: Tensor | None = None,
     norm_eps: float = 0.0,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype, tokens = reference._accumulator(qkv.dtype), int(cu_seqlens[-1])
     heads = grad.shape[1]
@@ -45,7 +48,8 @@ def varlen_attention_backward(
     group = heads // sizes[1]
     parts = [q, *(part.repeat_interleave(group, dim=1) for part in (k, given[2]))]
     upstream = grad[:tokens].to(dtype)
-    d_q, d_k, d_v, d_bias = _attention(parts, upstream, cu_seqlens, scale, bias, window, causal)
+    how = scale, bias, window, causal, dropout, seed
+    d_q, d_k, d_v, d_bias = _attention(parts, upstream, cu_seqlens, *how)
     d_k, d_v = (part.unflatten(1, (-1, group)).sum(2) for part in (d_k, d_v))
     d_q, *of_queries = _unprepared(d_q, given[0], query_norm, norm_eps, rotary)
     d_k, *of_keys = _unprepared(d_k, given[1], key_norm, norm_eps, rotary)
@@ -85,6 +89,8 @@ def _attention(
     bias: Tensor | None,
     window: int,
     causal: bool,
+    dropout: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of `parts`, queries, keys and values `[T, H, D]`, and of `bias`."""
     heads, dtype = grad.shape[1], grad.dtype
@@ -105,8 +111,9 @@ def _attention(
                 distance = positions[None] - positions[these, None]
                 terms = reference._distance_terms(distance, bias, window, causal, dtype)
                 weights = torch.softmax(q[:, :, these] @ k.mT * scale + terms, dim=-1)
-                d_v += weights.mT @ upstream[:, :, these]
-                d_weights = upstream[:, :, these] @ v.mT
+                place = dropout, seed, some[:, these]
+                d_v += drop(weights, *place).mT @ upstream[:, :, these]
+                d_weights = drop(upstream[:, :, these] @ v.mT, *place)
                 centre = (weights * d_weights).sum(-1, keepdim=True)
                 d_scores = weights * (d_weights - centre)
                 d_q[:, :, these] = d_scores @ k * scale

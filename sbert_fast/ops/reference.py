@@ -18,6 +18,7 @@ from torch.nn.functional import embedding, gelu, layer_norm, rms_norm, silu
 from torch.nn.functional import normalize as l2_normalize
 
 from sbert_fast.ops import panels as panel_layout
+from sbert_fast.ops.dropout import drop
 
 POOLING_MODES = ("mean", "cls", "max", "mean_sqrt_len", "weighted_mean", "last_token")
 NORMALIZE_EPS = 1e-12
@@ -114,6 +115,8 @@ def varlen_attention(
     position_keys: Tensor | None = None,
     position_queries: Tensor | None = None,
     buckets: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     q, k, v = _heads(qkv.to(_accumulator(qkv.dtype)), kv_heads)
     if query_norm is not None and key_norm is not None:
@@ -139,9 +142,9 @@ def varlen_attention(
                 scores = some_q @ keys  # [n, H, block, L]
                 if buckets is not None:
                     scores = _disentangle(scores, some_q, keys, distance, tables, buckets)
-                terms = _distance_terms(distance, bias, window, causal, scores.dtype)
-                scores = scores * scale + terms
-                result = (torch.softmax(scores, dim=-1) @ values).transpose(1, 2)
+                scores = scores * scale + _distance_terms(distance, bias, window, causal, q.dtype)
+                weights = drop(torch.softmax(scores, dim=-1), dropout, seed, target)
+                result = (weights @ values).transpose(1, 2)
                 out[target] = result.to(qkv.dtype)
     return out
 
@@ -171,8 +174,7 @@ def embed_norm(
     if positions is not None and position_table is not None:
         x = x + embedding(positions, position_table).to(dtype)
     if type_table is not None:
-        row = type_table[0] if types is None else embedding(types, type_table)
-        x = x + row.to(dtype)
+        x = x + (type_table[0] if types is None else embedding(types, type_table)).to(dtype)
     if weight is not None and bias is not None:
         x = _norm(x, weight, bias, eps, rms)
     return x.to(out_dtype)
@@ -336,9 +338,8 @@ def norm_pool_out(
     out_rows: Tensor | None,
     rms: bool = False,
 ) -> None:
-    norm = bias, residual, weight, ln_bias, eps
-    pooled = norm_pool(x, *norm, cu_seqlens, pooling, normalize, skip, spans, rms)
-    _scatter(pooled, out, out_rows)
+    args = bias, residual, weight, ln_bias, eps, cu_seqlens, pooling, normalize, skip, spans, rms
+    _scatter(norm_pool(x, *args), out, out_rows)
 
 
 def _scatter(pooled: Tensor, out: Tensor, out_rows: Tensor | None) -> None:

@@ -26,7 +26,7 @@ SCHEMAS = {
     " Tensor? bias, int window, Tensor? rotary_cos, Tensor? rotary_sin, Tensor? tiles,"
     " bool causal=False, int kv_heads=0, Tensor? query_norm=None, Tensor? key_norm=None,"
     " float norm_eps=0.0, Tensor? position_keys=None, Tensor? position_queries=None,"
-    " Tensor? buckets=None) -> Tensor",
+    " Tensor? buckets=None, float dropout=0.0, Tensor? seed=None) -> Tensor",
     "embed_norm": "(Tensor ids, Tensor? positions, Tensor? types, Tensor word,"
     " Tensor? position_table, Tensor? type_table, Tensor? weight, Tensor? bias, float eps,"
     " ScalarType out_dtype, bool rms=False) -> Tensor",
@@ -53,7 +53,7 @@ SCHEMAS = {
     "varlen_attention_backward": "(Tensor grad, Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen,"
     " float scale, Tensor? bias, int window, bool causal=False, Tensor? rotary_cos=None,"
     " Tensor? rotary_sin=None, int kv_heads=0, Tensor? query_norm=None, Tensor? key_norm=None,"
-    " float norm_eps=0.0) -> (Tensor, Tensor, Tensor)",
+    " float norm_eps=0.0, float dropout=0.0, Tensor? seed=None) -> (Tensor, Tensor, Tensor)",
     "add_norm_backward": "(Tensor grad, Tensor x, Tensor? bias, Tensor? residual, Tensor weight,"
     " float eps, bool rms=False, Tensor? grad_sum=None) -> (Tensor, Tensor)",
     "gated_activation_backward": "(Tensor grad, Tensor x, Tensor? bias, int activation, bool first)"
@@ -72,13 +72,18 @@ WITHOUT_CUDA_KERNEL = frozenset({"add_norm_sum", "gated_activation"})
 _DISENTANGLED = ("position_keys", "position_queries")
 # What implementations lack of an op: options, and tensors that they cannot do without.
 LACKED: dict[str, dict[str, tuple[str, ...]]] = {
+    "triton": {"varlen_attention": ("dropout",)},
     "cuda": {
-        "varlen_attention": ("causal", "kv_heads", "query_norm", "rotary", *_DISENTANGLED),
+        "varlen_attention": (
+            *("causal", "kv_heads", "query_norm", "rotary", "dropout"),
+            *_DISENTANGLED,
+        ),
         "embed_norm": ("rms", "without position_table", "without weight"),
         **dict.fromkeys(("add_norm", "norm_pool", "norm_pool_out"), ("rms",)),
     },
 }
 _COMPANIONS = {
+    "dropout": ("seed",),
     "position_keys": ("buckets",),
     "position_table": ("positions",),
     "query_norm": ("key_norm", "norm_eps"),

@@ -31,6 +31,7 @@ class Admission:
         inside, around: why the modules in the model, or the model itself and its pooler, must
             still be called: they have hooks or forwards of their own. None where they have not.
         drops: the model is in training mode and has dropout.
+        drops_elsewhere: some of it is none that the adapter has read.
         weights, identity: of the parameters, see :class:`sbert_fast.models.EncoderWeights`.
         tensors, buffers: the parameters that a packed pass stands for, and the model's buffers.
         records: gradient checkpointing has left a hook, which makes the embeddings require
@@ -57,7 +58,12 @@ class Admission:
             return
         self.identity = (self.architecture, self.weights.identity())
         self.inside, self.around = bypass.reason(inner), bypass.reason([model, *pooler])
-        self.drops = bypass.drops([*inner, model], self._originals.names)
+        modules, names, known = [*inner, model], self._originals.names, self.weights.dropouts()
+        self.drops = bypass.drops(modules, names)
+        # What code calls by these names are the modules that are known, not rates in a config.
+        called = {n for m in modules for n, child in m.named_children() if child in known}
+        others = [module for module in modules if module not in known]
+        self.drops_elsewhere = bypass.drops(others, names - called)
         self.records = any(map(bypass.records_gradients, inner))
 
     @property

@@ -29,6 +29,7 @@ class PreparedAttention:
         bias: fp32 `[H, 2R + 1]`, or None.
         window: in tokens; -1 is none.
         rotary: which of the rotary positions of the model, or None.
+        dropout: the share of weights that is dropped.
     """
 
     qkv: PreparedLinear
@@ -39,10 +40,14 @@ class PreparedAttention:
     bias: Tensor | None
     window: int
     rotary: int | None
+    dropout: float
 
     def __call__(self, x: Tensor, batch: PackedBatch, turns: Turns) -> Tensor:
         """What the heads attend to, `[T, H * D]`."""
         cos, sin = (None, None) if self.rotary is None else turns[self.rotary]
+        options: dict[str, Any] = {}
+        if self.dropout:
+            options = {"dropout": self.dropout, "seed": ops.draw_seed(x.device)}
         attended: Tensor = self.kernel(
             self.qkv(x).view(x.shape[0], *self.shape),
             batch.cu_seqlens,
@@ -53,6 +58,7 @@ class PreparedAttention:
             cos,
             sin,
             batch.tiles,
+            **options,
         )
         return attended.view(x.shape[0], -1)
 
@@ -121,4 +127,5 @@ def prepare_attention(
         bias=bias,
         window=-1 if attention.window is None else attention.window,
         rotary=None if rotary is None else kinds.index(id(rotary.frequencies)),
+        dropout=attention.dropout.rate if target.drops and attention.dropout is not None else 0.0,
     )

@@ -58,6 +58,13 @@ def gradient_reason(modules: Iterable[nn.Module]) -> str | None:
     return None
 
 
+def is_computed_again() -> bool:
+    """Whether a backward pass runs a model for the second time, after a run that recorded nothing:
+    a reentrant checkpoint, or gradients that are cached. The other checkpoints have hooks."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return torch._C._current_graph_task_id() != -1 and hooks is None
+
+
 def records_gradients(module: nn.Module) -> bool:
     """Whether a hook of gradient checkpointing makes the output of `module` record gradients."""
     return any(_GRADIENT_HOOK in _name(hook) for hook in module._forward_hooks.values())

@@ -123,6 +123,7 @@ class LiveLinear(_Linear):
 
     def take(self, parts: tuple[Linear, ...]) -> None:
         self.modules: list[nn.Module] = []
+        self.dropout = parts[0].dropout if self.target.drops else None
         for part in parts:
             if part.module is None:
                 shape = tuple(part.weight.shape)
@@ -138,6 +139,7 @@ class LiveLinear(_Linear):
     def __call__(self, x: Tensor) -> Tensor:
         outputs = [module(x) for module in self.modules]
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        y = y if self.dropout is None else self.dropout(y)
         return y if self.activation == Activation.NONE else self.activated(y, None)
 
 

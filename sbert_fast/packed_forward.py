@@ -38,6 +38,7 @@ logger = logging.getLogger("sbert_fast")
 
 # The key under which calls that ran packed are counted; the other keys are reasons.
 PACKED = "packed"
+_DROPS = "training mode with dropout"
 
 
 class StandIn:
@@ -179,13 +180,16 @@ class PackedForward(StandIn):
         admission = self.engine.admission()
         if admission.inside is not None:
             return admission.inside
-        return "training mode with dropout" if admission.drops else None
+        return _DROPS if admission.drops_elsewhere else None
 
     def _check_modes(self) -> Admission:
         if (reason := self.refusal()) is not None:
             raise _UseOriginalError(reason)
         admission = self.engine.admitted
-        if _records(admission) and (reason := training.refusal(self.engine)) is not None:
+        if not _records(admission):
+            if admission.drops:
+                raise _UseOriginalError(_DROPS)
+        elif (reason := training.refusal(self.engine)) is not None:
             reason = f"gradients are recorded: {reason}"
             _warn_about_gradients(type(self.engine.model).__name__, reason)
             raise _UseOriginalError(reason)

@@ -86,10 +86,10 @@ def accelerate(
     `state_dict`, parameters and saving are untouched. Weights that change are noticed, and a copy
     of the model uses its own. The original forward also runs for what the packed path does not do;
     :func:`counts` tells how often, and why: attention weights, the cache of a decoder (unless
-    `config.use_cache` is False), masks that are not `[B, S]`, dropout in training, gradients of
-    families whose ops have none, hooks inside the model, and masks that drop the first token if a
-    pooler or a module around the model might read its state. Tracing and compiling run the original
-    forward uncounted.
+    `config.use_cache` is False), masks that are not `[B, S]`, dropout where no gradients are
+    recorded, gradients of families whose ops have none, hooks inside the model, and masks that drop
+    the first token if a pooler or a module around the model might read its state. Tracing and
+    compiling run the original forward uncounted.
 
     Trainers of sentence-transformers and transformers, and loops of one's own, train it as they
     train the original, packed wherever gradients are recorded and the list above has nothing.

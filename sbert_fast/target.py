@@ -23,6 +23,7 @@ class Target:
         device: where the weights are.
         impl: implementation of the ops, see :mod:`sbert_fast.ops`.
         live: the model's own modules are called: nothing of their weights is copied.
+        drops: modules of dropout act, those in training mode; only beside `live`.
         int8: weights are rounded to int8, and what they multiply is, row by row.
     """
 
@@ -31,6 +32,7 @@ class Target:
     impl: str = "auto"
     live: bool = False
     int8: bool = False
+    drops: bool = False
 
     def bind(self, op: str, **how: Any) -> ops.Kernel:
         """The kernel of `op`; sizes and options as :func:`ops.bind` takes them."""

@@ -33,6 +33,11 @@ def refusal(engine: PackedEncoder) -> str | None:
     for op, how in required_ops(weights):
         if (reason := ops.gradient_refusal(op, how)) is not None:
             return reason
+    rates = (part.rate for layer in weights.layers if (part := layer.attention.dropout) is not None)
+    if not all(0 <= rate < 1 for rate in rates):
+        return "dropout leaves no attention weights"
+    if engine.admitted.drops and bypass.is_computed_again():
+        return "a backward pass computes anew what dropout has changed"
     if any(part.module is None for part in weights.linears()):
         return "a linear layer is no module"
     if not _tables(model, weights.embeddings) or weights.embeddings.masked:
@@ -65,7 +70,7 @@ def states(engine: PackedEncoder, batch: PackedBatch, given: Tensor | None) -> I
         given: embeddings `[rows, E]` that stand for those of words, by the ids of `batch`; or None.
     """
     weights = engine.admitted.weights
-    target = Target(engine.compute_dtype, engine.device, engine.impl, live=True)
+    target = Target(engine.compute_dtype, engine.device, engine.impl, live=True, drops=True)
     # In a dead tail, a token that no text holds would pass on weights that are not finite.
     count = batch.num_tokens or None
     types = batch.token_type_ids
@@ -98,5 +103,7 @@ def _embed(
         norm = PreparedNorm.of(embeddings.norm)
         kernel = target.bind("add_norm", width=x.shape[1], options={"rms": norm.rms})
         x = kernel(x, None, None, norm.weight, norm.bias, norm.eps)
+    if embeddings.dropout is not None:
+        x = embeddings.dropout(x)
     projection = prepare_projection(embeddings, target)
     return x if projection is None else projection(x)

@@ -147,9 +147,8 @@ def _hook(model: Any) -> None:
         (lambda m: m.register_parameter("own", nn.Parameter(torch.ones(1))), "parameter 'own'"),
         (_cast_a_part, "parameters have several dtypes"),
         (_hook, "BertLayer has forward hooks"),
-        (lambda m: m.train(), "training mode with dropout"),
     ],
-    ids=["config", "adapter", "dtypes", "hook", "training"],
+    ids=["config", "adapter", "dtypes", "hook"],
 )
 @pytest.mark.parametrize("called", [False, True])
 def test_explain_an_accelerated_model_that_runs_packed_no_more(

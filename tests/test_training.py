@@ -102,18 +102,6 @@ def test_training_mode_without_dropout() -> None:
     assert counts(model) == {"packed": 1}
 
 
-def test_dropout_runs_the_original() -> None:
-    original, model = pair("bert")
-    batch = families.make_batch("bert", LENGTHS)
-    results = []
-    for each in (original, model):
-        torch.manual_seed(0)
-        results.append(train(each.train(), batch))
-    for ours, theirs in zip(*map(dict.values, results), strict=True):
-        assert torch.equal(ours, theirs)
-    assert counts(model) == {"training mode with dropout": 1}
-
-
 FROZEN: list[Callable[[Any], Any]] = [
     lambda model: model.embeddings,
     lambda model: model.embeddings.word_embeddings,

@@ -14,6 +14,7 @@ from sbert_fast.models.base import (
     EncoderWeights,
     FeedForward,
     Layer,
+    WeightDropout,
     head_dim,
     linear,
     norm,
@@ -38,8 +39,10 @@ def weights(model: Any) -> EncoderWeights:
             table.token_type_embeddings.weight,
             norm(table.LayerNorm),
             linear(encoder.embedding_hidden_mapping_in),
+            dropout=table.dropout,
         ),
         tuple(layer for group in order for layer in group),
+        uncalled=tuple(layer.dropout for group in groups for layer in group),
     )
 
 
@@ -48,7 +51,10 @@ def _layer(module: Any, heads: int, dim: int, function: Activation) -> Layer:
     qkv = attention.query, attention.key, attention.value
     return Layer(
         attention=Attention(
-            tuple(map(linear, qkv)), linear(attention.dense), heads, heads, dim, dim**-0.5
+            tuple(map(linear, qkv)),
+            linear(attention.dense, attention.output_dropout),
+            *(heads, heads, dim, dim**-0.5),
+            dropout=WeightDropout(attention.attention_dropout, attention),
         ),
         attention_norm=norm(attention.LayerNorm),
         feed_forward=FeedForward((linear(module.ffn),), linear(module.ffn_output), function),

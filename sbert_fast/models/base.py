@@ -17,11 +17,15 @@ _ROTARY = ("default", "linear", "llama3")
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """`y = x @ weight.T + bias`, weight `[N, K]`, bias `[N]` or None, of the model's `module`."""
+    """`y = x @ weight.T + bias`, weight `[N, K]`, bias `[N]` or None, of the model's `module`.
+
+    In training, `dropout` follows; None is none.
+    """
 
     weight: Tensor
     bias: Tensor | None
     module: nn.Module | None = None
+    dropout: nn.Dropout | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,19 @@ class Disentangled:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightDropout:
+    """Dropout of attention weights: at the rate of `module`, in the mode of its `owner`."""
+
+    module: nn.Dropout
+    owner: nn.Module
+
+    @property
+    def rate(self) -> float:
+        """The share of weights that is dropped now."""
+        return self.module.p if self.owner.training else 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
     """Self-attention.
 
@@ -98,6 +115,7 @@ class Attention:
         window: how many tokens a token sees on each side; None is all of them.
         causal: a token sees none to the right.
         query_norm, key_norm: RMSNorm of every head, before its rotary positions; both or neither.
+        dropout: of the weights, in training; None where there is none.
     """
 
     qkv: tuple[Linear, ...]
@@ -113,6 +131,7 @@ class Attention:
     query_norm: Norm | None = None
     key_norm: Norm | None = None
     disentangled: Disentangled | None = None
+    dropout: WeightDropout | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +181,7 @@ class Embeddings:
 
     Attributes:
         masked: the model multiplies the result by the mask.
+        dropout: behind `norm`, in training; None where there is none.
     """
 
     word: Tensor
@@ -172,6 +192,7 @@ class Embeddings:
     scale: Tensor | None = None
     projected_norm: Norm | None = None
     masked: bool = False
+    dropout: nn.Dropout | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +201,13 @@ class EncoderWeights:
 
     Attributes:
         final_norm: behind the last layer, where norms come first.
+        uncalled: modules of dropout that no forward calls.
     """
 
     embeddings: Embeddings
     layers: tuple[Layer, ...]
     final_norm: Norm | None = None
+    uncalled: tuple[nn.Module, ...] = ()
 
     def tensors(self) -> Iterator[Tensor]:
         """Every parameter, and the buffers that are read, in a fixed order."""
@@ -197,6 +220,10 @@ class EncoderWeights:
         for layer in self.layers:
             attention, feed_forward = layer.attention, layer.feed_forward
             yield from (*attention.qkv, attention.output, *feed_forward.up, feed_forward.down)
+
+    def dropouts(self) -> set[nn.Module]:
+        """The modules of dropout that an adapter has read."""
+        return {value for value in _values(self) if isinstance(value, nn.Dropout)}
 
     def tabulated(self) -> Iterator[Tensor]:
         """What tables of distances are computed from: these are copies, whatever else is not."""
@@ -243,12 +270,12 @@ def pool(model: Any, states: Tensor) -> Tensor | None:  # noqa: ANN401
     return activate(pooler(states[:, 0]))  # ALBERT
 
 
-def linear(module: nn.Module) -> Linear:
+def linear(module: nn.Module, dropout: nn.Dropout | None = None) -> Linear:
     if type(module) is not nn.Linear:
         raise UnsupportedModelError(
             f"expected torch.nn.Linear, got {type(module).__module__}.{type(module).__qualname__}"
         )
-    return Linear(module.weight, module.bias, module)
+    return Linear(module.weight, module.bias, module, dropout)
 
 
 def norm(module: nn.Module, *, bias: bool = True) -> Norm:

@@ -17,6 +17,7 @@ from sbert_fast.models.base import (
     EncoderWeights,
     FeedForward,
     Layer,
+    WeightDropout,
     head_dim,
     linear,
     norm,
@@ -41,6 +42,7 @@ def weights(model: Any) -> EncoderWeights:
             types,
             norm(table.LayerNorm),
             None if projection is None else linear(projection),
+            dropout=table.dropout,
         ),
         tuple(_layer(layer, heads, dim, function) for layer in layers),
     )
@@ -51,11 +53,14 @@ def _layer(module: Any, heads: int, dim: int, function: Activation) -> Layer:
     qkv = attention.self.query, attention.self.key, attention.self.value
     return Layer(
         attention=Attention(
-            tuple(map(linear, qkv)), linear(attention.output.dense), heads, heads, dim, dim**-0.5
+            tuple(map(linear, qkv)),
+            linear(attention.output.dense, attention.output.dropout),
+            *(heads, heads, dim, dim**-0.5),
+            dropout=WeightDropout(attention.self.dropout, attention.self),
         ),
         attention_norm=norm(attention.output.LayerNorm),
         feed_forward=FeedForward(
-            (linear(module.intermediate.dense),), linear(output.dense), function
+            (linear(module.intermediate.dense),), linear(output.dense, output.dropout), function
         ),
         feed_forward_norm=norm(output.LayerNorm),
     )

@@ -14,6 +14,7 @@ from sbert_fast.models.base import (
     EncoderWeights,
     FeedForward,
     Layer,
+    WeightDropout,
     head_dim,
     linear,
     norm,
@@ -31,6 +32,7 @@ def weights(model: Any) -> EncoderWeights:
             table.position_embeddings.weight,
             None,
             norm(table.LayerNorm),
+            dropout=table.dropout,
         ),
         tuple(_layer(layer, config.n_heads, dim, function) for layer in layers),
     )
@@ -41,9 +43,12 @@ def _layer(module: Any, heads: int, dim: int, function: Activation) -> Layer:
     qkv = attention.q_lin, attention.k_lin, attention.v_lin
     return Layer(
         attention=Attention(
-            tuple(map(linear, qkv)), linear(attention.out_lin), heads, heads, dim, dim**-0.5
+            tuple(map(linear, qkv)),
+            linear(attention.out_lin),
+            *(heads, heads, dim, dim**-0.5),
+            dropout=WeightDropout(attention.dropout, attention),
         ),
         attention_norm=norm(module.sa_layer_norm),
-        feed_forward=FeedForward((linear(ffn.lin1),), linear(ffn.lin2), function),
+        feed_forward=FeedForward((linear(ffn.lin1),), linear(ffn.lin2, ffn.dropout), function),
         feed_forward_norm=norm(module.output_layer_norm),
     )

@@ -17,6 +17,7 @@ from sbert_fast.models.base import (
     FeedForward,
     Layer,
     RelativeBias,
+    WeightDropout,
     head_dim,
     linear,
     norm,
@@ -39,6 +40,7 @@ def weights(model: Any) -> EncoderWeights:
             table.position_embeddings.weight,
             None,
             norm(table.LayerNorm),
+            dropout=table.dropout,
         ),
         tuple(_layer(layer, heads, dim, function, bias) for layer in layers),
     )
@@ -55,11 +57,14 @@ def _layer(module: Any, heads: int, dim: int, function: Activation, bias: Relati
     qkv = attention.q, attention.k, attention.v
     return Layer(
         attention=Attention(
-            tuple(map(linear, qkv)), linear(attention.o), heads, heads, dim, dim**-0.5, bias
+            tuple(map(linear, qkv)),
+            linear(attention.o, module.attention.dropout),
+            *(heads, heads, dim, dim**-0.5, bias),
+            dropout=WeightDropout(attention.dropout, attention.dropout),
         ),
         attention_norm=norm(module.attention.LayerNorm),
         feed_forward=FeedForward(
-            (linear(module.intermediate.dense),), linear(output.dense), function
+            (linear(module.intermediate.dense),), linear(output.dense, output.dropout), function
         ),
         feed_forward_norm=norm(output.LayerNorm),
     )

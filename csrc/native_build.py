@@ -36,6 +36,7 @@ GENERIC_ISAS = ("generic", "generic_tiles")
 ISA_FLAGS: dict[str, list[str]] = {
     **dict.fromkeys(GENERIC_ISAS, []),
     "avx2": AVX2,
+    "avx_vnni": [*AVX2, "-mavxvnni"],
     "avx512": AVX512,
     "avx512_vnni": VNNI,
     "avx512_bf16": [*VNNI, "-mavx512bf16"],

@@ -11,7 +11,7 @@ from torch import nn
 from sbert_fast import ops
 
 BF16_ISAS = ("amx_bf16", "avx512_bf16")
-INT8_ISAS = (*BF16_ISAS, "avx512_vnni")
+INT8_ISAS = (*BF16_ISAS, "avx512_vnni", "avx_vnni")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def int8_refusal(device: torch.device, impl: str) -> str | None:
     if (ops.requested(impl) not in ("auto", "cpu")) or _isa() is None:
         return "int8 weights need the C++ ops (impl='cpu'), which do not run"
     if _isa() not in INT8_ISAS:
-        return f"int8 weights need AVX512-VNNI, this CPU runs {_isa()}"
+        return f"int8 weights need AVX512-VNNI or AVX-VNNI, this CPU runs {_isa()}"
     return None
 
 

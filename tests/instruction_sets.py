@@ -7,6 +7,6 @@ import torch
 from sbert_fast.ops import extension
 
 NATIVE = torch.ops.sbert_fast.cpu_isas().split(",") if extension.CPU.available else []
-# But for products of int8, the code of avx512_vnni is that of avx512.
-OF_FLOATS = [isa for isa in NATIVE if isa != "avx512_vnni"]
+# But for products of int8, the code of these is that of avx512 and avx2.
+OF_FLOATS = [isa for isa in NATIVE if isa not in ("avx512_vnni", "avx_vnni")]
 EMULATED_TILES = ["generic_tiles"] if extension.CPU.available else []

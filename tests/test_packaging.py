@@ -257,6 +257,7 @@ class TestPlan:
         wide = {name: re.findall(r"-m(\w+)", line) for name, line in flags.items()}
         assert {name for name, found in wide.items() if found} == {
             "kernels_avx2",
+            "kernels_avx_vnni",
             "kernels_avx512",
             "kernels_avx512_vnni",
             "kernels_avx512_bf16",

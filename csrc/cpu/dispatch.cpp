@@ -17,6 +17,9 @@ const KernelTable& kernel_table();
 namespace avx2 {
 const KernelTable& kernel_table();
 }
+namespace avx_vnni {
+const KernelTable& kernel_table();
+}
 namespace avx512 {
 const KernelTable& kernel_table();
 }
@@ -41,6 +44,7 @@ std::vector<const KernelTable*> detect() {
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                         __builtin_cpu_supports("f16c");
+  const bool has_avx_vnni = has_avx2 && __builtin_cpu_supports("avxvnni");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -50,6 +54,7 @@ std::vector<const KernelTable*> detect() {
   if (has_bf16) tables.push_back(&avx512_bf16::kernel_table());
   if (has_vnni) tables.push_back(&avx512_vnni::kernel_table());
   if (has_avx512) tables.push_back(&avx512::kernel_table());
+  if (has_avx_vnni) tables.push_back(&avx_vnni::kernel_table());
   if (has_avx2) tables.push_back(&avx2::kernel_table());
 #endif
   tables.push_back(&generic::kernel_table());

@@ -93,11 +93,15 @@ SBF_INLINE void store_low_bytes(uint8_t* p, VecF a) {
 SBF_INLINE VecF from_integers(VecF a) { return {_mm256_cvtepi32_ps(_mm256_castps_si256(a.v))}; }
 SBF_INLINE VecF dot_bytes(VecF a, VecF b, VecF c) {
   const __m256i x = _mm256_castps_si256(a.v), w = _mm256_castps_si256(b.v);
+  const __m256i sum = _mm256_castps_si256(c.v);
+#if defined(__AVXVNNI__)
+  return {_mm256_castsi256_ps(_mm256_dpbusd_avx_epi32(sum, x, w))};
+#else
   const __m256i even = _mm256_madd_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0xff)),
                                          _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8));
   const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(x, 8), _mm256_srai_epi16(w, 8));
-  const __m256i sum = _mm256_castps_si256(c.v);
   return {_mm256_castsi256_ps(_mm256_add_epi32(sum, _mm256_add_epi32(even, odd)))};
+#endif
 }
 
 SBF_INLINE VecF widen(__m128i b) {

@@ -43,8 +43,8 @@ class FastEncoder(PackedModel, SentenceTransformer):
             dtype. "auto" is the dtype of a model that is passed in, or that `model_kwargs` ask for;
             otherwise float32 on a CPU (float16 models compute in it there too) and float16 on a
             GPU. "int8" rounds the weights of linear layers, and what they multiply; it needs
-            AVX512-VNNI or AMX and no calibration. It applies to the engine's prepared weights, not
-            to the parameters of the modules; embeddings are float32.
+            AVX-VNNI, AVX512-VNNI or AMX and no calibration. It applies to the engine's prepared
+            weights, not to the parameters of the modules; embeddings are float32.
         impl: implementation of the ops, see :mod:`sbert_fast.ops`.
         batch_tokens: most tokens of a batch; "auto" picks by model and device.
         low_memory: keep weights that the engine has in another form out of memory, on a CPU: they

@@ -30,7 +30,7 @@ from sbert_fast.preparation import (
     prepare_table,
     required_ops,
 )
-from sbert_fast.target import Target, compute_dtype, int8_refusal
+from sbert_fast.target import Target, compute_dtype, int8_refusal, takes_high, tiles_refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,7 @@ class Prepared:
     must be a multiple of `row_alignment`."""
 
     architecture: models.Architecture
-    dtype: torch.dtype
-    device: torch.device
+    target: Target
     word: Tensor
     position: Tensor | None
     token_type: Tensor | None
@@ -60,6 +59,11 @@ class _Current:
     admission: Admission
     fingerprint: Fingerprint
     prepared: Prepared
+
+    def is_current(self) -> bool:
+        target = self.prepared.target
+        outdated = takes_high(target.dtype, target.device) != target.high and not tiles_refusal()
+        return not outdated and self.fingerprint.is_current()
 
 
 class PackedEncoder:
@@ -181,8 +185,8 @@ class PackedEncoder:
         return found
 
     def _target(self) -> Target:
-        int8 = self.requested_dtype == torch.int8
-        return Target(self.compute_dtype, self.device, self.impl, self.live, int8)
+        dtype, device, int8 = self.compute_dtype, self.device, self.requested_dtype == torch.int8
+        return Target(dtype, device, self.impl, self.live, int8, takes_high(dtype, device))
 
     def linears(self) -> list[LinearChoice]:
         """The kernels of the linear layers of a forward pass: each choice once."""
@@ -232,7 +236,7 @@ class PackedEncoder:
             current is not None
             and current.admission is self._admission
             and (current.admission is admission or current.admission.holds_without_tensors())
-            and current.fingerprint.is_current()
+            and current.is_current()
         ):
             return current.prepared
         return None
@@ -248,7 +252,7 @@ class PackedEncoder:
             if (
                 current is None
                 or current.admission.identity != admission.identity
-                or not current.fingerprint.is_current()
+                or not current.is_current()
             ):
                 self._current = current = None
                 if self.low_memory and mapping.map_weights(self.model.parameters()):
@@ -271,8 +275,7 @@ class PackedEncoder:
 
     def _lay_out(self, weights: models.EncoderWeights) -> Prepared:
         target, embeddings = self._target(), weights.embeddings
-        device, dtype = target.device, target.dtype
-        norm = embeddings.norm
+        norm, scale = embeddings.norm, embeddings.scale
         embed, norm_pool = self.bind("embed_norm"), self.bind("norm_pool_out")
 
         def table(values: Tensor | None) -> Tensor | None:
@@ -280,14 +283,13 @@ class PackedEncoder:
 
         return Prepared(
             architecture=self.architecture,
-            dtype=dtype,
-            device=device,
+            target=target,
             word=prepare_table(embeddings.word, target, embed),
             position=table(embeddings.position),
             token_type=table(embeddings.token_type),
             embedding_norm=None if norm is None else PreparedNorm.of(norm),
             projection=prepare_projection(embeddings, target),
-            scale=None if embeddings.scale is None else embeddings.scale.detach().to(dtype),
+            scale=None if scale is None else scale.detach().to(target.dtype),
             stack=prepare_stack(weights, target),
             embed=embed,
             pooling=PoolKernels(
@@ -343,7 +345,7 @@ def _embed(p: Prepared, batch: PackedBatch) -> Tensor:
         None if norm is None else norm.weight,
         None if norm is None else norm.bias,
         0.0 if norm is None else norm.eps,
-        p.dtype,
+        p.target.dtype,
     )
     if p.scale is not None:
         x.mul_(p.scale)

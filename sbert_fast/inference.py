@@ -49,13 +49,15 @@ class Pipeline:
             InvalidWeightsError: weights hold NaN or infinity; the message names the tensor.
         """
         self.tokenizer.refresh()
-        self.head.prepare(self.engine.admitted.tensors[0].dtype, prepared.device, self.engine.impl)
+        dtype, device = self.engine.admitted.tensors[0].dtype, prepared.target.device
+        self.head.prepare(dtype, device, self.engine.impl)
         return replace(self, prepared=prepared)
 
     def default_batch_tokens(self) -> int:
         """Tokens of a batch, by the model and its device."""
         prepared = self.prepared or self.engine.prepared()
-        return budget.default_tokens(prepared.architecture, prepared.dtype, prepared.device)
+        dtype, device = prepared.target.dtype, prepared.target.device
+        return budget.default_tokens(prepared.architecture, dtype, device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from sbert_fast.ops import panels
 from sbert_fast.ops.dispatch import requested
 from sbert_fast.ops.reference import Activation
 from sbert_fast.packing import ROW_ALIGNMENT
-from sbert_fast.target import BF16_ISAS, Target
+from sbert_fast.target import BF16_ISAS, Target, tiles_refusal
 
 # Rows oneDNN lays prepacked weights out for; any other number of rows works too.
 _PREPACK_ROWS = 512
@@ -222,6 +222,24 @@ class Int8Linear(PanelLinear):
         return panels.pack_int8(weight)
 
 
+class SplitLinear(PanelLinear):
+    """The C++ ops on tiles, float32 as sums of two bfloat16: what torch documents for `high`."""
+
+    name = "split"
+
+    @staticmethod
+    def refusal(target: Target, inputs: int) -> str | None:
+        if not target.high:
+            return f"high precision was {_NOT_ASKED}"
+        reason = PanelLinear.refusal(target, inputs) or tiles_refusal()
+        if reason is None and inputs % panels.SPLIT_GROUP:
+            reason = f"the number of inputs ({inputs}) is not a multiple of {panels.SPLIT_GROUP}"
+        return reason
+
+    def lay_out(self, weight: Tensor) -> Tensor:
+        return panels.pack_split(weight)
+
+
 class OneDnnLinear(StackedLinear):
     """Torch's oneDNN on weights that are laid out ahead; GELU is part of the product."""
 
@@ -272,7 +290,7 @@ class TorchLinear(StackedLinear):
         return F.linear(x, self.weight), self.wide_bias
 
 
-KINDS = (LiveLinear, Int8Linear, PanelLinear, OneDnnLinear, TorchLinear)
+KINDS = (LiveLinear, Int8Linear, SplitLinear, PanelLinear, OneDnnLinear, TorchLinear)
 
 
 @dataclass(frozen=True, slots=True)

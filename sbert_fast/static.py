@@ -88,8 +88,7 @@ class StaticEncoder(PackedEncoder):
         target = self._target()
         return Prepared(
             architecture=self.architecture,
-            dtype=target.dtype,
-            device=target.device,
+            target=target,
             word=prepare_table(weights.embeddings.word, target, embed),
             position=None,
             token_type=None,

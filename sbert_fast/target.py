@@ -12,6 +12,7 @@ from sbert_fast import ops
 
 BF16_ISAS = ("amx_bf16", "avx512_bf16")
 INT8_ISAS = (*BF16_ISAS, "avx512_vnni", "avx_vnni")
+TILE_ISAS = ("amx_bf16",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class Target:
         live: the model's own modules are called: nothing of their weights is copied.
         drops: modules of dropout act, those in training mode; only beside `live`.
         int8: weights are rounded to int8, and what they multiply is, row by row.
+        high: float32 products may be as exact as :func:`takes_high` says.
     """
 
     dtype: torch.dtype
@@ -33,6 +35,7 @@ class Target:
     live: bool = False
     int8: bool = False
     drops: bool = False
+    high: bool = False
 
     def bind(self, op: str, **how: Any) -> ops.Kernel:
         """The kernel of `op`; sizes and options as :func:`ops.bind` takes them."""
@@ -52,6 +55,22 @@ def compute_dtype(
         return requested
     dtype = next(model.parameters()).dtype
     return torch.float32 if device.type == "cpu" and dtype == torch.float16 else dtype
+
+
+def takes_high(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of `dtype` may be as exact as `torch.set_float32_matmul_precision("high")`
+    documents: it was set to that or to "medium", and `dtype` is float32, on a CPU."""
+    if dtype != torch.float32 or device.type != "cpu":
+        return False
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:
+        return False  # torch's older and newer settings contradict one another
+
+
+def tiles_refusal() -> str | None:
+    """Why products of bfloat16 cannot run on tiles; None where they can."""
+    return None if _isa() in TILE_ISAS else f"high precision needs AMX, this CPU runs {_isa()}"
 
 
 def int8_refusal(device: torch.device, impl: str) -> str | None:

@@ -178,9 +178,19 @@ def peer_linear(
     if panels.dtype == torch.int8:
         y = panel_layout.multiply_int8(x.float(), panels, features).to(x.dtype)
         y = y if bias is None else y + bias
+    elif panel_layout.is_split(panels, x.shape[1]):
+        y = peer_split(x, *panel_layout.unpack_split(panels, features))
+        y = y if bias is None else y + bias
     else:
         y = F.linear(x, panel_layout.unpack(panels, features), bias)
     return reference._activate(y, activation)
+
+
+def peer_split(x: Tensor, greater: Tensor, lesser: Tensor) -> Tensor:
+    """The three products that torch documents for `high` precision of float32."""
+    x_greater, x_lesser = (part.float() for part in panel_layout.split(x))
+    y = F.linear(x_greater, lesser.float()) + F.linear(x_lesser, greater.float())
+    return F.linear(x_greater, greater.float()) + y
 
 
 def peer_linear_norm(

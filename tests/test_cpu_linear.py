@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from guarded import before_a_guard
-from instruction_sets import EMULATED_TILES, NATIVE
+from instruction_sets import EMULATED_TILES, NATIVE, WITH_TILES
 from sbert_fast import linears
 from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.linears import PanelLinear
@@ -29,19 +29,23 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Kind:
-    """What a layer multiplies: rows of `dtype`, and weights of it or of int8."""
+    """What a layer multiplies: rows of `dtype`, and weights of it, of int8, or split."""
 
     dtype: torch.dtype
     int8: bool = False
+    split: bool = False
 
     def __str__(self) -> str:
-        return f"{self.dtype}{' by int8' if self.int8 else ''}"
+        return f"{self.dtype}{' by int8' * self.int8}{' split' * self.split}"
 
     def inputs(self, K: int) -> int:
-        """As many as K, or nearly: int8 panels hold groups of four."""
-        return max(4, K // 4 * 4) if self.int8 else K
+        """As many as K, or nearly: panels may hold groups."""
+        group = panels.INT8_GROUP if self.int8 else panels.SPLIT_GROUP if self.split else 1
+        return max(group, K // group * group)
 
     def pack(self, weight: Tensor) -> Tensor:
+        if self.split:
+            return panels.pack_split(weight)
         return panels.pack_int8(weight) if self.int8 else panels.pack(weight.to(self.dtype))
 
 
@@ -60,7 +64,13 @@ pytestmark = [
 every_isa = pytest.mark.parametrize("isa", ISAS, indirect=True)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 KINDS = [Kind(dtype, int8) for int8 in (False, True) for dtype in DTYPES]
-every_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
+SPLIT = Kind(torch.float32, split=True)
+every_kind = pytest.mark.parametrize(
+    ("isa", "kind"),
+    [*((isa, kind) for isa in ISAS for kind in KINDS), *((isa, SPLIT) for isa in WITH_TILES)],
+    indirect=["isa"],
+    ids=str,
+)
 
 
 def linear_args(T: int, K: int, N: int, kind: Kind) -> list[Any]:
@@ -84,7 +94,6 @@ MAKERS = [("linear", linear_args), ("linear", gated_args), ("linear_norm", linea
 every_op = pytest.mark.parametrize(("op", "make"), MAKERS)
 
 
-@every_isa
 @every_kind
 @pytest.mark.parametrize(("K", "N"), SIZES)
 @pytest.mark.parametrize("make", [linear_args, gated_args])
@@ -117,7 +126,6 @@ def test_a_gate_in_float32_has_the_bits_of_two_ops(
         assert torch.equal(out, expected)
 
 
-@every_isa
 @every_kind
 @pytest.mark.parametrize(
     ("K", "N"), [(38, 8), (64, 48), (64, 50), (384, 100), (32, 144), (96, 384)]
@@ -141,7 +149,6 @@ def test_linear_of_an_odd_number_of_inputs(isa: str) -> None:
     check_op("linear", OPS.linear.cpu(*args), args, torch.float32)
 
 
-@every_isa
 @every_kind
 @pytest.mark.parametrize("inputs", [294, 320])
 @every_op
@@ -159,7 +166,6 @@ def test_a_row_is_the_same_wherever_it_is(
     assert torch.equal(kernel(*args)[123], expected[123])
 
 
-@every_isa
 @every_kind
 @every_op
 @pytest.mark.parametrize("T", [16, 200, 3000])
@@ -176,7 +182,6 @@ def test_threads_change_no_bit(isa: str, op: str, make: Any, T: int, kind: Kind)
         torch.set_num_threads(threads)
 
 
-@every_isa
 @every_kind
 @every_op
 def test_the_number_of_rows_changes_no_bit(isa: str, op: str, make: Any, kind: Kind) -> None:
@@ -188,7 +193,6 @@ def test_the_number_of_rows_changes_no_bit(isa: str, op: str, make: Any, kind: K
         assert torch.equal(kernel(*part), expected[:T]), f"{T} rows"
 
 
-@every_isa
 @every_kind
 @pytest.mark.parametrize(("T", "K", "N"), [(1, 64, 48), (17, 32, 50), (33, 96, 100), (40, 38, 7)])
 def test_reads_end_with_the_last_element(isa: str, T: int, K: int, N: int, kind: Kind) -> None:
@@ -199,7 +203,6 @@ def test_reads_end_with_the_last_element(isa: str, T: int, K: int, N: int, kind:
         assert torch.equal(getattr(OPS, op).cpu(*args), expected)
 
 
-@every_isa
 @every_kind
 def test_inputs_without_rows(isa: str, kind: Kind) -> None:
     for op, make in MAKERS:
@@ -283,7 +286,7 @@ def test_what_is_chosen_says_why_nothing_before_it_is(isa: str, dtype: torch.dty
     assert choice.kind.refusal(target, 37) is None
     assert choice.refusals == {kind.name: kind.refusal(target, 37) for kind in before}
     assert str(choice).startswith(choice.kind.name)
-    asked = ("live", "int8")
+    asked = ("live", "int8", "split")
     told = [f"{name}: {why}" for name, why in choice.refusals.items() if name not in asked]
     assert str(choice) == f"{choice.kind.name} ({'; '.join(told)})".removesuffix(" ()")
 
@@ -312,7 +315,7 @@ def as_part(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Linear:
 def test_prepared_linears_agree(kind: Any, inputs: int, dtype: torch.dtype) -> None:
     """Whatever they run on; layers without a bias beside one that has it."""
     target = Target(dtype, CPU, live=kind is linears.LiveLinear)
-    if kind is linears.Int8Linear:
+    if kind in (linears.Int8Linear, linears.SplitLinear):
         pytest.skip("it rounds weights")
     if kind is not PanelLinear and (reason := kind.refusal(target, inputs)) is not None:
         pytest.skip(reason)

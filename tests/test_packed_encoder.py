@@ -106,12 +106,12 @@ def test_unchanged_weights_are_prepared_once() -> None:
 def test_dtype_follows_the_model() -> None:
     model = families.make_model("bert")
     encoder = PackedEncoder(model)
-    assert encoder.prepared().dtype == torch.float32
+    assert encoder.prepared().target.dtype == torch.float32
     model.to(torch.bfloat16)
-    assert encoder.prepared().dtype == torch.bfloat16
+    assert encoder.prepared().target.dtype == torch.bfloat16
     # fp32 holds every fp16 value, and CPUs compute in it.
     model.half()
-    assert encoder.prepared().dtype == torch.float32
+    assert encoder.prepared().target.dtype == torch.float32
 
 
 def test_refresh_sees_writes_that_torch_does_not_count() -> None:
@@ -346,5 +346,5 @@ def test_live_weights_have_the_dtype_of_the_model(
 
 
 def test_live_weights_may_compute_in_float16_on_a_cpu() -> None:
-    model = families.make_model("bert").half()
-    assert PackedEncoder(model, dtype=torch.float16, live=True).prepared().dtype == torch.float16
+    engine = PackedEncoder(families.make_model("bert").half(), dtype=torch.float16, live=True)
+    assert engine.prepared().target.dtype == torch.float16

@@ -19,6 +19,18 @@ def test_int8_panels_hold_the_weight(K: int, N: int) -> None:
     assert (rounded.abs().amax(1) == 127 * (scale > 0)).all()
 
 
+@pytest.mark.parametrize(("K", "N"), [(32, 1), (64, 50), (384, 96)])
+def test_split_panels_hold_the_weight(K: int, N: int) -> None:
+    weight = torch.randn(N, K)
+    packed = panels.pack_split(weight)
+    assert packed.shape == (3 * -(-N // panels.COLUMNS), K, 16, 2)
+    assert panels.is_split(packed, K)
+    assert not panels.is_split(panels.pack(weight.bfloat16()), K)
+    greater, lesser = panels.unpack_split(packed, N)
+    assert torch.equal(greater, weight.bfloat16())
+    assert ((greater.double() + lesser.double() - weight).abs() <= 2**-17 * weight.abs()).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("K", "N"), [(2, 1), (38, 48), (64, 50), (384, 100)])
 def test_panels_hold_the_weight(K: int, N: int, dtype: torch.dtype) -> None:

@@ -161,14 +161,14 @@ def test_compute_dtype_is_not_the_dtype_of_the_results(dtype: str | torch.dtype)
     assert forward is not None
     output = run(model, families.make_batch("bert", LENGTHS))
     assert output.last_hidden_state.dtype == torch.float32
-    assert forward.engine.prepared().dtype == torch.bfloat16
+    assert forward.engine.prepared().target.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [None, "auto"])
 @pytest.mark.parametrize("of_model", [torch.float32, torch.bfloat16])
 def test_the_dtype_of_the_model_is_the_default(dtype: str | None, of_model: torch.dtype) -> None:
     model = accelerate(families.make_model("bert").to(of_model), dtype=dtype, impl="reference")
-    assert model.forward.engine.prepared().dtype == of_model
+    assert model.forward.engine.prepared().target.dtype == of_model
 
 
 def test_threads() -> None:

@@ -66,7 +66,7 @@ def test_accelerating_twice_updates() -> None:
     accelerate(model, dtype=torch.bfloat16, impl="reference")
     assert model.forward is forward
     run(model, batch)
-    assert forward.engine.prepared().dtype == torch.bfloat16
+    assert forward.engine.prepared().target.dtype == torch.bfloat16
     assert counts(model) == {"packed": 2}
     assert "forward" not in restore(model).__dict__
     assert_identical(run(model, batch), run(original, batch))

@@ -40,9 +40,16 @@ struct NarrowLinear {
 #if defined(SBF_TILES)
 constexpr RangeKernel<LinearNormParams> kLinearNormBf16 = tile_linear_norm;
 constexpr RangeKernel<AttentionParams> kAttentionBf16 = tile_attention;
+constexpr RangeKernel<SplitParams> kSplitRows = split_rows;
+constexpr RangeKernel<LinearParams> kLinearSplit = tile_linear<SplitFloat, float>;
+constexpr RangeKernel<LinearNormParams> kLinearNormSplit =
+    linear_norm<SplitFloat, float, kLinearSplit>;
 #else
 constexpr RangeKernel<LinearNormParams> kLinearNormBf16 = linear_norm<bf16>;
 constexpr RangeKernel<AttentionParams> kAttentionBf16 = varlen_attention<bf16>;
+constexpr RangeKernel<SplitParams> kSplitRows = nullptr;
+constexpr RangeKernel<LinearParams> kLinearSplit = nullptr;
+constexpr RangeKernel<LinearNormParams> kLinearNormSplit = nullptr;
 #endif
 
 // Constant-initialised: loading the library must run no instruction of a foreign set.
@@ -65,6 +72,9 @@ constexpr KernelTable kTable{
     .linear_int8 = {NarrowLinear<int8_t>::kToFloat, NarrowLinear<int8_t>::kToBf16},
     .linear_norm_int8 = {linear_norm<int8_t, float, NarrowLinear<int8_t>::kToFloat>,
                          linear_norm<int8_t, bf16, NarrowLinear<int8_t>::kToFloat>},
+    .split_rows = kSplitRows,
+    .linear_split = kLinearSplit,
+    .linear_norm_split = kLinearNormSplit,
     .segment_pool = {segment_pool<float>, segment_pool<bf16>},
     .linear_items = {kLinearItems, NarrowLinear<bf16>::kItems},
 };

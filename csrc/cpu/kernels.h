@@ -129,6 +129,9 @@ struct GatedBackwardParams {
 /// column N: the order in which they are read, on every instruction set. Two steps come before the
 /// weights in int8, both fp32: the scale of each column, and the sum of its weights.
 ///
+/// fp32 weights may also be split, bf16 [3 * panels, K, 16, 2]: for each 32 inputs of a strip, what
+/// bf16 leaves of the weights, itself as bf16, then the weights as bf16, both in strips as above.
+///
 /// Gated layers have two panels for 48 columns of the result: strips of those that are activated,
 /// each before the strip of those that they are multiplied by.
 inline constexpr int64_t kPanelColumns = 48;
@@ -142,6 +145,14 @@ struct QuantizeParams {
   float* scales;  // [T, 2]: the scale and the zero of each row
   int64_t K;
 };
+
+// What split weights multiply: each 32 values of a row of x as bf16, then what that leaves of them.
+struct SplitParams {
+  const float* x;  // [T, K]
+  void* out;       // bf16 [T, 2K]
+  int64_t K;       // a multiple of kSplitInputs
+};
+inline constexpr int64_t kSplitInputs = 32;
 
 // Work items are item_rows x item_panels parts of the result, those of the same rows together.
 struct LinearParams {
@@ -221,6 +232,9 @@ struct KernelTable {
   RangeKernel<QuantizeParams> quantize_rows[kNumDtypes];             // rows
   RangeKernel<LinearParams> linear_int8[kNumDtypes];                 // items; [out]
   RangeKernel<LinearNormParams> linear_norm_int8[kNumDtypes];        // items; [residual and out]
+  RangeKernel<SplitParams> split_rows;                               // rows; null without tiles
+  RangeKernel<LinearParams> linear_split;                            // items; null without tiles
+  RangeKernel<LinearNormParams> linear_norm_split;                   // items; null without tiles
   RangeKernel<SegmentPoolParams> segment_pool[kNumDtypes];           // segments
   LinearItems linear_items[kNumDtypes];
 };

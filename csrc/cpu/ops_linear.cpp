@@ -17,10 +17,13 @@ constexpr int64_t kInt8Inputs = 1 << 16;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// What the weights are, beside activations of a dtype.
+enum class Format { kPlain, kInt8, kSplit };
+
 // The sizes of x @ weight.T.
 struct LinearShape {
   Dtype dtype;
-  bool int8;  // the weights
+  Format format;
   bool gated;
   int64_t T, K, N;
   LinearItems items;
@@ -32,14 +35,18 @@ LinearShape check_linear(const KernelTable& table, const char* op, const Tensor&
                          const Tensor& panels, const std::optional<Tensor>& bias, int64_t features,
                          bool gated = false) {
   const Dtype dtype = check_activation(op, "x", x, "[T, K]", {kAnySize, kAnySize});
-  const bool int8 = panels.scalar_type() == ScalarType::Char;
+  const ScalarType weights = panels.scalar_type();
+  const bool split = dtype == kFloat32 && weights == ScalarType::BFloat16;
+  const bool int8 = weights == ScalarType::Char;
   LinearShape shape{.dtype = dtype,
-                    .int8 = int8,
+                    .format = split  ? Format::kSplit
+                              : int8 ? Format::kInt8
+                                     : Format::kPlain,
                     .gated = gated,
                     .T = x.size(0),
                     .K = x.size(1),
                     .N = features,
-                    .items = table.linear_items[int8 ? kBFloat16 : dtype]};
+                    .items = table.linear_items[int8 || split ? kBFloat16 : dtype]};
   if (gated) shape.items.panel_step = 2;
   SBF_CHECK(features >= 1, op, "features must be at least 1, got ", features);
   SBF_CHECK(shape.K >= 1, op, "x must have at least one column, got [", shape.T, ", 0]");
@@ -48,6 +55,13 @@ LinearShape check_linear(const KernelTable& table, const char* op, const Tensor&
               kInt8Inputs, " in int8, got ", shape.K);
     check_tensor(op, "panels", panels, ScalarType::Char, "[3 * panels, 2 + K / 4, 16, 4]",
                  {kStripsPerPanel * shape.panels(), kInt8Header + shape.K / 4, kStripColumns, 4});
+  } else if (split) {
+    SBF_CHECK(table.linear_split != nullptr, op, "split panels need AMX, this CPU runs ",
+              table.isa);
+    SBF_CHECK(shape.K % kSplitInputs == 0, op, "K must be a multiple of ", kSplitInputs,
+              " where panels are split, got ", shape.K);
+    check_tensor(op, "panels", panels, ScalarType::BFloat16, "[3 * panels, K, 16, 2]",
+                 {kStripsPerPanel * shape.panels(), shape.K, kStripColumns, 2});
   } else if (dtype == kFloat32) {
     check_tensor(op, "panels", panels, ScalarType::Float, "[panels, K, 48]",
                  {shape.panels(), shape.K, kPanelColumns});
@@ -74,15 +88,23 @@ int64_t item_rows(const LinearShape& shape) {
   return std::min(rows, round_up(std::max<int64_t>(shape.T, 1), items.row_step));
 }
 
-// What a layer multiplies: x itself or, by int8 weights, its rows as bytes.
+// What a layer multiplies: x itself or, by int8 or split weights, its rows in their format.
 class Operand {
  public:
   Operand(const KernelTable& table, const LinearShape& shape, const Tensor& x)
       : x_(x.const_data_ptr()) {
-    if (!shape.int8) return;
+    if (shape.format == Format::kPlain) return;
+    if (shape.format == Format::kSplit) {
+      rows_ = new_output({shape.T, 2 * shape.K}, kBFloat16);
+      const SplitParams params{
+          .x = x.const_data_ptr<float>(), .out = rows_->mutable_data_ptr(), .K = shape.K};
+      parallel_rows(table.split_rows, params, shape.T, shape.K);
+      x_ = params.out;
+      return;
+    }
     const int64_t words = ceil_div(shape.T * shape.K, sizeof(float));
-    bytes_ = new_output({words + 2 * shape.T}, kFloat32);
-    auto* const words_of = static_cast<float*>(bytes_->mutable_data_ptr());
+    rows_ = new_output({words + 2 * shape.T}, kFloat32);
+    auto* const words_of = static_cast<float*>(rows_->mutable_data_ptr());
     const QuantizeParams params{.x = x_,
                                 .out = reinterpret_cast<uint8_t*>(words_of),
                                 .scales = words_of + words,
@@ -98,7 +120,7 @@ class Operand {
  private:
   const void* x_;
   const float* scales_ = nullptr;
-  std::optional<Tensor> bytes_;
+  std::optional<Tensor> rows_;
 };
 
 LinearParams linear_params(const LinearShape& shape, const Operand& x, const Tensor& panels,
@@ -121,7 +143,26 @@ LinearParams linear_params(const LinearShape& shape, const Operand& x, const Ten
 
 RangeKernel<LinearParams> linear_kernel(const KernelTable& table, const LinearShape& shape,
                                         Dtype out) {
-  return shape.int8 ? table.linear_int8[out] : table.linear[shape.dtype][out];
+  switch (shape.format) {
+    case Format::kInt8:
+      return table.linear_int8[out];
+    case Format::kSplit:
+      return table.linear_split;
+    default:
+      return table.linear[shape.dtype][out];
+  }
+}
+
+RangeKernel<LinearNormParams> linear_norm_kernel(const KernelTable& table,
+                                                 const LinearShape& shape) {
+  switch (shape.format) {
+    case Format::kInt8:
+      return table.linear_norm_int8[shape.dtype];
+    case Format::kSplit:
+      return table.linear_norm_split;
+    default:
+      return table.linear_norm[shape.dtype];
+  }
 }
 
 // Whether `items` keep every thread busy to the end.
@@ -208,7 +249,7 @@ Tensor linear_norm(const Tensor& x, const Tensor& panels, const std::optional<Te
   }
 
   // Every item has its rows normalised while they are in the cache.
-  const auto kernel = (shape.int8 ? table.linear_norm_int8 : table.linear_norm)[shape.dtype];
+  const auto kernel = linear_norm_kernel(table, shape);
   const int64_t stride = linear_norm_stride(shape.panels());
   const int64_t size = params.item_rows * stride;
   const Tensor scratch = new_output({std::min(threads, items), size}, kFloat32);

@@ -1,4 +1,5 @@
-// quantize_rows: rows as bytes, each with a scale of its own, for int8 weights.
+// Rows as narrow weights multiply them. quantize_rows: as bytes, each with a scale of its own, for
+// int8 weights; split_rows: as sums of two bf16, for split ones.
 #pragma once
 
 #include "kernels.h"
@@ -46,6 +47,18 @@ void quantize_rows(const QuantizeParams& p, int64_t begin, int64_t end) {
       uint8_t bytes[VecF::N];
       store_low_bytes(bytes, fused(load_as_partial<T>(x + whole, rest), inverse, shifted));
       for (int i = 0; i < rest; ++i) out[whole + i] = bytes[i];
+    }
+  }
+}
+
+// Infinity leaves NaN, and so NaN is all that comes of its row.
+inline void split_rows(const SplitParams& p, int64_t begin, int64_t end) {
+  for (int64_t i = begin * p.K; i < end * p.K; i += kSplitInputs) {
+    bf16* const out = static_cast<bf16*>(p.out) + 2 * i;
+    for (int64_t k = 0; k < kSplitInputs; k += VecF::N) {
+      const VecF v = VecF::load(p.x + i + k);
+      store_rounded<bf16>(out + k, v);
+      store_rounded<bf16>(out + kSplitInputs + k, v - load_bf16(out + k));
     }
   }
 }

@@ -192,7 +192,9 @@ void tile_linear_items(const LinearParams& p, int64_t begin, int64_t end, Activa
 
 template <class T, class Out>
 void tile_linear(const LinearParams& p, int64_t begin, int64_t end) {
-  if (!fits_tiles<T>(p)) return linear<T, Out>(p, begin, end);
+  if constexpr (!kIsSplit<T>) {
+    if (!fits_tiles<T>(p)) return linear<T, Out>(p, begin, end);
+  }
   using ErfGelu = TileGelu<Out, ErfTail<Out>, kErfTails>;
   using TanhGelu = TileGelu<Out, TanhTail<Out>, kTanhTails>;
   if constexpr (sizeof(T) == sizeof(bf16) && sizeof(Out) == sizeof(float)) {

@@ -1,4 +1,6 @@
-// Products of rows of x and panels on tiles, bf16 or int8, for linear and linear_norm.
+// Products of rows of x and panels on tiles, for linear and linear_norm: bf16, int8, or fp32 that
+// is split into sums of two bf16, of which three products are taken: all but that of the lesser
+// parts.
 //
 // A block of 32 rows and 32 columns has its sums in four tiles, from the first step along K to the
 // last: a row goes through the same steps in whatever block it is, so it depends on no other row
@@ -27,10 +29,22 @@ SBF_INLINE int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
 SBF_INLINE int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
 SBF_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// T is bf16, or int8_t for bytes of x and int8 weights, whose sums are int32.
+// An fp32 as a sum of two bf16, which lie apart (SplitParams).
+struct SplitFloat {
+  bf16 greater, lesser;
+};
+
+// T is bf16; int8_t for bytes of x and int8 weights, whose sums are int32; or SplitFloat.
+template <class T>
+constexpr bool kIsSplit = sizeof(T) == sizeof(SplitFloat);
+// Tiles of a row of x, and of a strip of weights, that a step along K takes.
+template <class T>
+constexpr int64_t kPartsOfStep = kIsSplit<T> ? 2 : 1;
+
 template <class T>
 SBF_INLINE bool fits_tiles(const LinearParams& p) {
-  return p.K > 0 && p.K * static_cast<int64_t>(sizeof(T)) % kTileRowBytes == 0;
+  const int64_t step_bytes = kPartsOfStep<T> * kTileRowBytes;
+  return p.K > 0 && p.K * static_cast<int64_t>(sizeof(T)) % step_bytes == 0;
 }
 
 // Rows, at most kBlockRows of them, the first of two strips of columns, and steps along K.
@@ -72,14 +86,14 @@ class BlockProduct {
       : x_(static_cast<const char*>(p.x)),
         panels_(static_cast<const char*>(p.panels)),
         x_stride_(p.K * static_cast<int64_t>(sizeof(T))),
-        steps_(x_stride_ / kTileRowBytes),
+        steps_(x_stride_ / kStepRowBytes),
         strips_(panel_count(p.N, p.gated) * kStripsPerPanel),
-        group_(larger_of(1, group_bytes / (2 * steps_ * kTileBytes))),
+        group_(larger_of(1, group_bytes / (2 * steps_ * kStepBytes))),
         run_steps_(divide_up(steps_, divide_up(steps_, run_steps))) {}
 
   /// How often run() calls `meanwhile`: what vector units do comes in pieces, since the tiles wait
   /// while a long one is in the way.
-  int64_t pauses() const { return 3 * steps_; }
+  int64_t pauses() const { return 3 * kProducts * steps_; }
 
   /// Blocks side by side whose weights stay in the cache.
   int64_t group() const { return group_; }
@@ -127,10 +141,10 @@ class BlockProduct {
     const bool has_lower = block.rows > kTileRowsMax;
     const int64_t height = has_lower ? (block.rows + 1) / 2 : block.rows;
     if (height != height_) tiles_.configure(height_ = height);
-    const char* upper = x_ + block.row * x_stride_ + block.step * kTileRowBytes;
-    const char* left = weights(block.strip) + block.step * kTileBytes;
-    const char* right = weights(smaller_of(block.strip + 1, strips_ - 1)) + block.step * kTileBytes;
-    const char* const end = left + (block.step_end - block.step) * kTileBytes;
+    const char* upper = x_ + block.row * x_stride_ + block.step * kStepRowBytes;
+    const char* left = weights(block.strip) + block.step * kStepBytes;
+    const char* right = weights(smaller_of(block.strip + 1, strips_ - 1)) + block.step * kStepBytes;
+    const char* const end = left + (block.step_end - block.step) * kStepBytes;
     if (has_lower) {
       const int64_t first = block.rows - height;
       float* const lower_sums = sums + first * stride;
@@ -147,23 +161,26 @@ class BlockProduct {
   }
 
  private:
+  static constexpr int kProducts = kIsSplit<T> ? 3 : 1;                // of a step
+  static constexpr int64_t kStepBytes = kPartsOfStep<T> * kTileBytes;  // of a strip
+  static constexpr int64_t kStepRowBytes = kPartsOfStep<T> * kTileRowBytes;
   static constexpr int64_t kHeaderBytes = kInt8 ? kInt8Header * kTileRowBytes : 0;
 
   // Those of the next group, or the first one for the rows of the next item.
   void ask_for_weights(int64_t strip, int64_t current, int64_t strip_end, int64_t blocks) {
     if (strip == current) return;
     const int64_t end = smaller_of(strip + 2 * group_, strip_end);
-    weights_ahead_.start(weights(strip), weights(end), blocks * steps_);
+    weights_ahead_.start(weights(strip), weights(end), blocks * kProducts * steps_);
   }
 
   // Rows of x lie apart for a tile: what no hardware prefetcher follows.
   void ask_for_rows(int64_t row, int64_t row_end, int64_t blocks) {
     const int64_t end = smaller_of(row + kBlockRows, row_end);
-    rows_ahead_.start(x_ + row * x_stride_, x_ + end * x_stride_, blocks * steps_);
+    rows_ahead_.start(x_ + row * x_stride_, x_ + end * x_stride_, blocks * kProducts * steps_);
   }
 
   const char* weights(int64_t strip) const {
-    return panels_ + strip * (steps_ * kTileBytes + kHeaderBytes) + kHeaderBytes;
+    return panels_ + strip * (steps_ * kStepBytes + kHeaderBytes) + kHeaderBytes;
   }
 
   template <int FIRST>
@@ -200,24 +217,29 @@ class BlockProduct {
     tiles_.template load_constant<4>(upper, stride);
     if constexpr (kHasLower) tiles_.template load_constant<5>(lower, stride);
     tiles_.template load_passing<7>(right, kTileRowBytes);
-    for (;;) {
-      left += kTileBytes, right += kTileBytes;
-      upper += kTileRowBytes, lower += kTileRowBytes;
+    for (int product = 0;;) {
+      // Of split operands: the lesser part of the weights by the greater of x, then the greater one
+      // by both.
+      const bool next_weights = !kIsSplit<T> || product != 1;
+      const bool next_rows = !kIsSplit<T> || product != 0;
+      if constexpr (kIsSplit<T>) product = product == 2 ? 0 : product + 1;
+      if (next_weights) left += kTileBytes, right += kTileBytes;
+      if (next_rows) upper += kTileRowBytes, lower += kTileRowBytes;
       const bool is_last = left == end;
       multiply_add<0, 4, 6>();
       meanwhile();
       if constexpr (kHasLower) multiply_add<2, 5, 6>();
-      if (!is_last) tiles_.template load_passing<6>(left, kTileRowBytes);
+      if (next_weights && !is_last) tiles_.template load_passing<6>(left, kTileRowBytes);
       meanwhile();
       multiply_add<1, 4, 7>();
-      if (!is_last) tiles_.template load_constant<4>(upper, stride);
+      if (next_rows && !is_last) tiles_.template load_constant<4>(upper, stride);
       if constexpr (kHasLower) multiply_add<3, 5, 7>();
       meanwhile();
       rows_ahead.next();
       weights_ahead.next();
       if (is_last) break;
-      tiles_.template load_passing<7>(right, kTileRowBytes);
-      if constexpr (kHasLower) tiles_.template load_constant<5>(lower, stride);
+      if (next_weights) tiles_.template load_passing<7>(right, kTileRowBytes);
+      if (kHasLower && next_rows) tiles_.template load_constant<5>(lower, stride);
     }
     rows_ahead_ = rows_ahead;
     weights_ahead_ = weights_ahead;

@@ -195,14 +195,15 @@ def _linears() -> dict[str, str]:
     import torch
 
     from sbert_fast.linears import choose
-    from sbert_fast.target import Target
+    from sbert_fast.target import Target, takes_high
 
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    return {
-        f"{device} {str(dtype)[6:]}": str(choose(Target(dtype, torch.device(device))))
-        for device in devices
+    targets = [
+        Target(dtype, device, high=takes_high(dtype, device))
+        for device in map(torch.device, devices)
         for dtype in (torch.float32, torch.bfloat16)
-    }
+    ]
+    return {f"{each.device} {str(each.dtype)[6:]}": str(choose(each)) for each in targets}
 
 
 def _ops() -> list[dict[str, Any]]:

@@ -3,8 +3,10 @@
 fp32: panels of 48 columns (output features) side by side, one step along the inputs after another,
 `[panels, K, 48]`. bf16: strips of 16 columns, three to a panel, two inputs at a time,
 `[3 * panels, K / 2, 16, 2]`. int8: strips likewise, four inputs at a time, behind two steps of
-another meaning, both fp32: the scale of each column, and the sum of its weights. The layout is the
-same on every instruction set; the last panel is filled up with zeros.
+another meaning, both fp32: the scale of each column, and the sum of its weights. fp32 weights that
+are split into sums of two bf16: strips of bf16 likewise, but for each 32 inputs the lesser parts,
+then the greater ones, `[3 * panels, K, 16, 2]`. The layout is the same on every instruction set;
+the last panel is filled up with zeros.
 
 Gated layers have two panels for 48 columns of the result: strips of the columns that are activated,
 each before the strip of those that they are multiplied by.
@@ -19,6 +21,7 @@ from torch import Tensor
 COLUMNS = 48
 STRIP_COLUMNS = 16
 INT8_GROUP = 4  # inputs
+SPLIT_GROUP = 32  # inputs
 LARGEST = 127
 STEPS = 253
 
@@ -87,10 +90,37 @@ def unpack_int8(panels: Tensor, features: int) -> tuple[Tensor, Tensor]:
     return unpack(panels[:, 2:], features), scales
 
 
+def split(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The greater and the lesser part of `values` fp32: bf16 both, their sum right to 2^-17."""
+    greater = values.bfloat16()
+    return greater, (values - greater.float()).bfloat16()
+
+
+def pack_split(weight: Tensor) -> Tensor:
+    """The split panels of `weight` fp32 `[N, K]`; K is a multiple of 32."""
+    greater, lesser = (pack(part).unflatten(1, (-1, SPLIT_GROUP // 2)) for part in split(weight))
+    return torch.stack((lesser, greater), dim=2).flatten(1, 3)
+
+
+def unpack_split(panels: Tensor, features: int) -> tuple[Tensor, Tensor]:
+    """The greater and the lesser part bf16 `[N, K]` of what :func:`pack_split` was given."""
+    parts = panels.unflatten(1, (-1, 2, SPLIT_GROUP // 2))
+    lesser, greater = (unpack(parts[:, :, part].flatten(1, 2), features) for part in (0, 1))
+    return greater, lesser
+
+
+def is_split(panels: Tensor, inputs: int) -> bool:
+    """Whether `panels` of so many inputs are split."""
+    return panels.dim() == 4 and panels.shape[1] == inputs
+
+
 def multiply(x: Tensor, panels: Tensor, features: int) -> Tensor:
     """`x` `[T, K]`, fp32 or fp64, times panels of any kind: `[T, N]` in its dtype."""
     if panels.dtype == torch.int8:
         return multiply_int8(x, panels, features)
+    if is_split(panels, x.shape[1]):
+        greater, lesser = unpack_split(panels, features)
+        return F.linear(x, greater.to(x.dtype) + lesser.to(x.dtype))
     return F.linear(x, unpack(panels, features).to(x.dtype))
 
 

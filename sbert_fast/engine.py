@@ -30,7 +30,7 @@ from sbert_fast.preparation import (
     prepare_table,
     required_ops,
 )
-from sbert_fast.target import Target, compute_dtype, int8_refusal, takes_high, tiles_refusal
+from sbert_fast.target import Target, compute_dtype, int8_refusal, takes_high
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +61,7 @@ class _Current:
     prepared: Prepared
 
     def is_current(self) -> bool:
-        target = self.prepared.target
-        outdated = takes_high(target.dtype, target.device) != target.high and not tiles_refusal()
-        return not outdated and self.fingerprint.is_current()
+        return self.prepared.target.holds() and self.fingerprint.is_current()
 
 
 class PackedEncoder:

@@ -336,9 +336,6 @@ def prepare_linear(
         target: what to prepare them for.
         activation: fused into the layer.
         first: of a gated layer, whether the first half is the one that is activated; else None.
-
-    Raises:
-        UnsupportedModelError: live weights were asked for, and a part has no module.
     """
     return choose(target, parts[0].weight.shape[1]).kind(parts, target, activation, first)
 

@@ -24,9 +24,9 @@ class Target:
         device: where the weights are.
         impl: implementation of the ops, see :mod:`sbert_fast.ops`.
         live: the model's own modules are called: nothing of their weights is copied.
-        drops: modules of dropout act, those in training mode; only beside `live`.
         int8: weights are rounded to int8, and what they multiply is, row by row.
         high: float32 products may be as exact as :func:`takes_high` says.
+        drops: modules of dropout act, those in training mode; only beside `live`.
     """
 
     dtype: torch.dtype
@@ -34,8 +34,12 @@ class Target:
     impl: str = "auto"
     live: bool = False
     int8: bool = False
-    drops: bool = False
     high: bool = False
+    drops: bool = False
+
+    def holds(self) -> bool:
+        """Whether torch's precision is still the one that it was made for, where that counts."""
+        return takes_high(self.dtype, self.device) == self.high or tiles_refusal() is not None
 
     def bind(self, op: str, **how: Any) -> ops.Kernel:
         """The kernel of `op`; sizes and options as :func:`ops.bind` takes them."""

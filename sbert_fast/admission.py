@@ -10,6 +10,7 @@ from torch import nn
 from sbert_fast import bypass, models
 from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.fingerprint import Fingerprint
+from sbert_fast.models.adapted import skeleton
 from sbert_fast.models.base import is_in_pooler
 from sbert_fast.state import Snapshot
 
@@ -28,6 +29,8 @@ class Admission:
 
     Attributes:
         reason: why the engine does not support the model; None where it does.
+        adapted: why only passes that record gradients, which call linear layers as they are, may
+            run packed; None where all may.
         inside, around: why the modules in the model, or the model itself and its pooler, must
             still be called: they have hooks or forwards of their own. None where they have not.
         drops: the model is in training mode and has dropout.
@@ -43,16 +46,18 @@ class Admission:
 
     def __init__(self, model: nn.Module, read: Reader = models.read) -> None:
         self._snapshot = Snapshot(model)
-        self._originals = models.originals_of(model)
-        self.buffers = list(model.buffers())
+        seen = skeleton(model)
+        self._originals = models.originals_of(seen)
+        self.buffers = list(seen.buffers())
         self._buffers = Fingerprint(self.buffers, ())
         self.tensors = [t for name, t in model.named_parameters() if not is_in_pooler(name)]
         self._kinds = self._read_kinds()
         self.reason: str | None = None
-        inner = [m for name, m in model.named_modules() if name and not is_in_pooler(name)]
-        pooler = [m for name, m in model.named_modules() if is_in_pooler(name)]
+        self.adapted = None if seen is model else _refusal(model, read)
+        inner = [m for name, m in seen.named_modules() if name and not is_in_pooler(name)]
+        pooler = [m for name, m in seen.named_modules() if is_in_pooler(name)]
         try:
-            self.architecture, self.weights = read(model)
+            self.architecture, self.weights = read(seen)
         except UnsupportedModelError as error:
             self.reason = str(error)
             return
@@ -69,7 +74,7 @@ class Admission:
     @property
     def bypassed(self) -> str | None:
         """Why what replaces the whole model and its pooler cannot run now; None if it can."""
-        return self.inside or self.around or bypass.global_reason()
+        return self.adapted or self.inside or self.around or bypass.global_reason()
 
     def _read_kinds(self) -> list[tuple[torch.dtype, torch.device]]:
         return [(tensor.dtype, tensor.device) for tensor in self.tensors]
@@ -85,3 +90,12 @@ class Admission:
     def holds_without_tensors(self) -> bool:
         """Whether it holds where no tensor was written to, moved or cast."""
         return self._snapshot.is_current() and self._originals.is_current()
+
+
+def _refusal(model: nn.Module, read: Reader) -> str:
+    """Why a model with adapted linear layers is not read as it is."""
+    try:
+        read(model)
+    except UnsupportedModelError as error:
+        return str(error)
+    return "linear layers are adapted"

@@ -76,6 +76,7 @@ class PackedEncoder:
         impl: implementation of the ops, see :mod:`sbert_fast.ops`.
         live: call the model's own linear layers instead of copying their weights: less memory,
             fewer fused operations.
+        adapted: take a model with adapted linear layers, too, for passes that record gradients.
         device: where the model will be when it runs; None is where it is.
         low_memory: keep weights that are prepared in another form in pages of files, out of memory.
 
@@ -95,6 +96,7 @@ class PackedEncoder:
         dtype: torch.dtype | None = None,
         impl: str = "auto",
         live: bool = False,
+        adapted: bool = False,
         device: torch.device | None = None,
         low_memory: bool = False,
     ) -> None:
@@ -102,7 +104,7 @@ class PackedEncoder:
         self.requested_dtype = dtype
         self.impl, self.live, self.low_memory = impl, live, low_memory
         self._start()
-        self.architecture = self.admission().architecture
+        self.architecture = self.admission(adapted=adapted).architecture
         self.check(self.device if device is None else device)
 
     def check(self, device: torch.device) -> str:
@@ -196,8 +198,10 @@ class PackedEncoder:
                 choices.append(choice)
         return choices
 
-    def admission(self) -> Admission:
+    def admission(self, *, adapted: bool = False) -> Admission:
         """What reading the model has shown.
+
+        Where linear layers are `adapted`, only a pass that records gradients calls them.
 
         Raises:
             UnsupportedModelError: the model cannot be run packed; the message says why.
@@ -205,8 +209,9 @@ class PackedEncoder:
         admission = self._admission
         if admission is None or not admission.is_current():
             admission = self._admission = self._admit()
-        if admission.reason is not None:
-            raise UnsupportedModelError(admission.reason)
+        reason = admission.reason or (None if adapted else admission.adapted)
+        if reason is not None:
+            raise UnsupportedModelError(reason)
         return admission
 
     def _admit(self) -> Admission:

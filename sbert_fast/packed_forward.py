@@ -163,9 +163,12 @@ class PackedForward(StandIn):
         if first:
             logger.log(level, "%s, forward: %s", type(self.engine.model).__name__, outcome)
 
-    def refusal(self) -> str | None:
+    def refusal(self, *, recorded: bool = False) -> str | None:
         """Why every call runs the original forward now, whatever it asks for; None where that
         depends on the call.
+
+        Args:
+            recorded: of calls where gradients are recorded, if anything in the model has any.
 
         Raises:
             UnsupportedModelError: the model is no longer supported; the message says why.
@@ -177,22 +180,25 @@ class PackedForward(StandIn):
             return "torch.autocast is on"
         if (reason := bypass.global_reason()) is not None:
             return reason
-        admission = self.engine.admission()
+        admission = self.engine.admission(adapted=recorded)
+        if recorded and not _records(admission):
+            return self.refusal()
         if admission.inside is not None:
             return admission.inside
-        return _DROPS if admission.drops_elsewhere else None
-
-    def _check_modes(self) -> Admission:
-        if (reason := self.refusal()) is not None:
-            raise _UseOriginalError(reason)
-        admission = self.engine.admitted
-        if not _records(admission):
-            if admission.drops:
-                raise _UseOriginalError(_DROPS)
-        elif (reason := training.refusal(self.engine)) is not None:
+        if admission.drops_elsewhere:
+            return _DROPS
+        if recorded and (reason := training.refusal(self.engine)) is not None:
             reason = f"gradients are recorded: {reason}"
             _warn_about_gradients(type(self.engine.model).__name__, reason)
+            return reason
+        return None
+
+    def _check_modes(self) -> Admission:
+        if (reason := self.refusal(recorded=torch.is_grad_enabled())) is not None:
             raise _UseOriginalError(reason)
+        admission = self.engine.admitted
+        if admission.drops and not _records(admission):
+            raise _UseOriginalError(_DROPS)
         return admission
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

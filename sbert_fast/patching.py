@@ -20,6 +20,7 @@ from sbert_fast import bypass, models
 from sbert_fast.arguments import parse_dtype
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import UnsupportedModelError
+from sbert_fast.models.adapted import skeleton
 from sbert_fast.models.checks import check_finite
 from sbert_fast.packed_forward import PackedForward, StandIn
 from sbert_fast.sparse_forward import SparseForward, has_masked_lm_head
@@ -54,7 +55,7 @@ def candidates(model: nn.Module) -> dict[str, nn.Module]:
 
 def refusal(module: nn.Module) -> str | None:
     """Why a base model cannot be accelerated; None where it can."""
-    return _replacement(module) or models.refusal(module)
+    return _replacement(module) or models.refusal(skeleton(module))
 
 
 def _replacement(module: nn.Module) -> str | None:
@@ -134,7 +135,7 @@ def accelerate(
         )
         raise UnsupportedModelError(f"{type(model).__name__} cannot be accelerated: {why}")
     engines = [
-        PackedEncoder(module, dtype=requested_dtype, impl=impl)
+        PackedEncoder(module, dtype=requested_dtype, impl=impl, adapted=True)
         for name, module in found.items()
         if reasons[name] is None
     ]

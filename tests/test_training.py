@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -34,7 +35,8 @@ NAMES = [
     for name in families.VARIANTS
     if name in VARIANTS or (name in families.FAMILIES and name != "deberta-v2")
 ]
-PARTS = re.compile(r"\.(query|key|value|[qkv](_lin|_proj)?)\.")
+NOTHING = nullcontext()
+PARTS = re.compile(r"\.(query|key|value|[qkv](_lin|_proj)?)\.(base_layer\.|parametrizations\.)?")
 
 
 def loss(model: Any, batch: Batch) -> Tensor:
@@ -48,11 +50,15 @@ def loss(model: Any, batch: Batch) -> Tensor:
     return total if pooled is None else total + pooled.square().sum()
 
 
-def train(model: Any, batch: Batch) -> dict[str, Tensor]:
+def train(
+    model: Any, batch: Batch, around: AbstractContextManager[Any] = NOTHING
+) -> dict[str, Tensor]:
     """The gradients by parameter, those of queries, keys and values side by side: that of the bias
-    of keys is zero, and nothing but rounding."""
+    of keys is zero, and nothing but rounding. The forward pass runs in a context."""
     model.zero_grad()
-    loss(model, batch).backward()
+    with around:
+        total = loss(model, batch)
+    total.backward()
     parts: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:

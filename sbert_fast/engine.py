@@ -35,8 +35,7 @@ from sbert_fast.target import Target, compute_dtype, int8_refusal, takes_high
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Everything one forward pass needs, derived from the parameters of a model; the number of rows
-    must be a multiple of `row_alignment`."""
+    """What a forward pass needs of a model; its rows must be a multiple of `row_alignment`."""
 
     architecture: models.Architecture
     target: Target
@@ -157,8 +156,7 @@ class PackedEncoder:
 
     @property
     def implementation(self) -> str:
-        """The implementation of the ops that a forward pass uses now, but for those that
-        :mod:`sbert_fast.ops.choices` lists."""
+        """What runs the ops now, but for those that :mod:`sbert_fast.ops.choices` lists."""
         return ops.resolve(self.device, self.compute_dtype, self.impl)
 
     def bind(self, op: str) -> ops.Kernel:
@@ -199,9 +197,7 @@ class PackedEncoder:
         return choices
 
     def admission(self, *, adapted: bool = False) -> Admission:
-        """What reading the model has shown.
-
-        Where linear layers are `adapted`, only a pass that records gradients calls them.
+        """What reading the model has shown; `adapted` as for the constructor.
 
         Raises:
             UnsupportedModelError: the model cannot be run packed; the message says why.
@@ -209,8 +205,7 @@ class PackedEncoder:
         admission = self._admission
         if admission is None or not admission.is_current():
             admission = self._admission = self._admit()
-        reason = admission.reason or (None if adapted else admission.adapted)
-        if reason is not None:
+        if reason := admission.reason or (None if adapted else admission.adapted):
             raise UnsupportedModelError(reason)
         return admission
 

@@ -142,6 +142,9 @@ class LiveLinear(_Linear):
         y = y if self.dropout is None else self.dropout(y)
         return y if self.activation == Activation.NONE else self.activated(y, None)
 
+    def without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self(x).to(self.target.dtype), None
+
 
 class StackedLinear(_Linear):
     """A layer whose weights are copied, those of several parts into one matrix."""

@@ -176,7 +176,7 @@ class PackedForward(StandIn):
         device = self.engine.device.type
         if device != "cpu" and self.engine.implementation == "reference":
             return f"the model is on {device}: no kernels run there"
-        if torch.is_autocast_enabled(device):
+        if torch.is_autocast_enabled(device) and not recorded:
             return "torch.autocast is on"
         if (reason := bypass.global_reason()) is not None:
             return reason
@@ -256,10 +256,12 @@ class PackedForward(StandIn):
 
     def _padded(self, x: Tensor, call: padded_call.PaddedCall, source: Tensor) -> Tensor:
         """Packed states `[T, E]` where they belong in `[B, S, E]`, zeros everywhere else."""
+        # Under autocast, training gives states of the dtype that the original gives.
         model: Any = self.engine.model
+        dtype = x.dtype if torch.is_grad_enabled() else model.dtype
         # A tensor made in inference mode could not be saved for the backward pass of a head.
         with torch.inference_mode(False):
-            hidden = torch.zeros(*call.shape, x.shape[1], dtype=model.dtype, device=x.device)
+            hidden = torch.zeros(*call.shape, x.shape[1], dtype=dtype, device=x.device)
         hidden.view(-1, x.shape[1])[source] = x[: call.batch.num_tokens].to(hidden.dtype)
         return hidden
 

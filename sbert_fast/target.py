@@ -10,6 +10,9 @@ from torch import nn
 
 from sbert_fast import ops
 
+# Ops on what linear layers give, before it is added to anything.
+_INNER = ("bias_gelu", "gated_activation", "varlen_attention")
+
 BF16_ISAS = ("amx_bf16", "avx512_bf16")
 INT8_ISAS = (*BF16_ISAS, "avx512_vnni", "avx_vnni")
 TILE_ISAS = ("amx_bf16",)
@@ -27,6 +30,7 @@ class Target:
         int8: weights are rounded to int8, and what they multiply is, row by row.
         high: float32 products may be as exact as :func:`takes_high` says.
         drops: modules of dropout act, those in training mode; only beside `live`.
+        autocast: what live linear layers give under torch.autocast, whatever `dtype` is; or None.
     """
 
     dtype: torch.dtype
@@ -36,6 +40,7 @@ class Target:
     int8: bool = False
     high: bool = False
     drops: bool = False
+    autocast: torch.dtype | None = None
 
     def holds(self) -> bool:
         """Whether torch's precision is still the one that it was made for, where that counts."""
@@ -43,7 +48,8 @@ class Target:
 
     def bind(self, op: str, **how: Any) -> ops.Kernel:
         """The kernel of `op`; sizes and options as :func:`ops.bind` takes them."""
-        return ops.bind(op, self.device, self.dtype, self.impl, **how)
+        dtype = (self.autocast if op in _INNER else None) or self.dtype
+        return ops.bind(op, self.device, dtype, self.impl, **how)
 
 
 def compute_dtype(

@@ -30,6 +30,8 @@ def refusal(engine: PackedEncoder) -> str | None:
     dtype = next(model.parameters()).dtype
     if engine.compute_dtype != dtype or engine.requested_dtype == torch.int8:
         return f"not in another dtype than that of the weights, {dtype}"
+    if torch.is_autocast_enabled("cpu") and (reason := _autocast_refusal(engine)) is not None:
+        return f"torch.autocast {reason}"
     for op, how in required_ops(weights):
         if (reason := ops.gradient_refusal(op, how)) is not None:
             return reason
@@ -46,6 +48,18 @@ def refusal(engine: PackedEncoder) -> str | None:
     if (reason := bypass.gradient_reason(modules)) is not None:
         return reason
     return "a hook makes embeddings record them" if engine.admitted.records else None
+
+
+def _autocast_refusal(engine: PackedEncoder) -> str | None:
+    weights, dtype = engine.admitted.weights, torch.get_autocast_dtype("cpu")
+    if dtype != torch.bfloat16:
+        return f"in {dtype}"
+    if engine.implementation != "cpu":
+        return "reaches the products of the reference"
+    first = weights.layers[0]
+    if first.norm_first or first.attention.rotary is not None or first.feed_forward.gated:
+        return "of a model that is not laid out like BERT"
+    return None
 
 
 def _tables(model: nn.Module, embeddings: Embeddings) -> list[nn.Module]:
@@ -70,7 +84,9 @@ def states(engine: PackedEncoder, batch: PackedBatch, given: Tensor | None) -> I
         given: embeddings `[rows, E]` that stand for those of words, by the ids of `batch`; or None.
     """
     weights = engine.admitted.weights
-    target = Target(engine.compute_dtype, engine.device, engine.impl, live=True, drops=True)
+    autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    target = Target(engine.compute_dtype, engine.device, engine.impl, live=True, autocast=autocast)
+    target = replace(target, drops=True)
     # In a dead tail, a token that no text holds would pass on weights that are not finite.
     count = batch.num_tokens or None
     types = batch.token_type_ids
@@ -81,7 +97,8 @@ def states(engine: PackedEncoder, batch: PackedBatch, given: Tensor | None) -> I
         token_type_ids=None if types is None else types[:count],
     )
     x = _embed(engine, weights, batch, given, target)
-    yield from prepare_stack(weights, target).states(x, batch)
+    # Under autocast a projection of the embeddings narrows them; the sums of layers do not.
+    yield from prepare_stack(weights, replace(target, dtype=x.dtype)).states(x, batch)
 
 
 def _embed(

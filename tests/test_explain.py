@@ -124,7 +124,7 @@ def test_explain_a_model() -> None:
     assert "supported, not accelerated" in explain(model)
     accelerate(model, impl="reference")
     model.encode(["one", "two"])
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         model[0].model(**families.make_batch("bert", LENGTHS))
     text = explain(model)
     assert "accelerated (bert): float32 on cpu, ops: reference (asked for by impl" in text

@@ -63,8 +63,7 @@ class _Linear:
         first: bool | None = None,
     ) -> None:
         self.target, self.activation, self.first = target, activation, first
-        self.features = sum(part.weight.shape[0] for part in parts)
-        self.features //= 1 if first is None else 2
+        self.features = sum(part.weight.shape[0] for part in parts) // (1 if first is None else 2)
         self._kernels: dict[tuple[str, bool], ops.Kernel] = {}
         self.take(parts)
 
@@ -314,8 +313,7 @@ def choose(target: Target, inputs: int = 0) -> LinearChoice:
     """The kind of layer that is fastest for `target`, of those that take rows of `inputs`."""
     refusals: dict[str, str] = {}
     for kind in KINDS:
-        reason = kind.refusal(target, inputs)
-        if reason is None:
+        if (reason := kind.refusal(target, inputs)) is None:
             break
         refusals[kind.name] = reason
     return LinearChoice(kind, refusals)

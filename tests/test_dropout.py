@@ -22,7 +22,7 @@ from sbert_fast import accelerate, ops
 from sbert_fast.ops import dropout
 from sbert_fast.patching import counts
 from sbert_fast.testing import assert_close_to_oracle, pack_lengths
-from test_training import NAMES, loss, train
+from test_training import LIKE_BERT, loss, train
 
 CPU = torch.device("cpu")
 SEED = torch.tensor([0x123456789ABCDEF])
@@ -227,7 +227,7 @@ def other_rates(model: Any) -> None:
 
 
 MASKS = 4
-CASES = [(name, same_rates) for name in NAMES] + [("bert", other_rates)]
+CASES = [(name, same_rates) for name in LIKE_BERT] + [("bert", other_rates)]
 
 
 @pytest.mark.parametrize(("name", "change"), CASES)

@@ -21,7 +21,7 @@ from patched import LENGTHS, pair
 from sbert_fast import accelerate
 from sbert_fast.patching import counts
 from sbert_fast.testing import assert_close_to_oracle
-from test_training import NAMES, loss, train
+from test_training import LIKE_BERT, loss, train
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 Change = Callable[[Any], Any]
@@ -44,7 +44,7 @@ def same(model: Any) -> Any:
 
 
 AUTOCAST = [
-    *((name, same) for name in NAMES),
+    *((name, same) for name in LIKE_BERT),
     ("bert", adapted),
     ("bert", halved),
     ("bert", lambda model: adapted(halved(model))),

@@ -30,6 +30,7 @@ KNOWN = {
     "module_output_name",
     "processing_kwargs",
     "processor",
+    "track_media_counts",
     "transformer_task",
 }
 # By the task of a Transformer module: what sentence-transformers takes from the model in it, and

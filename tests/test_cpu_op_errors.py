@@ -117,7 +117,7 @@ REFUSALS = [
         lambda x: x[:, :0].contiguous(),
         r"x must have at least one column, got \[\d+, 0\]",
     ),
-    ("linear", 1, Tensor.bfloat16, r"panels must be contiguous float32 .* got bfloat16"),
+    ("linear", 1, Tensor.half, r"panels must be contiguous float32 .* got float16"),
     ("linear", 1, lambda x: x[:1], r"panels must be .* = \[2, 104, 48\], got float32 \[1, 104"),
     ("linear", 2, Tensor.bfloat16, r"bias must be contiguous float32 \[N\] = \[52\], got bfloat16"),
     ("linear", 3, constant(0), "features must be at least 1, got 0"),

@@ -15,7 +15,7 @@ import torch
 
 import families
 from benchmarks.common import pages, storage
-from benchmarks.encode import gpu, systems
+from benchmarks.encode import gpu, gpu_systems
 from benchmarks.encode.__main__ import parse_args
 from benchmarks.report import render
 from sbert_fast import ops
@@ -41,9 +41,9 @@ def corpus(tiny: Checkpoint) -> Corpus:
 
 @pytest.mark.parametrize("name", [OURS, REFERENCE, UNPADDED])
 def test_systems_give_the_same_embeddings(name: str, tiny: Checkpoint, corpus: Corpus) -> None:
-    reference = systems.SYSTEMS[REFERENCE](tiny, "float32")
+    reference = gpu_systems.SYSTEMS[REFERENCE](tiny, "float32")
     expected = reference.encode(corpus.texts, Setting(8))
-    system = systems.SYSTEMS[name](tiny, "float32")
+    system = gpu_systems.SYSTEMS[name](tiny, "float32")
     each = Contender(name, "float32", system=system, setting=Setting(7))
     for scope in ("s1", "s3"):
         got = contenders.embed(each, scope, corpus)
@@ -185,11 +185,11 @@ def test_a_system_that_fails_leaves_its_row(run: Any, monkeypatch: pytest.Monkey
     def broken(*_: Any) -> Any:
         raise RuntimeError("no kernel image")
 
-    monkeypatch.setitem(systems.SYSTEMS, UNPADDED, broken)
+    monkeypatch.setitem(gpu_systems.SYSTEMS, UNPADDED, broken)
     code, lines = run("bfloat16")
     assert code == 0
     assert [line["kind"] for line in storage.latest(lines)] == ["error", "row", "row"]
-    monkeypatch.setitem(systems.SYSTEMS, OURS, broken)
+    monkeypatch.setitem(gpu_systems.SYSTEMS, OURS, broken)
     code, lines = run("bfloat16")
     errors = {line["error"] for line in lines if line["kind"] == "error"}
     assert code == 1 and errors == {"RuntimeError: no kernel image"}
@@ -201,7 +201,7 @@ def test_a_system_that_fails_leaves_its_row(run: Any, monkeypatch: pytest.Monkey
 def test_both_of_ours_are_compared(scale: float, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours stands in for ours in CUDA C++; with a scale its embeddings are wrong."""
 
-    class Pretended(systems.Packed):
+    class Pretended(gpu_systems.Packed):
         def stage(self, *arguments: Any) -> Any:
             staged = super().stage(*arguments)
             true = staged.run
@@ -210,7 +210,7 @@ def test_both_of_ours_are_compared(scale: float, run: Any, monkeypatch: pytest.M
 
     reason = {"float32": "", "bfloat16": None}
     monkeypatch.setattr(gpu, "cuda_ops", lambda device, precision: reason[precision])
-    monkeypatch.setitem(systems.SYSTEMS, OURS_CUDA, Pretended)
+    monkeypatch.setitem(gpu_systems.SYSTEMS, OURS_CUDA, Pretended)
     code, lines = run("float32", "bfloat16", peers=[])
     found, right = by_system(lines), scale == 1
     half = {(name, "bfloat16") for name in (OURS, OURS_CUDA, REFERENCE)}
@@ -228,12 +228,12 @@ def test_both_of_ours_are_compared(scale: float, run: Any, monkeypatch: pytest.M
 @pytest.mark.usefixtures("emulated")
 def test_the_cuda_ops_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def narrow(*arguments: Any) -> System:
-        made = systems.Packed(*arguments, impl="cuda")
+        made = gpu_systems.Packed(*arguments, impl="cuda")
         # On a CPU tables in float32 stay so, and the op of a GPU takes no such.
         made.encoder.to(torch.bfloat16)
         return made
 
-    monkeypatch.setitem(systems.SYSTEMS, OURS_CUDA, narrow)
+    monkeypatch.setitem(gpu_systems.SYSTEMS, OURS_CUDA, narrow)
     ops.reset_launches()
     code, lines = run("bfloat16", peers=[], texts=12)
     found = by_system(lines)
@@ -244,9 +244,9 @@ def test_the_cuda_ops_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_without_the_library(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert systems.cuda_ops(CPU, "bfloat16") == systems.cuda_ops(GPU, "float32") == ""
+    assert gpu_systems.cuda_ops(CPU, "bfloat16") == gpu_systems.cuda_ops(GPU, "float32") == ""
     monkeypatch.setattr(extension, "CUDA", extension.Extension("_C_cuda", None, "was not built"))
-    assert systems.cuda_ops(GPU, "float16") == "was not built"
+    assert gpu_systems.cuda_ops(GPU, "float16") == "was not built"
     monkeypatch.setattr(gpu, "cuda_ops", lambda *_: "was not built")
     code, lines = run("bfloat16", peers=[])
     assert code == 0

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
+from torch import nn
 from torch.nn.utils.stateless import _reparametrize_module
 
 from sbert_fast import FastEncoder, accelerate, ops
@@ -25,8 +26,22 @@ def launches() -> int:
 
 
 def _forward(model: Any, texts: list[str]) -> Any:
-    """In the mode the model is in; gradients are recorded where they would be."""
-    return model(model.preprocess(texts))["sentence_embedding"].detach().float().numpy()
+    """In the mode the model is in, or in eval mode where it drops: packed, it draws other random
+    numbers. Gradients are recorded where they would be."""
+    modes = [(module, module.training) for module in model.modules()]
+    if any(map(_drops, model.modules())):
+        model.eval()
+    try:
+        return model(model.preprocess(texts))["sentence_embedding"].detach().float().numpy()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _drops(module: nn.Module) -> bool:
+    rates = (v for n, v in vars(module).items() if "dropout" in n and isinstance(v, float))
+    is_dropout = isinstance(module, nn.Dropout) and module.p > 0
+    return module.training and (is_dropout or any(rate > 0 for rate in rates))
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,22 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import multiprocessing
+import json
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
 
+from benchmarks import ROOT
 from benchmarks.common import options
 from sbert_fast.bench.memory import resident_mb
 from sbert_fast.bench.names import OURS, REFERENCE
 
+# A program that reads the arguments of `peak_of`.
+_PEAK = """import json, sys
+from benchmarks.encode.training import peak_of
+print(peak_of(*json.load(sys.stdin)))"""
 PAIRS = 32  # of a batch
 # What the gradients may lose, all of them as one vector, in float32; under autocast they may differ
 # by twice what stock's differ from those in float32.
@@ -104,8 +111,6 @@ def measure(args: argparse.Namespace, checkpoint: Any, corpus: Any) -> dict[str,
     """Steps a second of each, in turn, and what they hold."""
     import torch
 
-    # As a program this file is `__main__`, whose functions another process cannot be sent.
-    from benchmarks.encode import training as importable
     from sbert_fast.bench import contenders
     from sbert_fast.bench.contenders import Contender
     from sbert_fast.patching import counts
@@ -126,9 +131,17 @@ def measure(args: argparse.Namespace, checkpoint: Any, corpus: Any) -> dict[str,
     for each, training in zip(systems, trainings, strict=True):
         if each.name == OURS and counts(training.model).keys() != {"packed"}:
             raise RuntimeError(f"not every step ran packed: {counts(training.model)}")
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            asked = each.name, each.precision, str(args.model), args.threads, corpus.texts
-            each.more["peak_rss_mb"] = pool.apply(importable.peak_of, asked)
+        asked = each.name, each.precision, str(args.model), args.threads, corpus.texts
+        command = [sys.executable, "-c", _PEAK]
+        told = subprocess.run(
+            command,
+            cwd=ROOT,
+            input=json.dumps(asked),
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        each.more["peak_rss_mb"] = float(told.stdout.splitlines()[-1])
     return {"batch_pairs": PAIRS, "rows": [_row(each, systems, len(steps)) for each in systems]}
 
 

@@ -39,7 +39,7 @@ class Training:
 
     def __init__(self, name: str, precision: str, model: Any) -> None:
         import torch
-        from sentence_transformers import losses
+        from sentence_transformers.sentence_transformer import losses
 
         from sbert_fast import accelerate
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -70,9 +70,9 @@ def case(op: str, changes: dict[int, Any], dtype: torch.dtype, **sizes: Any) -> 
     """The arguments of `op` with `changes`: of attention, the reach of a bias, and whether there
     are rotary positions or norms of heads, in the place of the first of their tensors."""
     args = [*arguments(op, dtype, **sizes)]
-    # An implementation that lacks dropout has no arguments for it.
-    known = overload(op, "reference")._schema.arguments[: 19 if 17 in changes else 14]
-    args += [each.default_value for each in known[len(args) :]]
+    args += [
+        each.default_value for each in overload(op, "reference")._schema.arguments[len(args) :]
+    ]
     for place, value in changes.items():
         args[place] = value
     if op != "varlen_attention":
@@ -118,6 +118,14 @@ def overload(op: str, impl: str) -> Any:
     return getattr(getattr(torch.ops.sbert_fast, op), impl)
 
 
+def called(op: str, impl: str) -> Callable[..., Any]:
+    """The op, which is not given arguments of options that the implementation lacks."""
+    function, whole = overload(op, impl), overload(op, "reference")._schema.arguments
+    own = {each.name for each in function._schema.arguments}
+    kept = [each.name in own for each in whole]
+    return lambda *args: function(*itertools.compress(args, kept))
+
+
 def upstream(op: str, args: list[Any]) -> list[Tensor]:
     torch.manual_seed(3)
     return [torch.randn_like(each.float()) for each in results(getattr(reference, op)(*args))]
@@ -153,7 +161,7 @@ def check(op: str, impl: str, args: list[Any], dtype: torch.dtype) -> None:
     if op == "embed_norm":
         wide[9] = torch.float64
     found = [
-        gradients(op, overload(op, impl), args, grad),
+        gradients(op, called(op, impl), args, grad),
         gradients(op, getattr(reference, op), wide, grad),
         gradients(op, PEERS[op], args, grad),
     ]
@@ -231,6 +239,18 @@ def test_triton_has_gradients(op: str, triton_device: str) -> None:
     if triton_device == "cuda":
         pytest.skip("the cases are on a CPU")
     check(op, "triton", case(op, {}, torch.float32), torch.float32)
+
+
+@pytest.mark.usefixtures("emulated_cuda")
+@pytest.mark.parametrize(
+    "op", ["varlen_attention", "embed_norm", "add_norm", "bias_gelu", "segment_pool"]
+)
+def test_cuda_has_gradients(op: str) -> None:
+    """Though its ops lack options, which formulas know."""
+    args = case(op, {}, torch.float16, dim=32)
+    if op == "embed_norm":
+        args[9] = torch.float16
+    check(op, "cuda", args, torch.float16)
 
 
 @every_impl

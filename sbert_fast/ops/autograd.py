@@ -52,12 +52,10 @@ def _varlen_attention(
     *which, cos, sin, _, causal, kv_heads, query_norm, key_norm, eps = arguments[:14]
     how = causal, cos, sin, kv_heads, query_norm, key_norm, eps
     backward = overload("varlen_attention_backward")
-    # An implementation that lacks dropout has no arguments for it.
     d_qkv, d_bias, d_norms = backward(grad.contiguous(), *which, *how, *arguments[17:])
     norms = (None, None) if query_norm is None else d_norms
     d_bias = None if arguments[4] is None else d_bias
-    others = [None] * (len(arguments) - 13)
-    return d_qkv, None, None, None, d_bias, *[None] * 6, *norms, *others
+    return d_qkv, None, None, None, d_bias, *[None] * 6, *norms, *[None] * 6
 
 
 def _add_norm(
@@ -179,6 +177,11 @@ def _share(mode: str, position: Tensor, length: Tensor, skip: int, dtype: torch.
     return kept if mode == "max" else kept / count
 
 
+def _schema(op: str, implementation: str) -> list[Any]:
+    overload = getattr(getattr(torch.ops.sbert_fast, op), implementation)
+    return list(overload._schema.arguments)
+
+
 _FORMULAS: dict[str, Callable[..., tuple[Any, ...]]] = {
     "varlen_attention": _varlen_attention,
     "embed_norm": _embed_norm,
@@ -190,8 +193,9 @@ _FORMULAS: dict[str, Callable[..., tuple[Any, ...]]] = {
 }
 
 
-def formula(op: str, overload: Overload) -> Callable[..., Any]:
-    """What autograd calls for the gradients of `op`; a refusal where there is no formula."""
+def formula(op: str, implementation: str, overload: Overload) -> Callable[..., Any]:
+    """What autograd calls for the gradients of `op` in an implementation; a refusal where there is
+    no formula."""
     if op not in _FORMULAS:
 
         def refused(ctx: Any, *grads: Any) -> NoReturn:  # noqa: ANN401
@@ -203,9 +207,17 @@ def formula(op: str, overload: Overload) -> Callable[..., Any]:
         # Once: checkpoints give each saved tensor a single time.
         tensors = ctx.saved_tensors
         pairs = zip(ctx.arguments, tensors, strict=True)
-        arguments = [argument if tensor is None else tensor for argument, tensor in pairs]
-        gradients = _FORMULAS[op](overload, arguments, ctx.needs_input_grad, *grads)
-        kept = zip(gradients, tensors, strict=True)
+        given = [argument if tensor is None else tensor for argument, tensor in pairs]
+        # Formulas know all arguments; an implementation leaves out those of options that it lacks.
+        own, whole = (_schema(op, name) for name in (implementation, "reference"))
+        values = dict(zip((each.name for each in own), given, strict=True))
+        # It ends where the caller left the rest to defaults.
+        wanted = dict(zip(values, ctx.needs_input_grad, strict=False))
+        arguments = [values.get(each.name, each.default_value) for each in whole]
+        needs = [wanted.get(each.name, False) for each in whole]
+        gradients = _FORMULAS[op](overload, arguments, needs, *grads)
+        found = {each.name: g for each, g in zip(whole, gradients, strict=True)}
+        kept = zip((found[name] for name in values), tensors, strict=True)
         return tuple(g if g is None else g.to(x.dtype) for g, x in kept)
 
     return backward

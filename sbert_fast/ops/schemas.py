@@ -249,7 +249,8 @@ def _register() -> None:
             _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(f"{NAMESPACE}::{name}", _FAKES[op], lib=_library)
             if not op.endswith("_out"):
-                formula = autograd.formula(op, partial(_gradient_overload, implementation))
+                computing = partial(_gradient_overload, implementation)
+                formula = autograd.formula(op, implementation, computing)
                 torch.library.register_autograd(
                     f"{NAMESPACE}::{name}", formula, setup_context=autograd.save, lib=_library
                 )

@@ -164,9 +164,10 @@ operation(
 )
 
 
-@operation(changes=False)
+@operation()
 def frozen_under_inference_mode(s: Subject) -> None:
-    """Whoever moves a model in inference mode leaves parameters that count no writes."""
+    """Whoever moves a model in inference mode leaves parameters that count no writes, and that no
+    gradients can be recorded with: stock raises."""
     with torch.inference_mode():
         state = {name: tensor * 1 for name, tensor in s.base.state_dict().items()}
         s.base.load_state_dict(state, assign=True)

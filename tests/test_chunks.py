@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +14,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from checks import assert_same_vectors
-from families import make_sentence_transformer, make_texts, make_xlnet
-from sbert_fast import FastEncoder
+from families import FAMILIES, make_sentence_transformer, make_texts, make_xlnet
+from sbert_fast import FastEncoder, ops
 from sbert_fast.errors import InputError
 from sbert_fast.sentence_transformers import chunks
 
@@ -77,6 +80,36 @@ def test_parts_of_any_length_take_no_more_memory_than_the_whole(
     found = FastEncoder(stock).encode_chunks(DOCUMENT, spans)
     assert_same_vectors(found, expected(stock, DOCUMENT, spans))
     assert max(sizes) <= len(stock.tokenizer(DOCUMENT)["input_ids"])
+
+
+_PEAK = """
+import resource, sys
+sys.path.insert(0, {tests!r})
+import families
+from sbert_fast import FastEncoder, ops
+st = families.make_sentence_transformer({name!r}, overrides={{"max_position_embeddings": 8192}})
+st.max_seq_length = 8192
+encoder = FastEncoder(st, batch_tokens=8192)
+encoder.encode("sea")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+encoder.encode_chunks("sea " * 8190, [(0, 4 * 8190), *((i, i + 3) for i in range(0, 4000, 4))])
+assert not encoder.stats.fallbacks and encoder.stats.tokens == 8192 + 3
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(not ops.extension.CPU.available, reason=str(ops.extension.CPU.reason))
+@pytest.mark.parametrize(
+    "name", [n for n in ("modernbert", "nomic_bert", "deberta-v2") if n in FAMILIES]
+)
+def test_memory_of_a_long_text_grows_with_its_length(name: str) -> None:
+    script = _PEAK.format(tests=str(Path(__file__).parent), name=name)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True
+    )
+    # In KiB. The scores of one head, [8192, 8192], would take 256 MiB; a thousand parts, each
+    # padded to the longest, 2 GiB.
+    assert int(done.stdout.split()[-1]) < 100 * 1024
 
 
 def test_options() -> None:

@@ -32,7 +32,7 @@ from checks import assert_same_vectors
 from model_operations import OPERATIONS
 from packed_kinds import KINDS, launches
 from sbert_fast import FastEncoder
-from walks import STEPS, WALKED, NotNow, Subject
+from walks import STEPS, TEXTS, WALKED, NotNow, Subject
 
 if importlib.util.find_spec("peft"):
     import adapter_operations  # noqa: F401
@@ -62,6 +62,16 @@ def subject(kind: str, family: str) -> Subject:
     made = Subject.new(kind, family)
     assert made.fault("encode") is None
     return made
+
+
+@pytest.mark.parametrize("family", sorted(set(WALKED)))
+@pytest.mark.parametrize("kind", KINDS)
+def test_calls_give_vectors(kind: str, family: str) -> None:
+    """Of a model nothing was done to: calls that raise in both would agree."""
+    s = Subject.new(kind, family)
+    for call in KINDS[kind].calls.values():
+        assert isinstance(s.attempt(call, s.model, TEXTS), np.ndarray)
+        assert isinstance(s.stock(call), np.ndarray)
 
 
 # Each operation alone

@@ -3,9 +3,6 @@ causal attention."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +12,7 @@ import families
 from checks import assert_same_result, assert_same_vectors
 from packed import assert_packed_as_stock, assert_same, packed_states, reference_states
 from patched import assert_identical, assert_same_states, pair, run
-from sbert_fast import FastEncoder, ops
+from sbert_fast import FastEncoder
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.patching import counts
@@ -216,33 +213,3 @@ def test_settings_that_are_refused(case: str) -> None:
     make, message = REFUSED[case]
     with pytest.raises(UnsupportedModelError, match=message):
         PackedEncoder(make())
-
-
-_PEAK = """
-import resource, sys
-sys.path.insert(0, {tests!r})
-import families
-from sbert_fast import FastEncoder
-st = families.make_sentence_transformer({name!r}, overrides={{"max_position_embeddings": 8192}})
-st.max_seq_length = 8192
-encoder = FastEncoder(st, batch_tokens=8192)
-encoder.encode("sea")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-encoder.encode_chunks("sea " * 8190, [(0, 4 * 8190), *((i, i + 3) for i in range(0, 4000, 4))])
-assert not encoder.stats.fallbacks and encoder.stats.tokens == 8192 + 3
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-
-
-@pytest.mark.skipif(not ops.extension.CPU.available, reason=str(ops.extension.CPU.reason))
-@pytest.mark.parametrize(
-    "name", [name for name in ("modernbert", "nomic_bert") if name in FAMILIES]
-)
-def test_memory_of_a_long_text_grows_with_its_length(name: str) -> None:
-    script = _PEAK.format(tests=str(Path(__file__).parent), name=name)
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True
-    )
-    # In KiB. The scores of one head, [8192, 8192], would take 256 MiB; a thousand parts, each
-    # padded to the longest, 2 GiB.
-    assert int(done.stdout.split()[-1]) < 100 * 1024

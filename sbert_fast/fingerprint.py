@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import TypeVar
 
@@ -13,6 +13,7 @@ from sbert_fast.errors import UnsupportedModelError
 from sbert_fast.linears import LiveLinear, StackedLinear
 from sbert_fast.mapping import MappedTensors
 from sbert_fast.ops.content import ContentHash
+from sbert_fast.watching import WatchedTensors
 
 Derived = TypeVar("Derived")
 
@@ -58,9 +59,10 @@ class Fingerprint:
         tensors: parameters and buffers. Each is asked for its count of writes, address, dtype,
             shape and strides.
         shared: what was derived from them. Tensors that are part of it are read live; the contents
-            of the others are hashed, because many writes are not counted: through `.data`, by fused
-            optimizers, through views of numpy.
-        copied: those that something else was computed from; they are hashed, too.
+            of the others are watched, because many writes are not counted: through `.data`, by
+            fused optimizers, through views of numpy. Where their pages tell of no writes, contents
+            are hashed.
+        copied: those that something else was computed from; they are watched, too.
         mapped: whether the pages of what would be hashed tell of writes, where they are those of a
             file; then nothing is read, and single bits count.
 
@@ -86,7 +88,14 @@ class Fingerprint:
         self._mapped = MappedTensors(hashed if mapped else ())
         live += self._mapped.tensors
         unread = set(map(id, self._mapped.tensors))
-        self._hash = ContentHash([t for t in hashed if id(t) not in unread], live)
+        read = [t for t in hashed if id(t) not in unread]
+        self._watched = WatchedTensors(read, self._tensors)
+        # By what pages tell: that none was written to, or nothing.
+        self._hashes: dict[bool | None, ContentHash] = {
+            None: ContentHash(read, live),
+            False: ContentHash(self._watched.rest, [*read, *live]),
+        }
+        self._contents = {told: read_now() for told, read_now in self._hashes.items()}
         self._counted = [t for t in self._tensors if not t.is_inference()]
         # Inference tensors count no writes: a hash of all their bits detects them.
         self._uncounted = [t for t in self._tensors if t.is_inference()]
@@ -96,20 +105,27 @@ class Fingerprint:
 
     def _read(self) -> tuple[object, ...]:
         return (
-            self._hash(),
             self._mapped.are_written(),
             list(map(_version_of, self._counted)),
             [torch.hash_tensor(tensor).item() for tensor in self._uncounted],
         )
 
+    def is_of(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether it is that of these very tensors."""
+        return [*map(id, self._tensors)] == [*map(id, tensors)]
+
     def is_current(self) -> bool:
         """Whether no tensor has changed."""
         try:
-            return self._read() == self._values
+            return self._holds_contents() and self._read() == self._values
         except RuntimeError:
             if all(map(_counts_writes, self._counted)):
                 raise
             return False
+
+    def _holds_contents(self) -> bool:
+        written = self._watched.are_written()
+        return not written and self._hashes[written]() == self._contents[written]
 
     def page_out(self) -> None:
         """Take what is mapped out of memory."""
@@ -131,7 +147,7 @@ def derive(
     If another thread writes to them in the meantime, the fingerprint is outdated at once.
     """
     tensors = list(tensors)
-    before = Fingerprint(tensors, ())
+    before = Fingerprint(tensors, (), mapped=mapped)
     derived = make()
     fingerprint = Fingerprint(tensors, tensors_in(derived), copied, mapped)
     if not before.is_current():

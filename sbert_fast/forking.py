@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,15 @@ _PAUSE_HARD = 2
 
 
 class Lock:
-    """A lock that is free in a forked child, even if another thread held it during the fork."""
+    """A lock that is free in a forked child, even if another thread held it during the fork.
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    Args:
+        make: of which kind it is.
+    """
+
+    def __init__(self, make: Callable[[], Any] = threading.Lock) -> None:
+        self._make = make
+        self._lock = make()
         _locks.add(self)
 
     def __enter__(self) -> None:
@@ -32,7 +38,7 @@ class Lock:
         self._lock.release()
 
     def reset(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = self._make()
 
 
 _locks: weakref.WeakSet[Lock] = weakref.WeakSet()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +18,23 @@ from torch import Tensor
 
 _PAGEMAP, _MAPS = Path("/proc/self/pagemap"), Path("/proc/self/maps")
 _ENTRY = 8  # bytes of pagemap that tell of a page
-_IS_OF_FILE, _IS_SWAPPED, _IS_PRESENT = (np.uint64(1 << bit) for bit in (61, 62, 63))
+# Of a page out of memory, the first bit stands for a protection against writes, and no page.
+_IS_PROTECTED, _IS_OF_FILE, _IS_SWAPPED, _IS_PRESENT = (
+    np.uint64(1 << bit) for bit in (57, 61, 62, 63)
+)
 _PAGEOUT = 21  # MADV_PAGEOUT
-_SMALLEST = 1 << 16  # bytes; smaller tensors stay where they are
+_PREFIX = "sbert_fast-"
+SMALLEST = 1 << 16  # bytes; smaller tensors stay where they are
 
 Pages = tuple[int, int]  # the first, and the one behind the last
+Stat = tuple[int, ...]  # of a file: device, inode, size, times of the last write and change
 
 
 def refusal(device: torch.device) -> str | None:
     """Why pages of a device cannot be told from those of files; None where they can."""
     if device.type != "cpu":
         return f"it is for a CPU, not for {device}"
-    probe = torch.ones(_SMALLEST, dtype=torch.uint8)
+    probe = torch.ones(SMALLEST, dtype=torch.uint8)
     try:
         return None if _is_written([_pages(probe)]) else f"{_PAGEMAP} tells nothing"
     except OSError as error:
@@ -47,7 +52,7 @@ def map_weights(tensors: Iterable[Tensor]) -> bool:
     """
     groups: dict[int, list[Tensor]] = {}
     for tensor in tensors:
-        if tensor.device.type == "cpu" and tensor.nbytes >= _SMALLEST:
+        if tensor.device.type == "cpu" and tensor.nbytes >= SMALLEST:
             groups.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
     files = _files()
     moving = [g for g in groups.values() if not all(_is_in_file(_pages(t), files) for t in g)]
@@ -71,19 +76,20 @@ class MappedTensors:
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        files = _files()
-        large = (t for t in tensors if t.device.type == "cpu" and t.nbytes >= _SMALLEST)
+        tensors = list(tensors)
+        files = _files() if tensors else []
+        large = (t for t in tensors if t.device.type == "cpu" and t.nbytes >= SMALLEST)
         self.tensors = [t for t in large if _is_in_file(_pages(t), files)]
-        self._pages = _merged(map(_pages, self.tensors))
+        self._pages = merged(map(_pages, self.tensors))
         paths = {p for pages in self._pages for p in (_file_of(pages, files),) if p is not None}
-        self._stats = {path: _stat(path) for path in paths}
+        self._stats = {path: file_stat(path) for path in paths}
 
     def are_written(self) -> bool:
         """Whether a page was written to, or the file under it."""
         return (
             bool(self._pages)
             and _is_written(self._pages)
-            or any(_stat(path) != stat for path, stat in self._stats.items())
+            or any(file_stat(path) != stat for path, stat in self._stats.items())
         )
 
     def page_out(self) -> None:
@@ -105,7 +111,8 @@ def _pages(tensor: Tensor) -> Pages:
     return first // page, -(-(first + elements * tensor.element_size()) // page)
 
 
-def _merged(ranges: Iterable[Pages]) -> list[Pages]:
+def merged(ranges: Iterable[Pages]) -> list[Pages]:
+    """Ranges that touch or overlap as one, in order."""
     out: list[Pages] = []
     for first, end in sorted(ranges):
         if out and first <= out[-1][1]:
@@ -122,7 +129,9 @@ def _is_written(ranges: Iterable[Pages]) -> bool:
         for first, end in ranges:
             found = os.pread(descriptor, (end - first) * _ENTRY, first * _ENTRY)
             entries = np.frombuffer(found, dtype=np.uint64)
-            owned = (entries & (_IS_PRESENT | _IS_SWAPPED) != 0) & (entries & _IS_OF_FILE == 0)
+            is_swapped = entries & (_IS_SWAPPED | _IS_PROTECTED) == _IS_SWAPPED
+            is_there = (entries & _IS_PRESENT != 0) | is_swapped
+            owned = is_there & (entries & _IS_OF_FILE == 0)
             if len(entries) < end - first or owned.any():
                 return True
     finally:
@@ -130,18 +139,31 @@ def _is_written(ranges: Iterable[Pages]) -> bool:
     return False
 
 
+def private_memory() -> list[tuple[Pages, int, str | None]]:
+    """The pages of every private mapping, by their place, with the inode and path of its file: 0
+    and None where there is none. What lies side by side in a file, or in none, is one."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    out: list[tuple[Pages, int, str | None]] = []
+    for line in _MAPS.read_text(errors="surrogateescape").split("\n")[:-1]:
+        addresses, access, _, _, inode, *path = line.split(maxsplit=5)
+        if not access.endswith("p"):
+            continue
+        first, end = (int(address, 16) // page for address in addresses.split("-"))
+        file = (int(inode), path[0] if path and inode != "0" else None)
+        if out and out[-1][0][1] == first and out[-1][1:] == file:
+            first = out.pop()[0][0]
+        out.append(((first, end), *file))
+    return out
+
+
+def is_own(path: str) -> bool:
+    """Whether a file is one of :func:`map_weights`, which nobody else can write to."""
+    return path.endswith(" (deleted)") and Path(path).name.startswith(_PREFIX)
+
+
 def _files() -> list[tuple[Pages, str | None]]:
     """The pages of every private mapping of a file, and the path of the file."""
-    page = os.sysconf("SC_PAGE_SIZE")
-
-    def read() -> Iterator[tuple[Pages, str | None]]:
-        for line in _MAPS.read_text(errors="surrogateescape").splitlines():
-            addresses, access, _, _, inode, *path = line.split(maxsplit=5)
-            if access.endswith("p") and inode != "0":
-                first, end = (int(address, 16) // page for address in addresses.split("-"))
-                yield (first, end), path[0] if path else None
-
-    return list(read())
+    return [(pages, path) for pages, inode, path in private_memory() if inode]
 
 
 def _file_of(pages: Pages, files: list[tuple[Pages, str | None]]) -> str | None:
@@ -152,13 +174,13 @@ def _is_in_file(pages: Pages, files: list[tuple[Pages, str | None]]) -> bool:
     return _file_of(pages, files) is not None and not _is_written([pages])
 
 
-def _stat(path: str) -> tuple[int, ...] | None:
+def file_stat(path: str) -> Stat | None:
     """What changes when the file is written to; None where it has no name any more."""
     try:
         found = os.stat(path)
     except OSError:
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _flush(path: str) -> None:
@@ -175,7 +197,7 @@ def _flush(path: str) -> None:
 
 def _in_file(storage: torch.UntypedStorage) -> torch.UntypedStorage:
     """A copy in a file without a name, mapped privately."""
-    with tempfile.NamedTemporaryFile(prefix="sbert_fast-") as file:
+    with tempfile.NamedTemporaryFile(prefix=_PREFIX) as file:
         torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tofile(file.name)  # type: ignore[call-overload]
         _flush(file.name)
         mapped = torch.from_file(file.name, shared=False, size=storage.nbytes(), dtype=torch.uint8)

@@ -17,7 +17,7 @@ LAYERS = (
     {"errors", "stats", "data", "values", "forking", "mapping"},
     {"finite"},
     {"_build_info", "_host", "kernels"},
-    {"state", "bypass"},
+    {"state", "bypass", "watching"},
     {"originals"},
     {"ops"},
     {"models"},

@@ -1,18 +1,22 @@
-// sbert_fast._host: the batch planner, the CPU's features and the comparison of snapshots for
-// Python. No torch headers, so it builds and runs wherever there is a C++ compiler.
+// sbert_fast._host: the batch planner, the CPU's features, the comparison of snapshots and the
+// watch over pages, for Python. No torch headers, so it builds and runs wherever there is a C++
+// compiler.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <span>
 #include <string>
+#include <system_error>
 #include <vector>
 
 #include "contents.h"
 #include "cpu_features.h"
 #include "planner.h"
+#include "written_pages.h"
 
 namespace py = pybind11;
 
@@ -83,9 +87,20 @@ py::dict py_cpu_features() {
   return features;
 }
 
+// std::system_error as OSError, with its number.
+void raise_os_error(std::exception_ptr thrown) {
+  try {
+    if (thrown) std::rethrow_exception(thrown);
+  } catch (const std::system_error& error) {
+    const py::object arguments = py::make_tuple(error.code().value(), error.what());
+    PyErr_SetObject(PyExc_OSError, arguments.ptr());
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, module) {
+  py::register_local_exception_translator(&raise_os_error);
   module.doc() = "Batch planner and CPU features; needs no torch.";
   module.def("plan_batches", &py_plan_batches, py::arg("lengths"), py::arg("budget"),
              R"(Cut texts into batches of at most `budget` tokens, longest texts first.
@@ -118,6 +133,8 @@ Raises:
       .def(py::init<const py::list&, const py::list&>(), py::arg("containers"),
            py::arg("places") = py::list())
       .def("is_current", &Contents::is_current, "Whether all of it is as it was.");
+  module.def("watch_pages", &watch_pages, py::arg("pages"), "See sbert_fast.watching.");
+  module.def("are_pages_written", &are_pages_written, py::arg("pages"), "See sbert_fast.watching.");
   module.def("cpu_features", &py_cpu_features,
              "Every feature the package knows of, by name, with whether it can be used here.");
   module.def("cpu_name", &cpu_name, "The processor's name, or \"unknown\".");

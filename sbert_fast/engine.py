@@ -247,17 +247,16 @@ class PackedEncoder:
         with self._lock:
             admission, current = self.admission(), self._current
             self._check_live(self.device)
+            tensors = [*admission.tensors, *admission.buffers]
             if (
                 current is None
                 or current.admission.identity != admission.identity
-                or not current.is_current()
+                or not (current.fingerprint.is_of(tensors) and current.is_current())
             ):
                 self._current = current = None
                 if self.low_memory and mapping.map_weights(self.model.parameters()):
                     admission = self._admission = self._admit()
-                self.architecture = admission.architecture
-                tensors = [*admission.tensors, *admission.buffers]
-                weights = admission.weights
+                self.architecture, weights = admission.architecture, admission.weights
                 make, tables = partial(self._prepare, weights), weights.tabulated()
                 prepared, fingerprint = derive(tensors, make, tables, self.low_memory)
                 current = _Current(admission, fingerprint, prepared)

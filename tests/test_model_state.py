@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import sentence_transformers
 import torch
@@ -20,6 +21,9 @@ from checks import MAX_DISTANCE, assert_same_vectors, cosine_distances
 from families import make_sentence_transformer, randomize
 from patched import LENGTHS, pair, run
 from surfaces import SURFACES, TEXTS
+
+# Positions that repeat, as when a position table is stretched over longer texts.
+STRETCHED = torch.arange(families.MAX_TOKENS)[None] // 2
 
 CNN = sentence_transformers.sentence_transformer.modules.CNN
 
@@ -50,9 +54,7 @@ def _reversed_in_place(embeddings: Any) -> None:
 
 
 def _grouped(embeddings: Any) -> None:
-    """Positions that repeat, as when a position table is stretched over longer texts."""
-    positions = torch.arange(families.MAX_TOKENS)[None] // 2
-    embeddings.register_buffer("position_ids", positions, persistent=False)
+    embeddings.register_buffer("position_ids", STRETCHED.clone(), persistent=False)
 
 
 def _through_data(embeddings: Any) -> None:
@@ -100,6 +102,21 @@ def test_buffers_are_honoured(surface: str, name: str, write: Callable[[Any], No
     assert cosine_distances(model.check(), untouched).max() > MAX_DISTANCE
     if surface == "encode":
         SURFACES[surface](st).check()
+
+
+@pytest.mark.parametrize("surface", SURFACES)
+@pytest.mark.parametrize(
+    "write", [_through_data, lambda e: setattr(e.position_ids, "data", STRETCHED)]
+)
+def test_a_buffer_in_the_place_of_an_equal_one(surface: str, write: Callable[[Any], None]) -> None:
+    """What was prepared still serves; what was compared is another tensor."""
+    st = make_sentence_transformer()
+    model, embeddings = SURFACES[surface](st), st[0].auto_model.embeddings
+    untouched = model.check()
+    embeddings.position_ids = embeddings.position_ids.clone()
+    assert np.array_equal(model.check(), untouched)
+    write(embeddings)
+    assert cosine_distances(model.check(), untouched).max() > MAX_DISTANCE
 
 
 def test_a_buffer_given_to_functional_call() -> None:

@@ -65,10 +65,10 @@ class Admission:
         self.inside, self.around = bypass.reason(inner), bypass.reason([model, *pooler])
         modules, names, known = [*inner, model], self._originals.names, self.weights.dropouts()
         self.drops = bypass.drops(modules, names)
-        # What code calls by these names are the modules that are known, not rates in a config.
+        # What code reads by these names are modules and rates that are known, none in a config.
         called = {n for m in modules for n, child in m.named_children() if child in known}
         others = [module for module in modules if module not in known]
-        self.drops_elsewhere = bypass.drops(others, names - called)
+        self.drops_elsewhere = bypass.drops(others, names - called - self.weights.rates())
         self.records = any(map(bypass.records_gradients, inner))
 
     @property

@@ -138,8 +138,8 @@ class LiveLinear(_Linear):
     def __call__(self, x: Tensor) -> Tensor:
         outputs = [module(x) for module in self.modules]
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        y = y if self.dropout is None else self.dropout(y)
-        return y if self.activation == Activation.NONE else self.activated(y, None)
+        y = y if self.activation == Activation.NONE else self.activated(y, None)
+        return y if self.dropout is None else self.dropout(y)
 
     def without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return self(x).to(self.target.dtype), None

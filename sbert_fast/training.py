@@ -36,7 +36,7 @@ def refusal(engine: PackedEncoder) -> str | None:
         if (reason := ops.gradient_refusal(op, how)) is not None:
             return reason
     rates = (part.rate for layer in weights.layers if (part := layer.attention.dropout) is not None)
-    if not all(0 <= rate < 1 for rate in rates):
+    if not all(isinstance(rate, (int, float)) and 0 <= rate < 1 for rate in rates):
         return "dropout leaves no attention weights"
     if engine.admitted.drops and bypass.is_computed_again():
         return "a backward pass computes anew what dropout has changed"

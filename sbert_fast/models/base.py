@@ -19,7 +19,7 @@ _ROTARY = ("default", "linear", "llama3")
 class Linear:
     """`y = x @ weight.T + bias`, weight `[N, K]`, bias `[N]` or None, of the model's `module`.
 
-    In training, `dropout` follows; None is none.
+    In training, `dropout` follows, behind the activation where there is one; None is none.
     """
 
     weight: Tensor
@@ -91,15 +91,17 @@ class Disentangled:
 
 @dataclass(frozen=True, slots=True)
 class WeightDropout:
-    """Dropout of attention weights: at the rate of `module`, in the mode of its `owner`."""
+    """Dropout of attention weights: at the rate that `holder` has under a `name`, in the mode of
+    its `owner`."""
 
-    module: nn.Dropout
+    holder: nn.Module
     owner: nn.Module
+    name: str = "p"
 
     @property
     def rate(self) -> float:
         """The share of weights that is dropped now."""
-        return self.module.p if self.owner.training else 0.0
+        return getattr(self.holder, self.name) if self.owner.training else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +226,11 @@ class EncoderWeights:
     def dropouts(self) -> set[nn.Module]:
         """The modules of dropout that an adapter has read."""
         return {value for value in _values(self) if isinstance(value, nn.Dropout)}
+
+    def rates(self) -> set[str]:
+        """The names that rates have which an adapter has read of modules that are no dropout."""
+        parts = (layer.attention.dropout for layer in self.layers)
+        return {p.name for p in parts if p is not None and not isinstance(p.holder, nn.Dropout)}
 
     def tabulated(self) -> Iterator[Tensor]:
         """What tables of distances are computed from: these are copies, whatever else is not."""

@@ -21,6 +21,7 @@ from sbert_fast.models.base import (
     Layer,
     Norm,
     Rotary,
+    WeightDropout,
     linear,
     rms_norm,
     rotary,
@@ -106,6 +107,7 @@ def _attention(module: Any, config: Any, positions: Rotary) -> Attention:
         causal=causal,
         query_norm=_norm(module.q_norm) if has_norms else None,
         key_norm=_norm(module.k_norm) if has_norms else None,
+        dropout=WeightDropout(module, module, "attention_dropout"),
     )
 
 

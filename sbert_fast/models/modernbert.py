@@ -17,6 +17,7 @@ from sbert_fast.models.base import (
     FeedForward,
     Layer,
     Rotary,
+    WeightDropout,
     head_dim,
     linear,
     norm,
@@ -32,7 +33,13 @@ def weights(model: Any) -> EncoderWeights:
     function = activation(config.hidden_activation, [x.mlp.act for x in model.layers], gated=True)
     positions = {kind: rotary(model.rotary_emb, kind) for kind in set(config.layer_types)}
     return EncoderWeights(
-        Embeddings(table.tok_embeddings.weight, None, None, norm(table.norm, bias=False)),
+        Embeddings(
+            table.tok_embeddings.weight,
+            None,
+            None,
+            norm(table.norm, bias=False),
+            dropout=table.drop,
+        ),
         tuple(_layer(layer, config, positions, function) for layer in model.layers),
         norm(model.final_norm, bias=False),
     )
@@ -42,21 +49,23 @@ def _layer(module: Any, config: Any, positions: dict[str, Rotary], function: Act
     heads, kind = config.num_attention_heads, module.attention_type
     dim = head_dim(config.hidden_size, heads)
     identity = type(module.attn_norm) is nn.Identity
+    attention, mlp = module.attn, module.mlp
+    # Without dropout it is an identity.
+    dropout = attention.out_drop if isinstance(attention.out_drop, nn.Dropout) else None
     return Layer(
         attention=Attention(
-            qkv=(linear(module.attn.Wqkv),),
-            output=linear(module.attn.Wo),
+            qkv=(linear(attention.Wqkv),),
+            output=linear(attention.Wo, dropout),
             heads=heads,
             kv_heads=heads,
             head_dim=dim,
             scale=dim**-0.5,
             rotary=positions[kind],
             window=config.sliding_window if kind == _WINDOWED else None,
+            dropout=WeightDropout(attention, attention, "attention_dropout"),
         ),
         attention_norm=None if identity else norm(module.attn_norm, bias=False),
-        feed_forward=FeedForward(
-            (linear(module.mlp.Wi),), linear(module.mlp.Wo), function, gated=True
-        ),
+        feed_forward=FeedForward((linear(mlp.Wi, mlp.drop),), linear(mlp.Wo), function, gated=True),
         feed_forward_norm=norm(module.mlp_norm, bias=False),
         norm_first=True,
     )

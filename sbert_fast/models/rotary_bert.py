@@ -17,6 +17,7 @@ from sbert_fast.models.base import (
     FeedForward,
     Layer,
     Rotary,
+    WeightDropout,
     linear,
     norm,
     rotary,
@@ -36,6 +37,7 @@ def weights(model: Any) -> EncoderWeights:
             None,
             None if types is None else types.weight,
             norm(table.LayerNorm),
+            dropout=table.dropout,
         ),
         tuple(_layer(layer, model.config, positions, function) for layer in layers),
     )
@@ -56,21 +58,24 @@ def _layer(module: Any, config: Any, positions: Rotary, function: Activation) ->
     return Layer(
         attention=Attention(
             qkv=tuple(map(linear, qkv)),
-            output=linear(attention.o_proj),
+            output=linear(attention.o_proj, module.post_attention_dropout),
             heads=heads,
             kv_heads=heads,
             head_dim=attention.head_dim,
             scale=attention.head_dim**-0.5,
             rotary=positions,
+            dropout=WeightDropout(attention, attention, "attention_dropout"),
         ),
         attention_norm=norm(module.post_attention_layernorm),
-        feed_forward=_feed_forward(module.mlp, function),
+        feed_forward=_feed_forward(module, function),
         feed_forward_norm=norm(module.post_mlp_layernorm),
     )
 
 
-def _feed_forward(mlp: Any, function: Activation) -> FeedForward:
+def _feed_forward(module: Any, function: Activation) -> FeedForward:
+    mlp, last = module.mlp, module.post_mlp_dropout
     if hasattr(mlp, "gate_proj"):
-        up = linear(mlp.gate_proj), linear(mlp.up_proj)
-        return FeedForward(up, linear(mlp.down_proj), function, gated=True)
-    return FeedForward((linear(mlp.fc1),), linear(mlp.fc2), function)
+        # GTE's has one of its own.
+        up = linear(mlp.gate_proj, getattr(mlp, "dropout", None)), linear(mlp.up_proj)
+        return FeedForward(up, linear(mlp.down_proj, last), function, gated=True)
+    return FeedForward((linear(mlp.fc1),), linear(mlp.fc2, last), function)

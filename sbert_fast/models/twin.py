@@ -28,6 +28,7 @@ _FREE = frozenset(
         "_is_full_backward_hook",
         "_modules",
         "_parameters",
+        "attention_dropout",
         "config",
         "eps",
         "forward",

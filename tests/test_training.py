@@ -35,12 +35,6 @@ NAMES = [
     for name in families.VARIANTS
     if name in VARIANTS or (name in families.FAMILIES and name != "deberta-v2")
 ]
-# Their adapters name the dropout that they have, and autocast reaches the same of their ops.
-LIKE_BERT = [
-    name
-    for name in NAMES
-    if re.match("(bert|roberta|xlm|camembert|distilbert|albert|electra|mpnet)", name)
-]
 NOTHING = nullcontext()
 PARTS = re.compile(r"\.(query|key|value|[qkv](_lin|_proj)?)\.(base_layer\.|parametrizations\.)?")
 

@@ -21,7 +21,7 @@ from patched import LENGTHS, pair
 from sbert_fast import accelerate
 from sbert_fast.patching import counts
 from sbert_fast.testing import assert_close_to_oracle
-from test_training import LIKE_BERT, loss, train
+from test_training import NAMES, exact, loss, train
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 Change = Callable[[Any], Any]
@@ -44,10 +44,11 @@ def same(model: Any) -> Any:
 
 
 AUTOCAST = [
-    *((name, same) for name in LIKE_BERT),
+    *((name, same) for name in NAMES),
     ("bert", adapted),
     ("bert", halved),
     ("bert", lambda model: adapted(halved(model))),
+    *((name, halved) for name in ("modernbert", "gemma3_text", "qwen3") if name in NAMES),
 ]
 
 
@@ -58,13 +59,13 @@ def test_autocast(name: str, change: Change) -> None:
     batch, kept = families.make_batch(name, LENGTHS), []
     original, model = map(change, pair(name))
     around = torch.autocast("cpu", torch.bfloat16)
-    expected = train(copy.deepcopy(original).double(), batch)
+    expected = train(exact(original), batch)
     ours, peer = train(model, batch, around), train(original, batch, around)
     assert ours.keys() == peer.keys() == expected.keys()
     for key, gradient in ours.items():
         assert gradient.dtype == peer[key].dtype
         assert_close_to_oracle(gradient, expected[key], peer[key], torch.bfloat16)
-    for each in (model, copy.deepcopy(original).double(), original):
+    for each in (model, exact(original), original):
         with around if each.dtype != torch.float64 else torch.autocast("cpu", enabled=False):
             kept.append(each(**batch)[0][batch["attention_mask"].bool()])
     assert kept[0].dtype == kept[2].dtype

@@ -53,8 +53,6 @@ def gradient_reason(modules: Iterable[nn.Module]) -> str | None:
     for module in modules:
         if module._backward_hooks or module._backward_pre_hooks:
             return f"{type(module).__name__} has backward hooks"
-        if module.training and getattr(module, "gradient_checkpointing", False):
-            return "gradient checkpointing is on"
     return None
 
 

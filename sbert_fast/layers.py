@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from sbert_fast import ops
 from sbert_fast.attention import PreparedAttention, Turns
@@ -91,12 +93,14 @@ class Stack:
         first_norm: before the first layer, or None.
         norm: the kernel for it, or None.
         rotary: one for every kind of rotary positions.
+        checkpointed: numbers of the layers that a backward pass computes again, from 0.
     """
 
     layers: tuple[PreparedLayer, ...]
     first_norm: PreparedNorm | None
     norm: ops.Kernel | None
     rotary: tuple[RotaryTable, ...]
+    checkpointed: frozenset[int] = frozenset()
 
     def states(self, x: Tensor, batch: PackedBatch, kept: Tensor | None = None) -> Iterator[Tensor]:
         """The embeddings `x` `[T, E]`, and what every layer makes of them, the last one normed.
@@ -106,13 +110,14 @@ class Stack:
         yield x
         residual, turns = x, self._turns(batch)
         x = self._enter(x)
-        for number, layer in enumerate(self.layers, 1):
-            is_last = number == len(self.layers)
-            residual, x = _attend(layer, residual, x, batch, turns, kept if is_last else None)
+        for number, layer in enumerate(self.layers):
+            is_last = number == len(self.layers) - 1
             keeps_sum = layer.norm_first and not is_last
-            down, inner = layer.feed_forward.down, layer.feed_forward.up(x)
-            how = layer.after, keeps_sum, layer.feed_forward_exit
-            residual, x = _join(down, inner, residual, *how)
+            run = partial(_run, layer, batch, turns, keeps_sum, kept if is_last else None)
+            if number in self.checkpointed:
+                residual, x = checkpoint(run, residual, x, use_reentrant=False)
+            else:
+                residual, x = run(residual, x)
             yield residual
 
     def unfinished(self, x: Tensor, batch: PackedBatch) -> Unfinished:
@@ -142,6 +147,22 @@ class Stack:
         rows = batch.position_ids
         tables = (table.first(batch.num_positions) for table in self.rotary)
         return tuple((cos[rows], sin[rows]) for cos, sin in tables)
+
+
+def _run(
+    layer: PreparedLayer,
+    batch: PackedBatch,
+    turns: Turns,
+    keeps_sum: bool,
+    kept: Tensor | None,
+    residual: Tensor,
+    x: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """A layer: the residual, and what the next one reads; of the rows `kept` alone if they are
+    given."""
+    residual, x = _attend(layer, residual, x, batch, turns, kept)
+    down, inner = layer.feed_forward.down, layer.feed_forward.up(x)
+    return _join(down, inner, residual, layer.after, keeps_sum, layer.feed_forward_exit)
 
 
 def _attend(

@@ -138,9 +138,8 @@ class PackedForward(StandIn):
             arguments = self._arguments(args, kwargs)
             prepared = None if _records(admission) else self.engine.prepared(admission)
             call = self._read(arguments)
-            if prepared is None and call.states is not None:
-                # They would be copies beside the graph: no gradient would reach them.
-                raise _UseOriginalError("gradients are recorded: not of states between the layers")
+            if prepared is None:
+                self._check_recorded(call)
         except _UseOriginalError as error:
             self._count(str(error))
         except InvalidWeightsError:
@@ -213,6 +212,11 @@ class PackedForward(StandIn):
 
     def _read(self, arguments: dict[str, Any]) -> padded_call.PaddedCall:
         return padded_call.read(self.engine, arguments, self.padding)
+
+    def _check_recorded(self, call: padded_call.PaddedCall) -> None:
+        how = call.embeddings, call.states is not None
+        if (reason := training.refusal_of_call(self.engine, *how)) is not None:
+            raise _UseOriginalError(f"gradients are recorded: {reason}")
 
     def _states(
         self, call: padded_call.PaddedCall, batch: PackedBatch, prepared: Prepared | None

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sbert_fast import bypass, ops
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.models.base import Embeddings, EncoderWeights, is_in_pooler
 from sbert_fast.norms import PreparedNorm
+from sbert_fast.originals import is_genuine
 from sbert_fast.packing import PackedBatch
 from sbert_fast.preparation import prepare_projection, prepare_stack, required_ops
 from sbert_fast.target import Target
 
 _IMPLEMENTATIONS = ("cpu", "reference")
+_NOT_RECORDED = "reentrant checkpoints of embeddings that record none leave out the layers"
 
 
 def refusal(engine: PackedEncoder) -> str | None:
@@ -42,12 +47,63 @@ def refusal(engine: PackedEncoder) -> str | None:
         return "a backward pass computes anew what dropout has changed"
     if any(part.module is None for part in weights.linears()):
         return "a linear layer is no module"
-    if not _tables(model, weights.embeddings) or weights.embeddings.masked:
+    tables = _tables(model, weights.embeddings)
+    if not tables or weights.embeddings.masked:
         return "the embeddings are not the sum of modules"
-    modules = (m for name, m in model.named_modules() if name and not is_in_pooler(name))
+    modules = [m for name, m in model.named_modules() if name and not is_in_pooler(name)]
     if (reason := bypass.gradient_reason(modules)) is not None:
         return reason
-    return "a hook makes embeddings record them" if engine.admitted.records else None
+    if any(bypass.records_gradients(module) for module in modules if module not in tables):
+        return "a hook makes states record them"
+    return _checkpoint_refusal(engine)
+
+
+def refusal_of_call(engine: PackedEncoder, given: Tensor | None, between: bool) -> str | None:
+    """Why a call of an `engine` that is not refused does not run packed; None where it does.
+
+    Args:
+        engine: the packed forward pass.
+        given: embeddings that stand for those of words, and record no gradients; or None.
+        between: whether states between the layers are asked for.
+    """
+    if between:
+        # They would be copies beside the graph: no gradient would reach them.
+        return "not of states between the layers"
+    if given is not None and _is_reentrant(engine.model):
+        return _NOT_RECORDED
+    return None
+
+
+def _checkpointed(model: nn.Module) -> dict[int, Any]:
+    """The numbers of the layers under gradient checkpointing, and what runs each in the original.
+
+    The packed pass checkpoints them itself: it has other layers to run.
+    """
+    # Imported with the model, and not before: sentence-transformers alone may not need it.
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    return {
+        number: getattr(layer, "_gradient_checkpointing_func", None)
+        for number, layer in enumerate(layers)
+        if layer.gradient_checkpointing and layer.training
+    }
+
+
+def _is_reentrant(model: nn.Module) -> bool:
+    return any(each.keywords["use_reentrant"] for each in _checkpointed(model).values())
+
+
+def _checkpoint_refusal(engine: PackedEncoder) -> str | None:
+    for each in _checkpointed(engine.model).values():
+        is_plain = isinstance(each, partial) and each.func is checkpoint and is_genuine(checkpoint)
+        if not is_plain or each.args or each.keywords.keys() != {"use_reentrant"}:
+            return "gradient checkpointing is more than torch's"
+    tables = _tables(engine.model, engine.admitted.weights.embeddings)
+    recorded = any(t.requires_grad for table in tables for t in table.parameters())
+    if not (recorded or engine.admitted.records) and _is_reentrant(engine.model):
+        return _NOT_RECORDED
+    return None
 
 
 def _autocast_refusal(engine: PackedEncoder) -> str | None:
@@ -93,7 +149,9 @@ def states(engine: PackedEncoder, batch: PackedBatch, given: Tensor | None) -> I
     )
     x = _embed(engine, weights, batch, given, target)
     # Under autocast a projection of the embeddings narrows them; the sums of layers do not.
-    yield from prepare_stack(weights, replace(target, dtype=x.dtype)).states(x, batch)
+    stack = prepare_stack(weights, replace(target, dtype=x.dtype))
+    checkpointed = frozenset(_checkpointed(engine.model))
+    yield from replace(stack, checkpointed=checkpointed).states(x, batch)
 
 
 def _embed(

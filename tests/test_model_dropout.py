@@ -176,6 +176,17 @@ def test_a_checkpoint_replays_the_masks(name: str) -> None:
     assert counts(model) == {"packed": 4}
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", [n for n in NAMES if "albert" not in n and n != "mpnet"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_replays_the_masks(name: str, use_reentrant: bool) -> None:
+    _, model = pair(name, **RATES.get(name, {}))
+    plain = trained(model.train())
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    assert equal(trained(model), plain)
+    assert counts(model) == {"packed": 2}
+
+
 def test_what_ran_without_gradients_is_computed_again_by_the_original() -> None:
     """A reentrant checkpoint: its first run records nothing, and drops as the original does."""
     results = []

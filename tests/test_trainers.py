@@ -254,6 +254,11 @@ def test_resumes_from_a_checkpoint(tmp_path: Path) -> None:
     SentenceTransformer(str(tmp_path / "checkpoint-2"), device="cpu")
 
 
+def test_gradient_checkpointing_trains_as_in_stock() -> None:
+    how = fit(LOSSES["MultipleNegativesRanking"], gradient_checkpointing=True)
+    assert_trains_packed(make_encoder, FastEncoder, how)
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "bf16": {"bf16": True},
     "gradient checkpointing": {"gradient_checkpointing": True},

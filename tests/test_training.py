@@ -211,22 +211,44 @@ def test_steps_of_an_optimizer_are_followed() -> None:
     assert counts(model) == {"packed": 4}
 
 
-def _checkpointed(model: Any) -> None:
+def _checkpointed(model: Any, **options: bool) -> None:
     model.config.hidden_dropout_prob = model.config.attention_probs_dropout_prob = 0.0
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    model.train().gradient_checkpointing_enable(options)
+
+
+def _checkpointed_without_records(model: Any) -> None:
+    """No layer has gradients then."""
+    _checkpointed(model, use_reentrant=True)
+    model.disable_input_require_grads()
+    model.embeddings.requires_grad_(False)
+
+
+def _recording(model: Any) -> None:
+    model.enable_input_require_grads()
+    (hook,) = model.embeddings.word_embeddings._forward_hooks.values()
+    model.embeddings.register_forward_hook(hook)
 
 
 REFUSED: list[tuple[str, Callable[[Any], object], str]] = [
-    ("bert", _checkpointed, "gradient checkpointing is on"),
+    (
+        "bert",
+        partial(_checkpointed, use_reentrant=False, preserve_rng_state=False),
+        "gradient checkpointing is more than torch's",
+    ),
+    (
+        "bert",
+        _checkpointed_without_records,
+        "reentrant checkpoints of embeddings that record none leave out the layers",
+    ),
     (
         "bert",
         lambda m: m.encoder.layer[0].register_full_backward_hook(lambda *_: None),
         "BertLayer has backward hooks",
     ),
-    ("bert", lambda m: m.enable_input_require_grads(), "a hook makes embeddings record them"),
+    ("bert", _recording, "a hook makes states record them"),
     ("deberta-v2", lambda m: None, "varlen_attention has no backward with position_keys yet"),
 ]
 
@@ -245,6 +267,21 @@ def test_what_is_not_served_trains_in_the_original(
     for ours, theirs in zip(*map(dict.values, results), strict=True):
         assert torch.equal(ours, theirs)
     assert list(counts(model)) == [f"gradients are recorded: {reason}"]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_embeddings_that_are_given_to_reentrant_checkpoints() -> None:
+    """The original trains no layer where they record no gradients."""
+    original, model = pair("bert")
+    batch, results = families.make_batch("bert", LENGTHS), []
+    embeddings = original.get_input_embeddings()(batch.pop("input_ids")).detach()
+    for each in (original, model):
+        _checkpointed(each, use_reentrant=True)
+        results.append(train(each, batch | {"inputs_embeds": embeddings}))
+    for ours, theirs in zip(*map(dict.values, results), strict=True):
+        assert torch.equal(ours, theirs)
+    reason = "reentrant checkpoints of embeddings that record none leave out the layers"
+    assert counts(model) == {f"gradients are recorded: {reason}": 1}
 
 
 def test_a_sentence_transformer_trains_packed() -> None:

@@ -21,7 +21,7 @@ from patched import LENGTHS, pair
 from sbert_fast import accelerate
 from sbert_fast.patching import counts
 from sbert_fast.testing import assert_close_to_oracle
-from test_training import NAMES, exact, loss, train
+from test_training import NAMES, check_gradients, exact, loss, train
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 Change = Callable[[Any], Any]
@@ -102,15 +102,27 @@ def test_nothing_to_train_under_autocast() -> None:
 @pytest.mark.parametrize("change", [same, adapted])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing(use_reentrant: bool, change: Change) -> None:
-    batch, results = families.make_batch("bert", LENGTHS), []
     original, model = map(change, pair("bert", **NO_DROPOUT))
     for each in (original, model):
         each.train().gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-        each.enable_input_require_grads()
-        results.append(train(each, batch))
-    for theirs, ours in zip(*map(dict.values, results), strict=True):
-        assert torch.equal(ours, theirs)
-    assert counts(model) == {"gradients are recorded: gradient checkpointing is on": 1}
+    check_gradients(families.make_batch("bert", LENGTHS), original, model)
+    assert counts(model) == {"packed": 1}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_layers_under_gradient_checkpointing_keep_less() -> None:
+    _, model = pair("bert")
+    batch, kept = families.make_batch("bert", LENGTHS), []
+    model.train().gradient_checkpointing_enable({"use_reentrant": True})
+    for layer in (None, *model.encoder.layer):
+        if layer is not None:
+            layer.gradient_checkpointing = False
+        tensors: list[Any] = []
+        with torch.autograd.graph.saved_tensors_hooks(tensors.append, lambda x: x):
+            model(**batch)
+        kept.append(len(tensors))
+    assert kept == sorted(set(kept))
+    assert counts(model) == {"packed": len(kept)}
 
 
 def accumulated(model: Any, batch: Any) -> None:

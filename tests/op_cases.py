@@ -73,6 +73,9 @@ def arguments(
     if op == "add_norm_backward":
         x, linear_bias, residual, weight, _, eps = arguments("add_norm", dtype, lengths, heads, dim)
         return (randn(tokens, width), x, linear_bias, residual, weight, eps)
+    if op == "bias_gelu_backward":
+        gelu = arguments("bias_gelu", dtype, lengths, heads, dim, seed)
+        return (randn(tokens, width), *gelu)
     if op == "gated_activation_backward":
         gated = arguments("gated_activation", dtype, lengths, heads, dim, seed)
         return (randn(tokens, width // 2), *gated)

@@ -2,9 +2,9 @@
 // the build compiles with the flags of that instruction set.
 #pragma once
 
+#include "activation_backward_kernel.h"
 #include "attention_backward_kernel.h"
 #include "attention_kernel.h"
-#include "gated_backward_kernel.h"
 #include "gated_kernel.h"
 #include "gelu_kernel.h"
 #include "linear_kernel.h"
@@ -63,6 +63,7 @@ constexpr KernelTable kTable{
                    {nullptr, embed_norm<bf16, bf16>}},
     .add_norm = {{add_norm<float, float>, add_norm<float, bf16>}, {nullptr, add_norm<bf16, bf16>}},
     .bias_gelu = {bias_gelu<float>, bias_gelu<bf16>},
+    .gelu_backward = {bias_gelu_backward<float>, bias_gelu_backward<bf16>},
     .gated_activation = {gated_activation<float>, gated_activation<bf16>},
     .gated_backward = {gated_activation_backward<float>, gated_activation_backward<bf16>},
     .linear = {{linear<float, float>, nullptr},

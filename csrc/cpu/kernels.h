@@ -105,6 +105,12 @@ struct BiasGeluParams {
   bool tanh;
 };
 
+struct BiasGeluBackwardParams {
+  BiasGeluParams forward;  // out is null
+  const void* grad;        // [T, F]
+  void* d_x;               // [T, F]
+};
+
 // Activation functions, by their numbers in the schemas.
 enum class Activation : int64_t { kNone, kGelu, kGeluTanh, kSilu };
 inline constexpr int64_t kNumActivations = 4;
@@ -225,6 +231,7 @@ struct KernelTable {
   RangeKernel<EmbedNormParams> embed_norm[kNumDtypes][kNumDtypes];   // rows; [tables][out]
   RangeKernel<AddNormParams> add_norm[kNumDtypes][kNumDtypes];       // rows; [x][residual and out]
   RangeKernel<BiasGeluParams> bias_gelu[kNumDtypes];                 // rows
+  RangeKernel<BiasGeluBackwardParams> gelu_backward[kNumDtypes];     // rows
   RangeKernel<GatedParams> gated_activation[kNumDtypes];             // rows
   RangeKernel<GatedBackwardParams> gated_backward[kNumDtypes];       // rows
   RangeKernel<LinearParams> linear[kNumDtypes][kNumDtypes];          // items; [x and weights][out]

@@ -79,6 +79,7 @@ STABLE_TORCH_LIBRARY_IMPL(sbert_fast, CPU, m) {
   m.impl("varlen_attention.cpu", TORCH_BOX(&sbert_fast::cpu::varlen_attention));
   m.impl("varlen_attention_backward.cpu", TORCH_BOX(&sbert_fast::cpu::varlen_attention_backward));
   m.impl("add_norm_backward.cpu", TORCH_BOX(&sbert_fast::cpu::add_norm_backward));
+  m.impl("bias_gelu_backward.cpu", TORCH_BOX(&sbert_fast::cpu::bias_gelu_backward));
   m.impl("gated_activation_backward.cpu", TORCH_BOX(&sbert_fast::cpu::gated_activation_backward));
   m.impl("embed_norm.cpu", TORCH_BOX(&sbert_fast::cpu::embed_norm));
   m.impl("add_norm.cpu", TORCH_BOX(&sbert_fast::cpu::add_norm));

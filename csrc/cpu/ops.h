@@ -108,6 +108,12 @@ std::tuple<Tensor, Tensor> add_norm_backward(const Tensor& grad,  // [T, E]
                                              const Tensor& weight, double eps, bool rms,
                                              const std::optional<Tensor>& grad_sum);  // [T, E]
 
+// The gradient of x [T, F].
+Tensor bias_gelu_backward(const Tensor& grad,                 // [T, F]
+                          const Tensor& x,                    // as bias_gelu
+                          const std::optional<Tensor>& bias,  //
+                          bool tanh);
+
 // The gradient of x [T, 2F].
 Tensor gated_activation_backward(const Tensor& grad,                 // [T, F]
                                  const Tensor& x,                    // as gated_activation

@@ -1,29 +1,33 @@
-// API layer of bias_gelu and gated_activation, and of the gradient of the latter.
+// API layer of bias_gelu and gated_activation, and of their gradients.
 #include "dispatch.h"
 #include "ops.h"
 #include "parallel.h"
 
 namespace sbert_fast::cpu {
 
-Tensor bias_gelu(const Tensor& x, const std::optional<Tensor>& bias, bool tanh) {
-  constexpr const char* op = "bias_gelu";
-  const Dtype dtype = check_activation(op, "x", x, "[T, F]", {kAnySize, kAnySize});
-  const int64_t T = x.size(0), F = x.size(1);
-  check_tensor(op, "bias", bias, ScalarType::Float, "[F]", {F});
+namespace {
 
-  Tensor out = new_output({T, F}, dtype);
+struct CheckedGelu {
+  BiasGeluParams params;
+  Dtype dtype;
+  int64_t T;
+};
+
+/// The arguments of bias_gelu, checked; there is no result yet.
+CheckedGelu check_gelu(const char* op, const Tensor& x, const std::optional<Tensor>& bias,
+                       bool tanh) {
+  const Dtype dtype = check_activation(op, "x", x, "[T, F]", {kAnySize, kAnySize});
+  const int64_t F = x.size(1);
+  check_tensor(op, "bias", bias, ScalarType::Float, "[F]", {F});
   const BiasGeluParams params{
       .x = x.const_data_ptr(),
       .bias = data_or_null<float>(bias),
-      .out = out.mutable_data_ptr(),
+      .out = nullptr,
       .F = F,
       .tanh = tanh,
   };
-  parallel_rows(kernels().bias_gelu[dtype], params, T, F);
-  return out;
+  return {params, dtype, x.size(0)};
 }
-
-namespace {
 
 struct CheckedGate {
   GatedParams params;
@@ -52,6 +56,29 @@ CheckedGate check_gate(const char* op, const Tensor& x, const std::optional<Tens
 }
 
 }  // namespace
+
+Tensor bias_gelu(const Tensor& x, const std::optional<Tensor>& bias, bool tanh) {
+  auto [params, dtype, T] = check_gelu("bias_gelu", x, bias, tanh);
+  Tensor out = new_output({T, params.F}, dtype);
+  params.out = out.mutable_data_ptr();
+  parallel_rows(kernels().bias_gelu[dtype], params, T, params.F);
+  return out;
+}
+
+Tensor bias_gelu_backward(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& bias,
+                          bool tanh) {
+  constexpr const char* op = "bias_gelu_backward";
+  const auto [forward, dtype, T] = check_gelu(op, x, bias, tanh);
+  check_tensor(op, "grad", grad, x.scalar_type(), "[T, F]", {T, forward.F});
+  Tensor d_x = new_output({T, forward.F}, dtype);
+  const BiasGeluBackwardParams params{
+      .forward = forward,
+      .grad = grad.const_data_ptr(),
+      .d_x = d_x.mutable_data_ptr(),
+  };
+  parallel_rows(kernels().gelu_backward[dtype], params, T, forward.F);
+  return d_x;
+}
 
 Tensor gated_activation(const Tensor& x, const std::optional<Tensor>& bias, int64_t activation,
                         bool first) {

@@ -109,21 +109,22 @@ def _of_table(total: Tensor, rows: Tensor | None, table: Tensor) -> Tensor:
 def _bias_gelu(
     overload: Overload, arguments: list[Any], wanted: Sequence[bool], grad: Tensor
 ) -> tuple[Any, ...]:
-    x, bias, tanh = arguments
-    total = x.to(_accumulator(x.dtype))
-    total = total if bias is None else total + bias
-    approximate = "tanh" if tanh else "none"
-    d_x = torch.ops.aten.gelu_backward(grad.to(total.dtype), total, approximate=approximate)
-    return d_x.to(x.dtype), None if bias is None else d_x.sum(0), None
+    d_x, d_bias = _activation(overload("bias_gelu_backward"), arguments, grad)
+    return d_x, d_bias, None
 
 
 def _gated_activation(
     overload: Overload, arguments: list[Any], wanted: Sequence[bool], grad: Tensor
 ) -> tuple[Any, ...]:
-    x, bias, *_ = arguments
-    d_x = overload("gated_activation_backward")(grad.contiguous(), *arguments)
-    d_bias = None if bias is None else d_x.sum(0, dtype=_accumulator(x.dtype))
+    d_x, d_bias = _activation(overload("gated_activation_backward"), arguments, grad)
     return d_x, d_bias, None, None
+
+
+def _activation(backward: Any, arguments: list[Any], grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The gradients of x and bias, the first two arguments."""
+    x, bias, *_ = arguments
+    d_x = backward(grad.contiguous(), *arguments)
+    return d_x, None if bias is None else d_x.sum(0, dtype=_accumulator(x.dtype))
 
 
 def _segment_pool(

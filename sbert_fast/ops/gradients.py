@@ -166,6 +166,12 @@ def add_norm_backward(
     return d_total.to(x.dtype), sums
 
 
+def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
+    total = reference._sum(x, bias)
+    activation = reference.Activation.GELU_TANH if tanh else reference.Activation.GELU
+    return _through(activation, grad.to(total.dtype), total).to(x.dtype)
+
+
 def gated_activation_backward(
     grad: Tensor, x: Tensor, bias: Tensor | None, activation: int, first: bool
 ) -> Tensor:

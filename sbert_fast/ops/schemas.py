@@ -56,13 +56,19 @@ SCHEMAS = {
     " float norm_eps=0.0, float dropout=0.0, Tensor? seed=None) -> (Tensor, Tensor, Tensor)",
     "add_norm_backward": "(Tensor grad, Tensor x, Tensor? bias, Tensor? residual, Tensor weight,"
     " float eps, bool rms=False, Tensor? grad_sum=None) -> (Tensor, Tensor)",
+    "bias_gelu_backward": "(Tensor grad, Tensor x, Tensor? bias, bool tanh) -> Tensor",
     "gated_activation_backward": "(Tensor grad, Tensor x, Tensor? bias, int activation, bool first)"
     " -> Tensor",
 }
 
 # What gradients are computed with.
 GRADIENTS = frozenset(
-    {"varlen_attention_backward", "add_norm_backward", "gated_activation_backward"}
+    {
+        "varlen_attention_backward",
+        "add_norm_backward",
+        "bias_gelu_backward",
+        "gated_activation_backward",
+    }
 )
 # Other devices have GEMMs of their own, and no kernels for gradients yet.
 CPU_ONLY = frozenset({"linear", "linear_norm"}) | GRADIENTS
@@ -151,7 +157,7 @@ def _fake_attention_backward(grad: Tensor, qkv: Tensor, *args: Any) -> tuple[Ten
     return qkv.new_empty(qkv.shape), *(qkv.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
-def _fake_gated_backward(grad: Tensor, x: Tensor, *_: Any) -> Tensor:
+def _fake_activation_backward(grad: Tensor, x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -175,7 +181,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "norm_pool_out": _fake_nothing,
     "varlen_attention_backward": _fake_attention_backward,
     "add_norm_backward": _fake_norm_backward,
-    "gated_activation_backward": _fake_gated_backward,
+    "bias_gelu_backward": _fake_activation_backward,
+    "gated_activation_backward": _fake_activation_backward,
 }
 
 

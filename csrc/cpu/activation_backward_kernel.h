@@ -1,5 +1,5 @@
-// The gradient of gated_activation: of out = f(a) b it is d_a = d_out b f'(a) and d_b = d_out f(a),
-// in fp32, each rounded once.
+// The gradients of activations, in fp32, each rounded once. Those of gated_activation, out = f(a)
+// b, are d_a = d_out b f'(a) and d_b = d_out f(a); that of bias_gelu is d_out f'(x + bias).
 #pragma once
 
 #include "activation_kernel.h"
@@ -66,6 +66,31 @@ void gated_activation_backward(const GatedBackwardParams& p, int64_t begin, int6
     if (p.forward.bias != nullptr) return gated_backward_rows<T, true>(p, begin, end, f);
     gated_backward_rows<T, false>(p, begin, end, f);
   });
+}
+
+template <class T, bool kHasBias, class Function>
+SBF_INLINE void gelu_backward_rows(const BiasGeluBackwardParams& p, int64_t begin, int64_t end,
+                                   Function f) {
+  const BiasGeluParams& forward = p.forward;
+  for (int64_t t = begin; t < end; ++t) {
+    const T* x = static_cast<const T*>(forward.x) + t * forward.F;
+    const T* grad = static_cast<const T*>(p.grad) + t * forward.F;
+    T* d_x = static_cast<T*>(p.d_x) + t * forward.F;
+    for_each_part(forward.F, [&](auto part) {
+      VecF v = part.load(x);
+      if constexpr (kHasBias) v = v + part.load(forward.bias);
+      part.store(d_x, part.load(grad) * differentiate(f, v).slope);
+    });
+  }
+}
+
+template <class T>
+void bias_gelu_backward(const BiasGeluBackwardParams& p, int64_t begin, int64_t end) {
+  const auto run = [&](auto f) {
+    if (p.forward.bias != nullptr) return gelu_backward_rows<T, true>(p, begin, end, f);
+    gelu_backward_rows<T, false>(p, begin, end, f);
+  };
+  p.forward.tanh ? run(Gelu<TanhTail<float>>()) : run(Gelu<ErfTail<float>>());
 }
 
 }  // namespace sbert_fast::cpu::SBF_ISA

@@ -51,15 +51,16 @@ def weights_of(
 
 
 @pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("rate", [RATE, 0.7])
 @pytest.mark.parametrize("options", [{}, {"window": 9}, {"causal": True}], ids=str)
-def test_the_mask_is_that_of_the_reference(options: dict[str, Any]) -> None:
-    lengths, first = [1, 37, 64, 6], 0
-    dropped = weights_of("cpu", lengths, dropout=RATE, seed=SEED, **options)
+def test_the_mask_is_that_of_the_reference(options: dict[str, Any], rate: float) -> None:
+    lengths, first = [1, 37, 64, 6, 17], 0
+    dropped = weights_of("cpu", lengths, dropout=rate, seed=SEED, **options)
     whole = weights_of("reference", lengths, **options)
     for length, ours, plain in zip(lengths, dropped, whole, strict=True):
         rows = torch.arange(first, first + length)[None]
-        stay = dropout.kept(RATE, SEED, rows, 4, length)[0]
-        torch.testing.assert_close(ours, plain * stay / (1 - RATE))
+        stay = dropout.kept(rate, SEED, rows, 4, length)[0]
+        torch.testing.assert_close(ours, plain * stay / (1 - rate))
         first += length
 
 

@@ -188,7 +188,7 @@ class HeadGradient {
     transpose_rows(out_, row_, queries, round_up(D_, 4), out_columns_);
 
     softmax_of(first, vecs);
-    if (dropout_.drops()) dropout_.mark(weights_, first, 0, L);
+    if (dropout_.drops()) dropout_.mark(weights_, first, queries, 0, L);
     multiply({v_, row_, 1, out_columns_, kLanes, D_, d_scores_, kLanes, false}, L, vecs * VecF::N);
     for (int64_t lane = 0; lane < queries; lane += VecF::N) differentiate(lane);
     if (d_bias_ != nullptr) add_terms(first, queries);

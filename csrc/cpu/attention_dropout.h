@@ -21,16 +21,17 @@ class DropoutMask {
 
   bool drops() const { return threshold_ != 0; }
 
-  // Zeros in weights[slots][kLanes] of kLanes queries from `query` on and `count` keys from `key`
-  // on, both counted from the start of the sequence; `key` is even.
+  // Zeros in weights[slots][kLanes] of `queries` from `query` on, rounded up to vectors, and
+  // `count` keys from `key` on, both counted from the start of the sequence; `key` is even.
   template <class Operand>
-  SBF_INLINE void drop(float* weights, int64_t query, int64_t key, int64_t count) const {
+  SBF_INLINE void drop(float* weights, int64_t query, int64_t queries, int64_t key,
+                       int64_t count) const {
     constexpr int kPerSlot = Operand::kValuesPerSlot;
-    for_each_group(query, key, count, [&](const Words& kept, int64_t from, int64_t to) {
+    for_each_group(query, queries, key, count, [&](const Words& kept, int64_t from, int64_t to) {
       for (int64_t k = from; k < to; k += kPerSlot) {
         const uint32_t* first = kept.of[k % kKeys];
         const uint32_t* second = kPerSlot == 2 ? kept.of[k % kKeys + 1] : first;
-        change(weights + (k - key) / kPerSlot * kLanes, [&](uint32_t bits, int lane) {
+        change(weights + (k - key) / kPerSlot * kLanes, queries, [&](uint32_t bits, int64_t lane) {
           return bits & ((first[lane] & 0xffffu) | (second[lane] & 0xffff0000u));
         });
       }
@@ -38,12 +39,13 @@ class DropoutMask {
   }
 
   // The same weights in fp32, but those that are dropped get a minus instead.
-  SBF_INLINE void mark(float* weights, int64_t query, int64_t key, int64_t count) const {
-    for_each_group(query, key, count, [&](const Words& kept, int64_t from, int64_t to) {
+  SBF_INLINE void mark(float* weights, int64_t query, int64_t queries, int64_t key,
+                       int64_t count) const {
+    for_each_group(query, queries, key, count, [&](const Words& kept, int64_t from, int64_t to) {
       for (int64_t k = from; k < to; ++k) {
         const uint32_t* words = kept.of[k % kKeys];
-        change(weights + (k - key) * kLanes,
-               [&](uint32_t bits, int lane) { return bits | (~words[lane] & 0x80000000u); });
+        change(weights + (k - key) * kLanes, queries,
+               [&](uint32_t bits, int64_t lane) { return bits | (~words[lane] & 0x80000000u); });
       }
     });
   }
@@ -56,43 +58,62 @@ class DropoutMask {
   };
 
   template <class Change>
-  static SBF_INLINE void change(float* row, const Change& change) {
-    uint32_t bits[kLanes];
-    __builtin_memcpy(bits, row, sizeof(bits));
-    for (int lane = 0; lane < kLanes; ++lane) bits[lane] = change(bits[lane], lane);
-    __builtin_memcpy(row, bits, sizeof(bits));
+  static SBF_INLINE void change(float* row, int64_t queries, const Change& change) {
+    for (int64_t at = 0; at < queries; at += VecF::N) {
+      uint32_t bits[VecF::N];
+      __builtin_memcpy(bits, row + at, sizeof(bits));
+      for (int lane = 0; lane < VecF::N; ++lane) bits[lane] = change(bits[lane], at + lane);
+      __builtin_memcpy(row + at, bits, sizeof(bits));
+    }
   }
 
   // Calls body(kept, from, to) for the keys [from, to) of each counter.
   template <class Body>
-  SBF_INLINE void for_each_group(int64_t query, int64_t key, int64_t count,
+  SBF_INLINE void for_each_group(int64_t query, int64_t queries, int64_t key, int64_t count,
                                  const Body& body) const {
     Words kept;
     for (int64_t group = key / kKeys * kKeys; group < key + count; group += kKeys) {
-      fill(static_cast<uint32_t>(group / kKeys), row_ + static_cast<uint32_t>(query), kept);
+      fill(static_cast<uint32_t>(group / kKeys), row_ + static_cast<uint32_t>(query), queries,
+           kept);
       body(kept, larger(key, group), smaller(key + count, group + kKeys));
     }
   }
 
-  __attribute__((noinline)) void fill(uint32_t group, uint32_t row, Words& kept) const {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      uint32_t x0 = group, x1 = row + static_cast<uint32_t>(lane), x2 = head_, x3 = 0;
-      uint32_t low = seed_[0], high = seed_[1];
-      SBF_UNROLL for (int round = 0; round < kRounds; ++round) {
-        const uint64_t a = uint64_t{0xd2511f53} * x0, b = uint64_t{0xcd9e8d57} * x2;
-        x0 = static_cast<uint32_t>(b >> 32) ^ x1 ^ low;
-        x1 = static_cast<uint32_t>(b);
-        x2 = static_cast<uint32_t>(a >> 32) ^ x3 ^ high;
-        x3 = static_cast<uint32_t>(a);
-        low += 0x9e3779b9;
-        high += 0xbb67ae85;
+  // The words of even and of odd queries are computed apart, each in 64 bits: products need them
+  // so, and nothing reads the upper halves.
+  __attribute__((noinline)) void fill(uint32_t group, uint32_t row, int64_t queries,
+                                      Words& kept) const {
+    constexpr int kPairs = sizeof(VecW) / sizeof(uint64_t);
+    typedef uint32_t Lanes __attribute__((vector_size(sizeof(VecW))));
+    VecW evens{};
+    for (int i = 0; i < kPairs; ++i) evens[i] = 2 * i;
+    for (int64_t lane = 0; lane < queries; lane += 2 * kPairs) {
+      const VecW rows = evens + (row + static_cast<uint32_t>(lane));
+      const Counters even = philox(group, rows), odd = philox(group, rows + 1);
+      SBF_UNROLL for (int k = 0; k < kKeys; ++k) {
+        const Lanes words = (Lanes)((even.x[k] & 0xffffffffu) | (odd.x[k] << 32));
+        const Lanes stay = (Lanes)(words >= threshold_);
+        __builtin_memcpy(kept.of[k] + lane, &stay, sizeof(stay));
       }
-      kept.of[0][lane] = keeps(x0), kept.of[1][lane] = keeps(x1);
-      kept.of[2][lane] = keeps(x2), kept.of[3][lane] = keeps(x3);
     }
   }
 
-  uint32_t keeps(uint32_t word) const { return word < threshold_ ? 0 : ~uint32_t{0}; }
+  struct Counters {
+    VecW x[kKeys];
+  };
+
+  SBF_INLINE Counters philox(uint32_t group, VecW rows) const {
+    VecW x0 = VecW{} + group, x1 = rows, x2 = VecW{} + head_, x3{};
+    uint32_t low = seed_[0], high = seed_[1];
+    SBF_UNROLL for (int round = 0; round < kRounds; ++round) {
+      const VecW a = multiply_words(x0, 0xd2511f53), b = multiply_words(x2, 0xcd9e8d57);
+      x0 = (b >> 32) ^ x1 ^ low, x1 = b;
+      x2 = (a >> 32) ^ x3 ^ high, x3 = a;
+      low += 0x9e3779b9;
+      high += 0xbb67ae85;
+    }
+    return {{x0, x1, x2, x3}};
+  }
 
   uint32_t threshold_, seed_[2], head_, row_;
 };

@@ -127,7 +127,9 @@ class HeadAttention {
     });
     const VecF c = VecF::set1(has_terms_ ? kLog2e : p_.scale * kLog2e);
     softmax_tile<Operand>(vecs, s_.scores, keys, s_.previous, maxima, s_.sums + i, s_.decay, c);
-    if (dropout_.drops()) dropout_.template drop<Operand>(s_.scores, q0 + i, k0 + from, keys);
+    if (dropout_.drops()) {
+      dropout_.template drop<Operand>(s_.scores, q0 + i, queries, k0 + from, keys);
+    }
 
     constexpr int kPerSlot = Operand::kValuesPerSlot;
     bool& started = s_.started[i / kLanes];

@@ -21,6 +21,8 @@
 //   from_integers(a): lanes that hold an int32 as floats.
 //   dot_bytes(a, b, c): of int32 lanes, c + the sum of four products: unsigned bytes of a, signed
 //     ones of b.
+//   VecW: a vector of 64-bit integers, with the operators that the compiler gives it;
+//     multiply_words(a, b): the products of their low halves with b.
 //   Only on the instruction sets that have tiles:
 //     fraction(a): a - floor(a), rounded down, where |a| < 2^22; elsewhere in [0, 1]; NaN stays.
 //     scale_by_floor(a, b): a * 2^floor(b) for a in [1, 2]; below 2^-126 it may be zero; NaN in b

@@ -104,6 +104,11 @@ SBF_INLINE VecF dot_bytes(VecF a, VecF b, VecF c) {
 #endif
 }
 
+typedef uint64_t VecW __attribute__((vector_size(32)));
+SBF_INLINE VecW multiply_words(VecW a, uint32_t b) {
+  return (VecW)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+}
+
 SBF_INLINE VecF widen(__m128i b) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(b), 16))};
 }

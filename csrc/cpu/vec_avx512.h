@@ -115,6 +115,12 @@ SBF_INLINE VecF dot_bytes(VecF a, VecF b, VecF c) {
 #endif
 }
 
+typedef uint64_t VecW __attribute__((vector_size(64)));
+SBF_INLINE VecW multiply_words(VecW a, uint32_t b) {
+  // Of all lanes: GCC 12 warns of what the form without a mask leaves undefined.
+  return (VecW)_mm512_maskz_mul_epu32(0xff, (__m512i)a, _mm512_set1_epi64(b));
+}
+
 SBF_INLINE VecF widen(__m256i b) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16))};
 }

@@ -6,6 +6,8 @@
 
 #if defined(__ARM_NEON)
 #include <arm_neon.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 namespace sbert_fast::cpu::SBF_ISA {
@@ -179,6 +181,15 @@ SBF_INLINE Float4 dot_bytes(Float4 a, Float4 b, Float4 c) {
 }
 SBF_INLINE VecF dot_bytes(VecF a, VecF b, VecF c) {
   return {dot_bytes(a.lo, b.lo, c.lo), dot_bytes(a.hi, b.hi, c.hi)};
+}
+
+typedef uint64_t VecW __attribute__((vector_size(16)));
+SBF_INLINE VecW multiply_words(VecW a, uint32_t b) {
+#if defined(__SSE2__)
+  return (VecW)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
+#else
+  return (a & 0xffffffffu) * b;
+#endif
 }
 
 SBF_INLINE VecF load_bf16(const bf16* p) {

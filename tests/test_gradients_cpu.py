@@ -31,6 +31,18 @@ def test_head_dims(dim: int) -> None:
 
 
 @pytest.mark.usefixtures("isa", "poisoned_memory")
+@pytest.mark.parametrize(
+    "changes",
+    [{5: 3}, {5: 40, 9: True}, {9: True}, {4: 7, 5: 20, 17: 0.3}, FULL | {5: 70}],
+    ids=str,
+)
+def test_keys_that_are_out_of_sight(changes: dict[int, Any]) -> None:
+    """Of sequences that are longer than what the queries of a block see."""
+    args = case("varlen_attention", changes, torch.float32, lengths=(1, 200, 0, 33))
+    check("varlen_attention", "cpu", args, torch.float32)
+
+
+@pytest.mark.usefixtures("isa", "poisoned_memory")
 @pytest.mark.parametrize("width", [1, 7, 16, 384, 5000])
 def test_widths(width: int) -> None:
     args = add_norm_args(130, width, torch.float32)

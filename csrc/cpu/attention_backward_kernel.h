@@ -1,7 +1,7 @@
 // The gradient of varlen_attention, one (sequence, head of keys) per work item.
 //
 // A work item goes through its heads of queries in turn, and through the queries of each kLanes at
-// a time, all keys of each at once:
+// a time, all keys that one of them sees at once:
 //
 //   pack      q, k, v and d_out, normed and rotated as in attention_kernel.h
 //   scores    keys x queries, a lane is a query, as in attention_kernel.h; and their softmax
@@ -145,12 +145,16 @@ class HeadGradient {
 
   void run() {
     const int64_t L = h_.length;
+    for (int64_t i = 0; i < L * row_; i += VecF::N) {
+      VecF::zero().store(d_k_ + i);
+      VecF::zero().store(d_v_ + i);
+    }
     pack_rows<Fp32>(h_.k, h_.stride, L, D_, key_norm(), h_.rotary_at(0), k_, row_);
     pack_rows<Fp32>(h_.v, h_.stride, L, D_, {}, {}, v_, row_);
     for (int64_t i = 0; i < group_; ++i) {
       enter(first_head_ + i);
       for (int64_t first = 0; first < L; first += kLanes) {
-        block(first, smaller(kLanes, L - first), i > 0 || first > 0);
+        block(first, smaller(kLanes, L - first));
       }
     }
     unpack(d_k_, h_.k, L, 0, key_norm(), d_key_norm_);
@@ -178,73 +182,79 @@ class HeadGradient {
     return static_cast<T*>(params_.d_qkv) + (row - static_cast<const T*>(p_.qkv));
   }
 
-  // Queries [first, first + queries); `adds`: others before them read the same keys.
-  void block(int64_t first, int64_t queries, bool adds) {
-    const int64_t L = h_.length, vecs = ceil_div(queries, VecF::N);
+  // Queries [first, first + queries).
+  void block(int64_t first, int64_t queries) {
+    const int64_t vecs = ceil_div(queries, VecF::N);
     const T *const q = h_.q + first * h_.stride, *const grad = grad_ + first * h_.out_stride;
     pack_rows<Fp32>(q, h_.stride, queries, D_, query_norm(), h_.rotary_at(first), q_, row_);
     pack_rows<Fp32>(grad, h_.out_stride, queries, D_, {}, {}, out_, row_);
     transpose_rows(q_, row_, queries, round_up(D_, 4), q_columns_);
     transpose_rows(out_, row_, queries, round_up(D_, 4), out_columns_);
 
-    softmax_of(first, vecs);
-    if (dropout_.drops()) dropout_.mark(weights_, first, queries, 0, L);
-    multiply({v_, row_, 1, out_columns_, kLanes, D_, d_scores_, kLanes, false}, L, vecs * VecF::N);
-    for (int64_t lane = 0; lane < queries; lane += VecF::N) differentiate(lane);
-    if (d_bias_ != nullptr) add_terms(first, queries);
+    // The keys that are seen; runs of products start where they would with all keys.
+    const int64_t last = smaller(h_.length, first + queries + h_.after);
+    const int64_t key = larger(0, first - h_.before) / ProductTile::kRun * ProductTile::kRun;
+    const int64_t keys = last - key, at = key * row_;
 
-    multiply({weights_, kLanes, 1, out_, row_, queries, d_v_, row_, adds}, L, D_);
-    multiply({d_scores_, kLanes, 1, q_, row_, queries, d_k_, row_, adds}, L, D_);
-    multiply({d_scores_, 1, kLanes, k_, row_, L, sums_, row_, false}, queries, D_);
+    softmax_of(first, vecs, key, keys);
+    if (dropout_.drops()) dropout_.mark(weights_, first, queries, key, keys);
+    multiply({v_ + at, row_, 1, out_columns_, kLanes, D_, d_scores_, kLanes, false}, keys,
+             vecs * VecF::N);
+    for (int64_t lane = 0; lane < queries; lane += VecF::N) differentiate(lane, keys);
+    if (d_bias_ != nullptr) add_terms(key - first, queries, keys);
+
+    multiply({weights_, kLanes, 1, out_, row_, queries, d_v_ + at, row_, true}, keys, D_);
+    multiply({d_scores_, kLanes, 1, q_, row_, queries, d_k_ + at, row_, true}, keys, D_);
+    multiply({d_scores_, 1, kLanes, k_ + at, row_, keys, sums_, row_, false}, queries, D_);
     unpack(sums_, q, queries, first, query_norm(), d_query_norm_);
     store(sums_, queries, p_.scale, gradient_of(q));
   }
 
-  // The weights of the queries, each to be divided by its sum.
-  void softmax_of(int64_t first, int64_t vecs) {
-    const int64_t L = h_.length;
-    // Of query i and key k of the sequence: terms_[i - first - k + L - 1].
-    for (int64_t x = 0; x < L + kLanes; ++x) terms_[x] = h_.term(L - 1 - x - first);
+  // The weights of queries from `first` on for `keys` from `key` on, each to be divided by its sum.
+  void softmax_of(int64_t first, int64_t vecs, int64_t key, int64_t keys) {
+    // Of the queries' i and the keys' k: terms_[i - k + keys - 1].
+    for (int64_t x = 0; x < keys + kLanes; ++x) terms_[x] = h_.term(key + keys - 1 - x - first);
     for (int lane = 0; lane < kLanes; lane += VecF::N) {
       VecF::set1(kLowest).store(maxima_ + lane);
       VecF::set1(kLowest).store(lowest_ + lane);
       VecF::zero().store(totals_ + lane);
     }
-    for_each_tile(L, [&](int64_t key, int64_t rows) {
-      const ScoreTile<Fp32> tile{k_ + key * row_,         row_,    q_columns_,           D_,
-                                 weights_ + key * kLanes, maxima_, terms_ + L - 1 - key, p_.scale};
+    for_each_tile(keys, [&](int64_t k, int64_t rows) {
+      const ScoreTile<Fp32> tile{
+          k_ + (key + k) * row_, row_,    q_columns_, D_, weights_ + k * kLanes, maxima_,
+          terms_ + keys - 1 - k, p_.scale};
       run_tile(tile, rows, vecs);
     });
     float decay[kLanes];
-    softmax_tile<Fp32>(vecs, weights_, L, lowest_, maxima_, totals_, decay, VecF::set1(kLog2e));
+    softmax_tile<Fp32>(vecs, weights_, keys, lowest_, maxima_, totals_, decay, VecF::set1(kLog2e));
   }
 
   // Some queries: weights divided by their sums, zeros where they are dropped, and d_scores in the
   // place of d_weights.
-  void differentiate(int64_t lane) {
+  void differentiate(int64_t lane, int64_t keys) {
     const VecF factor = VecF::set1(1.0f) / VecF::load(totals_ + lane);
     const VecF scale = VecF::set1(p_.dropout.scale), zero = VecF::zero();
     VecF centre = VecF::zero();
-    for (int64_t i = lane; i < h_.length * kLanes; i += kLanes) {
+    for (int64_t i = lane; i < keys * kLanes; i += kLanes) {
       const VecF weight = VecF::load(weights_ + i) * factor;
       weight.store(weights_ + i);
       const VecF d_weight = select_lt(weight, zero, zero, VecF::load(d_scores_ + i) * scale);
       d_weight.store(d_scores_ + i);
       centre = fma(weight, d_weight, centre);
     }
-    for (int64_t i = lane; i < h_.length * kLanes; i += kLanes) {
+    for (int64_t i = lane; i < keys * kLanes; i += kLanes) {
       const VecF weight = VecF::load(weights_ + i);
       (abs(weight) * (VecF::load(d_scores_ + i) - centre)).store(d_scores_ + i);
       select_lt(weight, zero, zero, weight).store(weights_ + i);
     }
   }
 
-  // The gradient of the bias: sums by distance.
-  void add_terms(int64_t first, int64_t queries) {
-    for (int64_t key = 0; key < h_.length; ++key) {
+  // The gradient of the bias: sums by distance; the first key is `ahead` of the first query.
+  void add_terms(int64_t ahead, int64_t queries, int64_t keys) {
+    for (int64_t key = 0; key < keys; ++key) {
       for (int64_t i = 0; i < queries; ++i) {
-        const int64_t ahead = larger(-p_.R, smaller(p_.R, key - first - i));
-        d_bias_[ahead] += d_scores_[key * kLanes + i];
+        const int64_t distance = larger(-p_.R, smaller(p_.R, ahead + key - i));
+        d_bias_[distance] += d_scores_[key * kLanes + i];
       }
     }
   }

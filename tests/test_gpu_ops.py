@@ -20,7 +20,8 @@ OPS = torch.ops.sbert_fast
 HALF = torch.float16
 # Short and long sequences, ragged ends: small enough for compute-sanitizer.
 SANITIZED = (5, 0, 16, 60, 130, 200, 300)
-GPU_OPS = [op for op in schemas.SCHEMAS if op not in schemas.CPU_ONLY and not op.endswith("_out")]
+WITHOUT_PEERS = schemas.CPU_ONLY | schemas.GRADIENTS
+GPU_OPS = [op for op in schemas.SCHEMAS if op not in WITHOUT_PEERS and not op.endswith("_out")]
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),

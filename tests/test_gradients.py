@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from op_cases import arguments, embed_args
 from sbert_fast import ops
@@ -118,12 +119,18 @@ def overload(op: str, impl: str) -> Any:
     return getattr(getattr(torch.ops.sbert_fast, op), impl)
 
 
-def called(op: str, impl: str) -> Callable[..., Any]:
-    """The op, which is not given arguments of options that the implementation lacks."""
+def called(op: str, impl: str, device: str = "cpu") -> Callable[..., Any]:
+    """The op on a device, its results on the CPU; not given arguments that it lacks."""
     function, whole = overload(op, impl), overload(op, "reference")._schema.arguments
     own = {each.name for each in function._schema.arguments}
     kept = [each.name in own for each in whole]
-    return lambda *args: function(*itertools.compress(args, kept))
+
+    def call(*args: Any) -> Any:
+        given = itertools.compress(args, kept)
+        there = (a.to(device) if isinstance(a, Tensor) else a for a in given)
+        return pytree.tree_map(Tensor.cpu, function(*there))
+
+    return call
 
 
 def upstream(op: str, args: list[Any]) -> list[Tensor]:
@@ -155,25 +162,18 @@ def test_2x_rule(op: str, changes: dict[int, Any], impl: str, dtype: torch.dtype
     check(op, impl, case(op, changes, dtype), dtype)
 
 
-def check(op: str, impl: str, args: list[Any], dtype: torch.dtype) -> None:
+def check(op: str, impl: str, args: list[Any], dtype: torch.dtype, device: str = "cpu") -> None:
     """Compare all gradients with those of the reference in fp64 by the 2x rule."""
     grad, wide = [each.to(dtype) for each in upstream(op, args)], to_fp64(args)
     if op == "embed_norm":
         wide[9] = torch.float64
     found = [
-        gradients(op, called(op, impl), args, grad),
+        gradients(op, called(op, impl, device), args, grad),
         gradients(op, getattr(reference, op), wide, grad),
         gradients(op, PEERS[op], args, grad),
     ]
     for ours, expected, peer in zip(*found, strict=True):
         assert_close_to_oracle(ours, expected, peer, dtype)
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_triton_has_gradients(op: str, triton_device: str) -> None:
-    if triton_device == "cuda":
-        pytest.skip("the cases are on a CPU")
-    check(op, "triton", case(op, {}, torch.float32), torch.float32)
 
 
 @pytest.mark.usefixtures("emulated_cuda")
@@ -195,14 +195,17 @@ def test_cuda_has_gradients(op: str) -> None:
 def test_a_sequence_that_is_nan_changes_no_gradient_of_another(
     op: str, changes: dict[int, Any], impl: str
 ) -> None:
-    args = case(op, changes, torch.float32)
+    assert_sequences_are_apart(op, called(op, impl), case(op, changes, torch.float32))
+
+
+def assert_sequences_are_apart(op: str, function: Callable[..., Any], args: list[Any]) -> None:
+    """NaN in a sequence and in the dead tail changes no bit of the gradients of the others."""
     grad = upstream(op, args)
-    alone, *_ = gradients(op, overload(op, impl), args, grad)
+    alone, *_ = gradients(op, function, args, grad)
     start, end = args[1][4], args[1][5]
     poisoned = [args[0].clone(), *args[1:]]
-    poisoned[0][start:end] = float("nan")
-    poisoned[0][args[1][-1] :] = float("nan")
-    beside, *_ = gradients(op, overload(op, impl), poisoned, grad)
+    poisoned[0][start:end] = poisoned[0][args[1][-1] :] = float("nan")
+    beside, *_ = gradients(op, function, poisoned, grad)
     others = torch.ones(len(alone), dtype=torch.bool)
     others[start:end] = False
     assert torch.equal(alone[others], beside[others])

@@ -36,6 +36,9 @@ LAUNCHERS = {
     "norm_pool": "norm_pool",
     "norm_pool_out": "norm_pool",
     "content_hash": "content",
+    "add_norm_backward": "add_norm_backward",
+    "bias_gelu_backward": "bias_gelu_backward",
+    "gated_activation_backward": "gated_activation_backward",
 }
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -24,8 +24,14 @@ SILU = tl.constexpr(3)
 
 
 @triton.jit
-def erf_gelu(x, FP32: tl.constexpr):
-    a = tl.minimum(tl.abs(x), 20.0, propagate_nan=tl.PropagateNan.ALL)  # infinity times 0 is NaN
+def _magnitude(x, limit):
+    """`|x|`, at most `limit`: infinity times 0 is NaN."""
+    return tl.minimum(tl.abs(x), limit, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _tail(a, FP32: tl.constexpr):
+    """Q of magnitudes."""
     if FP32:
         p = a * -3.8568117588511086e-08 + 1.0638153753461665e-06
         p = p * a + -1.2700521438091528e-05
@@ -44,8 +50,13 @@ def erf_gelu(x, FP32: tl.constexpr):
         p = p * a + -0.05271776765584946
         p = p * a + -0.45912966132164
         p = p * a + -1.1511152982711792
-    p = p * a + -1.0
-    return tl.maximum(x, 0.0) - a * tl.exp2(p)
+    return tl.exp2(p * a + -1.0)
+
+
+@triton.jit
+def erf_gelu(x, FP32: tl.constexpr):
+    a = _magnitude(x, 20.0)
+    return tl.maximum(x, 0.0) - a * _tail(a, FP32)
 
 
 @triton.jit
@@ -75,6 +86,33 @@ def activate(x, ACTIVATION: tl.constexpr, FP32: tl.constexpr):
     else:
         y = x
     return y
+
+
+@triton.jit
+def slope(x, ACTIVATION: tl.constexpr, FP32: tl.constexpr):
+    """The derivative of :func:`activate`."""
+    if ACTIVATION == GELU:
+        a = _magnitude(x, 20.0)
+        tail = _tail(a, FP32)
+        # log2(e) / 2, and 1 / √2π.
+        density = tl.exp2(a * a * -0.7213475204444817) * 0.3989422804014327
+        d = tl.where(x < 0, tail - a * density, 1.0 - tail + a * density)
+    elif ACTIVATION == GELU_TANH or ACTIVATION == SILU:
+        # x sigmoid(z); beyond the limit, its derivative is 0 or 1, and powers of two are finite.
+        a = _magnitude(x, 10.0 if ACTIVATION == GELU_TANH else 80.0)
+        z = a * 1.4426950408889634
+        d_z = 1.0
+        if ACTIVATION == GELU_TANH:
+            z = a * (2.302208198 + 0.1029432397 * a * a)
+            d_z = 1.595769122 + 0.2140644488 * a * a
+        power = tl.exp2(-z)
+        sigmoid = 1.0 / (1.0 + power)  # of |z|
+        tail = power * sigmoid
+        rise = a * d_z * tail * sigmoid
+        d = tl.where(x < 0, tail - rise, sigmoid + rise)
+    else:
+        d = tl.full(x.shape, 1.0, tl.float32)
+    return d
 
 
 def tiles(F: int, dtype: torch.dtype, slots: int) -> dict[str, int]:

@@ -22,15 +22,18 @@ _MAX_PER_LANE = 32
 
 
 class RowTile(NamedTuple):
-    """How a program holds rows: `rows` of them at once, `per_lane` fp32 values in every lane."""
+    """How a program holds rows: `rows` of them at once, `per_lane` fp32 values in every lane of its
+    `warps`."""
 
     chunk: int
     rows: int
     per_lane: int
+    warps: int
 
 
-def row_tile(width: int, dtype: torch.dtype) -> RowTile:
-    """The tile for rows of `width` elements of `dtype`; it depends on nothing else.
+def row_tile(width: int, dtype: torch.dtype, most: int = _MAX_PER_LANE) -> RowTile:
+    """The tile for rows of `width` elements of `dtype`, with at most `most` values in a lane if it
+    can be; it depends on nothing else.
 
     Raises:
         ValueError: `width` is not in [1, 4096].
@@ -39,14 +42,15 @@ def row_tile(width: int, dtype: torch.dtype) -> RowTile:
         raise ValueError(f"the Triton kernels take rows of 1 to {MAX_WIDTH} columns, got {width}")
     vector = 16 // dtype.itemsize
     span = 1
-    while width > span * _LANES * _MAX_PER_LANE:
+    while width > span * _LANES * most:
         span *= 2
     best: tuple[int, RowTile] | None = None
     for lanes in (span * _LANES, span * _LANES // 2, span * _LANES // 4):
         chunk = lanes * vector
         padded = -(-width // chunk) * chunk
-        tile = RowTile(chunk, WARPS * _LANES // lanes, padded // lanes)
-        if best is None or (padded < best[0] and tile.per_lane <= _MAX_PER_LANE):
+        warps = max(WARPS, lanes // _LANES)
+        tile = RowTile(chunk, warps * _LANES // lanes, padded // lanes, warps)
+        if best is None or (padded < best[0] and tile.per_lane <= most):
             best = padded, tile
     assert best is not None
     return best[1]
@@ -99,6 +103,15 @@ def add_tiles(a, b):
 
 
 @triton.jit
+def multiply_tiles(a, b):
+    """The products of two tuples of tiles."""
+    tiles = ()
+    for c in tl.static_range(len(a)):
+        tiles = tiles + (a[c] * b[c],)
+    return tiles
+
+
+@triton.jit
 def scale_tiles(a, weight, bias):
     """`a * weight + bias`, tuples of tiles."""
     tiles = ()
@@ -126,14 +139,18 @@ def row_squares(tiles):
 
 
 @triton.jit
-def standardize(tiles, eps, E: tl.constexpr, CHUNK: tl.constexpr, RMS: tl.constexpr):
-    """`(x - mean) / sqrt(variance + eps)` of every row, in two passes over registers; with RMS,
-    `x / sqrt(mean of squares + eps)`. Columns beyond E are zeros."""
-    width = tl.full((1, 1), E, tl.float32)
+def row_mean(total, E: tl.constexpr):
+    """The means of rows of E columns, of their sums."""
+    return tl.div_rn(total, tl.full((1, 1), E, tl.float32))
+
+
+@triton.jit
+def centre(tiles, E: tl.constexpr, CHUNK: tl.constexpr, RMS: tl.constexpr):
+    """`x - mean` of every row, with RMS the rows themselves. Columns beyond E are zeros."""
     if RMS:
         centred = tiles
     else:
-        mean = tl.div_rn(row_sum(tiles), width)
+        mean = row_mean(row_sum(tiles), E)
         centred = ()
         for start in tl.static_range(0, E, CHUNK):
             tile = tiles[start // CHUNK] - mean
@@ -141,7 +158,21 @@ def standardize(tiles, eps, E: tl.constexpr, CHUNK: tl.constexpr, RMS: tl.conste
                 cols = start + tl.arange(0, CHUNK)
                 tile = tl.where((cols < E)[None, :], tile, 0.0)
             centred = centred + (tile,)
-    scale = tl.rsqrt(tl.div_rn(row_squares(centred), width) + eps)
+    return centred
+
+
+@triton.jit
+def inverse_deviation(centred, eps, E: tl.constexpr):
+    """`1 / sqrt(mean of squares + eps)` of every row, [ROWS, 1]."""
+    return tl.rsqrt(row_mean(row_squares(centred), E) + eps)
+
+
+@triton.jit
+def standardize(tiles, eps, E: tl.constexpr, CHUNK: tl.constexpr, RMS: tl.constexpr):
+    """`(x - mean) / sqrt(variance + eps)` of every row, in two passes over registers; with RMS,
+    `x / sqrt(mean of squares + eps)`. Columns beyond E are zeros."""
+    centred = centre(tiles, E, CHUNK, RMS)
+    scale = inverse_deviation(centred, eps, E)
     out = ()
     for c in tl.static_range(len(centred)):
         out = out + (centred[c] * scale,)

@@ -70,10 +70,10 @@ GRADIENTS = frozenset(
         "gated_activation_backward",
     }
 )
-# Other devices have GEMMs of their own, and no kernels for gradients yet.
-CPU_ONLY = frozenset({"linear", "linear_norm"}) | GRADIENTS
+# Other devices have GEMMs of their own, and no kernels for the gradients of attention yet.
+CPU_ONLY = frozenset({"linear", "linear_norm", "varlen_attention_backward"})
 # Ops for which there is no kernel in CUDA C++ yet.
-WITHOUT_CUDA_KERNEL = frozenset({"add_norm_sum", "gated_activation"})
+WITHOUT_CUDA_KERNEL = frozenset({"add_norm_sum", "gated_activation"}) | GRADIENTS
 
 _DISENTANGLED = ("position_keys", "position_queries")
 # What implementations lack of an op: options, and tensors that they cannot do without.
@@ -261,11 +261,11 @@ def _register() -> None:
                 torch.library.register_autograd(
                     f"{NAMESPACE}::{name}", formula, setup_context=autograd.save, lib=_library
                 )
+        specification = getattr(gradients if op in GRADIENTS else reference, op)
         for key in ("CPU", "CUDA"):
-            module = gradients if op in GRADIENTS else reference
-            _library.impl(f"{op}.reference", getattr(module, op), key)
+            _library.impl(f"{op}.reference", specification, key)
         if "torch" in implementations(op):
-            _library.impl(f"{op}.torch", _TORCH.get(op, getattr(reference, op)), "CUDA")
+            _library.impl(f"{op}.torch", _TORCH.get(op, specification), "CUDA")
         if op in _CPU:
             _library.impl(f"{op}.cpu", _CPU[op], "CPU")
         if op in kernels.LAUNCHERS:

@@ -45,8 +45,8 @@ def _recombine(texts: Sequence[str], sizes: Sequence[int], seed: int) -> list[st
 def _sizes(count: int, longest: int, seed: int) -> list[int]:
     """Characters of texts: every order of magnitude up to `longest`, the short ones more often."""
     rng = random.Random(seed)
-    most = [int(6 * (longest / 6) ** (rng.random() ** 1.8)) for _ in range(count - 2)]
-    return [1, longest, *most]
+    most = [int(6 * (longest / 6) ** (rng.random() ** 4)) for _ in range(count - 11)]
+    return [1, *[longest] * 10, *most]
 
 
 @pytest.fixture(scope="module")

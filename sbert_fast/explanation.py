@@ -14,7 +14,7 @@ from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import ImplementationError, SbertFastError, UnsupportedModelError
 from sbert_fast.ops import choices, limits
 from sbert_fast.ops.dispatch import preference
-from sbert_fast.packed_forward import PACKED
+from sbert_fast.packed_forward import PACKED, PackedForward
 from sbert_fast.patching import candidates, forward_of, refusal
 from sbert_fast.routes import routes
 from sbert_fast.sentence_transformers.packed_model import PackedModel
@@ -114,10 +114,20 @@ def _base_model(module: nn.Module) -> list[str]:
         pass  # the line about the engine tells it
     lines.append(f"accelerated ({forward.engine.architecture.family}){engine}")
     if refused is not None:
-        lines.append(f"every call runs the original forward now: {refused}")
+        which = " that records no gradients" if _runs_recorded(forward) else ""
+        lines.append(f"every call{which} runs the original forward now: {refused}")
     counts = forward.counts
     lines.append(f"packed calls: {counts.pop(PACKED, 0)}")
     return lines + _tally("calls of the original forward", counts)
+
+
+def _runs_recorded(forward: PackedForward) -> bool:
+    """Whether calls that record gradients may run packed."""
+    try:
+        with torch.enable_grad():
+            return forward.refusal(recorded=True) is None
+    except (SbertFastError, ValueError):
+        return False
 
 
 def _engine(engine: PackedEncoder) -> str:

@@ -184,7 +184,7 @@ class PackedForward(StandIn):
             return self.refusal()
         if admission.inside is not None:
             return admission.inside
-        if admission.drops_elsewhere:
+        if admission.drops_elsewhere or (admission.drops and not recorded):
             return _DROPS
         if recorded and (reason := training.refusal(self.engine)) is not None:
             reason = f"gradients are recorded: {reason}"
@@ -195,10 +195,7 @@ class PackedForward(StandIn):
     def _check_modes(self) -> Admission:
         if (reason := self.refusal(recorded=torch.is_grad_enabled())) is not None:
             raise _UseOriginalError(reason)
-        admission = self.engine.admitted
-        if admission.drops and not _records(admission):
-            raise _UseOriginalError(_DROPS)
-        return admission
+        return self.engine.admitted
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments by name, those checked that the packed path must not ignore."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import spectral_norm
 
 import families
 from patched import LENGTHS
@@ -168,6 +169,32 @@ def test_explain_an_accelerated_model_that_runs_packed_no_more(
     assert reason in line
     assert "packed calls: 1" in told
     assert f"calls of the original forward: {int(called)}" in told
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: spectral_norm(m.encoder.layer[0].output.dense), "a weight is not among"),
+        (lambda m: m.train(), "training mode with dropout"),
+    ],
+    ids=["adapted", "dropout"],
+)
+@pytest.mark.parametrize("trains", [False, True])
+def test_explain_a_model_that_only_trains_packed(
+    change: Callable[[Any], object], reason: str, trains: bool
+) -> None:
+    model = accelerate(families.make_model("bert"))
+    change(model)
+    model.requires_grad_(trains)
+    batch = families.make_batch("bert", LENGTHS)
+    model(**batch)
+    with torch.inference_mode():
+        model(**batch)
+        told = explain(model)
+    (line,) = (line for line in told.splitlines() if "the original forward now" in line)
+    which = " that records no gradients" if trains else ""
+    assert line.strip().startswith(f"every call{which} runs the original forward now: {reason}")
+    assert f"packed calls: {int(trains)}" in told
 
 
 def test_explain_tells_the_kernels_of_linear_layers() -> None:

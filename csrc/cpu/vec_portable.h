@@ -7,7 +7,7 @@
 #if defined(__ARM_NEON)
 #include <arm_neon.h>
 #elif defined(__SSE2__)
-#include <emmintrin.h>
+#include <immintrin.h>
 #endif
 
 namespace sbert_fast::cpu::SBF_ISA {

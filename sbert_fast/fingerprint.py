@@ -80,6 +80,11 @@ class Fingerprint:
         self._tensors = list(tensors)
         # They keep the storages alive, so that no address can be reused unnoticed.
         self._held = [tensor.detach() for tensor in self._tensors]
+        self._counted = [t for t in self._tensors if not t.is_inference()]
+        # Inference tensors count no writes: a hash of all their bits detects them.
+        self._uncounted = [t for t in self._tensors if t.is_inference()]
+        if not all(map(_counts_writes, self._counted)):
+            raise UnsupportedModelError("a tensor made in inference mode was given other data")
         # Tensors in the layout of oneDNN have no address, and are copies.
         addresses = {t.data_ptr() for t in shared if t.layout == torch.strided}
         addresses -= {t.data_ptr() for t in copied}
@@ -96,11 +101,6 @@ class Fingerprint:
             False: ContentHash(self._watched.rest, [*read, *live]),
         }
         self._contents = {told: read_now() for told, read_now in self._hashes.items()}
-        self._counted = [t for t in self._tensors if not t.is_inference()]
-        # Inference tensors count no writes: a hash of all their bits detects them.
-        self._uncounted = [t for t in self._tensors if t.is_inference()]
-        if not all(map(_counts_writes, self._counted)):
-            raise UnsupportedModelError("a tensor made in inference mode was given other data")
         self._values = self._read()
 
     def _read(self) -> tuple[object, ...]:

@@ -45,7 +45,7 @@ def _recombine(texts: Sequence[str], sizes: Sequence[int], seed: int) -> list[st
 def _sizes(count: int, longest: int, seed: int) -> list[int]:
     """Characters of texts: every order of magnitude up to `longest`, the short ones more often."""
     rng = random.Random(seed)
-    most = [int(6 * (longest / 6) ** (rng.random() ** 4)) for _ in range(count - 11)]
+    most = [int(6 * (longest / 6) ** (rng.random() ** 8)) for _ in range(count - 11)]
     return [1, *[longest] * 10, *most]
 
 

@@ -96,10 +96,9 @@ class Fingerprint:
         read = [t for t in hashed if id(t) not in unread]
         self._watched = WatchedTensors(read, self._tensors)
         # By what pages tell: that none was written to, or nothing.
-        self._hashes: dict[bool | None, ContentHash] = {
-            None: ContentHash(read, live),
-            False: ContentHash(self._watched.rest, [*read, *live]),
-        }
+        self._hashes: dict[bool | None, ContentHash] = {None: ContentHash(read, live)}
+        if self._watched.pages:
+            self._hashes[False] = ContentHash(self._watched.rest, [*read, *live])
         self._contents = {told: read_now() for told, read_now in self._hashes.items()}
         self._values = self._read()
 

@@ -123,3 +123,9 @@ def tiles(F: int, dtype: torch.dtype, slots: int) -> dict[str, int]:
     chunk = min(chunks, key=lambda width: -(-F // width) * width)
     rows = threads * vector // chunk
     return {"CHUNK": chunk, "ROWS": rows, "SLOTS": slots, "num_warps": WARPS}
+
+
+def grid(T: int, F: int, constants: dict[str, int]) -> tuple[int]:
+    """The programs that such a kernel takes for T rows of F columns."""
+    rows = triton.cdiv(T, constants["ROWS"] * constants["SLOTS"])
+    return (rows * triton.cdiv(F, constants["CHUNK"]),)

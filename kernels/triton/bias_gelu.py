@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sbert_fast.kernels.activations import erf_gelu, tanh_gelu, tiles
+from sbert_fast.kernels.activations import erf_gelu, grid, tanh_gelu, tiles
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -75,7 +75,5 @@ def bias_gelu(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     constants = config(F, x.dtype)
     out = torch.empty_like(x)
     if T:
-        rows = triton.cdiv(T, constants["ROWS"] * constants["SLOTS"])
-        grid = (rows * triton.cdiv(F, constants["CHUNK"]),)
-        _bias_gelu_kernel[grid](x, bias, out, T, F=F, TANH=tanh, **constants)
+        _bias_gelu_kernel[grid(T, F, constants)](x, bias, out, T, F=F, TANH=tanh, **constants)
     return out

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sbert_fast.kernels.activations import GELU, GELU_TANH, slope, tiles
+from sbert_fast.kernels.activations import GELU, GELU_TANH, grid, slope, tiles
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -67,7 +67,7 @@ def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor | None, tanh: bool)
     constants = config(F, x.dtype)
     d_x = torch.empty_like(x)
     if T:
-        rows = triton.cdiv(T, constants["ROWS"] * constants["SLOTS"])
-        grid = (rows * triton.cdiv(F, constants["CHUNK"]),)
-        _bias_gelu_backward_kernel[grid](grad, x, bias, d_x, T, F=F, TANH=tanh, **constants)
+        _bias_gelu_backward_kernel[grid(T, F, constants)](
+            grad, x, bias, d_x, T, F=F, TANH=tanh, **constants
+        )
     return d_x

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sbert_fast.kernels.activations import activate, tiles
+from sbert_fast.kernels.activations import activate, grid, tiles
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -85,9 +85,7 @@ def gated_activation(x: Tensor, bias: Tensor | None, activation: int, first: boo
     constants = config(F, x.dtype)
     out = x.new_empty((T, F))
     if T:
-        rows = triton.cdiv(T, constants["ROWS"] * constants["SLOTS"])
-        grid = (rows * triton.cdiv(F, constants["CHUNK"]),)
-        _gated_activation_kernel[grid](
+        _gated_activation_kernel[grid(T, F, constants)](
             x, bias, out, T, F=F, ACTIVATION=activation, FIRST=first, **constants
         )
     return out

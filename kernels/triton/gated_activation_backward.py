@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sbert_fast.kernels.activations import activate, slope, tiles
+from sbert_fast.kernels.activations import activate, grid, slope, tiles
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -78,9 +78,7 @@ def gated_activation_backward(
     constants = config(F, x.dtype)
     d_x = torch.empty_like(x)
     if T:
-        rows = triton.cdiv(T, constants["ROWS"] * constants["SLOTS"])
-        grid = (rows * triton.cdiv(F, constants["CHUNK"]),)
-        _gated_activation_backward_kernel[grid](
+        _gated_activation_backward_kernel[grid(T, F, constants)](
             grad, x, bias, d_x, T, F=F, ACTIVATION=activation, FIRST=first, **constants
         )
     return d_x

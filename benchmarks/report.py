@@ -1,6 +1,6 @@
 """Results of the benchmarks: how they are stored and shown.
 
-    python -m benchmarks.report benchmarks/results/cpu-2core/*.json  # their tables
+    python -m benchmarks.report benchmarks/results/cpu-zen4/*.json  # their tables
     python -m benchmarks.report --readme [--check]
     python -m benchmarks.report --collect results-tmp/gpu benchmarks/results/h200
 

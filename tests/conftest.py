@@ -101,7 +101,8 @@ def int8_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """int8 weights run on a CPU that has no instructions for them, too: slowly."""
     if not instruction_sets.NATIVE:
         pytest.skip("int8 needs the C++ ops")
-    monkeypatch.setattr(target, "INT8_ISAS", instruction_sets.NATIVE)
+    every = instruction_sets.NATIVE + instruction_sets.EMULATED_TILES
+    monkeypatch.setattr(target, "INT8_ISAS", every)
 
 
 @pytest.fixture

@@ -75,6 +75,21 @@ def test_doctor_tells_why_a_library_that_loads_is_not_usable(
     assert found["reason"] is None if reason is None else reason in found["reason"]
 
 
+@pytest.mark.skipif(not extension.CPU.available, reason=str(extension.CPU.reason))
+@pytest.mark.parametrize(
+    ("sets", "told"), [("amx_bf16,avx512_bf16", "available"), ("avx512_bf16", "Linux refuses")]
+)
+def test_doctor_tells_why_a_cpu_with_amx_runs_without(
+    monkeypatch: pytest.MonkeyPatch, sets: str, told: str
+) -> None:
+    from sbert_fast import _host
+
+    features = _host.cpu_features() | {"amx_bf16": True}
+    monkeypatch.setattr(_host, "cpu_features", lambda: features)
+    monkeypatch.setattr(torch.ops.sbert_fast, "cpu_isas", lambda: sets)
+    assert doctor._libraries()["_C"]["AMX"].startswith(told)
+
+
 def test_doctor_lists_gpus(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

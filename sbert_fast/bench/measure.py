@@ -250,7 +250,10 @@ def _measure(
     shared = {"model": args.model, "threads": args.threads, "seed": args.seed, "onnx": onnx}
     for each in running:
         say(f"memory of {each}")
-        each.more |= memory_of(each, **shared, corpus=args.corpus, texts=args.texts)
+        how = shared | {"corpus": args.corpus, "texts": args.texts}
+        each.more |= memory_of(each, **how)
+        if each.name == OURS:
+            each.more["low_memory"] = memory_of(each, **how, low_memory=True)
     swept = int(corpus.tokens.lengths[: args.sweep_texts].sum())
     return found | {
         "scope": SCOPE,

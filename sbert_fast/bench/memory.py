@@ -26,7 +26,8 @@ def memory_of(each: Contender, **what: Any) -> dict[str, float]:
     Args:
         each: the system, at its setting.
         what: `model`: its folder; `corpus`: name or path; `texts`: how many; `seed`: of the corpus;
-            `threads`: CPU threads; `onnx`: the ONNX export, if the system needs it.
+            `threads`: CPU threads; `onnx`: the ONNX export, if the system needs it; `low_memory`:
+            of ours.
 
     Returns:
         `loaded_rss_mb` before the first text, `peak_rss_mb` of the whole process, `seconds`.
@@ -58,7 +59,13 @@ def _main(asked: dict[str, Any]) -> None:
     from sbert_fast.bench.corpora import load_corpus
 
     folder = Checkpoint(Path(asked["model"]), asked["threads"])
-    built = runtimes.build(asked["system"], asked["precision"], folder, Path(asked["onnx"]))
+    built = runtimes.build(
+        asked["system"],
+        asked["precision"],
+        folder,
+        Path(asked["onnx"]),
+        asked.get("low_memory", False),
+    )
     # By a tokenizer of its own, so that no system finds one that is loaded already.
     count = Checkpoint(folder.path, asked["threads"]).count
     lines = load_corpus(asked["corpus"], asked["texts"], asked["seed"], count)

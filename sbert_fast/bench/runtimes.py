@@ -239,14 +239,19 @@ TORCH: dict[str, Callable[..., MakeForward]] = {
 }
 
 
-def build(name: str, precision: str, folder: Checkpoint, onnx: Path) -> System:
+def build(
+    name: str, precision: str, folder: Checkpoint, onnx: Path, low_memory: bool = False
+) -> System:
     """Make a system that runs on a CPU; the first one that needs the export `onnx` makes it.
+    `low_memory` is for ours.
 
     Raises:
         NotAvailable: it cannot be measured here.
     """
-    if name in (OURS, REFERENCE):
-        return (Packed if name == OURS else SentenceTransformers)(folder, precision)
+    if name == OURS:
+        return Packed(folder, precision, low_memory=low_memory)
+    if name == REFERENCE:
+        return SentenceTransformers(folder, precision)
     if not folder.pools_by_mean:
         raise NotAvailable("its driver pools by the mean and nothing else")
     if name != COMPILED:

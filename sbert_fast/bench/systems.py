@@ -57,7 +57,7 @@ class System:
 
 
 class Packed(System):
-    """FastEncoder with its default settings.
+    """FastEncoder with its default settings, or with `low_memory`.
 
     Raises:
         NotAvailable: the model does not run packed here in this dtype.
@@ -66,12 +66,18 @@ class Packed(System):
     batch_sizes = False
 
     def __init__(
-        self, folder: Checkpoint, precision: str, device: str = "cpu", impl: str = "auto"
+        self,
+        folder: Checkpoint,
+        precision: str,
+        device: str = "cpu",
+        impl: str = "auto",
+        low_memory: bool = False,
     ) -> None:
         from sbert_fast.sentence_transformers.encoder import FastEncoder
 
+        how: Any = {"device": device, "dtype": precision, "impl": impl, "low_memory": low_memory}
         try:
-            self.encoder = FastEncoder(str(folder.path), device=device, dtype=precision, impl=impl)
+            self.encoder = FastEncoder(str(folder.path), **how)
         except SbertFastError as error:
             raise NotAvailable(str(error)) from error
         if self.encoder.unsupported_reason:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sbert_fast.bench.names import ALONE, OURS
+from sbert_fast.bench.names import ALONE, OURS, REFERENCE
 
 Document = dict[str, Any]
 Row = dict[str, Any]
@@ -109,6 +109,17 @@ def _accuracy(document: Document) -> str | None:
     return f"{document['corpus']['name']}: {', '.join(told)}" if told else None
 
 
+def _memory(document: Document) -> str | None:
+    """The peak memory of ours, with and without low_memory, and of the reference."""
+    told = []
+    for row in document["rows"]:
+        if row["system"] in (OURS, REFERENCE) and row.get("peak_rss_mb"):
+            low = row.get("low_memory")
+            less = f" ({low['peak_rss_mb']:,.0f} with low_memory=True)" if low else ""
+            told.append(f"{row['peak_rss_mb']:,.0f} MB{less} {' '.join(names(row))}")
+    return f"{document['corpus']['name']}: {', '.join(told)}" if told else None
+
+
 def asides(documents: Sequence[Document], full: bool = False) -> list[str]:
     """A line on limits, on int8, on latency and on memory, each where a document has something to
     say."""
@@ -125,6 +136,8 @@ def asides(documents: Sequence[Document], full: bool = False) -> list[str]:
     lines = [f"The linear layers alone, {'; '.join(limits)}."] if limits else []
     if losses := [told for document in documents if (told := _accuracy(document))]:
         lines.append(f"Worst and mean cosine of int8 with float32, {'; '.join(losses)}.")
+    if peaks := [told for document in documents if (told := _memory(document))]:
+        lines.append(f"Peak memory, {'; '.join(peaks)}.")
     if latencies := [found for document in documents if (found := document.get("latency"))]:
         calls = "; another run: ".join(", ".join(map(call, found["rows"])) for found in latencies)
         lines.append(f"One text of {latencies[0]['tokens']} tokens, median call: {calls}.")

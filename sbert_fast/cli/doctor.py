@@ -47,6 +47,7 @@ _CPU_FLAGS = (
     *("asimd", "asimddp", "i8mm", "bf16", "sve"),
 )
 _CPUINFO = Path("/proc/cpuinfo")
+_NO_TILES = "Linux refuses this process the use of tiles, or the CPU has none for int8"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -175,6 +176,9 @@ def _libraries() -> dict[str, Any]:
         from sbert_fast import _host
 
         libraries["_host"] = {"path": _host.__file__, "reason": None}
+        if _host.cpu_features()["amx_bf16"] and extension.CPU.available:
+            granted = "amx_bf16" in libraries[extension.CPU.name]["instruction sets"]
+            libraries[extension.CPU.name]["AMX"] = "available" if granted else _NO_TILES
     except ImportError as error:
         libraries["_host"] = {"path": None, "reason": str(error)}
     return libraries

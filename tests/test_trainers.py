@@ -23,6 +23,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 import families
 from checks import assert_same_vectors
 from sbert_fast import FastCrossEncoder, FastEncoder, counts
+from sbert_fast.errors import NonFiniteEmbeddingError
 from trained import (
     NO_DROPOUT,
     Make,
@@ -283,6 +284,19 @@ def test_what_an_option_leaves_behind_is_seen_through(loss: str, options: dict[s
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", [FastEncoder, FastCrossEncoder])
+def test_a_step_whose_embeddings_are_not_finite_names_the_texts(kind: type) -> None:
+    make = families.make_cross_encoder if kind is FastCrossEncoder else make_encoder
+    model = kind(make()).train()
+    texts = [("sea", "sun"), ("wind", "tree"), ("road", "sea")]
+    inputs = texts if kind is FastCrossEncoder else [a for a, _ in texts]
+    token = model.tokenizer.convert_tokens_to_ids("wind")
+    with torch.no_grad():
+        model[0].auto_model.get_input_embeddings().weight[token] = float("inf")
+    with pytest.raises(NonFiniteEmbeddingError, match=r"inputs\[1\]"):
+        model(model.preprocess(inputs))
+
+
 def test_curves_of_losses_lie_on_one_another() -> None:
     texts, rng = families.make_texts(200, max_words=20), random.Random(0)
     columns = {"a": texts[:100], "b": texts[100:], "label": [rng.random() for _ in range(100)]}

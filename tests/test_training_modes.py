@@ -179,6 +179,39 @@ def test_steps(step: Callable[[Any, Any], None]) -> None:
     assert counts(model) == {"packed": STEPS[step]}
 
 
+def labels_out_of_range(model: Any, batch: Any) -> None:
+    states = model(**batch)[0][:, 0]
+    torch.nn.functional.cross_entropy(states, torch.full((len(states),), states.shape[1])).backward()
+
+
+def frozen(model: Any, batch: Any) -> None:
+    loss(model.requires_grad_(False), batch).backward()
+
+
+def stepped_too_early(model: Any, batch: Any) -> None:
+    """A step between the forward and the backward pass of a batch."""
+    total = loss(model, batch)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    total.backward()
+
+
+def on_two_devices(model: Any, batch: Any) -> None:
+    loss(model, {name: value.to("meta") for name, value in batch.items()}).backward()
+
+
+@pytest.mark.parametrize("step", [labels_out_of_range, frozen, stepped_too_early, on_two_devices])
+def test_errors_are_those_of_the_original(step: Callable[[Any, Any], None]) -> None:
+    batch, told = families.make_batch("bert", LENGTHS), []
+    for model in pair("bert"):
+        with pytest.raises((RuntimeError, IndexError, NotImplementedError)) as caught:
+            step(model, batch)
+        # What follows tells of tensors.
+        told.append((caught.type, str(caught.value).split(":")[0][:40]))
+    assert told[0] == told[1]
+
+
 @pytest.mark.slow
 def test_a_compiled_loss() -> None:
     """Compilers see the original's own operations."""

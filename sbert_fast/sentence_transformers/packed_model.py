@@ -6,7 +6,6 @@ import copy
 import os
 from collections import OrderedDict
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Self
 
 import torch
@@ -18,6 +17,7 @@ from sbert_fast.assembly import Unsupported
 from sbert_fast.call import Call
 from sbert_fast.engine import PackedEncoder
 from sbert_fast.errors import SbertFastError, UnsupportedModelError
+from sbert_fast.finite import check_embeddings
 from sbert_fast.inference import Pipeline
 from sbert_fast.ops import validation
 from sbert_fast.patching import accelerated
@@ -138,14 +138,22 @@ class PackedModel:
         :func:`sbert_fast.accelerate` has it: in the dtype of the weights, with zeros for the states
         of masked tokens. What it does not serve runs in sentence-transformers. :attr:`stats` counts
         both.
+
+        Raises:
+            NonFiniteEmbeddingError: in training on a CPU, embeddings hold NaN or infinity; names
+                the rows. On a GPU that is left to the loss: to look would be to wait.
         """
         model: Any = self
         session = self._session
-        packed: AbstractContextManager[None] = nullcontext()
-        if not bypass.is_transformed():
-            packed = accelerated(model, session.forwards, session.impl, session.count_forward)
-        with packed:
+        if bypass.is_transformed():
             return super().forward(input, **kwargs)  # type: ignore[misc, no-any-return]
+        with accelerated(model, session.forwards, session.impl, session.count_forward):
+            features: dict[str, Tensor] = super().forward(input, **kwargs)  # type: ignore[misc]
+        if model.training and torch.is_grad_enabled() and model.device.type == "cpu":
+            for rows in (features.get("sentence_embedding"), features.get("scores")):
+                if rows is not None:
+                    check_embeddings(rows.reshape(len(rows), -1), None)
+        return features
 
     def _own_method(self) -> str | None:
         """Why the class does not run as that of sentence-transformers does; None if it does."""

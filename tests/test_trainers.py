@@ -6,6 +6,7 @@ import logging
 import random
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,9 +162,13 @@ def test_the_routes_of_a_router_train_as_in_stock() -> None:
 LENGTHS = [5, 9, 20, 13]
 
 
-def collate(numbers: list[int]) -> dict[str, Any]:
+def collate(numbers: list[int], of_tokens: bool = False) -> dict[str, Any]:
+    """A batch with a label for each text, or for each token."""
+    batch = families.make_batch("bert", [LENGTHS[n % 4] + n for n in numbers])
     labels = torch.tensor([number % 3 for number in numbers])
-    return families.make_batch("bert", [LENGTHS[n % 4] + n for n in numbers]) | {"labels": labels}
+    if of_tokens:
+        labels = (batch["input_ids"] % 3).where(batch["attention_mask"].bool(), -100)
+    return batch | {"labels": labels}
 
 
 def by_trainer(model: Any) -> Trained:
@@ -187,24 +192,34 @@ def by_trainer(model: Any) -> Trained:
     return Trained(model, found, flat_parameters(model))
 
 
-def by_hand(model: Any) -> Trained:
+def by_hand(model: Any, of_tokens: bool = False) -> Trained:
     """The step that a large epsilon leaves is nearly in proportion to the gradient."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, eps=1.0)
     found = []
     for numbers in ([0, 1, 2, 3], [4, 5, 6, 7]):
         optimizer.zero_grad()
-        loss = model.train()(**collate(numbers)).loss
+        loss = model.train()(**collate(numbers, of_tokens)).loss
         loss.backward()
         optimizer.step()
         found.append(loss.detach()[None])
     return Trained(model, found, flat_parameters(model))
 
 
-@pytest.mark.parametrize("trainer", [by_trainer, by_hand])
-def test_a_classifier_trains_as_in_stock(trainer: Callable[[Any], Trained]) -> None:
+@pytest.mark.parametrize(
+    ("name", "head", "trainer"),
+    [
+        ("bert", "SequenceClassification", by_trainer),
+        ("bert", "SequenceClassification", by_hand),
+        ("roberta", "SequenceClassification", by_hand),
+        ("bert", "TokenClassification", partial(by_hand, of_tokens=True)),
+        ("electra", "MaskedLM", partial(by_hand, of_tokens=True)),
+    ],
+)
+def test_a_head_trains_as_in_stock(
+    name: str, head: str, trainer: Callable[[Any], Trained]
+) -> None:
     def make() -> Any:
-        head = "AutoModelForSequenceClassification"
-        return families.make_model("bert", head=head, num_labels=3, **NO_DROPOUT)
+        return families.make_model(name, head=f"AutoModelFor{head}", num_labels=3, **NO_DROPOUT)
 
     assert_trains_packed(make, accelerated, trainer)
 

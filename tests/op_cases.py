@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from sbert_fast.kernels import aot
 from sbert_fast.ops import POOLING_MODES
 from sbert_fast.ops.panels import pack as pack_panels
 from sbert_fast.testing import pack_lengths
@@ -14,6 +16,9 @@ from sbert_fast.testing import pack_lengths
 RAGGED = (3, 0, 17, 1, 64, 0, 5)
 POOLED_LENGTHS = [5, 0, 1, 16, 3, 0, 40]
 DEAD_TAIL = 7
+# What Triton kernels are compiled for ahead of time: the GPUs most people run them on, and those
+# with the least shared memory; `SBERT_FAST_EVERY_ARCH` adds the rest.
+ARCHS = aot.ARCHS if os.environ.get("SBERT_FAST_EVERY_ARCH") else (90, 120)
 
 
 def arguments(
@@ -80,6 +85,16 @@ def arguments(
         gated = arguments("gated_activation", dtype, lengths, heads, dim, seed)
         return (randn(tokens, width // 2), *gated)
     raise ValueError(f"op must name an op, got {op!r}")
+
+
+def rotated(first: Sequence[Any], second: Sequence[Any], third: Sequence[Any]) -> list[Any]:
+    """Every pair of `first` and `second` with one of `third`, which take turns: each meets them all
+    where the others are as many."""
+    return [
+        (a, b, third[(i + j) % len(third)])
+        for i, a in enumerate(first)
+        for j, b in enumerate(second)
+    ]
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import sbert_fast.kernels as kernels
+from op_cases import ARCHS
 from sbert_fast.kernels import aot
 from sbert_fast.ops import content, extension
 from sbert_fast.ops.content import ContentHash
@@ -223,7 +224,7 @@ def test_kernel_compiles_and_fits() -> None:
 
     arguments = [torch.empty(0, dtype=torch.int64, device="meta")] * 2
     options = {"ROWS": kernel.ROWS, "COLUMNS": kernel.COLUMNS, "num_warps": 4}
-    builds = [aot.build_of(kernel._content_kernel, arguments, options, arch) for arch in aot.ARCHS]
+    builds = [aot.build_of(kernel._content_kernel, arguments, options, arch) for arch in ARCHS]
     usages = aot.compile_all(builds)
     print(aot.table(builds, usages))
     aot.assert_fits(builds, usages)

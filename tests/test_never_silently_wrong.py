@@ -39,7 +39,7 @@ if importlib.util.find_spec("peft"):
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-FIRST, COUNT = map(int, os.environ.get("SBERT_FAST_SEQUENCES", "0:500").split(":"))
+FIRST, COUNT = map(int, os.environ.get("SBERT_FAST_SEQUENCES", "0:300").split(":"))
 CHUNK = 50
 UNDO = "undo"
 # Of the steps that are drawn, those that undo what can be undone: without them most walks end where

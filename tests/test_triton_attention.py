@@ -101,8 +101,13 @@ def attend(triton_device: str) -> Attend:
 @pytest.mark.parametrize(
     ("dim", "tile"), [(26, None), (32, 128), (64, None), (128, 128), (256, 128)]
 )
-def test_ragged_lengths(attend: Attend, dim: int, tile: int | None, dtype: torch.dtype) -> None:
-    check(Case(RAGGED if dim == 64 else RAGGED[:-2], dim, dtype), attend, tile)
+def test_ragged_lengths(
+    attend: Attend, triton_device: str, dim: int, tile: int | None, dtype: torch.dtype
+) -> None:
+    # The two longest take most of the time. A batch with more than 256 tokens in a sequence has
+    # launch parameters of its own.
+    longest = RAGGED[-2:] if (triton_device, dtype) != ("cpu", SINGLE) else (257,)
+    check(Case((*RAGGED[:-2], *(longest if dim == 64 else ())), dim, dtype), attend, tile)
 
 
 @every_dtype
@@ -178,12 +183,16 @@ def test_rows_of_distances_beyond_a_sequence_reach_nothing(
         assert_same_bits(attend(args)[rows], expected[rows])
 
 
+@every_place
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_decoders(attend: Attend, decoder: str, dtype: torch.dtype) -> None:
+    check(Case((5, 0, 16, 17, 40, 130), 26, dtype, **DECODERS[decoder]), attend, 128)
+
+
 @every_dtype
-@pytest.mark.parametrize(
-    ("decoder", "dim"), [*((name, 26) for name in DECODERS), ("all", 256), ("bias", 256)]
-)
-def test_decoders(attend: Attend, decoder: str, dim: int, dtype: torch.dtype) -> None:
-    check(Case((5, 0, 16, 17, 40, 130), dim, dtype, **DECODERS[decoder]), attend, 128)
+@pytest.mark.parametrize("decoder", ["all", "bias"])
+def test_decoders_of_wide_heads(attend: Attend, decoder: str, dtype: torch.dtype) -> None:
+    check(Case((5, 0, 16, 17, 40, 130), 256, dtype, **DECODERS[decoder]), attend, 128)
 
 
 @every_dtype
@@ -246,7 +255,7 @@ def test_nan_spreads_through_its_own_sequence_only(
 def test_place_in_the_batch_changes_no_bit(
     attend: Attend, mixture: str, dtype: torch.dtype
 ) -> None:
-    case = Case((9, 0, 16, 17, 32, *SHORT), 32, dtype, **MIXTURES[mixture])
+    case = Case((9, 17, 32, *SHORT), 32, dtype, **MIXTURES[mixture])
     assert_place_changes_no_bit(attend, case.args())
 
 

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from op_cases import add_norm_args, assert_gelu_of_special_values, embed_args, randn
+from op_cases import (
+    ARCHS,
+    add_norm_args,
+    assert_gelu_of_special_values,
+    embed_args,
+    randn,
+    rotated,
+)
 from sbert_fast.kernels import aot
 from sbert_fast.testing import check_op
 
@@ -22,8 +29,24 @@ NAMES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"
 SHAPES = [(1, 1), (9, 37), (33, 384), (5, 1000), (5, 1536), (3, 4096)]
 # Arguments of embed_norm that may be missing, by position.
 POSITIONS, NORM = (1, 4), (6, 7)
+# Of its tables of types, and what is missing.
+TABLES = [
+    (("given",), ("given", *POSITIONS)),
+    (("type 0",), ("type 0", *NORM)),
+    (("no table",), ("no table", *POSITIONS, *NORM)),
+]
+# The dtypes of its tables and of its result, and whether its norm is RMSNorm.
+EMBEDDED = [
+    *((d, d, False) for d in DTYPES),
+    (torch.float32, torch.float16, False),
+    (torch.float16, torch.float32, True),
+    (torch.float16, torch.float16, True),
+]
 ABSENT = ("positions_ptr", "position_table_ptr", "weight_ptr", "bias_ptr")
-every_norm = pytest.mark.parametrize("rms", [False, True])
+# An op, and whether its norm is RMSNorm.
+ADDED = [(op, rms) for rms in (False, True) for op in ("add_norm", "add_norm_sum")]
+ISOLATED = [("add_norm", False), ("add_norm", True), ("add_norm_sum", False)]
+ISOLATED += [("bias_gelu", False), ("gated_activation", False)]
 ACTIVATIONS = [
     *(("bias_gelu", tanh) for tanh in (True, False)),
     *(("gated_activation", f, first) for f in (1, 2, 3) for first in (True, False)),
@@ -45,41 +68,27 @@ def run(op: str, args: list[Any], device: str) -> Any:
     return pytree.tree_map(Tensor.cpu, getattr(OPS, op).triton(*there))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "out_dtype", "rms"),
-    [
-        *((d, d, False) for d in DTYPES),
-        (torch.float32, torch.float16, False),
-        (torch.float16, torch.float32, True),
-        (torch.float16, torch.float16, True),
-    ],
-)
-@pytest.mark.parametrize(("T", "E"), SHAPES)
+@pytest.mark.parametrize(("shape", "how", "tables"), rotated(SHAPES, EMBEDDED, TABLES))
 def test_embed_norm(
-    triton_device: str, T: int, E: int, dtype: torch.dtype, out_dtype: torch.dtype, rms: bool
+    triton_device: str,
+    shape: tuple[int, int],
+    how: tuple[torch.dtype, torch.dtype, bool],
+    tables: tuple[tuple[Any, ...], ...],
 ) -> None:
-    for types, *missing in (
-        ("given",),
-        ("type 0",),
-        ("no table",),
-        ("given", *POSITIONS),
-        ("type 0", *NORM),
-        ("no table", *POSITIONS, *NORM),
-    ):
-        args = [*embed_args(T, E, dtype, out_dtype, types), *[True] * rms]
+    dtype, out_dtype, rms = how
+    for types, *missing in tables:
+        args = [*embed_args(*shape, dtype, out_dtype, types), *[True] * rms]
         for i in missing:
             args[i] = None
         check_op("embed_norm", run("embed_norm", args, triton_device), args, out_dtype)
 
 
-@every_norm
-@pytest.mark.parametrize("op", ["add_norm", "add_norm_sum"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("T", "E"), SHAPES)
+@pytest.mark.parametrize(("shape", "dtype", "how"), rotated(SHAPES, DTYPES, ADDED))
 def test_add_norm(
-    triton_device: str, T: int, E: int, dtype: torch.dtype, op: str, rms: bool
+    triton_device: str, shape: tuple[int, int], dtype: torch.dtype, how: tuple[str, bool]
 ) -> None:
-    x, bias, residual, *norm = add_norm_args(T, E, dtype)
+    op, rms = how
+    x, bias, residual, *norm = add_norm_args(*shape, dtype)
     for optional in ([bias, residual], [bias, None], [None, residual], [None, None]):
         args = [x, *optional, *norm, *[True] * rms]
         check_op(op, run(op, args, triton_device), args, dtype)
@@ -130,18 +139,11 @@ def test_bias_gelu_keeps_its_relative_accuracy(triton_device: str) -> None:
     assert error[x.abs() < 3].max() < 3e-7
 
 
-@pytest.mark.parametrize(
-    ("op", "rms"),
-    [
-        *(("add_norm", rms) for rms in (False, True)),
-        *((op, False) for op in ("add_norm_sum", "bias_gelu", "gated_activation")),
-    ],
-)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("E", [37, 384])
+@pytest.mark.parametrize(("how", "E", "dtype"), rotated(ISOLATED, [37, 384], DTYPES))
 def test_rows_are_isolated(
-    triton_device: str, op: str, rms: bool, E: int, dtype: torch.dtype
+    triton_device: str, how: tuple[str, bool], E: int, dtype: torch.dtype
 ) -> None:
+    op, rms = how
     args = [*add_norm_args(21, E, dtype), *[True] * rms]
     if op == "bias_gelu":
         args = [args[0], args[1], False]
@@ -229,7 +231,7 @@ def builds(
 
 def test_kernels_compile_and_fit() -> None:
     every = [(torch.float16, 1024), (torch.float16, 768, True, ABSENT)]
-    cases: list[tuple[Any, ...]] = [(arch, *case) for arch in aot.ARCHS for case in every]
+    cases: list[tuple[Any, ...]] = [(arch, *case) for arch in ARCHS for case in every]
     cases += [(90, torch.float16, 1024, True, ABSENT[:2]), (90, torch.bfloat16, 1024)]
     cases += [(90, torch.float16, width) for width in (37, 384, 4096)]
     cases += [(90, torch.float32, 1024)]

@@ -33,8 +33,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", default="cpu", choices=CHOICES)
     add("--peers", type=some_of(*PEERS, UNPADDED), help=f"default: {','.join(PEERS)}")
     add("--sweep-texts", type=int, default=1000, help="texts used to find the best batch size")
-    latency = add("--latency", action="store_const", const=300, default=0, dest="calls")
-    latency.help = "also time single calls with one short text"
+    latency = add("--latency", type=int, nargs="?", const=300, default=0, dest="calls")
+    latency.metavar, latency.help = "CALLS", "also time so many calls with one text (300)"
     add("--by-length", type=int, default=0, metavar="TOKENS", help="also texts of one length each")
     add("--memory", action="store_true", help="also the peak memory of 100,000 short texts")
     on_gpu = parser.add_argument_group(

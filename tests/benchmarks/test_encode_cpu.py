@@ -62,6 +62,7 @@ def test_a_run(run: Callable[..., dict[str, Any]]) -> None:
         "--sweep-texts",
         "8",
         "--latency",
+        "30",
         "--by-length",
         "64",
         "--peers",
@@ -185,8 +186,8 @@ def test_reranking(run: Callable[..., dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
-def test_training(run: Callable[..., dict[str, Any]]) -> None:
-    rows = run("encode.training", "--texts", "64")["rows"]
+def test_training(run: Callable[..., dict[str, Any]], tiny: Checkpoint) -> None:
+    rows = run("encode.training", "--texts", "64", "--model", str(tiny.path))["rows"]
     assert [row["system"] for row in rows] == [REFERENCE, OURS]
     assert rows[0]["loss"] == 0 < rows[1]["loss"] < training.LOSS
     assert rows[1]["ratio"] > 0 and min(row["peak_rss_mb"] for row in rows) > 0

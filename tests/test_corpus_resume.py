@@ -235,7 +235,7 @@ CHANGES: dict[str, tuple[Callable[[], Any], list[str], list[str]]] = {
     "option": (
         lambda: None,
         ["--resume", "--normalize"],
-        ["'normalize_embeddings': True", "other options"],
+        ["normalize_embeddings was False, is True", "other options"],
     ),
     "format": (
         lambda: None,

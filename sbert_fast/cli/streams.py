@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import sys
@@ -14,7 +15,14 @@ from sbert_fast.errors import SbertFastError
 STDIN = "standard input"
 STDOUT = "standard output"
 # The messages of these are written for the user; other exceptions are shown with their type.
-_SPEAKING = (SbertFastError, ValueError, OSError, ImportError, RuntimeError)
+_SPEAKING = (
+    SbertFastError,
+    ValueError,
+    OSError,
+    ImportError,
+    RuntimeError,
+    argparse.ArgumentError,
+)
 
 
 def note(message: str) -> None:

@@ -27,7 +27,7 @@ MANIFEST = "_manifest.json"
 JOURNAL = "_journal.jsonl"
 REPORT = "_errors.jsonl"
 LOCK = ".lock"
-_TEMPORARY = ".*.part"
+_TEMPORARY = (".[0-9]*.part", "._*.part")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,7 @@ class Folder:
         if not self.path.is_dir():
             self.path.mkdir()
             self._is_new = True
+        self._refuse_others()
         self._lock = open(self.path / LOCK, "a+")
         try:
             self._hold_lock()
@@ -97,13 +98,21 @@ class Folder:
         if self.manifest is None and self._is_new:
             self.path.rmdir()
 
+    def _refuse_others(self) -> None:
+        names = sorted(name for name in os.listdir(self.path) if name[0] != ".")
+        if names and MANIFEST not in names:
+            raise CorpusError(
+                f"{self.path} must be empty or hold an earlier run, got {names[0]!r} and no "
+                f"{MANIFEST}"
+            )
+
     def _hold_lock(self) -> None:
         """Linux frees the lock when the process ends, however it does."""
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / LOCK)):
                 raise BlockingIOError  # its owner was about to remove it
-        except BlockingIOError:
+        except (BlockingIOError, FileNotFoundError):
             self._lock.seek(0)
             owner = self._lock.read().strip() or "another process"
             raise CorpusError(f"{self.path} is in use by {owner}: wait until it ends") from None
@@ -115,12 +124,6 @@ class Folder:
     def _read_manifest(self) -> None:
         path = self.path / MANIFEST
         if not path.exists():
-            others = [name for name in sorted(os.listdir(self.path)) if name[0] != "."]
-            if others:
-                raise CorpusError(
-                    f"{self.path} must be empty or hold an earlier run, got {others[0]!r} "
-                    f"and no {MANIFEST}"
-                )
             return
         try:
             manifest = json.loads(path.read_bytes())
@@ -230,8 +233,9 @@ class Folder:
             os.close(descriptor)
 
     def _remove_temporary(self) -> None:
-        for path in self.path.glob(_TEMPORARY):
-            path.unlink(missing_ok=True)
+        for pattern in _TEMPORARY:
+            for path in self.path.glob(pattern):
+                path.unlink(missing_ok=True)
 
 
 def _line(record: dict[str, Any], indent: int | None = None) -> bytes:

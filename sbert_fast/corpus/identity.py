@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from importlib import metadata
 from typing import Any
 
@@ -32,7 +33,8 @@ def identity(encoder: FastEncoder) -> dict[str, str]:
 
     Returns:
         `"model"`: SHA-256 of weights, configs, tokenizers and prompts; the versions of packages;
-        `"processor"`: the GPU, or the instruction set of the C++ ops.
+        `"implementation"`: what "auto" means; `"processor"`: the GPU, or the instruction set of
+        the C++ ops.
     """
     found = {"model": model_digest(encoder)}
     for package in _PACKAGES:
@@ -40,6 +42,7 @@ def identity(encoder: FastEncoder) -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
+    found["implementation"] = os.environ.get("SBERT_FAST_IMPL", "auto")
     return found | {"processor": _processor(encoder.device)}
 
 

@@ -123,6 +123,7 @@ def _threads(request: Request) -> int:
 def _described(request: Request, threads: int) -> dict[str, Any]:
     """The options as the manifest has them."""
     options = asdict(request.options) | request.loading | {THREADS: threads}
+    options |= options.pop("encode")
     if request.options.ranges is not None:
         with open(request.options.ranges, "rb") as stream:
             options["ranges"] = hashlib.file_digest(stream, "sha256").hexdigest()

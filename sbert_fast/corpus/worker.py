@@ -7,7 +7,7 @@ import itertools
 import os
 import secrets
 from collections.abc import Generator, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -85,16 +85,20 @@ class Worker:
         writer = writing.FORMATS[options.output_format](stream)
         rows = weight = 0
         bad: list[tuple[int, str]] = []
-        for chunk in itertools.chain(reader, [Chunk([], [], weight=shard.weight)]):
-            table, embeddings, missing = self._rows_of(reader, chunk)
-            # The empty chunk at the end is written where no other was.
-            if len(embeddings) or (rows == 0 and not chunk.texts):
-                writer.write(table, embeddings, missing)
-            rows += len(embeddings)
-            bad += [(reader.place(chunk.numbers[i]), chunk.bad[i]) for i in sorted(chunk.bad)]
-            yield Progress(len(chunk.texts), chunk.weight - weight)
-            weight = chunk.weight
-        writer.finish()
+        try:
+            for chunk in itertools.chain(reader, [Chunk([], [], weight=shard.weight)]):
+                table, embeddings, missing = self._rows_of(reader, chunk)
+                # The empty chunk at the end is written where no other was.
+                if len(embeddings) or (rows == 0 and not chunk.texts):
+                    writer.write(table, embeddings, missing)
+                rows += len(embeddings)
+                bad += [(reader.place(chunk.numbers[i]), chunk.bad[i]) for i in sorted(chunk.bad)]
+                yield Progress(len(chunk.texts), chunk.weight - weight)
+                weight = chunk.weight
+            writer.finish()
+        except BaseException:
+            writer.abandon()
+            raise
         return rows, bad
 
     def _rows_of(
@@ -124,14 +128,22 @@ class Worker:
                 raise reader.error(chunk.numbers[first], chunk.bad[first])
             good = [index for index in range(len(chunk.texts)) if index not in chunk.bad]
             texts = [chunk.texts[index] for index in good]
+            if not texts:
+                return good, self._no_vectors
             try:
-                # The vector of the text that is not there only tells the width.
-                return good, self._quantizer(self._encode(texts or [""]))[: len(good)]
+                return good, self._quantizer(self._encode(texts))
             except TextsError as error:
                 found = {index: str(error) for index in error.indices}
             except InputError:
                 found = self._refused(texts)
+                if not found:
+                    raise
             chunk.bad |= {good[index]: reason for index, reason in found.items()}
+
+    @cached_property
+    def _no_vectors(self) -> NDArray[Any]:
+        """An array without rows, of the width and dtype that all have."""
+        return self._quantizer(self._encode(["a"]))[:0]
 
     def _refused(self, texts: Sequence[str | None]) -> dict[int, str]:
         """The texts that have no embedding, and why."""

@@ -10,7 +10,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -85,7 +85,9 @@ def in_processes(task: Task, shards: Sequence[Shard], check: Check, count: int) 
                     check(message)
                 shard = left.popleft() if left else None
                 children[connection] = process, shard
-                connection.send(shard)
+                # If it has died meanwhile, the next message tells.
+                with suppress(BrokenPipeError):
+                    connection.send(shard)
                 if shard is None:
                     del children[connection]
                     process.join()

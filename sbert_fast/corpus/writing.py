@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
@@ -27,6 +28,9 @@ class PartWriter(Protocol):
     def finish(self) -> None:
         """Complete the file."""
 
+    def abandon(self) -> None:
+        """Let go of the file, which will not be completed."""
+
 
 class NpyPart:
     """An array `[N, dim]`: no rows may lack an embedding, and the table is not stored."""
@@ -39,6 +43,9 @@ class NpyPart:
 
     def finish(self) -> None:
         self._writer.finish()
+
+    def abandon(self) -> None:
+        pass
 
 
 class ParquetPart:
@@ -69,6 +76,11 @@ class ParquetPart:
 
     def finish(self) -> None:
         self._writer.close()
+
+    def abandon(self) -> None:
+        # Otherwise pyarrow would do it, and complain, when the stream is closed.
+        with suppress(Exception):
+            self._writer.close()
 
 
 FORMATS: dict[str, type[NpyPart] | type[ParquetPart]] = {"parquet": ParquetPart, "npy": NpyPart}

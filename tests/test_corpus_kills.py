@@ -122,6 +122,6 @@ def test_what_stops_a_worker_is_told(
 ) -> None:
     with open("in.csv", "a") as stream:
         stream.write("1,2,3\n")
-    assert main([*in_folder, "-o", "out", "--workers", "2"]) == 1
+    assert main([*in_folder, "-o", "out", "--workers", "2", "--shard-bytes", "999999"]) == 1
     (error,) = capsys.readouterr().err.splitlines()
     assert "in.csv: line 3002: expected 2 values as in the header, got 3" in error

@@ -54,12 +54,17 @@ def is_meant(args: argparse.Namespace) -> bool:
     are several inputs, folders or patterns."""
     output, suffix = args.output, Path(args.output).suffix.lower().removeprefix(".")
     several = len(args.input) > 1 or any(
-        os.path.isdir(name) or (has_magic(name) and not os.path.exists(name)) for name in args.input
+        _is_folder(name) or (has_magic(name) and not os.path.exists(name)) for name in args.input
     )
     if output == "-" or suffix in FILE_FORMATS:
         return several or args.resume
-    named = not suffix and args.output_format is None
-    return several or args.resume or output.endswith(os.sep) or named or os.path.isdir(output)
+    named = not suffix and args.output_format is None and not output.startswith("/dev/")
+    return several or args.resume or output.endswith(os.sep) or named or _is_folder(output)
+
+
+def _is_folder(path: str) -> bool:
+    # Standard streams that are closed lead to one: see streams.guarded.
+    return os.path.isdir(path) and not path.startswith("/dev/")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -133,7 +138,7 @@ def _check(args: argparse.Namespace) -> str:
     output_format = args.output_format or "parquet"
     reason = None
     if args.output == "-" or Path(args.output).suffix.lower()[1:] in FILE_FORMATS:
-        what = "--resume" if args.resume else "several inputs"
+        what = "--resume" if args.resume else "more than one input"
         reason = f"{what} needs a folder: -o {args.output} is a file"
     elif "-" in args.input:
         reason = "a run into a folder reads files, not standard input"

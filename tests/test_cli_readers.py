@@ -9,7 +9,7 @@ import tracemalloc
 
 import pytest
 
-from sbert_fast.cli import readers
+from sbert_fast.cli import readers, rows
 
 # Where str.splitlines() cuts, and a line does not end.
 NO_ENDS = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1e"
@@ -86,7 +86,7 @@ def test_lines_end_alike_wherever_a_read_stops(monkeypatch: pytest.MonkeyPatch, 
 def test_errors_count_every_kind_of_line(
     kind: type[readers.Reader], content: bytes, message: str
 ) -> None:
-    with pytest.raises(readers.RowError, match=message):
+    with pytest.raises(rows.RowError, match=message):
         list(kind(io.BytesIO(content), "in", "text"))
 
 

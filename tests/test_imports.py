@@ -35,7 +35,7 @@ LAYERS = (
     {"session"},
     {"sentence_transformers", "patching", "explanation", "staging"},
     {"bench"},
-    {"cli"},
+    {"cli", "corpus"},
     {"__main__"},
 )
 LAYER_OF = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

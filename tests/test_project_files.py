@@ -14,7 +14,7 @@ import sbert_fast
 ROOT = Path(__file__).resolve().parent.parent
 FORMS = sorted(ROOT.glob(".github/ISSUE_TEMPLATE/*_*.yml"))
 PAGES = [ROOT / name for name in ("README.md", "DESIGN.md", "CONTRIBUTING.md")]
-PAGES.append(ROOT / "benchmarks" / "README.md")
+PAGES += [ROOT / "benchmarks" / "README.md", ROOT / "docs" / "corpora.md"]
 WORKFLOWS = sorted(ROOT.glob(".github/workflows/*.yml"))
 ELEMENTS = {"checkboxes", "dropdown", "input", "markdown", "textarea"}
 

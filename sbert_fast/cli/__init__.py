@@ -17,13 +17,10 @@ from importlib import metadata
 from typing import NoReturn
 
 from sbert_fast.cli import bench, doctor, encode, streams
-from sbert_fast.errors import SbertFastError
 
 __all__ = ["main"]
 
 PROGRAM = "sbert-fast"
-# The messages of these are written for the user; other exceptions are shown with their type.
-_SPEAKING = (SbertFastError, ValueError, OSError, ImportError, RuntimeError)
 
 
 class _Terminated(BaseException):
@@ -93,19 +90,8 @@ def _run(argv: Sequence[str] | None) -> int:
     except Exception as error:
         if os.environ.get("SBERT_FAST_DEBUG") == "1":
             traceback.print_exc()
-        streams.note(f"error: {_describe(error)}")
+        streams.note(f"error: {streams.described(error)}")
         return 1
-
-
-def _describe(error: Exception) -> str:
-    """One line about an exception."""
-    if isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    elif isinstance(error, _SPEAKING) and str(error):
-        text = str(error)
-    else:
-        text = f"{type(error).__name__}: {error} (SBERT_FAST_DEBUG=1 shows the traceback)"
-    return " ".join(text.split())
 
 
 @contextmanager

@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sbert_fast.bench.names import COMPILED, PEERS, PRECISIONS, REFERENCE
-from sbert_fast.cli.encode import positive
-from sbert_fast.cli.loading import model_path
+from sbert_fast.cli.loading import model_path, positive
 from sbert_fast.cli.streams import note, standard_output
 
 NAMED = ("short", "passages", "wiki", "mixed")

@@ -1,15 +1,23 @@
-"""Embed the texts of a file.
+"""Embed the texts of a file, or of many files into a folder.
 
 INPUT is a file in UTF-8, or - for standard input; LF, CRLF or CR ends a line, nothing else does:
   .txt      one text per line; an empty line is an empty text
   .jsonl    one object per line, the text in its --field; blank lines are skipped
   .csv      a header line, the text in the column --field; blank lines are skipped
+  .tsv      the same with tabs
   .parquet  the text in the string column --field
 OUTPUT is a file that appears once it is complete; without it, JSON Lines go to standard output:
   .npy      an array; row i is text i
   .jsonl    the object of a .jsonl input, otherwise {"text": ...}, with "embedding" added
   .parquet  the columns "text" and "embedding"
 Files are read and written in chunks: memory use does not grow with their size.
+
+Several inputs, folders, patterns, .gz or .zst need a folder as OUTPUT: a path that ends in / or has
+no extension. It gets a file part-00000.parquet (or .npy) for every row group or --shard-bytes of
+the input, each once it is complete. A run that was stopped, however it was, goes on with --resume,
+given the same arguments: it checks that model, options, inputs and finished files are the same, and
+ends with the same bytes as a run that was not stopped. --on-error skip and null list bad rows in
+_errors.jsonl.
 """
 
 from __future__ import annotations
@@ -25,9 +33,11 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sbert_fast.cli import readers
-from sbert_fast.cli.loading import DEFAULT_MODEL, load_encoder
-from sbert_fast.cli.readers import Reader, Row, RowError
+from sbert_fast.cli import corpus, readers
+from sbert_fast.cli.corpus import FILE_FORMATS
+from sbert_fast.cli.loading import DEFAULT_MODEL, load_encoder, positive
+from sbert_fast.cli.readers import Reader
+from sbert_fast.cli.rows import Row, RowError, import_pyarrow
 from sbert_fast.cli.streams import STDOUT, note
 from sbert_fast.errors import SbertFastError
 from sbert_fast.values import DTYPES, PRECISIONS
@@ -37,20 +47,28 @@ if TYPE_CHECKING:
 
     from sbert_fast.sentence_transformers.encoder import FastEncoder
 
-OUTPUT_FORMATS = ("npy", "jsonl", "parquet")
 # Fewer texts than this say little about the range of a dimension.
 _CALIBRATION_TEXTS = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("input", metavar="INPUT", help="file to read, - for standard input")
-    parser.add_argument("-o", "--output", metavar="OUTPUT", default="-", help="file to write")
+    parser.add_argument(
+        "input",
+        metavar="INPUT",
+        nargs="+",
+        help="file to read, - for standard input; into a folder, files, folders and patterns",
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="OUTPUT", default="-", help="file or folder to write"
+    )
     files = parser.add_argument_group("files")
     files.add_argument(
         "--input-format", choices=tuple(readers.FORMATS), help="default: by extension; txt for -"
     )
     files.add_argument(
-        "--output-format", choices=OUTPUT_FORMATS, help="default: by extension; jsonl for -"
+        "--output-format",
+        choices=FILE_FORMATS,
+        help="default: by extension; jsonl for -; parquet in a folder",
     )
     files.add_argument(
         "--field", default="text", help="field or column that holds the text (default: %(default)s)"
@@ -58,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--limit", type=positive, metavar="N", help="embed the first N texts only")
     files.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
     files.add_argument("--no-progress", action="store_true", help="no progress bar")
+    corpus.add_arguments(parser)
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model",
@@ -79,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     result.add_argument(
         "--precision",
         default="float32",
-        choices=PRECISIONS,
+        choices=(*PRECISIONS, "float16"),
         help="int8 and uint8 take the range of each dimension from the first chunk (at most "
         f"{readers.CHUNK_TEXTS} texts) and write it to OUTPUT.ranges.npy",
     )
@@ -88,33 +107,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def positive(text: str) -> int:
-    """A type of argument: an integer of at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
-    return value
-
-
 def _auto_or_positive(text: str) -> int | str:
     return text if text == "auto" else positive(text)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Embed a file, as the arguments of :func:`add_arguments` say.
+    """Embed a file, or a corpus, as the arguments of :func:`add_arguments` say.
 
     Raises:
         argparse.ArgumentError: the arguments do not fit together.
         SbertFastError, OSError, ValueError, ImportError: what stopped it; no output is left behind.
     """
+    if corpus.is_meant(args):
+        return corpus.run(args)
+    (args.input,) = args.input
     input_format, output_format = _formats(args)
     from sbert_fast.cli import writers
 
     if "parquet" in (input_format, output_format):
-        readers.import_pyarrow()
+        import_pyarrow()
     with ExitStack() as stack:
         # Everything that can be refused is refused before the model is loaded.
         reader = stack.enter_context(readers.open_reader(args.input, input_format, args.field))
@@ -134,8 +145,8 @@ def run(args: argparse.Namespace) -> int:
         encoder = load_encoder(args)
         progress = stack.enter_context(_Progress(encoder, reader, args))
         for rows, embeddings in _embed(encoder, reader, chunks, args):
-            quantized = quantizer(embeddings)
             with _naming_rows(reader, rows):
+                quantized = quantizer(embeddings)
                 writer.write(rows, quantized)
             progress.advance(len(rows))
         writer.finish()
@@ -150,7 +161,7 @@ def _formats(args: argparse.Namespace) -> tuple[str, str]:
         argparse.ArgumentError: an extension is unknown, or options contradict each other.
     """
     source = args.input_format or _by_extension(args.input, tuple(readers.FORMATS), "txt", "input")
-    target = args.output_format or _by_extension(args.output, OUTPUT_FORMATS, "jsonl", "output")
+    target = args.output_format or _by_extension(args.output, FILE_FORMATS, "jsonl", "output")
     scaled = args.precision in ("int8", "uint8")
     reason = None
     if args.input == "-" and source == "parquet":

@@ -1,4 +1,4 @@
-"""Load the encoder that the arguments of a command ask for."""
+"""What commands share: a type of argument, and the encoder that the arguments ask for."""
 
 from __future__ import annotations
 
@@ -12,6 +12,17 @@ if TYPE_CHECKING:
     from sbert_fast.sentence_transformers.encoder import FastEncoder
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def positive(text: str) -> int:
+    """A type of argument: an integer of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    return value
 
 
 def load_encoder(args: argparse.Namespace) -> FastEncoder:

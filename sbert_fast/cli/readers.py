@@ -11,10 +11,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedIOBase
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
+from sbert_fast.cli.rows import Row, RowError, column_names, open_parquet
 from sbert_fast.cli.streams import STDIN, naming, standard_input
-from sbert_fast.errors import SbertFastError
 from sbert_fast.values import lone_surrogate
 
 # Whichever comes first closes a chunk. Half a million tokens are plenty to sort and batch, and few
@@ -27,25 +27,6 @@ _BOM = b"\xef\xbb\xbf"
 # Otherwise a quote that is never closed would collect the rest of the file in one field.
 _CSV_FIELD_CHARACTERS = 1 << 26
 _PARQUET_ROWS = 512
-_PARQUET_BUFFER_BYTES = 1 << 20
-
-
-class RowError(SbertFastError, ValueError):
-    """A row that cannot be read; the message names the file, the row and what was expected."""
-
-
-class Row(NamedTuple):
-    """One text.
-
-    Attributes:
-        text: the text.
-        number: its line, or its row in a Parquet file, counted from 1.
-        record: the JSON object it comes from; None in the other formats.
-    """
-
-    text: str
-    number: int
-    record: dict[str, Any] | None = None
 
 
 class Reader(ABC):
@@ -58,12 +39,14 @@ class Reader(ABC):
 
     Attributes:
         bytes_read: bytes of the input, or of text in a Parquet file, that have been read so far.
+        begins_file: whether the stream is at the begin of a file, which may have a byte order mark.
 
     Raises:
         RowError: while iterating, at the first row that is not what the format promises.
     """
 
     unit: ClassVar[str] = "line"
+    begins_file = True
 
     def __init__(self, stream: BufferedIOBase, name: str, field: str) -> None:
         self.stream = stream
@@ -71,8 +54,19 @@ class Reader(ABC):
         self.field = field
         self.bytes_read = 0
 
+    def __iter__(self) -> Iterator[Row]:
+        for row in self.items():
+            if isinstance(row, RowError):
+                raise row
+            yield row
+
     @abstractmethod
-    def __iter__(self) -> Iterator[Row]: ...
+    def items(self) -> Iterator[Row | RowError]:
+        """All rows, and in the places of bad ones what is wrong with them.
+
+        Raises:
+            RowError: nothing can be read from this row on.
+        """
 
     def fraction(self) -> float | None:
         """How much of the input has been read, from 0 to 1; None if nobody can know."""
@@ -85,24 +79,27 @@ class Reader(ABC):
         return min(1.0, self.bytes_read / status.st_size)
 
     def error(self, number: int, reason: str) -> RowError:
-        return RowError(f"{self.name}: {self.unit} {number}: {reason}")
+        return RowError(f"{self.name}: {self.unit} {number}: {reason}", number, reason)
 
-    def _lines(self) -> Iterator[tuple[int, str]]:
-        r"""Numbered lines with their ends: `\n`, `\r\n` or `\r`. U+2028 and the like are text."""
+    def _lines(self) -> Iterator[tuple[int, str, RowError | None]]:
+        r"""Numbered lines with their ends: `\n`, `\r\n` or `\r`. U+2028 and the like are text.
+
+        With a line that is not UTF-8 comes the error that says so.
+        """
         for number, line in enumerate(self._byte_lines(), 1):
             self.bytes_read += len(line)
-            if number == 1:
+            if number == 1 and self.begins_file:
                 line = line.removeprefix(_BOM)
                 if not line:
                     return
             try:
-                yield number, line.decode()
+                yield number, line.decode(), None
             except UnicodeDecodeError as error:
-                raise self.error(
-                    number,
+                reason = (
                     f"expected UTF-8, got the invalid byte 0x{line[error.start]:02x} "
-                    f"at byte {error.start + 1} of the line",
-                ) from None
+                    f"at byte {error.start + 1} of the line"
+                )
+                yield number, line.decode(errors="replace"), self.error(number, reason)
 
     def _byte_lines(self) -> Iterator[bytes]:
         held = bytearray()
@@ -119,82 +116,117 @@ class Reader(ABC):
         with naming(self.name):
             return self.stream.read1(_BLOCK_BYTES)
 
-    def _check_text(self, number: int, text: Any) -> str:
+    def _row(self, number: int, text: Any, record: dict[str, Any] | None = None) -> Row | RowError:
+        """The row, if `text` is one."""
         if not isinstance(text, str):
             got = "null" if text is None else type(text).__name__
-            raise self.error(number, f"field {self.field!r} must be a string, got {got}")
+            return self.error(number, f"field {self.field!r} must be a string, got {got}")
         where = lone_surrogate(text)
         if where is not None:
-            raise self.error(
+            return self.error(
                 number,
                 f"field {self.field!r} must be valid Unicode, got the lone surrogate "
                 f"{text[where]!a} at character {where + 1}",
             )
-        return text
+        return Row(text, number, record)
 
 
 class TxtReader(Reader):
     """One text per line. An empty line is an empty text and keeps its row."""
 
-    def __iter__(self) -> Iterator[Row]:
-        for number, line in self._lines():
-            yield Row(line.rstrip("\r\n"), number)
+    def items(self) -> Iterator[Row | RowError]:
+        for number, line, error in self._lines():
+            yield error or Row(line.rstrip("\r\n"), number)
 
 
 class JsonlReader(Reader):
     """One JSON object per line; blank lines are skipped."""
 
-    def __iter__(self) -> Iterator[Row]:
-        for number, line in self._lines():
-            if line.isspace():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise self.error(
-                    number,
-                    f"expected a JSON object, got bad JSON: {error.msg} (column {error.colno})",
-                ) from None
-            except (ValueError, RecursionError) as error:
-                raise self.error(number, f"expected a JSON object, got: {error}") from None
-            if not isinstance(record, dict):
-                got = type(record).__name__
-                raise self.error(number, f"expected a JSON object, got a JSON {got}")
-            if self.field not in record:
-                raise self.error(number, f"expected a field {self.field!r}, got {_names(record)}")
-            yield Row(self._check_text(number, record[self.field]), number, record)
+    def items(self) -> Iterator[Row | RowError]:
+        for number, line, error in self._lines():
+            if error is not None:
+                yield error
+            elif not line.isspace():
+                yield self._parse(number, line)
+
+    def _parse(self, number: int, line: str) -> Row | RowError:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            return self.error(
+                number,
+                f"expected a JSON object, got bad JSON: {error.msg} (column {error.colno})",
+            )
+        except (ValueError, RecursionError) as error:
+            return self.error(number, f"expected a JSON object, got: {error}")
+        if not isinstance(record, dict):
+            got = type(record).__name__
+            return self.error(number, f"expected a JSON object, got a JSON {got}")
+        if self.field not in record:
+            return self.error(
+                number, f"expected a field {self.field!r}, got {column_names(record)}"
+            )
+        return self._row(number, record[self.field], record)
 
 
 class CsvReader(Reader):
-    """Comma-separated values after a header line; blank lines are skipped."""
+    """Comma-separated values after a header line; blank lines are skipped.
 
-    def __iter__(self) -> Iterator[Row]:
+    Attributes:
+        header: names of the columns; read from the stream unless they are set before.
+    """
+
+    separator: ClassVar[str] = ","
+    kind: ClassVar[str] = "comma-separated"
+    header: list[str] | None = None
+    _bad_line: RowError | None = None
+
+    def items(self) -> Iterator[Row | RowError]:
         csv.field_size_limit(_CSV_FIELD_CHARACTERS)
-        table = csv.reader((line for _, line in self._lines()), strict=True)
-        header = self._next(table, 1)
+        table = csv.reader(self._decoded(), delimiter=self.separator, strict=True)
+        if self.header is None:
+            self.header = self._next(table, 1)
+            if self._bad_line is not None:
+                raise self._bad_line
+        header = self.header
         if header is None:
             return
         if header.count(self.field) != 1:
-            raise self.error(1, f"expected one column {self.field!r}, got {_names(header)}")
+            raise self.error(1, f"expected one column {self.field!r}, got {column_names(header)}")
         column = header.index(self.field)
         while True:
             number = table.line_num + 1
             values = self._next(table, number)
-            if values is None:
+            bad, self._bad_line = self._bad_line, None
+            if bad is not None:
+                yield bad
+            elif values is None:
                 return
-            if not values:
-                continue
-            if len(values) != len(header):
-                raise self.error(
+            elif values and len(values) != len(header):
+                yield self.error(
                     number, f"expected {len(header)} values as in the header, got {len(values)}"
                 )
-            yield Row(values[column], number)
+            elif values:
+                yield Row(values[column], number, values=values)
+
+    def _decoded(self) -> Iterator[str]:
+        """Lines for the parser; what is wrong with one is known when its row is complete."""
+        for _, line, error in self._lines():
+            self._bad_line = self._bad_line or error
+            yield line
 
     def _next(self, table: Iterator[list[str]], number: int) -> list[str] | None:
         try:
             return next(table, None)
         except csv.Error as error:
-            raise self.error(number, f"expected comma-separated values, got: {error}") from None
+            raise self.error(number, f"expected {self.kind} values, got: {error}") from None
+
+
+class TsvReader(CsvReader):
+    """The same with tabs; quotes mean what they mean in a CSV file."""
+
+    separator: ClassVar[str] = "\t"
+    kind: ClassVar[str] = "tab-separated"
 
 
 class ParquetReader(Reader):
@@ -204,29 +236,16 @@ class ParquetReader(Reader):
 
     def __init__(self, stream: BufferedIOBase, name: str, field: str) -> None:
         super().__init__(stream, name, field)
-        pyarrow = import_pyarrow()
-        try:
-            self._file = pyarrow.parquet.ParquetFile(
-                stream, pre_buffer=False, buffer_size=_PARQUET_BUFFER_BYTES
-            )
-        except pyarrow.ArrowInvalid as error:
-            raise RowError(f"{name}: expected a Parquet file: {error}") from None
-        schema = self._file.schema_arrow
-        if schema.names.count(field) != 1:
-            raise RowError(f"{name}: expected one column {field!r}, got {_names(schema.names)}")
-        kind = schema.field(field).type
-        values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-        if str(values) not in ("string", "large_string", "string_view"):
-            raise RowError(f"{name}: column {field!r} must hold strings, got {kind}")
+        self._file = open_parquet(stream, name, field)
         self._rows_read = 0
 
-    def __iter__(self) -> Iterator[Row]:
+    def items(self) -> Iterator[Row | RowError]:
         for batch in self._file.iter_batches(batch_size=_PARQUET_ROWS, columns=[self.field]):
             for text in batch.column(0).to_pylist():
                 self._rows_read += 1
-                text = self._check_text(self._rows_read, text)
-                self.bytes_read += len(text)
-                yield Row(text, self._rows_read)
+                row = self._row(self._rows_read, text)
+                self.bytes_read += len(row.text) if isinstance(row, Row) else 0
+                yield row
 
     def fraction(self) -> float | None:
         rows = self._file.metadata.num_rows
@@ -237,6 +256,7 @@ FORMATS: dict[str, type[Reader]] = {
     "txt": TxtReader,
     "jsonl": JsonlReader,
     "csv": CsvReader,
+    "tsv": TsvReader,
     "parquet": ParquetReader,
 }
 
@@ -274,22 +294,3 @@ def read_chunks(reader: Reader, limit: int | None = None) -> Iterator[list[Row]]
             rows, start = [], reader.bytes_read
     if rows:
         yield rows
-
-
-def import_pyarrow() -> Any:
-    """pyarrow with its Parquet module.
-
-    Raises:
-        ModuleNotFoundError: it is not installed; the message names the extra that brings it.
-    """
-    try:
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "Parquet files need pyarrow: pip install 'sbert-fast[parquet]'", name=error.name
-        ) from None
-    return pyarrow
-
-
-def _names(names: Any) -> str:
-    return ", ".join(map(repr, names)) or "none"

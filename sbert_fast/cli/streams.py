@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import sys
@@ -9,14 +10,36 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from typing import BinaryIO, TextIO, cast
 
+from sbert_fast.errors import SbertFastError
+
 STDIN = "standard input"
 STDOUT = "standard output"
+# The messages of these are written for the user; other exceptions are shown with their type.
+_SPEAKING = (
+    SbertFastError,
+    ValueError,
+    OSError,
+    ImportError,
+    RuntimeError,
+    argparse.ArgumentError,
+)
 
 
 def note(message: str) -> None:
     """Tell the user something on stderr; if nobody can read it, that is not a failure."""
     with suppress(OSError):
         print(f"sbert-fast: {message}", file=sys.stderr)
+
+
+def described(error: Exception) -> str:
+    """One line about an exception."""
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    elif isinstance(error, _SPEAKING) and str(error):
+        text = str(error)
+    else:
+        text = f"{type(error).__name__}: {error} (SBERT_FAST_DEBUG=1 shows the traceback)"
+    return " ".join(text.split())
 
 
 @contextmanager

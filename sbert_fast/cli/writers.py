@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from sentence_transformers.util import quantize_embeddings
 
 from sbert_fast.cli.files import atomic_file, check_target
-from sbert_fast.cli.readers import Row, import_pyarrow
+from sbert_fast.cli.rows import Row, import_pyarrow
 from sbert_fast.cli.streams import standard_output
-from sbert_fast.errors import TextsError
-from sbert_fast.values import Precision
+from sbert_fast.errors import NonFiniteEmbeddingError, TextsError
 
 # Size of the header: the smallest multiple of 64 with room for any number of rows.
 _NPY_HEADER_BYTES = 128
@@ -46,7 +45,7 @@ class Writer(ABC):
 
         Args:
             rows: n rows; the first call may have none, and then only gives the width.
-            embeddings: `[n, dim]`, float32, int8 or uint8, the same dtype and dim in every call.
+            embeddings: `[n, dim]`, floats, int8 or uint8, the same dtype and dim in every call.
         """
 
     @abstractmethod
@@ -66,7 +65,7 @@ class NpyWriter(Writer):
             self._dtype, self._width = embeddings.dtype, embeddings.shape[1]
             self.stream.seek(0)
             self.stream.write(self._header())
-        self._rows += len(rows)
+        self._rows += len(embeddings)
         self.stream.write(np.ascontiguousarray(embeddings).tobytes())
 
     def finish(self) -> None:
@@ -178,7 +177,8 @@ class Quantizer:
     every chunk, so it is taken from the first chunk unless it is given.
 
     Args:
-        precision: "float32", "int8", "uint8", "binary" or "ubinary", as in sentence-transformers.
+        precision: "float32", "int8", "uint8", "binary" or "ubinary", as in sentence-transformers,
+            or "float16".
         ranges_path: .npy file of float32 `[2, dim]`: lowest and highest value of each dimension.
 
     Attributes:
@@ -189,7 +189,7 @@ class Quantizer:
         OSError, ValueError: the file cannot be read or holds something else; names the option.
     """
 
-    def __init__(self, precision: Precision, ranges_path: str | None = None) -> None:
+    def __init__(self, precision: str, ranges_path: str | None = None) -> None:
         self.precision = precision
         self.calibrates = precision in SCALED_PRECISIONS and ranges_path is None
         self.ranges: NDArray[np.float32] | None = None
@@ -208,12 +208,15 @@ class Quantizer:
         """Quantise `[n, dim]`.
 
         Returns:
-            `[n, dim]` float32, int8 or uint8; "binary" (int8) and "ubinary" (uint8) are signs,
-            eight to a number: `[n, ceil(dim / 8)]`.
+            `[n, dim]` float32, float16, int8 or uint8; "binary" (int8) and "ubinary" (uint8) are
+            signs, eight to a number: `[n, ceil(dim / 8)]`.
 
         Raises:
             ValueError: the ranges do not fit.
+            NonFiniteEmbeddingError: embeddings are too large for float16.
         """
+        if self.precision == "float16":
+            return _halved(embeddings)
         if self.precision in SCALED_PRECISIONS and len(embeddings) == 0:
             return np.zeros(embeddings.shape, dtype=self.precision)
         if self.calibrates and self.ranges is None:
@@ -222,8 +225,20 @@ class Quantizer:
         expected = (2, embeddings.shape[1])
         if self.ranges is not None and self.ranges.shape != expected:
             raise ValueError(f"ranges must have shape {expected}, got {self.ranges.shape}")
-        quantized = quantize_embeddings(embeddings, self.precision, ranges=self.ranges)
+        precision = cast(Any, self.precision)
+        quantized = quantize_embeddings(embeddings, precision, ranges=self.ranges)
         return cast("NDArray[Any]", quantized)
+
+
+def _halved(embeddings: NDArray[Any]) -> NDArray[np.float16]:
+    with np.errstate(over="ignore"):
+        halves = embeddings.astype(np.float16)
+    if len(rows := np.flatnonzero(~np.isfinite(halves).all(axis=1))):
+        raise NonFiniteEmbeddingError(
+            f"inputs[{rows[0]}] has an embedding beyond the largest number of float16, 65504",
+            rows.tolist(),
+        )
+    return halves
 
 
 @contextmanager

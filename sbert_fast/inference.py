@@ -88,7 +88,7 @@ class Ready(list[Any]):
     """Inputs that are tokenised already, prompt included; a slice of them is, too.
 
     Attributes:
-        tokenizer: what has tokenised them.
+        tokenizer: what has tokenised them; None if they may not be tokenised again by another.
         tokens: their tokens.
         offset: position of the first of them in the caller's input.
     """
@@ -96,7 +96,7 @@ class Ready(list[Any]):
     def __init__(
         self,
         inputs: Iterable[Any],
-        tokenizer: TextTokenizer,
+        tokenizer: TextTokenizer | None,
         tokens: TokenizedTexts,
         offset: int = 0,
     ) -> None:
@@ -137,7 +137,7 @@ def size_of(text: Any) -> int:  # noqa: ANN401
 
 def tokens_of(pipeline: Pipeline, texts: Sequence[Any], prompt: str) -> TokenizedTexts:
     """The tokens of texts behind a prompt."""
-    if isinstance(texts, Ready) and texts.tokenizer is pipeline.tokenizer:
+    if isinstance(texts, Ready) and texts.tokenizer in (None, pipeline.tokenizer):
         return texts.tokens
     return pipeline.tokenizer(pipeline.tokenizer.prepend(prompt, texts) if prompt else texts)
 

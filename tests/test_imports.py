@@ -34,7 +34,7 @@ LAYERS = (
     {"results", "few", "call", "assembly", "transformer_module"},
     {"session"},
     {"sentence_transformers", "patching", "explanation", "staging"},
-    {"bench"},
+    {"bench", "server"},
     {"cli"},
     {"__main__"},
 )

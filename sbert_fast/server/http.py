@@ -25,7 +25,6 @@ Scope = dict[str, Any]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Handler = Callable[[Service, dict[str, Any], Exchange], Awaitable[Any]]
 JSON = b"application/json"
-# A response is refused to a client that is slower than this; its connection is closed.
 _OPTIONS = orjson.OPT_SERIALIZE_NUMPY
 
 
@@ -142,13 +141,13 @@ async def _body(headers: dict[bytes, bytes], receive: Any, most: int, seconds: f
 async def _rest(first: bytes, receive: Any, most: int) -> bytes:
     parts, size, more = [first], len(first), True
     while more:
+        if size > most:
+            raise Refusal("too_large", f"the body has more than {most} bytes", closes=True)
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientLeftError
         parts.append(message.get("body", b""))
         size, more = size + len(parts[-1]), message.get("more_body", False)
-        if size > most:
-            raise Refusal("too_large", f"the body has more than {most} bytes", closes=True)
     return b"".join(parts)
 
 

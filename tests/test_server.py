@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import base64
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from sentence_transformers import SparseEncoder
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sparse_encoder.modules import SpladePooling
 
-from families import make_texts
+from families import make_texts, save_model
 from serving import ask
 
 pytest.importorskip("starlette", reason="the server is an extra")
 from sbert_fast.server.app import create_app  # noqa: E402
-from sbert_fast.server.models import name_of  # noqa: E402
+from sbert_fast.server.models import load, name_of  # noqa: E402
 from sbert_fast.server.service import Service  # noqa: E402
+from sbert_fast.server.settings import Settings  # noqa: E402
 from tiny_service import make_service  # noqa: E402
 
 TEXTS = make_texts(6, seed=4)
@@ -163,6 +168,22 @@ def test_cohere(app: Any, service: Service) -> None:
         wanted = encode(service, TEXTS, prompt_name="query", precision=kind)
         np.testing.assert_array_equal(found[kind], wanted)
     assert base64.b64decode(found["base64"][1]) == expected[1].tobytes()
+
+
+def test_embed_sparse(tmp_path: Path) -> None:
+    save_model("bert", str(tmp_path / "base"), head="AutoModelForMaskedLM")
+    base = Transformer(str(tmp_path / "base"), transformer_task="fill-mask")
+    SparseEncoder(modules=[base, SpladePooling()]).save_pretrained(str(tmp_path / "splade"))
+    served = load("splade", str(tmp_path / "splade"), device="cpu")
+    app = create_app(Service([served], Settings()))
+    expected = served.model.encode(TEXTS[:3], convert_to_sparse_tensor=False).numpy()
+    found = np.zeros_like(expected)
+    for row, values in enumerate(ask(app, "/embed_sparse", {"inputs": TEXTS[:3]}).json):
+        for each in values:
+            found[row, each["index"]] = each["value"]
+    np.testing.assert_array_equal(found, expected)
+    assert ask(app, "/health").status == 200
+    assert ask(app, "/embed", {"inputs": "a"}).status == 424
 
 
 def test_metrics(app: Any, service: Service) -> None:

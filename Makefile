@@ -21,6 +21,9 @@ CXX_SOURCES := $(wildcard $(foreach suffix,h cpp cu cuh,csrc/*/*.$(suffix)))
 CXX_ELSEWHERE := $(wildcard $(foreach suffix,h cpp cu,tests/*/*.$(suffix) benchmarks/*/*.$(suffix)))
 DEMO_REQUIREMENTS := $(VENV)/.demo-requirements
 REQUIREMENTS := $(VENV)/.requirements
+# An environment of their own: some ask for older versions of what the package runs on.
+CLIENTS := .venv-clients
+CLIENT_REQUIREMENTS := $(CLIENTS)/.requirements
 ASKED := $(VENV)/.asked
 BUILD := $(VENV)/.build
 STEP := @printf '==> %s\n'
@@ -28,7 +31,7 @@ STEP := @printf '==> %s\n'
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test bench plots gpu-check tune lint format clean force
+.PHONY: help demo test clients bench plots gpu-check tune lint format clean force
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,8 +42,10 @@ demo: $(BUILD) ## Embed sentences, compare with sentence-transformers, time both
 
 # A process a core, each on one thread.
 test: export OMP_NUM_THREADS ?= 1
-test: $(REQUIREMENTS) $(BUILD) ## Run all tests.
+test: $(REQUIREMENTS) $(CLIENT_REQUIREMENTS) $(BUILD) ## Run all tests.
 	$(BIN)/pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+clients: $(CLIENT_REQUIREMENTS) ## Install the clients of others that ask the server in tests.
 
 bench: $(REQUIREMENTS) $(BUILD) ## Time encoding (BENCH_ARGS) and every op (OP_BENCH_ARGS) beside their peers.
 	$(BIN)/python -m benchmarks.encode $(BENCH_ARGS)
@@ -93,6 +98,12 @@ $(REQUIREMENTS): $(DEMO_REQUIREMENTS) requirements/dev.txt requirements/triton.t
 	@$(PIP) install --no-compile -r requirements/dev.txt
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install -r requirements/triton.txt
 	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
+	@touch $@
+
+$(CLIENT_REQUIREMENTS): requirements/clients.txt
+	$(STEP) "Clients of others in $(CLIENTS)"
+	@test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	@$(CLIENTS)/bin/python -m pip --disable-pip-version-check install --no-compile -r $<
 	@touch $@
 
 # Newer than the build where something else was asked for than last time.

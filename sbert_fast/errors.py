@@ -37,6 +37,29 @@ class DeviceLostError(SbertFastError, RuntimeError):
     """A GPU that an earlier error has made useless to this process, until it ends."""
 
 
+class QueueFullError(SbertFastError, RuntimeError):
+    """More waits in the queue of a model than may.
+
+    Attributes:
+        seconds: how long what waits will take; 0 where that is not known.
+    """
+
+    def __init__(self, message: str, seconds: float = 0.0) -> None:
+        super().__init__(message)
+        self.seconds = seconds
+
+    def __reduce__(self) -> tuple[type[QueueFullError], tuple[str, float]]:
+        return type(self), (str(self), self.seconds)
+
+
+class QueueClosedError(SbertFastError, RuntimeError):
+    """The queue of a model was closed before the call ran."""
+
+
+class DeadlineError(SbertFastError, TimeoutError):
+    """A call whose deadline passed before all of it had begun to run."""
+
+
 class TextsError(SbertFastError, ValueError):
     """Some of the texts of a call have no embedding.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sbert_fast.finite import raise_non_finite
-from sbert_fast.inference import Pipeline, Request, check_tokens, embed_batch, size_of
+from sbert_fast.inference import Pipeline, Request, check_tokens, embed_batch, size_of, tokens_of
 from sbert_fast.packing import pack_all
 from sbert_fast.stats import Counters
 
@@ -38,9 +38,7 @@ def embed_few(
         or sum(map(size_of, texts)) > _MOST_CHARACTERS
     ):
         return None
-    if request.prompt:
-        texts = pipeline.tokenizer.prepend(request.prompt, texts)
-    tokens = pipeline.tokenizer(texts)
+    tokens = tokens_of(pipeline, texts, request.prompt)
     count, total = len(texts), tokens.ids.shape[0]
     if count > 1 and total > request.batch_tokens:
         return None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -83,6 +84,39 @@ class Request:
     checks: bool = True
 
 
+class Ready(list[Any]):
+    """Inputs that are tokenised already, prompt included; a slice of them is, too.
+
+    Attributes:
+        tokenizer: what has tokenised them; None if they may not be tokenised again by another.
+        tokens: their tokens.
+        offset: position of the first of them in the caller's input.
+    """
+
+    def __init__(
+        self,
+        inputs: Iterable[Any],
+        tokenizer: TextTokenizer | None,
+        tokens: TokenizedTexts,
+        offset: int = 0,
+    ) -> None:
+        super().__init__(inputs)
+        self.tokenizer, self.tokens, self.offset = tokenizer, tokens, offset
+
+    def __getitem__(self, key: Any) -> Any:
+        part = super().__getitem__(key)
+        if not isinstance(key, slice):
+            return part
+        first, last, _ = key.indices(len(self))
+        return Ready(part, self.tokenizer, self.tokens.part(first, last), self.offset + first)
+
+    @staticmethod
+    def join(parts: Sequence[Ready]) -> Ready:
+        """Some that the same tokenizer has tokenised, one after the other."""
+        tokens = TokenizedTexts.join([part.tokens for part in parts])
+        return Ready(chain.from_iterable(parts), parts[0].tokenizer, tokens)
+
+
 class Sink(Protocol):
     """Where the results of a call go, slice by slice and batch by batch."""
 
@@ -99,6 +133,13 @@ class Sink(Protocol):
 def size_of(text: Any) -> int:  # noqa: ANN401
     """Characters of a text, or of the texts of a pair."""
     return len(text) if isinstance(text, str) else sum(map(len, text))
+
+
+def tokens_of(pipeline: Pipeline, texts: Sequence[Any], prompt: str) -> TokenizedTexts:
+    """The tokens of texts behind a prompt."""
+    if isinstance(texts, Ready) and texts.tokenizer in (None, pipeline.tokenizer):
+        return texts.tokens
+    return pipeline.tokenizer(pipeline.tokenizer.prepend(prompt, texts) if prompt else texts)
 
 
 def _slices(texts: Sequence[str], device: str) -> Iterator[tuple[int, int]]:
@@ -236,15 +277,14 @@ def run(
         InputError: a text has no tokens, and the head needs one; names the text.
     """
     for first, last in _slices(texts, pipeline.engine.device.type):
-        part = texts[first:last]
-        if request.prompt:
-            part = pipeline.tokenizer.prepend(request.prompt, part)
-        tokens = pipeline.tokenizer(part)
+        tokens = tokens_of(pipeline, texts[first:last], request.prompt)
         sink.open(first, last - first)
         offset, most = request.offset + first, request.batch_tokens
         _run_slice(pipeline, tokens, offset, most, counters, sink, progress)
         sink.close()
-        counters.add(texts=len(part), tokens=int(tokens.ids.shape[0]), truncated=tokens.truncated)
+        counters.add(
+            texts=last - first, tokens=int(tokens.ids.shape[0]), truncated=tokens.truncated
+        )
 
 
 def pooling_options(pipeline: Pipeline, request: Request) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from sbert_fast.errors import DeviceLostError, SbertFastError, UnsupportedModelE
 from sbert_fast.few import embed_few
 from sbert_fast.inference import Pipeline, Request
 from sbert_fast.packed_forward import PACKED, PackedForward
+from sbert_fast.queueing import BatchQueue
 from sbert_fast.routes import route_of, routes
 from sbert_fast.stats import Counters
 from sbert_fast.transfer import device_error
@@ -49,6 +50,7 @@ class Session:
         assemblies: what was derived from the model, by route (see :mod:`sbert_fast.routes`).
         forwards: what stands in for the forwards of base models while they train, by name.
         lost: what made the device useless to this process; None if it works.
+        queue: where calls of `submit` wait; None before the first.
     """
 
     def __init__(
@@ -66,9 +68,11 @@ class Session:
         self.assemblies: dict[str | None, Assembly] = {}
         self.forwards: dict[str, PackedForward] = {}
         self.lost: str | None = None
+        self.queue: BatchQueue | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"counters": Counters(), "assemblies": {}, "forwards": {}, "lost": None}
+        fresh = {"counters": Counters(), "assemblies": {}, "forwards": {}}
+        return vars(self) | fresh | {"lost": None, "queue": None}
 
     def pipeline(self, model: SentenceTransformer, route: str | None) -> Pipeline | Unsupported:
         """What runs a route of the model as it is now."""
@@ -159,23 +163,21 @@ class Session:
         call: Call,
         counters: Counters | None = None,
     ) -> Any:
-        """Run checked texts, counted in `counters`; None is those of the session.
-
-        Returns:
-            What the function of :mod:`sbert_fast.results` for `call.output_value` returns.
+        """What :mod:`sbert_fast.results` has for `call.output_value` of checked texts, counted in
+        `counters`; None is those of the session.
 
         Raises:
             DeviceLostError: the device failed, now or earlier.
         """
-        first, checks, counters = 0, True, counters or self.counters
+        first, checks, counters = getattr(texts, "offset", 0), True, counters or self.counters
         if isinstance(texts, Chunk):
-            first, checks, texts = texts.offset, texts.checks, list(texts)
+            checks, texts = texts.checks, list(texts)
         head, prompt = pipeline.head, call.prompt
         asks_prompt = call.output_value is None or not head.include_prompt
         request = Request(
             prompt=prompt or "",
             prompt_tokens=_prompt_tokens(pipeline, prompt) if prompt and asks_prompt else 0,
-            batch_tokens=self._token_budget(pipeline, call.batch_size),
+            batch_tokens=self.token_budget(pipeline, call.batch_size),
             normalize=call.normalize_embeddings and call.is_of_sentences,
             dimension=min(call.truncate_dim or head.dimension, head.dimension),
             offset=first,
@@ -226,7 +228,7 @@ class Session:
             engine.compute_dtype,
             engine.device,
             engine.implementation,
-            self._token_budget(found, DEFAULT_BATCH_SIZE),
+            self.token_budget(found),
         )
 
     def count(self, unsupported: Unsupported) -> None:
@@ -250,10 +252,10 @@ class Session:
             dtype = torch.float16 if first is not None and first.dtype == torch.float32 else None
         return dtype, device
 
-    def _token_budget(self, pipeline: Pipeline, batch_size: int) -> int:
+    def token_budget(self, pipeline: Pipeline, batch_size: int = DEFAULT_BATCH_SIZE) -> int:
+        """Most tokens of a batch."""
         budget = self.batch_tokens
-        if budget == "auto":
-            budget = pipeline.default_batch_tokens()
+        budget = pipeline.default_batch_tokens() if budget == "auto" else budget
         if not isinstance(batch_size, DefaultBatchSize):
             budget = min(budget, batch_size * pipeline.tokenizer.max_length)
         return int(budget)

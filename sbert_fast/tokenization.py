@@ -47,6 +47,26 @@ class TokenizedTexts:
     types: NDArray[np.int32] | None
     truncated: int
 
+    def part(self, first: int, last: int) -> TokenizedTexts:
+        """The tokens of texts `first` to `last`; the first text's part counts all that were cut."""
+        start, end = self.offsets[first], self.offsets[last]
+        types = None if self.types is None else self.types[start:end]
+        lengths, offsets = self.lengths[first:last], self.offsets[first : last + 1] - start
+        truncated = 0 if first else self.truncated
+        return TokenizedTexts(self.ids[start:end], lengths, offsets, types, truncated)
+
+    @classmethod
+    def join(cls, parts: Sequence[TokenizedTexts]) -> TokenizedTexts:
+        """The tokens of all texts, one after the other."""
+        return cls.of([(part.ids, part.lengths, part.types, part.truncated) for part in parts])
+
+    @classmethod
+    def of(cls, chunks: list[TokenizedChunk]) -> TokenizedTexts:
+        ids, lengths, types, truncated = chunks[0] if len(chunks) == 1 else _joined(chunks)
+        offsets = np.zeros(lengths.shape[0] + 1, dtype=np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        return cls(ids, lengths, offsets, types, truncated)
+
 
 _ids_of = attrgetter("ids")
 
@@ -175,11 +195,9 @@ class TextTokenizer:
         Args:
             texts: texts that :func:`check_texts` accepts.
         """
-        parts = [self._chunk(texts[i : i + _CHUNK]) for i in range(0, len(texts), _CHUNK)]
-        ids, lengths, types, truncated = parts[0] if len(parts) == 1 else _joined(parts)
-        offsets = np.zeros(lengths.shape[0] + 1, dtype=np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        return TokenizedTexts(ids, lengths, offsets, types, truncated)
+        return TokenizedTexts.of(
+            [self._chunk(texts[i : i + _CHUNK]) for i in range(0, len(texts), _CHUNK)]
+        )
 
     def prepend(self, prompt: str, texts: Sequence[Any]) -> list[Any]:
         """The texts with a prompt in front."""

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A room may import from the rooms of lower layers, and from those beside it.
 LAYERS = (
-    {"errors", "stats", "data", "values", "forking", "mapping"},
+    {"errors", "stats", "data", "values", "forking", "mapping", "pending", "queueing"},
     {"finite"},
     {"_build_info", "_host", "kernels"},
     {"state", "bypass", "watching"},
@@ -34,7 +34,7 @@ LAYERS = (
     {"results", "few", "call", "assembly", "transformer_module"},
     {"session"},
     {"sentence_transformers", "patching", "explanation", "staging"},
-    {"bench"},
+    {"bench", "server"},
     {"cli", "corpus"},
     {"__main__"},
 )

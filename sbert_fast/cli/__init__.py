@@ -1,4 +1,4 @@
-"""The command line: `sbert-fast encode`, `sbert-fast bench` and `sbert-fast doctor`.
+"""The command line: `sbert-fast encode`, `serve`, `bench` and `doctor`.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated. A failure is one line
 on stderr; `SBERT_FAST_DEBUG=1` adds the traceback. Nothing heavy is imported before a command runs.
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from typing import NoReturn
 
-from sbert_fast.cli import bench, doctor, encode, streams
+from sbert_fast.cli import bench, doctor, encode, serve, streams
 
 __all__ = ["main"]
 
@@ -49,7 +49,8 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, module in (("encode", encode), ("bench", bench), ("doctor", doctor)):
+    named = {"encode": encode, "serve": serve, "bench": bench, "doctor": doctor}
+    for name, module in named.items():
         summary, _, rest = (module.__doc__ or "").partition("\n\n")
         command = commands.add_parser(
             name,

@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--dtype", default="auto", choices=DTYPES, help="dtype to compute in")
     model.add_argument("--impl", default="auto", help="implementation of the ops (see doctor)")
     model.add_argument(
-        "--batch-tokens", type=_auto_or_positive, default="auto", help="most tokens of a batch"
+        "--batch-tokens", type=auto_or_positive, default="auto", help="most tokens of a batch"
     )
     model.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
     result = parser.add_argument_group("embeddings")
@@ -107,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _auto_or_positive(text: str) -> int | str:
+def auto_or_positive(text: str) -> int | str:
     return text if text == "auto" else positive(text)
 
 

@@ -24,6 +24,7 @@ from sbert_fast.assembly import Unsupported
 from sbert_fast.call import Call
 from sbert_fast.finite import check_embeddings
 from sbert_fast.inference import Pipeline
+from sbert_fast.pending import Priority
 from sbert_fast.pooling import ACTIVATIONS
 from sbert_fast.sentence_transformers.packed_model import PackedModel, shared_arguments
 from sbert_fast.sentence_transformers.stock import check_pairs, stock_words
@@ -77,6 +78,9 @@ class FastCrossEncoder(PackedModel, CrossEncoder):
     """
 
     method = "predict"
+    mergeable = frozenset(
+        {"prompt", "prompt_name", "apply_softmax", "convert_to_numpy", "convert_to_tensor"}
+    )
     _kept = (*PackedModel._kept, "activation_fn")
 
     @staticmethod
@@ -172,6 +176,33 @@ class FastCrossEncoder(PackedModel, CrossEncoder):
             result = np.array([]) if convert_to_numpy and not pairs else result
         return result[0] if is_single else result
 
+    async def apredict(
+        self,
+        inputs: Any,
+        *,
+        priority: Priority = "query",
+        deadline: float | None = None,
+        **options: Any,
+    ) -> Any:
+        """:meth:`predict`, run by the queue of :meth:`submit` and awaited; see
+        :meth:`FastEncoder.aencode`."""
+        return await self._await(inputs, priority=priority, deadline=deadline, **options)
+
+    def _key(self, options: dict[str, Any]) -> frozenset[tuple[str, Any]] | None:
+        return super()._key(options) if _treats_rows(self.activation_fn) else None
+
+    def _asked(
+        self, inputs: Any, options: dict[str, Any]
+    ) -> tuple[list[Any], bool, Pipeline | Unsupported, str | None]:
+        is_single = self.is_singular_input(inputs)
+        pairs = _listed(inputs, is_single)
+        prompt = self._resolve_prompt(options.get("prompt"), options.get("prompt_name"))
+        call = self._checked(
+            _call(prompt=prompt, batch_size=DEFAULT_BATCH_SIZE, show_progress_bar=None)
+        )
+        found = self._ready(call, check_pairs(self, pairs))
+        return pairs, is_single, Unsupported("workers") if call.in_workers else found, prompt
+
     rank = with_default_batch_size(CrossEncoder.rank)
 
     def _checked(self, call: Call) -> Call:
@@ -253,9 +284,7 @@ class FastCrossEncoder(PackedModel, CrossEncoder):
     ) -> Tensor:
         """The activated scores; what may look across rows gets the batches that it gets in
         sentence-transformers."""
-        if activate in _FUNCTIONS or (
-            type(activate) in ACTIVATIONS and not bypass.reason([activate])
-        ):
+        if _treats_rows(activate):
             padded = F.pad(scores, (0, 0, 0, -len(pairs) % _ROWS))
             return torch.cat([activate(rows) for rows in padded.split(_MANY_ROWS)])[: len(pairs)]
         order = np.argsort([-self._input_length(pair) for pair in pairs])
@@ -264,6 +293,13 @@ class FastCrossEncoder(PackedModel, CrossEncoder):
         if len(parts) != len(pairs):
             raise ValueError(f"activation_fn must give a row a pair, got {len(parts)} rows")
         return torch.stack([parts[index] for index in np.argsort(order)])
+
+
+def _treats_rows(activate: Any) -> bool:
+    """Whether an activation is known to look at each value or row alone."""
+    return activate in _FUNCTIONS or (
+        type(activate) in ACTIVATIONS and not bypass.reason([activate])
+    )
 
 
 def _call(**arguments: Any) -> Call:

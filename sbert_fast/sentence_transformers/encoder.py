@@ -18,11 +18,24 @@ from sbert_fast.assembly import Unsupported
 from sbert_fast.call import Call
 from sbert_fast.finite import check_embeddings
 from sbert_fast.inference import Pipeline
+from sbert_fast.pending import Priority
 from sbert_fast.routes import modules_on, route_of
 from sbert_fast.sentence_transformers.chunks import embed_ranges, token_ranges
 from sbert_fast.sentence_transformers.packed_model import PackedModel, shared_arguments
 from sbert_fast.sentence_transformers.stock import checked, read_inputs, reason_of_call
 from sbert_fast.values import Precision
+
+# Arguments of a call that may share a batch with equal ones, and their defaults.
+_DEFAULTS: dict[str, Any] = {
+    "prompt": None,
+    "show_progress_bar": None,
+    "output_value": "sentence_embedding",
+    "normalize_embeddings": False,
+    "truncate_dim": None,
+    "precision": "float32",
+    "convert_to_numpy": True,
+    "convert_to_tensor": False,
+}
 
 
 class FastEncoder(PackedModel, SentenceTransformer):
@@ -63,6 +76,8 @@ class FastEncoder(PackedModel, SentenceTransformer):
         >>> encoder = FastEncoder("sentence-transformers/all-MiniLM-L6-v2")
         >>> embeddings = encoder.encode(["The weather is lovely today."])
     """
+
+    mergeable = frozenset({*_DEFAULTS, "prompt_name", "task"})
 
     @staticmethod
     def _arguments_of(source: SentenceTransformer) -> dict[str, Any]:
@@ -154,9 +169,7 @@ class FastEncoder(PackedModel, SentenceTransformer):
             chunk_size=chunk_size,
             keywords=kwargs,
         )
-        call = checked(self, call, prompt_name)
-        texts, is_single, reason = read_inputs(self, inputs)
-        found = self._ready(call, reason)
+        call, texts, is_single, found = self._read(inputs, call, prompt_name)
         if isinstance(found, Unsupported):
             self._session.count(found)
         if isinstance(found, Unsupported) or call.in_workers:
@@ -166,6 +179,46 @@ class FastEncoder(PackedModel, SentenceTransformer):
         if call.is_of_sentences:
             result = call.convert(result)
         return result[0] if is_single else result
+
+    def _read(
+        self, inputs: Any, call: Call, prompt_name: str | None
+    ) -> tuple[Call, Any, bool, Pipeline | Unsupported]:
+        """The call and its inputs, checked, whether they are a single one, and what runs them."""
+        call = checked(self, call, prompt_name)
+        texts, is_single, reason = read_inputs(self, inputs)
+        return call, texts, is_single, self._ready(call, reason)
+
+    async def aencode(
+        self,
+        inputs: Any,
+        *,
+        priority: Priority = "query",
+        deadline: float | None = None,
+        **options: Any,
+    ) -> Any:
+        """:meth:`encode`, run by the queue of :meth:`submit` and awaited.
+
+        Concurrent calls with equal options share packed batches. A task that is cancelled drops
+        what of its call has not run.
+
+        Raises:
+            QueueFullError, DeadlineError, ...: as :meth:`submit` and its future.
+        """
+        return await self._await(inputs, priority=priority, deadline=deadline, **options)
+
+    def _key(self, options: dict[str, Any]) -> frozenset[tuple[str, Any]] | None:
+        # The others quantise by what is in the same call.
+        own = options.get("precision") in (None, "float32", "binary", "ubinary")
+        return super()._key(options) if own else None
+
+    def _asked(
+        self, inputs: Any, options: dict[str, Any]
+    ) -> tuple[list[Any], bool, Pipeline | Unsupported, str | None]:
+        name = options.pop("prompt_name", None)
+        own = {key: options.pop(key) for key in _DEFAULTS.keys() & options.keys()}
+        call = Call(**(_DEFAULTS | own), batch_size=DEFAULT_BATCH_SIZE, keywords=options)
+        call, texts, is_single, found = self._read(inputs, call, name)
+        return texts, is_single, Unsupported("workers") if call.in_workers else found, call.prompt
 
     @torch.inference_mode()
     def encode_chunks(

@@ -22,6 +22,7 @@ from sbert_fast.inference import Pipeline
 from sbert_fast.ops import validation
 from sbert_fast.patching import accelerated
 from sbert_fast.routes import route_of, routes
+from sbert_fast.sentence_transformers.queued import QueuedModel
 from sbert_fast.sentence_transformers.stock import stock_class, stock_words, written_as_stock
 from sbert_fast.session import Session
 from sbert_fast.stats import Counters, EncoderStats
@@ -56,13 +57,9 @@ def _check_source(model: object, modules: object, stock: type) -> None:
         raise ValueError(f"modules must be None when a {stock.__name__} is given")
 
 
-class PackedModel:
+class PackedModel(QueuedModel):
     """A model of sentence-transformers that runs packed; a base of such a class beside the class of
-    sentence-transformers.
-
-    Attributes:
-        method: the name of the one that runs packed.
-    """
+    sentence-transformers."""
 
     method = "encode"
     # What a model has of the one it is made of, whatever its constructor makes of arguments.

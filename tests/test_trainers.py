@@ -215,9 +215,7 @@ def by_hand(model: Any, of_tokens: bool = False) -> Trained:
         ("electra", "MaskedLM", partial(by_hand, of_tokens=True)),
     ],
 )
-def test_a_head_trains_as_in_stock(
-    name: str, head: str, trainer: Callable[[Any], Trained]
-) -> None:
+def test_a_head_trains_as_in_stock(name: str, head: str, trainer: Callable[[Any], Trained]) -> None:
     def make() -> Any:
         return families.make_model(name, head=f"AutoModelFor{head}", num_labels=3, **NO_DROPOUT)
 

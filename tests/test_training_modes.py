@@ -181,7 +181,8 @@ def test_steps(step: Callable[[Any, Any], None]) -> None:
 
 def labels_out_of_range(model: Any, batch: Any) -> None:
     states = model(**batch)[0][:, 0]
-    torch.nn.functional.cross_entropy(states, torch.full((len(states),), states.shape[1])).backward()
+    labels = torch.full((len(states),), states.shape[1])
+    torch.nn.functional.cross_entropy(states, labels).backward()
 
 
 def frozen(model: Any, batch: Any) -> None:

@@ -185,8 +185,9 @@ def test_reranking(run: Callable[..., dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
-def test_training(run: Callable[..., dict[str, Any]]) -> None:
-    rows = run("encode.training", "--texts", "64")["rows"]
+@pytest.mark.parametrize("task", training.TASKS)
+def test_training(run: Callable[..., dict[str, Any]], task: str) -> None:
+    rows = run("encode.training", "--task", task, "--texts", "64")["rows"]
     assert [row["system"] for row in rows] == [REFERENCE, OURS]
     assert rows[0]["loss"] == 0 < rows[1]["loss"] < training.LOSS
     assert rows[1]["ratio"] > 0 and min(row["peak_rss_mb"] for row in rows) > 0

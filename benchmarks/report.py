@@ -80,7 +80,8 @@ def _aside(document: Document) -> str:
         return f"Where the time goes, {name}: {'. '.join(map(pages.shares, rows))}."
     if kind == "training":
         batch = f"{document['batch_pairs']} pairs of {name} text"
-        return f"Fine-tuning, batches of {batch}: {'; '.join(map(pages.training, rows))}."
+        of = "a cross-encoder, " if document.get("task") == "scores" else ""
+        return f"Fine-tuning, {of}batches of {batch}: {'; '.join(map(pages.training, rows))}."
     pairs = document["settings"]["texts"]
     return f"Reranking {pairs} {name} of one query: {'; '.join(map(pages.reranking, rows))}."
 

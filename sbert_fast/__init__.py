@@ -9,11 +9,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["FastCrossEncoder", "FastEncoder", "accelerate", "counts", "explain", "restore"]
+__all__ = [
+    "FastCrossEncoder",
+    "FastEncoder",
+    "PackedCollator",
+    "accelerate",
+    "counts",
+    "explain",
+    "restore",
+]
 
 if TYPE_CHECKING:
     from sbert_fast.explanation import explain
     from sbert_fast.patching import accelerate, counts, restore
+    from sbert_fast.sentence_transformers.collator import PackedCollator
     from sbert_fast.sentence_transformers.cross_encoder import FastCrossEncoder
     from sbert_fast.sentence_transformers.encoder import FastEncoder
 
@@ -21,6 +30,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "FastCrossEncoder": "sentence_transformers.cross_encoder",
     "FastEncoder": "sentence_transformers.encoder",
+    "PackedCollator": "sentence_transformers.collator",
     "accelerate": "patching",
     "restore": "patching",
     "counts": "patching",

@@ -151,7 +151,20 @@ class PackedForward(StandIn):
         else:
             self._count(PACKED, logging.DEBUG)
             return self._run(call, prepared)
+        if padded_call.is_flat(kwargs):
+            return self._run_padded(kwargs)
         return self._run_original(*args, **kwargs)
+
+    def _run_padded(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+        """The original, of texts that came without padding."""
+        padding_id = getattr(self.model.config, "pad_token_id", None)
+        arguments = padded_call.padded(arguments, padding_id or 0)
+        output = self._run_original(**arguments | {"return_dict": True})
+        kept = arguments["attention_mask"].bool()
+        output["last_hidden_state"] = output["last_hidden_state"][kept][None]
+        if output.get("hidden_states") is not None:
+            output["hidden_states"] = tuple(x[kept][None] for x in output["hidden_states"])
+        return output
 
     def _count(self, outcome: str, level: int = logging.INFO) -> None:
         with self._lock:
@@ -232,7 +245,9 @@ class PackedForward(StandIn):
             transfers = Transfers(device)
             with transfers.current_device():
                 batch, _ = transfers.stage(call.batch, np.zeros(0, dtype=np.int64))
-                source = torch.from_numpy(call.source).to(device)
+                source = None
+                if call.source is not None:
+                    source = torch.from_numpy(call.source).to(device)
                 states: list[Tensor | None] = []
                 for number, x in enumerate(self._states(call, batch, prepared)):
                     asked = call.states is not None and number in call.states
@@ -244,7 +259,8 @@ class PackedForward(StandIn):
             kind = BaseModelOutputWithPooling
             if decodes:
                 kind = BaseModelOutputWithPoolingAndCrossAttentions
-            output = kind(hidden, pool(model, hidden))
+            first = hidden if source is not None else hidden[0, batch.first_rows(), None]
+            output = kind(hidden, pool(model, first))
         elif self.engine.admitted.architecture.is_decoder:
             output = BaseModelOutputWithPast(hidden)
         elif decodes:
@@ -255,11 +271,15 @@ class PackedForward(StandIn):
             output["hidden_states"] = tuple(states)
         return output if call.return_dict else output.to_tuple()
 
-    def _padded(self, x: Tensor, call: padded_call.PaddedCall, source: Tensor) -> Tensor:
+    def _padded(self, x: Tensor, call: padded_call.PaddedCall, source: Tensor | None) -> Tensor:
         """Packed states `[T, E]` where they belong in `[B, S, E]`, zeros everywhere else."""
         # Under autocast, training gives states of the dtype that the original gives.
         model: Any = self.engine.model
         dtype = x.dtype if torch.is_grad_enabled() else model.dtype
+        if source is None:
+            flat = x[None, : call.batch.num_tokens].to(dtype)
+            with torch.inference_mode(False):
+                return flat.clone() if flat.is_inference() else flat
         # A tensor made in inference mode could not be saved for the backward pass of a head.
         with torch.inference_mode(False):
             hidden = torch.zeros(*call.shape, x.shape[1], dtype=dtype, device=x.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from functools import cache
 from inspect import signature
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import output_capturing
 
 from sbert_fast import bypass
@@ -23,7 +24,7 @@ from sbert_fast.callers import (
     reads_first_column,
 )
 from sbert_fast.engine import PackedEncoder
-from sbert_fast.packing import PackedBatch, pack_padded, padded_positions
+from sbert_fast.packing import PackedBatch, pack, pack_padded, padded_positions
 
 # What the packed path reads, or knows to change nothing in an encoder.
 _KNOWN_ARGUMENTS = {
@@ -46,6 +47,8 @@ _LOSS_ARGUMENTS = {
     "output_router_logits",
     "shift_labels",
 }
+# Where texts begin that come without padding, as transformers names it.
+CU_SEQLENS = "cu_seq_lens_q"
 # Of models without a table of positions: positions beyond the length of a text take memory, too.
 _MOST_POSITIONS = 1 << 17
 
@@ -60,8 +63,9 @@ class PaddedCall:
 
     Attributes:
         batch: its tokens.
-        source: int64 `[num_tokens]`, where each of them is in `[B * S]`.
-        shape: `(B, S)`.
+        source: int64 `[num_tokens]`, where each of them is in `[B * S]`; None where they came
+            without padding, one text after the other.
+        shape: `(B, S)`; `(1, num_tokens)` without padding.
         embeddings: `[B * S, E]`, the table that `batch.input_ids` point into; None where they are
             ids.
         states: which of the states before and after every layer are asked for besides the last
@@ -70,17 +74,57 @@ class PaddedCall:
     """
 
     batch: PackedBatch
-    source: NDArray[np.int64]
+    source: NDArray[np.int64] | None
     shape: tuple[int, int]
     embeddings: Tensor | None
     states: Container[int] | None
     return_dict: bool
 
 
+def is_flat(arguments: Mapping[str, Any]) -> bool:
+    """Whether texts come without padding: ids `[T]`, and `cu_seq_lens_q` `[B + 1]` between them.
+
+    No model of transformers takes that: for flash attention, ids are `[1, T]`.
+    """
+    ids = arguments.get("input_ids")
+    return CU_SEQLENS in arguments and isinstance(ids, Tensor) and ids.dim() == 1
+
+
+def padded(arguments: Mapping[str, Any], padding_id: int) -> dict[str, Any]:
+    """The same arguments, or features, with padding: `[B, S]`, and an `attention_mask`.
+
+    Raises:
+        ValueError: `cu_seq_lens_q` does not cut the ids into texts.
+    """
+    lengths = np.diff(_offsets(arguments)).tolist()
+    rest = {name: value for name, value in arguments.items() if name != CU_SEQLENS}
+    fill = {"input_ids": padding_id, "token_type_ids": 0}
+    for name in fill.keys() & rest.keys():
+        parts = rest[name].split(lengths)
+        rest[name] = pad_sequence(parts, batch_first=True, padding_value=fill[name])
+    ones = [torch.ones(length, dtype=torch.int64) for length in lengths]
+    mask = pad_sequence(ones, batch_first=True).to(rest["input_ids"].device)
+    return rest | {"attention_mask": mask}
+
+
+def _offsets(arguments: Mapping[str, Any]) -> NDArray[np.int64]:
+    """Where texts begin and end, int64 `[B + 1]`."""
+    cu_seqlens, tokens = arguments[CU_SEQLENS], arguments["input_ids"].shape[0]
+    offsets: NDArray[np.int64] = np.asarray(torch.as_tensor(cu_seqlens).cpu(), dtype=np.int64)
+    if offsets.ndim != 1 or offsets.size < 2 or (offsets[0], offsets[-1]) != (0, tokens):
+        raise ValueError(f"{CU_SEQLENS} must lead from 0 to {tokens}, the ids, got {cu_seqlens}")
+    if np.diff(offsets).min() < 1:
+        raise ValueError(f"{CU_SEQLENS} must rise, no text being empty, got {cu_seqlens}")
+    return offsets
+
+
 def check_arguments(arguments: dict[str, Any]) -> None:
     """Refuse the arguments, by name, that the packed path must not ignore."""
+    known = _KNOWN_ARGUMENTS | _LOSS_ARGUMENTS
+    if is_flat(arguments):
+        known = known - {"attention_mask", "position_ids"} | {CU_SEQLENS}
     for name, value in arguments.items():
-        if name not in _KNOWN_ARGUMENTS | _LOSS_ARGUMENTS and value is not None:
+        if name not in known and value is not None:
             raise UseOriginalError(f"{name} was given")
 
 
@@ -101,6 +145,11 @@ def read(engine: PackedEncoder, arguments: dict[str, Any], padding: str) -> Padd
     if architecture.is_decoder:
         _check_decoder(arguments, config)
     states = _asked(engine.model, arguments, "output_hidden_states")
+    return_dict = _asked(engine.model, arguments, "return_dict") is not False
+    if is_flat(arguments):
+        batch = _flat_batch(engine, arguments)
+        asked = None, _states(engine.model, states), return_dict
+        return PaddedCall(batch, None, (1, batch.num_tokens), *asked)
     ids, embeddings = _tokens(engine, arguments)
     shape = (ids.shape[0], ids.shape[1])
     weights, mask = engine.admitted.weights, arguments.get("attention_mask")
@@ -128,9 +177,32 @@ def read(engine: PackedEncoder, arguments: dict[str, Any], padding: str) -> Padd
         types = None
     if types is not None:
         types = _integers("token_type_ids", types, shape, architecture.type_vocab_size)
-    return_dict = _asked(engine.model, arguments, "return_dict") is not False
     batch, source = pack_padded(ids, keep, positions, types)
     return PaddedCall(batch, source, shape, embeddings, _states(engine.model, states), return_dict)
+
+
+def _flat_batch(engine: PackedEncoder, arguments: dict[str, Any]) -> PackedBatch:
+    """Texts that came without padding."""
+    architecture, offsets = engine.admitted.architecture, _offsets(arguments)
+    ids, _ = _tokens(engine, arguments | {"input_ids": arguments["input_ids"][None]})
+    if np.diff(offsets).max() > architecture.max_tokens:
+        raise UseOriginalError("more tokens than the position table has room for")
+    types = arguments.get("token_type_ids")
+    if types is not None and architecture.type_vocab_size > 0:
+        kinds = architecture.type_vocab_size
+        types = _integers("token_type_ids", types[None], (1, ids.shape[1]), kinds)[0].astype(
+            np.int32
+        )
+    else:
+        types = None
+    return pack(
+        ids[0].astype(np.int32),
+        offsets,
+        np.arange(offsets.size - 1),
+        token_types=types,
+        position_offset=architecture.position_offset,
+        uncounted_id=architecture.uncounted_id,
+    )
 
 
 def _asked(model: nn.Module, arguments: dict[str, Any], name: str) -> Any:  # noqa: ANN401

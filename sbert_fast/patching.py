@@ -155,8 +155,13 @@ def accelerate(
 
 @contextmanager
 def accelerated(
-    model: nn.Module, known: dict[str, PackedForward], impl: str, count: Callable[[str], None]
-) -> Iterator[None]:
+    model: nn.Module,
+    known: dict[str, PackedForward],
+    impl: str,
+    count: Callable[[str], None],
+    *,
+    all_of_them: bool = False,
+) -> Iterator[bool]:
     """While a block runs, accelerate base models that are trained: those in training mode, and all
     where gradients are recorded. What is accelerated anyway stays so.
 
@@ -166,6 +171,10 @@ def accelerated(
         impl: implementation of the ops.
         count: called with how each call ran, as :func:`counts` names it, and with the reason why
             nothing, or not a base model, is accelerated.
+        all_of_them: accelerate base models that are not trained, too.
+
+    Yields:
+        Whether every base model is accelerated now, and there is one.
 
     Raises:
         InvalidWeightsError: as :func:`accelerate`.
@@ -178,7 +187,7 @@ def accelerated(
         for name, base in found.items():
             forward = base.__dict__.get("forward")
             is_trained = base.training or torch.is_grad_enabled()
-            if not is_trained or isinstance(forward, StandIn):
+            if not (is_trained or all_of_them) or isinstance(forward, StandIn):
                 continue
             try:
                 stand_in = _known(base, known.get(name), impl)
@@ -188,7 +197,7 @@ def accelerated(
             stand_in.observer, known[name] = count, stand_in
             own.append((base, forward))
             base.__dict__["forward"] = stand_in
-        yield
+        yield bool(found) and all(map(_stand_in_of, found.values()))
     finally:
         for base, forward in own:
             if forward is None:

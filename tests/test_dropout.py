@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sbert_fast import ops
+from sbert_fast import kernels, ops
 from sbert_fast.ops import dropout
 from sbert_fast.testing import pack_lengths
 
@@ -50,12 +50,26 @@ def weights_of(
     return [part.transpose(0, 1)[:, :, :n] for part, n in zip(parts, lengths, strict=True)]
 
 
+every_option = pytest.mark.parametrize("options", [{}, {"window": 9}, {"causal": True}], ids=str)
+
+
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("rate", [RATE, 0.7])
-@pytest.mark.parametrize("options", [{}, {"window": 9}, {"causal": True}], ids=str)
+@every_option
 def test_the_mask_is_that_of_the_reference(options: dict[str, Any], rate: float) -> None:
+    assert_mask_of_reference("cpu", options, rate)
+
+
+@pytest.mark.skipif(not kernels.interpreted(), reason="needs Triton's interpreter")
+@pytest.mark.parametrize("rate", [RATE, 0.7])
+@every_option
+def test_the_mask_in_triton(options: dict[str, Any], rate: float) -> None:
+    assert_mask_of_reference("triton", options, rate)
+
+
+def assert_mask_of_reference(impl: str, options: dict[str, Any], rate: float) -> None:
     lengths, first = [1, 37, 64, 6, 17], 0
-    dropped = weights_of("cpu", lengths, dropout=rate, seed=SEED, **options)
+    dropped = weights_of(impl, lengths, dropout=rate, seed=SEED, **options)
     whole = weights_of("reference", lengths, **options)
     for length, ours, plain in zip(lengths, dropped, whole, strict=True):
         rows = torch.arange(first, first + length)[None]

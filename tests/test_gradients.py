@@ -62,6 +62,7 @@ CASES: list[tuple[str, dict[int, Any]]] = [
         ("segment_pool", {2: mode, 3: normalize, 4: skip})
         for mode, normalize, skip in itertools.product(range(6), (False, True), (0, 2))
     ),
+    *(("segment_pool", {2: mode, 4: 1, 5: True}) for mode in range(6)),
 ]
 every_case = pytest.mark.parametrize(("op", "changes"), CASES, ids=str)
 every_impl = pytest.mark.parametrize("impl", ["reference", "cpu"])
@@ -69,13 +70,18 @@ every_impl = pytest.mark.parametrize("impl", ["reference", "cpu"])
 
 def case(op: str, changes: dict[int, Any], dtype: torch.dtype, **sizes: Any) -> list[Any]:
     """The arguments of `op` with `changes`: of attention, the reach of a bias, and whether there
-    are rotary positions or norms of heads, in the place of the first of their tensors."""
+    are rotary positions or norms of heads, in the place of the first of their tensors; of pooling,
+    whether there are spans."""
     args = [*arguments(op, dtype, **sizes)]
     args += [
         each.default_value for each in overload(op, "reference")._schema.arguments[len(args) :]
     ]
     for place, value in changes.items():
         args[place] = value
+    if op == "segment_pool" and args[5]:
+        # The same twice, overlapping, no longer than a prompt, empty, of two sequences.
+        spans = [[0, 3], [0, 3], [0, 4], [2, 3], [4, 4], [3, 7]]
+        args[5] = torch.tensor(spans, dtype=torch.int32)
     if op != "varlen_attention":
         return args
     g = torch.Generator().manual_seed(1)
@@ -275,11 +281,4 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
 def test_what_has_no_gradient_is_refused(what: str, options: dict[str, Any]) -> None:
     out = ops.varlen_attention(QKV, CU, 5, **options)
     with pytest.raises(NotImplementedError, match=f"has no {what} yet"):
-        out.sum().backward()
-
-
-def test_spans_are_refused() -> None:
-    x = torch.zeros(8, 16, requires_grad=True)
-    out = ops.segment_pool(x, CU, spans=torch.tensor([[0, 3]], dtype=torch.int32))
-    with pytest.raises(NotImplementedError, match="has no backward with spans yet"):
         out.sum().backward()

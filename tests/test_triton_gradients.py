@@ -12,13 +12,21 @@ from torch import Tensor
 
 from op_cases import add_norm_args, randn
 from sbert_fast.kernels import aot
-from test_gradients import CASES, called, case, check
+from sbert_fast.testing import pack_lengths
+from test_gradients import (
+    CASES,
+    FULL,
+    assert_sequences_are_apart,
+    called,
+    case,
+    check,
+    gradients,
+    upstream,
+)
 
 HALF, BFLOAT, SINGLE = torch.float16, torch.bfloat16, torch.float32
 OPS = torch.ops.sbert_fast
-# Without dropout, which Triton lacks.
-KNOWN = [each for each in CASES if 17 not in each[1]]
-every_case = pytest.mark.parametrize(("op", "changes"), KNOWN, ids=str)
+every_case = pytest.mark.parametrize(("op", "changes"), CASES, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
 # Two columns, fewer than a chunk, three chunks, chunks and a rest, rows over four and eight warps.
 SHAPES = [(33, 2), (9, 37), (70, 384), (5, 1000), (5, 2048), (3, 4096)]
@@ -36,6 +44,86 @@ def poisoned_and_quiet(poisoned: None) -> Iterator[None]:
 @every_dtype
 def test_2x_rule(triton_device: str, op: str, changes: dict[int, Any], dtype: torch.dtype) -> None:
     check(op, "triton", case(op, changes, dtype), dtype, triton_device)
+
+
+ATTENTION = "varlen_attention"
+WINDOWED: dict[int, Any] = {4: 7, 5: 20, 6: True, 9: True}
+
+
+@every_dtype
+@pytest.mark.parametrize("dim", [16, 37, 64, 100, 256])
+def test_head_dims(triton_device: str, dim: int, dtype: torch.dtype) -> None:
+    for changes in ({4: 90}, FULL | {6: None if dim % 2 else True}):
+        args = case(ATTENTION, changes, dtype, lengths=(1, 70, 0, 17), dim=dim)
+        check(ATTENTION, "triton", args, dtype, triton_device)
+
+
+@every_dtype
+@pytest.mark.parametrize(
+    "changes",
+    [{5: 3}, {5: 40, 9: True}, {9: True, 10: 1}, WINDOWED, FULL | {4: 100, 5: 40}],
+    ids=str,
+)
+def test_keys_that_are_out_of_sight(
+    triton_device: str, changes: dict[int, Any], dtype: torch.dtype
+) -> None:
+    """Of sequences that are longer than what the queries of a block see."""
+    args = case(ATTENTION, changes, dtype, lengths=(1, 100, 0))
+    check(ATTENTION, "triton", args, dtype, triton_device)
+
+
+@pytest.mark.parametrize(
+    ("reach", "causal"), [(5, False), (31, False), (32, True), (63, False), (200, True)]
+)
+def test_reaches_of_a_bias(triton_device: str, reach: int, causal: bool) -> None:
+    """Short of blocks, along their edges and beyond sequences, of more than a program adds up."""
+    lengths = (*(0,) * 15, 1, 5, 70)
+    args = case(ATTENTION, {4: reach, 9: causal}, SINGLE, lengths=lengths, dim=8)
+    check(ATTENTION, "triton", args, SINGLE, triton_device)
+
+
+@every_dtype
+@pytest.mark.parametrize("changes", [{}, FULL, WINDOWED | {17: 0.3}], ids=str)
+def test_a_sequence_that_is_nan_changes_no_gradient_of_another(
+    triton_device: str, changes: dict[int, Any], dtype: torch.dtype
+) -> None:
+    args = case(ATTENTION, changes, dtype)
+    assert_sequences_are_apart(ATTENTION, called(ATTENTION, "triton", triton_device), args)
+
+
+@every_dtype
+@pytest.mark.parametrize("changes", [{}, {4: 5, 9: True}, {10: 1, 11: True}], ids=str)
+def test_place_in_the_batch_changes_no_gradient(
+    triton_device: str, changes: dict[int, Any], dtype: torch.dtype
+) -> None:
+    args = case(ATTENTION, changes, dtype, lengths=(9, 0, 70, 33))
+    function, grad = called(ATTENTION, "triton", triton_device), upstream(ATTENTION, args)
+    together, *_ = gradients(ATTENTION, function, args, grad)
+    alone = [args[0][9:79].clone(), pack_lengths((70,)), 70, *args[3:]]
+    (part,) = grad
+    own, *_ = gradients(ATTENTION, function, alone, [part[9:79].clone()])
+    assert torch.equal(own, together[9:79])
+
+
+@pytest.mark.parametrize("lengths", [(), (0, 0)], ids=str)
+def test_gradients_without_tokens(triton_device: str, lengths: tuple[int, ...]) -> None:
+    args = case(ATTENTION, FULL, SINGLE, lengths=lengths)
+    found = gradients(
+        ATTENTION, called(ATTENTION, "triton", triton_device), args, upstream(ATTENTION, args)
+    )
+    assert not any(part.any() for part in found)
+
+
+@pytest.mark.gpu
+def test_gradients_repeat_bit_for_bit(triton_device: str) -> None:
+    if triton_device == "cpu":
+        return  # nothing runs at the same time in the interpreter
+    args = case(ATTENTION, FULL | {17: 0.3}, HALF, lengths=[i * 7 % 150 for i in range(300)])
+    function, grad = called(ATTENTION, "triton", triton_device), upstream(ATTENTION, args)
+    expected = gradients(ATTENTION, function, args, grad)
+    for _ in range(5):
+        found = gradients(ATTENTION, function, args, grad)
+        assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("rms", [False, True])

@@ -94,7 +94,8 @@ def train(
         **options: of the trainer, and of its arguments.
     """
     trainer_class, arguments_class = TRAINERS[kind]
-    own = {name: options.pop(name) for name in ("callbacks", "evaluator") if name in options}
+    apart = {"callbacks", "evaluator", "data_collator", "eval_dataset"} & options.keys()
+    own = {name: options.pop(name) for name in apart}
     torch.manual_seed(0)
     loss = make_loss(model)
     losses: list[Tensor] = []

@@ -25,10 +25,23 @@ CALLS = 5  # short calls in a round
 LOSS = 1e-5
 
 
+def save_cross_encoder(args: argparse.Namespace, folder: str) -> None:
+    """A cross-encoder of the weights of `args.model` and a random head."""
+    import transformers
+
+    transformers.set_seed(args.seed)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        args.model, num_labels=1
+    )
+    model.save_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    tokenizer.save_pretrained(folder)
+
+
 def _build(args: argparse.Namespace, folder: str) -> list[Any]:
     """The cross-encoders in each precision, as contenders whose systems score pairs; each has
     another beside it that ranks them."""
-    import transformers
     from sentence_transformers import CrossEncoder
 
     from sbert_fast import FastCrossEncoder
@@ -47,14 +60,7 @@ def _build(args: argparse.Namespace, folder: str) -> list[Any]:
         def encode(self, texts: list[Any], setting: Setting) -> Any:
             return self.score(QUERY, [text for _, text in texts])
 
-    transformers.set_seed(args.seed)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        args.model, num_labels=1
-    )
-    model.save_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    tokenizer.model_max_length = model.config.max_position_embeddings
-    tokenizer.save_pretrained(folder)
+    save_cross_encoder(args, folder)
     found = []
     for precision in dict.fromkeys(("float32", *args.dtype)):
         stock = CrossEncoder(folder, device="cpu", model_kwargs={"dtype": precision})

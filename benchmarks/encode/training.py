@@ -1,10 +1,12 @@
 """Fine-tuning: steps of sentence-transformers' loss on pairs of texts, padded and packed.
 
     python -m benchmarks.encode.training --corpus short --texts 640 --dtype float32,bfloat16
+    python -m benchmarks.encode.training --task scores --corpus passages --texts 160
 
 A model, and a copy of it that `accelerate` has patched, take turns at the same batches: tokenise,
-loss, backward, AdamW. bfloat16 is autocast. Before that, a step without dropout shows whether both
-give the same gradients. Peak memory is that of a process of its own for each.
+loss, backward, AdamW. It embeds both texts of a pair, or is a cross-encoder with a random head that
+scores texts against one query. bfloat16 is autocast. Before that, a step without dropout shows
+whether both give the same gradients. Peak memory is that of a process of its own for each.
 """
 
 from __future__ import annotations
@@ -15,12 +17,16 @@ import itertools
 import json
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
 import numpy as np
 
 from benchmarks import ROOT
 from benchmarks.common import options
+from benchmarks.common.provenance import provenance
+from benchmarks.encode.rerank import QUERY, save_cross_encoder
+from sbert_fast.bench.machine import pin
 from sbert_fast.bench.memory import resident_mb
 from sbert_fast.bench.names import OURS, REFERENCE
 
@@ -39,7 +45,6 @@ class Training:
 
     def __init__(self, name: str, precision: str, model: Any) -> None:
         import torch
-        from sentence_transformers.sentence_transformer import losses
 
         from sbert_fast import accelerate
 
@@ -47,11 +52,28 @@ class Training:
         self.model = copy.deepcopy(model).train()
         if name == OURS:
             accelerate(self.model)
-        self.loss = losses.CosineSimilarityLoss(self.model)
+        self.loss = self.make_loss()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-5)
 
+    @staticmethod
+    def load(folder: str) -> Any:
+        """The model."""
+        from sentence_transformers import SentenceTransformer
+
+        return SentenceTransformer(folder, device="cpu")
+
+    def make_loss(self) -> Any:
+        from sentence_transformers.sentence_transformer import losses
+
+        return losses.CosineSimilarityLoss(self.model)
+
+    def sides(self, texts: list[str]) -> list[Any]:
+        """What the loss takes of a batch: the first half of `texts` are partners of the second."""
+        half = len(texts) // 2
+        return [self.model.preprocess(side) for side in (texts[:half], texts[half:])]
+
     def step(self, texts: list[str]) -> None:
-        """Of a batch: the first half of `texts` are the partners of the second."""
+        """Of a batch."""
         self.backward(texts)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -60,12 +82,10 @@ class Training:
         """The gradients of a batch."""
         import torch
 
-        half = len(texts) // 2
-        features = [self.model.preprocess(side) for side in (texts[:half], texts[half:])]
-        labels = torch.linspace(0, 1, half)
+        sides, labels = self.sides(texts), torch.linspace(0, 1, PAIRS)
         autocast = self.precision == "bfloat16"
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = self.loss(features, labels)
+            loss = self.loss(sides, labels)
         loss.backward()
 
     def gradients(self, texts: list[str]) -> Any:
@@ -84,42 +104,73 @@ class Training:
         return torch.cat(found).numpy()
 
 
-def _load(folder: str) -> Any:
-    from sentence_transformers import SentenceTransformer
+class Scoring(Training):
+    """The same of a cross-encoder: each text of a batch, and one query."""
 
-    return SentenceTransformer(folder, device="cpu")
+    @staticmethod
+    def load(folder: str) -> Any:
+        from sentence_transformers import CrossEncoder
+
+        return CrossEncoder(folder, device="cpu")
+
+    def make_loss(self) -> Any:
+        from sentence_transformers.cross_encoder import losses
+
+        return losses.BinaryCrossEntropyLoss(self.model)
+
+    def sides(self, texts: list[str]) -> list[Any]:
+        return [[QUERY] * len(texts), texts]
 
 
-def peak_of(name: str, precision: str, folder: str, threads: int, texts: list[str]) -> float:
+# What is trained, and the texts of a batch.
+TASKS: dict[str, tuple[type[Training], int]] = {
+    "embeddings": (Training, 2 * PAIRS),
+    "scores": (Scoring, PAIRS),
+}
+
+
+def peak_of(
+    task: str, name: str, precision: str, folder: str, threads: int, texts: list[str]
+) -> float:
     """MB that a process holds at most, which takes a step for each batch."""
     import torch
 
     torch.set_num_threads(threads)
-    training = Training(name, precision, _load(folder))
-    for batch in batches(texts):
+    kind, size = TASKS[task]
+    training = kind(name, precision, kind.load(folder))
+    for batch in batches(texts, size):
         training.step(batch)
     return resident_mb("VmHWM")
 
 
-def batches(texts: list[str]) -> list[list[str]]:
-    """As many texts as the pairs of a batch hold, the last ones that are too few left out."""
-    size = 2 * PAIRS
+def batches(texts: list[str], size: int) -> list[list[str]]:
+    """`size` texts each, the last ones that are too few left out."""
     return [texts[start : start + size] for start in range(0, len(texts) - size + 1, size)]
 
 
 def measure(args: argparse.Namespace, checkpoint: Any, corpus: Any) -> dict[str, Any]:
     """Steps a second of each, in turn, and what they hold."""
+    with tempfile.TemporaryDirectory() as folder:
+        if args.task == "scores":
+            save_cross_encoder(args, folder)
+        model = folder if args.task == "scores" else str(args.model)
+        return _measure(args, model, corpus.texts)
+
+
+def _measure(args: argparse.Namespace, folder: str, texts: list[str]) -> dict[str, Any]:
+    """Those of the model in a folder."""
     import torch
 
     from sbert_fast.bench import contenders
     from sbert_fast.bench.contenders import Contender
     from sbert_fast.patching import counts
 
-    steps, model = batches(corpus.texts), _load(str(args.model))
+    kind, size = TASKS[args.task]
+    steps, model = batches(texts, size), kind.load(folder)
     if not steps:
-        raise ValueError(f"--texts must be at least {2 * PAIRS}, got {args.texts}")
+        raise ValueError(f"--texts must be at least {size}, got {args.texts}")
     systems = [Contender(*each) for each in itertools.product((REFERENCE, OURS), args.dtype)]
-    trainings = [Training(each.name, each.precision, model) for each in systems]
+    trainings = [kind(each.name, each.precision, model) for each in systems]
     for each, training in zip(systems, trainings, strict=True):
         each.embeddings = training.gradients(steps[0])
     turns = [
@@ -131,7 +182,7 @@ def measure(args: argparse.Namespace, checkpoint: Any, corpus: Any) -> dict[str,
     for each, training in zip(systems, trainings, strict=True):
         if each.name == OURS and counts(training.model).keys() != {"packed"}:
             raise RuntimeError(f"not every step ran packed: {counts(training.model)}")
-        asked = each.name, each.precision, str(args.model), args.threads, corpus.texts
+        asked = args.task, each.name, each.precision, folder, args.threads, texts
         command = [sys.executable, "-c", _PEAK]
         told = subprocess.run(
             command,
@@ -142,7 +193,8 @@ def measure(args: argparse.Namespace, checkpoint: Any, corpus: Any) -> dict[str,
             check=True,
         )
         each.more["peak_rss_mb"] = float(told.stdout.splitlines()[-1])
-    return {"batch_pairs": PAIRS, "rows": [_row(each, systems, len(steps)) for each in systems]}
+    rows = [_row(each, systems, len(steps)) for each in systems]
+    return {"task": args.task, "batch_pairs": PAIRS, "rows": rows}
 
 
 def _row(each: Any, systems: list[Any], steps: int) -> dict[str, Any]:
@@ -167,5 +219,20 @@ def _row(each: Any, systems: list[Any], steps: int) -> dict[str, Any]:
     return row
 
 
+def main() -> int:
+    parser = options.make_parser(__doc__, "float32", "bfloat16")
+    parser.add_argument(
+        "--task", choices=TASKS, default="embeddings", help="(default: %(default)s)"
+    )
+    args = parser.parse_args()
+    options.finish(args, parser)
+    pin(args.threads)
+    from sbert_fast.bench.measure import make_document
+
+    document = make_document(args, provenance(args.threads), "training", measure)
+    options.conclude(document, args.json)
+    return 0
+
+
 if __name__ == "__main__":
-    raise SystemExit(options.run(__doc__, ["float32", "bfloat16"], "training", measure))
+    raise SystemExit(main())

@@ -36,6 +36,7 @@ LAUNCHERS = {
     "norm_pool": "norm_pool",
     "norm_pool_out": "norm_pool",
     "content_hash": "content",
+    "varlen_attention_backward": "varlen_attention_backward",
     "add_norm_backward": "add_norm_backward",
     "bias_gelu_backward": "bias_gelu_backward",
     "gated_activation_backward": "gated_activation_backward",

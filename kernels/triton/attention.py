@@ -20,9 +20,9 @@ the same order whatever lies beside its sequence; slots beyond the end only add 
 term.
 
 Numerics: products of the inputs' dtype, everything else fp32; softmax weights are rounded to the
-inputs' dtype before they meet v, and queries and keys after their norm and rotation. fp32 inputs
-are multiplied as fp32, or as tf32 where torch's `backends.cuda.matmul` says so. Exponentials are
-base 2, their factor folded into the scale.
+inputs' dtype before they meet v, and queries and keys after their norm and rotation. Dropout comes
+between the sum of softmax and v. fp32 inputs are multiplied as fp32, or as tf32 where torch's
+`backends.cuda.matmul` says so. Exponentials are base 2, their factor folded into the scale.
 """
 
 from __future__ import annotations
@@ -31,13 +31,21 @@ import triton
 import triton.language as tl
 
 from sbert_fast.kernels.distances import add_products
-from sbert_fast.kernels.heads import load_heads, load_qk, restrict, softmax_weights, store_heads
+from sbert_fast.kernels.dropout import drop, staying
+from sbert_fast.kernels.heads import (
+    clear_dead_tail,
+    load_heads,
+    load_qk,
+    restrict,
+    softmax_weights,
+    store_heads,
+)
 
 
 @triton.jit
 def _group(
     qkv_ptr, out_ptr, bias_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr,
-    origin, start, length, head, scale, reach, window, norm_eps, tables,
+    origin, start, length, head, scale, reach, window, norm_eps, tables, drops,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
     SIDE: tl.constexpr, GROUP: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
     BIAS: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, ROTARY: tl.constexpr,
@@ -80,30 +88,18 @@ def _group(
             scores, allowed, distance, nothing, scale, bias_ptr, head, reach, BIAS, PLAIN, False
         )
         total = tl.sum(weights, 2)
+        weights = drop(weights, staying(drops, origin, row, head, 0, SLOTS), drops)
         result = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         result = (result * tl.expand_dims(1.0 / total, 2)).to(v.dtype)
         store_heads(out_ptr + head * D, origin, row, live, result, H * D, D, WIDTH)
         head += 1
 
 
-@triton.jit
-def _clear_dead_tail(out_ptr, end, tokens, WIDTH: tl.constexpr):
-    """Zeros in the rows `[end, tokens)` of `[T, WIDTH]`, shared out among all programs: they are a
-    few rows as a rule, and may be all of them."""
-    CHUNK: tl.constexpr = 256
-    stop = tokens.to(tl.int64) * WIDTH
-    first = end.to(tl.int64) * WIDTH + tl.program_id(0).to(tl.int64) * CHUNK
-    while first < stop:
-        at = first + tl.arange(0, CHUNK)
-        tl.store(out_ptr + at, tl.zeros([CHUNK], out_ptr.dtype.element_ty), mask=at < stop)
-        first += tl.num_programs(0).to(tl.int64) * CHUNK
-
-
-@triton.jit(do_not_specialize=["tokens", "sequences", "reach", "window"])
+@triton.jit(do_not_specialize=["tokens", "sequences", "reach", "window", "threshold"])
 def short_kernel(
     qkv_ptr, out_ptr, cu_ptr, bias_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr,
-    keys_ptr, queries_ptr, buckets_ptr,
-    tokens, sequences, scale, reach, window, norm_eps, table_rows, table_reach,
+    keys_ptr, queries_ptr, buckets_ptr, seed_ptr,
+    tokens, sequences, scale, reach, window, norm_eps, table_rows, table_reach, threshold, factor,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
     SIDE: tl.constexpr, GROUP: tl.constexpr, SHORTEST: tl.constexpr, SHORT: tl.constexpr,
     STAGES: tl.constexpr,
@@ -114,10 +110,12 @@ def short_kernel(
 
     `tokens` T, `sequences` B; `scale` carries log2(e); `reach` is the R of the bias `[H, 2R + 1]`;
     the norms of heads are `[D]` fp32, or None, as is their eps; the tables by distance are told in
-    `distances.py`, `table_rows` P, `table_reach` R, None where there is none.
+    `distances.py`, `table_rows` P, `table_reach` R, None where there is none; the seed of dropout,
+    its threshold and the factor of what stays in `dropout.py`.
     """
     tables = (keys_ptr, queries_ptr, buckets_ptr, table_rows, table_reach)
-    _clear_dead_tail(out_ptr, tl.load(cu_ptr + sequences), tokens, H * D)
+    drops = (seed_ptr, threshold, factor)
+    clear_dead_tail(out_ptr, tl.load(cu_ptr + sequences), tokens, H * D)
     HEAD_GROUPS: tl.constexpr = H // HEADS
     sequence = tl.program_id(0) // HEAD_GROUPS * GROUP
     head = tl.program_id(0) % HEAD_GROUPS * HEADS
@@ -132,8 +130,8 @@ def short_kernel(
     if tl.max(shortest, 0) > 0:
         _group(
             qkv_ptr, out_ptr, bias_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr,
-            origin, start, shortest, head, scale, reach, window, norm_eps, tables, H, KV, D, HEADS,
-            WIDTH, SIDE, GROUP, SHORTEST, STAGES, BIAS, WINDOW, CAUSAL, ROTARY, PLAIN,
+            origin, start, shortest, head, scale, reach, window, norm_eps, tables, drops, H, KV, D,
+            HEADS, WIDTH, SIDE, GROUP, SHORTEST, STAGES, BIAS, WINDOW, CAUSAL, ROTARY, PLAIN,
             PRECISION,
         )  # fmt: skip
     if SHORT > SHORTEST:
@@ -141,8 +139,8 @@ def short_kernel(
         if tl.max(short, 0) > 0:
             _group(
                 qkv_ptr, out_ptr, bias_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr,
-                origin, start, short, head, scale, reach, window, norm_eps, tables, H, KV, D, HEADS,
-                WIDTH, SIDE, GROUP, SHORT, STAGES, BIAS, WINDOW, CAUSAL, ROTARY, PLAIN,
+                origin, start, short, head, scale, reach, window, norm_eps, tables, drops, H, KV, D,
+                HEADS, WIDTH, SIDE, GROUP, SHORT, STAGES, BIAS, WINDOW, CAUSAL, ROTARY, PLAIN,
                 PRECISION,
             )  # fmt: skip
 
@@ -150,7 +148,7 @@ def short_kernel(
 @triton.jit
 def _long(
     qkv_ptr, out_ptr, bias_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr,
-    start, end, q_start, q_end, head, scale, reach, window, norm_eps, tables,
+    start, end, q_start, q_end, head, scale, reach, window, norm_eps, tables, drops,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
     SIDE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     BIAS: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, ROTARY: tl.constexpr,
@@ -158,8 +156,7 @@ def _long(
 ):  # fmt: skip
     """The rows `[q_start, q_end)`, at most BLOCK_Q, of the sequence `[start, end)`."""
     ROW: tl.constexpr = (H + 2 * KV) * D
-    row = tl.arange(0, BLOCK_Q)
-    slot = tl.arange(0, BLOCK)
+    row, slot = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK)
     live = row < q_end - q_start
     first, stop = start, end
     if WINDOW:
@@ -206,16 +203,17 @@ def _long(
             shrink = tl.exp2(old - finite)
         total = total * shrink + tl.sum(weights, 1)
         result = result * shrink[:, None]
+        weights = drop(weights, staying(drops, q_token, row, head, block - start, BLOCK), drops)
         result = tl.dot(weights.to(v.dtype), v, result, input_precision=PRECISION)
     result = (result * (1.0 / total)[:, None]).to(q.dtype)
     store_heads(out_ptr + head * D, q_token, row, live, result, H * D, D, WIDTH)
 
 
-@triton.jit(do_not_specialize=["q_blocks", "reach", "window"])
+@triton.jit(do_not_specialize=["q_blocks", "reach", "window", "threshold"])
 def long_kernel(
     qkv_ptr, out_ptr, cu_ptr, tiles_ptr, bias_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr,
-    keys_ptr, queries_ptr, buckets_ptr,
-    q_blocks, scale, reach, window, norm_eps, table_rows, table_reach,
+    keys_ptr, queries_ptr, buckets_ptr, seed_ptr,
+    q_blocks, scale, reach, window, norm_eps, table_rows, table_reach, threshold, factor,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, SIDE: tl.constexpr,
     SHORT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     TILES: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr,
@@ -227,6 +225,7 @@ def long_kernel(
     """
     LOOK_AHEAD: tl.constexpr = 16
     tables = (keys_ptr, queries_ptr, buckets_ptr, table_rows, table_reach)
+    drops = (seed_ptr, threshold, factor)
     tile = tl.program_id(0) // H
     head = tl.program_id(0) % H
     if TILES:
@@ -256,8 +255,8 @@ def long_kernel(
             _long(
                 qkv_ptr, out_ptr, bias_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr,
                 start, end, q_start, tl.minimum(stop, q_start + BLOCK_Q), head, scale, reach,
-                window, norm_eps, tables, H, KV, D, WIDTH, SIDE, BLOCK_Q, BLOCK, STAGES, BIAS,
-                WINDOW, CAUSAL, ROTARY, PLAIN, PRECISION,
+                window, norm_eps, tables, drops, H, KV, D, WIDTH, SIDE, BLOCK_Q, BLOCK, STAGES,
+                BIAS, WINDOW, CAUSAL, ROTARY, PLAIN, PRECISION,
             )  # fmt: skip
             q_start = tl.minimum(stop, q_start + BLOCK_Q)
             sequence += (q_start == stop).to(tl.int32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +58,8 @@ def attention(
         width: head dim, padded to a power of two from 16 to 256.
         bits: 16 for fp16 and bf16, 32 for fp32.
         max_seqlen: of the batch, in tokens.
-        plain: neither bias, window, rotary tables, norms of heads nor tables by distance, and not
-            causal.
+        plain: neither bias, window, rotary tables, norms of heads, tables by distance nor dropout,
+            and not causal.
         rotary: with rotary tables, which take twice the registers while q and k are loaded.
         normed: with norms of heads, which are computed in fp32 while q and k are loaded. The order
             of their sums is that of the threads of a program: far batches have no other programs.
@@ -86,6 +87,29 @@ def attention(
         # A relative bias would be pipelined too, a score at a time.
         return replace(row, stages=1, registers=None)
     return row if capability == (9, 0) else replace(row, registers=None)
+
+
+class Blocks(NamedTuple):
+    """Queries and keys of a block of scores, and warps of a program."""
+
+    queries: int
+    keys: int
+    warps: int
+
+
+class AttentionBackward(NamedTuple):
+    """How the kernels of `varlen_attention_backward` cut up scores, all of it part of what is
+    computed: where a block of queries, one of keys, or one of the gradient of a bias stays."""
+
+    queries: Blocks
+    keys: Blocks
+    bias: Blocks
+
+
+def attention_backward(width: int, bits: int, *, plain: bool) -> AttentionBackward:
+    """The row of the table; the arguments are those of :func:`attention`, and with dropout nothing
+    is plain."""
+    return _ATTENTION_BACKWARD[bits, max(width, 64), plain]
 
 
 def heads_together(limit: int, heads: int, groups: int) -> int:
@@ -136,3 +160,23 @@ _ATTENTION = {
                          stages=1),
 }
 # fmt: on
+
+# Larger blocks would spill somewhere: tests/test_triton_attention_builds.py tries everything at
+# once.
+_ATTENTION_BACKWARD = {
+    (bits, width, plain): AttentionBackward(*(Blocks(*blocks) for blocks in row))
+    for bits, width, plain, *row in (
+        (16, 64, True, (64, 64, 4), (64, 64, 4), (32, 32, 4)),
+        (16, 64, False, (16, 32, 4), (16, 32, 8), (32, 32, 4)),
+        (16, 128, True, (32, 64, 8), (32, 64, 8), (16, 16, 8)),
+        (16, 128, False, (32, 32, 8), (16, 32, 8), (16, 16, 8)),
+        (16, 256, True, (16, 32, 8), (32, 32, 8), (16, 16, 8)),
+        (16, 256, False, (16, 32, 8), (16, 32, 8), (16, 16, 8)),
+        (32, 64, True, (32, 16, 4), (16, 32, 4), (32, 32, 4)),
+        (32, 64, False, (32, 16, 4), (16, 32, 4), (32, 32, 4)),
+        (32, 128, True, (16, 32, 8), (16, 32, 8), (16, 16, 4)),
+        (32, 128, False, (16, 32, 8), (16, 32, 8), (16, 16, 4)),
+        (32, 256, True, (16, 16, 8), (16, 16, 4), (16, 16, 8)),
+        (32, 256, False, (16, 16, 8), (16, 16, 4), (16, 16, 8)),
+    )
+}

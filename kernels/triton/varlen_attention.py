@@ -20,6 +20,7 @@ from sbert_fast.kernels import tuning
 from sbert_fast.kernels.attention import long_kernel, short_kernel
 
 SHORTEST = 16
+LOG2_E = math.log2(math.e)
 _MAX_OFFSET = 2**31 - 1
 MIN_WIDTH = 16
 
@@ -44,6 +45,8 @@ class Options(NamedTuple):
     position_keys: Tensor | None = None
     position_queries: Tensor | None = None
     buckets: Tensor | None = None
+    dropout: float = 0.0
+    seed: Tensor | None = None
 
 
 _DEFAULTS = Options()
@@ -67,6 +70,8 @@ def varlen_attention(
     position_keys: Tensor | None = None,
     position_queries: Tensor | None = None,
     buckets: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """Launch the kernels; what they compute is told in :func:`sbert_fast.ops.varlen_attention`.
 
@@ -86,6 +91,8 @@ def varlen_attention(
         norm_eps: epsilon of that norm.
         position_keys, position_queries: `[H, P, D]`, dtype of `qkv`, or None.
         buckets: int32 `[2R + 1]`, their rows by distance, or None.
+        dropout: share of the weights that become 0, in [0, 1).
+        seed: int64 `[1]`, or None where nothing is dropped.
 
     Returns:
         `[T, H, D]`, dtype of `qkv`; zeros in the dead tail.
@@ -95,7 +102,7 @@ def varlen_attention(
         tables = (bias, rotary_cos, rotary_sin)
         capability = torch.cuda.get_device_capability(qkv.device) if qkv.is_cuda else (0, 0)
         norms, rows = (query_norm, key_norm, norm_eps), (position_keys, position_queries, buckets)
-        more = Options(causal, kv_heads, *norms, *rows)
+        more = Options(causal, kv_heads, *norms, *rows, dropout, seed)
         for kernel, programs, arguments, options in plan(
             qkv, out, cu_seqlens, max_seqlen, scale, window, tables, tiles, capability, more
         ):
@@ -131,12 +138,12 @@ def plan(
     tokens, heads, dim = qkv.shape[0], _heads(qkv, more.kv_heads), qkv.shape[-1]
     kv_heads = more.kv_heads or heads
     sequences = cu_seqlens.shape[0] - 1
-    constants = _constants(qkv, heads, scale, window, tables, more)
+    constants = fixed_constants(qkv, heads, scale, window, tables, more)
     config = tuning.attention(
         constants["WIDTH"],
         qkv.element_size() * 8,
         max_seqlen,
-        plain=_is_plain(window, tables, more),
+        plain=is_plain(window, tables, more),
         rotary=constants["ROTARY"],
         normed=more.query_norm is not None,
         disentangled=more.buckets is not None,
@@ -145,9 +152,10 @@ def plan(
     bias = tables[0]
     reach = 0 if bias is None else bias.shape[1] // 2
     eps = None if more.query_norm is None else more.norm_eps
-    numbers = (scale * math.log2(math.e), reach, window, eps, *_sizes(more))
+    seed, *rate = drops(more.dropout, more.seed)
+    numbers = (scale * LOG2_E, reach, window, eps, *_sizes(more), *rate)
     by_distance = (more.position_keys, more.position_queries, more.buckets)
-    tensors = (*tables, more.query_norm, more.key_norm, *by_distance)
+    tensors = (*tables, more.query_norm, more.key_norm, *by_distance, seed)
 
     if config.group * max_seqlen * (heads + 2 * kv_heads) * dim > _MAX_OFFSET:
         # A group lies behind its longest sequence. Alone, a short one has no offset.
@@ -174,7 +182,7 @@ def plan(
         )
 
 
-def _constants(
+def fixed_constants(
     qkv: Tensor,
     heads: int,
     scale: float,
@@ -202,12 +210,26 @@ def _constants(
     }
 
 
-def _is_plain(
+def is_plain(
     window: int, tables: tuple[Tensor | None, Tensor | None, Tensor | None], more: Options
 ) -> bool:
     """Whether keys are loaded as they are, and all of a sequence are attended to alike."""
     extras = (*tables, more.query_norm, more.buckets)
-    return all(t is None for t in extras) and window < 0 and not more.causal
+    return all(t is None for t in extras) and window < 0 and not (more.causal or more.dropout)
+
+
+def drops(rate: float, seed: Tensor | None) -> tuple[Tensor | None, int | None, float | None]:
+    """What kernels take of dropout: the seed, the threshold of its words, and the factor of the
+    weights that stay.
+
+    Raises:
+        ValueError: there is a rate and no seed.
+    """
+    if rate == 0:
+        return None, None, None
+    if seed is None:
+        raise ValueError("seed must be given with dropout, got None")
+    return seed, int(rate * 2**32), 1 / (1 - rate)
 
 
 def _sizes(more: Options) -> tuple[int | None, int | None]:

@@ -131,34 +131,53 @@ def _segment_pool(
     overload: Overload, arguments: list[Any], wanted: Sequence[bool], grad: Tensor
 ) -> tuple[Any, ...]:
     x, cu_seqlens, pooling, normalize, skip, spans = arguments
-    if spans is not None:
-        refuse("segment_pool", " with spans")
-    if cu_seqlens.shape[0] == 1:
+    count = cu_seqlens.shape[0] - 1 if spans is None else spans.shape[0]
+    if count == 0:
         return torch.zeros_like(x), None, None, None, None, None
     mode = POOLING_MODES[pooling]
     if normalize or mode == "max":
-        pooled = overload("segment_pool")(x, cu_seqlens, pooling, False, skip, None)
+        pooled = overload("segment_pool")(x, cu_seqlens, pooling, False, skip, spans)
     if normalize:
         norm = pooled.norm(dim=1, keepdim=True)
         unit = pooled / norm
         along = grad - unit * (grad * unit).sum(1, keepdim=True)
         grad = torch.where(norm > NORMALIZE_EPS, along / norm, grad / NORMALIZE_EPS)
-    ends, token = cu_seqlens[1:].long(), torch.arange(x.shape[0], device=x.device)
-    row = torch.searchsorted(ends, token, right=True)
-    inside = row < ends.shape[0]
-    row = torch.where(inside, row, 0)
-    length = cu_seqlens.long().diff()[row]
-    position = token - cu_seqlens.long()[row]
-    share = _share(mode, position, length, skip, grad.dtype).masked_fill(~inside, 0)[:, None]
+    if spans is None:
+        row, token, inside = _of_sequences(x, cu_seqlens)
+        starts, lengths = cu_seqlens.long()[:-1], cu_seqlens.long().diff()
+    else:
+        starts, lengths = spans.long()[:, 0], spans.long().diff(dim=1)[:, 0]
+        row, token, inside = _of_spans(starts, lengths)
+    position = token - starts[row]
+    share = _share(mode, position, lengths[row], skip, grad.dtype).masked_fill(~inside, 0)[:, None]
     taken = share != 0
     if mode == "max":
-        taken = taken & (x == pooled[row])
+        taken = taken & (x[token] == pooled[row])
         place = torch.where(taken, token[:, None], x.shape[0])
         first = place.new_full(pooled.shape, x.shape[0])
         first = first.scatter_reduce(0, row[:, None].expand_as(place), place, "amin")
         taken = place == first[row]
     d_x = torch.where(taken, grad[row] * share, 0)
+    if spans is not None:
+        # Spans may overlap: the rows of a token add up in the order of spans.
+        d_x = torch.ops.aten.embedding_dense_backward(d_x, token, x.shape[0], -1, False)
     return d_x.to(x.dtype), None, None, None, None, None
+
+
+def _of_sequences(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The sequence of each token, the tokens, and whether they lie in one."""
+    ends, token = cu_seqlens[1:].long(), torch.arange(x.shape[0], device=x.device)
+    row = torch.searchsorted(ends, token, right=True)
+    inside = row < ends.shape[0]
+    return torch.where(inside, row, 0), token, inside
+
+
+def _of_spans(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of the tokens of all spans, one span after the other."""
+    row = torch.arange(len(starts), device=starts.device).repeat_interleave(lengths)
+    offset = starts + lengths - lengths.cumsum(0)
+    token = torch.arange(len(row), device=row.device) + offset[row]
+    return row, token, torch.ones_like(row, dtype=torch.bool)
 
 
 def _share(mode: str, position: Tensor, length: Tensor, skip: int, dtype: torch.dtype) -> Tensor:

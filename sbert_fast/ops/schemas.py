@@ -70,15 +70,14 @@ GRADIENTS = frozenset(
         "gated_activation_backward",
     }
 )
-# Other devices have GEMMs of their own, and no kernels for the gradients of attention yet.
-CPU_ONLY = frozenset({"linear", "linear_norm", "varlen_attention_backward"})
+# Other devices have GEMMs of their own.
+CPU_ONLY = frozenset({"linear", "linear_norm"})
 # Ops for which there is no kernel in CUDA C++ yet.
 WITHOUT_CUDA_KERNEL = frozenset({"add_norm_sum", "gated_activation"}) | GRADIENTS
 
 _DISENTANGLED = ("position_keys", "position_queries")
 # What implementations lack of an op: options, and tensors that they cannot do without.
 LACKED: dict[str, dict[str, tuple[str, ...]]] = {
-    "triton": {"varlen_attention": ("dropout",)},
     "cuda": {
         "varlen_attention": (
             *("causal", "kv_heads", "query_norm", "rotary", "dropout"),

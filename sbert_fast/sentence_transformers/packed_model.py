@@ -6,12 +6,13 @@ import copy
 import os
 from collections import OrderedDict
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from sbert_fast import bypass, ops
+from sbert_fast import bypass, ops, padded_call
 from sbert_fast.arguments import DEFAULT_BATCH_SIZE, check_device, check_positive, parse_dtype
 from sbert_fast.assembly import Unsupported
 from sbert_fast.call import Call
@@ -134,7 +135,7 @@ class PackedModel(QueuedModel):
         In training mode, and wherever gradients are recorded, base models run packed as
         :func:`sbert_fast.accelerate` has it: in the dtype of the weights, with zeros for the states
         of masked tokens. What it does not serve runs in sentence-transformers. :attr:`stats` counts
-        both.
+        both. Features of a :class:`sbert_fast.PackedCollator` run packed in any mode.
 
         Raises:
             NonFiniteEmbeddingError: in training on a CPU, embeddings hold NaN or infinity; names
@@ -142,11 +143,17 @@ class PackedModel(QueuedModel):
         """
         model: Any = self
         session = self._session
-        if bypass.is_transformed():
-            return super().forward(input, **kwargs)  # type: ignore[misc, no-any-return]
-        with accelerated(model, session.forwards, session.impl, session.count_forward):
+        packed: AbstractContextManager[bool] = nullcontext(False)
+        is_flat, is_transformed = padded_call.is_flat(input), bypass.is_transformed()
+        if not is_transformed:
+            counting = session.forwards, session.impl, session.count_forward
+            packed = accelerated(model, *counting, all_of_them=is_flat)
+        with packed as is_packed:
+            if is_flat and not (is_packed and _hands_on(model[0], padded_call.CU_SEQLENS)):
+                input = padded_call.padded(input, model.tokenizer.pad_token_id or 0)
             features: dict[str, Tensor] = super().forward(input, **kwargs)  # type: ignore[misc]
-        if model.training and torch.is_grad_enabled() and model.device.type == "cpu":
+        trains = model.training and torch.is_grad_enabled() and not is_transformed
+        if trains and model.device.type == "cpu":
             for rows in (features.get("sentence_embedding"), features.get("scores")):
                 if rows is not None:
                     check_embeddings(rows.reshape(len(rows), -1), None)
@@ -269,6 +276,12 @@ class PackedModel(QueuedModel):
     def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
         with written_as_stock(self) as model:
             return str(stock_class(type(self)).push_to_hub(model, *args, **kwargs))
+
+
+def _hands_on(module: Any, name: str) -> bool:  # noqa: ANN401
+    """Whether a Transformer hands a feature to its model."""
+    names = getattr(module, "model_forward_params", ())
+    return names is None or name in names
 
 
 _FORWARD = PackedModel.forward

@@ -186,8 +186,10 @@ def test_reranking(run: Callable[..., dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
-def test_training(run: Callable[..., dict[str, Any]], tiny: Checkpoint) -> None:
-    rows = run("encode.training", "--texts", "64", "--model", str(tiny.path))["rows"]
+@pytest.mark.parametrize("task", training.TASKS)
+def test_training(run: Callable[..., dict[str, Any]], tiny: Checkpoint, task: str) -> None:
+    chosen = ("--task", task, "--texts", "64", "--model", str(tiny.path))
+    rows = run("encode.training", *chosen)["rows"]
     assert [row["system"] for row in rows] == [REFERENCE, OURS]
     assert rows[0]["loss"] == 0 < rows[1]["loss"] < training.LOSS
     assert rows[1]["ratio"] > 0 and min(row["peak_rss_mb"] for row in rows) > 0

@@ -104,8 +104,6 @@ def attend(triton_device: str) -> Attend:
 def test_ragged_lengths(
     attend: Attend, triton_device: str, dim: int, tile: int | None, dtype: torch.dtype
 ) -> None:
-    # The two longest take most of the time. A batch with more than 256 tokens in a sequence has
-    # launch parameters of its own.
     longest = RAGGED[-2:] if (triton_device, dtype) != ("cpu", SINGLE) else (257,)
     check(Case((*RAGGED[:-2], *(longest if dim == 64 else ())), dim, dtype), attend, tile)
 

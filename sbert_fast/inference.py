@@ -111,10 +111,13 @@ class Ready(list[Any]):
         return Ready(part, self.tokenizer, self.tokens.part(first, last), self.offset + first)
 
     @staticmethod
-    def join(parts: Sequence[Ready]) -> Ready:
-        """Some that the same tokenizer has tokenised, one after the other."""
+    def join(parts: Sequence[Ready]) -> list[Any]:
+        """Some, one after the other; where tokenizers differ, they are to be tokenised again."""
+        texts, tokenizers = chain.from_iterable(parts), [part.tokenizer for part in parts]
+        if None not in tokenizers and any(each is not tokenizers[0] for each in tokenizers):
+            return list(texts)
         tokens = TokenizedTexts.join([part.tokens for part in parts])
-        return Ready(chain.from_iterable(parts), parts[0].tokenizer, tokens)
+        return Ready(texts, None if None in tokenizers else tokenizers[0], tokens)
 
 
 class Sink(Protocol):

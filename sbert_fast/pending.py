@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -69,6 +70,14 @@ class Pending(Future[Any]):
         self.waited, self.computed = 0.0, 0.0
 
 
+@dataclass(slots=True)
+class Held:
+    """What a queue counts of a call as waiting."""
+
+    tokens: int = 0
+    texts: int = 0
+
+
 @dataclass(slots=True, eq=False)
 class Waiting:
     """A call in a queue.
@@ -77,7 +86,6 @@ class Waiting:
         deadline: of its last batch, by `time.monotonic`.
         next: the first of its inputs that no batch has.
         parts: results of its batches.
-        held_tokens, held_texts: what the queue counts of it as waiting.
     """
 
     work: Work
@@ -85,25 +93,32 @@ class Waiting:
     deadline: float | None
     submitted: float
     next: int = 0
-    is_told: bool = False
+    is_settled: bool = False
     parts: list[Any] = field(default_factory=list)
-    held_tokens: int = 0
-    held_texts: int = 0
+    held: Held = field(default_factory=Held)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def is_over(self) -> bool:
         """Whether nothing of it is to run any more; if it was cancelled, who waits is told."""
-        if self.pending.cancelled() and not self.is_told:
-            self.is_told = True
-            self.pending.set_running_or_notify_cancel()
-        return self.pending.done()
+        if self.pending.cancelled():
+            self._settle()
+        return self.is_settled
 
     def succeed(self, result: Any) -> None:
-        if not self.is_over() and self.pending.set_running_or_notify_cancel():
+        if self._settle():
             self.pending.set_result(result)
 
     def fail(self, error: BaseException) -> None:
-        if not self.is_over() and self.pending.set_running_or_notify_cancel():
+        if self._settle():
             self.pending.set_exception(error)
+
+    def _settle(self) -> bool:
+        """Whether it is for the caller to set the result: for the first, unless it is cancelled."""
+        with self.lock:
+            if self.is_settled:
+                return False
+            self.is_settled = True
+            return self.pending.set_running_or_notify_cancel()
 
 
 def check_turn(priority: object, deadline: object) -> None:

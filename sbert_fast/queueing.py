@@ -12,7 +12,16 @@ from collections.abc import Callable
 from typing import Any
 
 from sbert_fast.errors import DeadlineError, QueueClosedError, QueueFullError
-from sbert_fast.pending import PRIORITIES, Pending, Priority, Runner, Waiting, Work, check_turn
+from sbert_fast.pending import (
+    PRIORITIES,
+    Held,
+    Pending,
+    Priority,
+    Runner,
+    Waiting,
+    Work,
+    check_turn,
+)
 
 # A call, and which of its inputs are in a batch: from, to.
 _Part = tuple[Waiting, int, int]
@@ -29,9 +38,8 @@ class BatchQueue:
     """Runs calls from any thread on one thread of its own, merged into batches.
 
     Calls of equal keys share batches; a call that does not fit is cut. Queries run before bulk
-    work, which gets every fifth batch while both wait: a query that arrives waits for at most two
-    batches that are not queries. A call that fails in a batch with others runs again, as they do,
-    apart.
+    work, which gets every fifth batch while both wait. A call that fails in a batch with others
+    runs again, as they do, apart.
 
     Args:
         runner: what runs a batch.
@@ -57,7 +65,6 @@ class BatchQueue:
 
     def _reset(self) -> None:
         """Start empty, without a thread: that of a parent process is not in its forked child."""
-        self._process = os.getpid()
         self._changed = threading.Condition()
         self._waiting: dict[Priority, deque[Waiting]] = {name: deque() for name in PRIORITIES}
         self._tokens = self._texts = self._queries_run = 0
@@ -104,8 +111,6 @@ class BatchQueue:
         pending.tokens, pending.truncated = sum(work.sizes), work.truncated
         texts = len(work.sizes)
         call = Waiting(work, pending, None if deadline is None else now + deadline, now)
-        if self._process != os.getpid():
-            self._reset()
         with self._changed:
             if self._is_closed:
                 raise QueueClosedError("the queue was closed")
@@ -123,24 +128,27 @@ class BatchQueue:
                     f"{pending.tokens} tokens do not fit",
                     self.seconds_to_wait,
                 )
-            if is_counted:
-                self._hold(call, pending.tokens, texts)
-            self._waiting[priority].append(call)
             if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._work, name="sbert_fast queue", daemon=True
-                )
-                self._thread.start()
+                self._start()
+            if is_counted:
+                self._hold(call.held, pending.tokens, texts)
+            self._waiting[priority].append(call)
             self._changed.notify()
-        pending.add_done_callback(lambda _: self._hold(call, 0, 0))
+        held = call.held
+        pending.add_done_callback(lambda _: self._hold(held, 0, 0))
         return pending
 
-    def _hold(self, call: Waiting, tokens: int, texts: int) -> None:
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._work, name="sbert_fast queue", daemon=True)
+        thread.start()
+        self._thread = thread
+
+    def _hold(self, held: Held, tokens: int, texts: int) -> None:
         """Count so much of a call as waiting."""
         with self._changed:
-            self._tokens += tokens - call.held_tokens
-            self._texts += texts - call.held_texts
-            call.held_tokens, call.held_texts = tokens, texts
+            self._tokens += tokens - held.tokens
+            self._texts += texts - held.texts
+            held.tokens, held.texts = tokens, texts
 
     def close(self) -> None:
         """Let the batch that runs end, fail what waits, take nothing more."""
@@ -157,11 +165,19 @@ class BatchQueue:
             thread.join()
 
     def _work(self) -> None:
-        while (parts := self._next()) is not None:
-            if parts:
-                self._run(parts)
-            # Results must not stay alive while the thread waits.
-            del parts
+        try:
+            while (parts := self._next()) is not None:
+                if parts:
+                    self._run(parts)
+                # Results must not stay alive while the thread waits.
+                del parts
+        finally:
+            with self._changed:
+                if self._thread is threading.current_thread():
+                    self._thread = None
+                    # Only an error leaves calls behind.
+                    if any(self._waiting.values()):
+                        self._start()
 
     def _next(self) -> list[_Part] | None:
         """The next batch, empty if there is none after all; None if the thread is to end."""
@@ -216,8 +232,9 @@ class BatchQueue:
                 break
             parts.append((call, first, last))
             call.next = last
-            if call.held_texts:
-                self._hold(call, call.held_tokens - sum(sizes[first:last]), len(sizes) - last)
+            if call.held.texts:
+                left = call.held.tokens - sum(sizes[first:last])
+                self._hold(call.held, left, len(sizes) - last)
         whole = {call for call, _, last in parts if last == len(call.work.sizes)}
         self._waiting[name] = deque(call for call in calls if call not in whole)
         return parts
@@ -262,8 +279,8 @@ class BatchQueue:
                 if call.work.key is None:
                     call.succeed(rows)
                     continue
-                call.parts.append(rows[offset : offset + last - first])
-                offset += last - first
+                start, offset = offset, offset + last - first
+                call.parts.append(rows[start:offset])
                 if last == len(call.work.sizes):
                     call.succeed(self._runner.finish(call.work, call.parts))
             except BaseException as error:
@@ -291,5 +308,12 @@ _queues: weakref.WeakSet[BatchQueue] = weakref.WeakSet()
 def _close_all() -> None:
     """No thread may be in a kernel while the interpreter goes away."""
     for queue in list(_queues):
-        if queue._process == os.getpid():
-            queue.close()
+        queue.close()
+
+
+def _reset_all() -> None:
+    for queue in list(_queues):
+        queue._reset()
+
+
+os.register_at_fork(after_in_child=_reset_all)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, wait
 from typing import Any
@@ -75,6 +77,79 @@ def test_equal_calls_share_batches(queue: BatchQueue, recorder: Recorder) -> Non
     assert [call.result(30) for call in (other, *alone)] == [[14], [16], [18]]
     assert recorder.batches == [[0, 1], [2, 3], [4], [7], [8], [9]]
     assert (queue.waiting_texts, queue.waiting_tokens) == (0, 0)
+
+
+def test_a_thread_that_cannot_start_leaves_nothing_behind(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    queue = BatchQueue(recorder)
+    recorder.gate.set()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        with pytest.raises(RuntimeError, match="can't start"):
+            queue.put(work([1]))
+    assert queue.waiting_texts == 0
+    assert queue.put(work([2])).result(30) == [4]
+    queue.close()
+
+
+def test_cancelled_while_it_is_settled(queue: BatchQueue, recorder: Recorder) -> None:
+    """A cancellation between the look at a call and its failure."""
+    call = queue.put(work(["poison", 1], sizes=[ROOM, ROOM]))
+    begin = call.set_running_or_notify_cancel
+
+    def cancelled_first() -> bool:
+        call.cancel()
+        return begin()
+
+    call.set_running_or_notify_cancel = cancelled_first  # type: ignore[method-assign]
+    recorder.gate.set()
+    with pytest.raises(CancelledError):
+        call.result(30)
+    assert queue.put(work([2])).result(30) == [4]
+
+
+def test_an_error_of_the_queue_ends_no_call_that_waits(
+    queue: BatchQueue, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    run, failed = BatchQueue._run, list[Any]()
+
+    def broken(self: BatchQueue, parts: Any) -> None:
+        if not failed:
+            failed.append(parts)
+            raise RuntimeError("of the queue")
+        run(self, parts)
+
+    monkeypatch.setattr(BatchQueue, "_run", broken)
+    queue.put(work([1], key="other"))
+    waits = queue.put(work([2]))
+    recorder.gate.set()
+    assert waits.result(30) == [4]
+
+
+def test_a_call_keeps_nothing_alive(queue: BatchQueue, recorder: Recorder) -> None:
+    class Input:
+        def __mul__(self, other: int) -> int:
+            return other
+
+    given = Input()
+    alive = weakref.ref(given)
+    recorder.gate.set()
+    call = queue.put(work([given]))
+    assert call.result(30) == [2]
+    recorder.batches.clear()
+    del given
+    # The thread lets go of it after it has told.
+    assert queue.put(work([1])).result(30) == [2]
+    gc.disable()
+    try:
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_calls_are_cut_to_batches(queue: BatchQueue, recorder: Recorder) -> None:

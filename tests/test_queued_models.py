@@ -167,6 +167,39 @@ def test_stale_tokens_are_not_used(encoder: FastEncoder) -> None:
         encoder.max_seq_length = before
 
 
+def test_calls_of_before_and_after_a_change_share_a_batch(encoder: FastEncoder) -> None:
+    gate = gated(encoder)
+    text = " ".join(TEXTS[:9])
+    older, before = encoder.submit(text, priority="bulk"), encoder.max_seq_length
+    try:
+        encoder.max_seq_length = 8
+        newer = encoder.submit(text, priority="bulk")
+        gate.set()
+        expected = encoder.encode(text)
+        for call in (older, newer):
+            np.testing.assert_array_equal(call.result(30), expected)
+    finally:
+        encoder.max_seq_length = before
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 8}])
+def test_what_a_caller_changes_later_is_not_meant(
+    encoder: FastEncoder, options: dict[str, Any]
+) -> None:
+    gate, texts, prompts = gated(encoder), TEXTS[:3], dict(encoder.prompts)
+    expected = encoder.encode(texts, prompt_name="query", **options)
+    mine = list(texts)
+    call = encoder.submit(mine, prompt_name="query", **options)
+    mine.clear()
+    if not options:
+        encoder.prompts["query"] = "quite another "
+    gate.set()
+    try:
+        np.testing.assert_array_equal(call.result(30), expected)
+    finally:
+        encoder.prompts.update(prompts)
+
+
 # Many callers
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -89,7 +88,7 @@ class QueuedModel:
         Args:
             inputs: as `encode` (`predict`) takes them.
             priority: "query" runs before "bulk", which gets every fifth batch while both wait and
-                is cut into batches, so that a query waits for at most two of them.
+                is cut into batches, unless it runs alone.
             deadline: seconds from now until all of the call must have begun to run.
             **options: arguments of `encode` (`predict`).
 
@@ -98,8 +97,8 @@ class QueuedModel:
             raise for these inputs, it raises, and DeadlineError.
 
         Raises:
-            QueueFullError: more than `queue.max_tokens` tokens or `queue.max_texts` texts would
-                wait.
+            QueueFullError: calls wait, and with this one more than `queue.max_tokens` tokens or
+                `queue.max_texts` texts would.
             QueueClosedError: `queue.close` was called.
             ValueError: `priority` or `deadline` is invalid.
         """
@@ -138,12 +137,17 @@ class QueuedModel:
         if self._key(options) is not None:
             texts, is_single, found, prompt = self._asked(inputs, dict(options))
             if isinstance(found, Pipeline) and texts:
+                # What a prompt's name stands for may change before the call runs.
+                options = {n: value for n, value in options.items() if n != "prompt_name"}
+                options["prompt"] = prompt or ""
                 work = self.packed_work(found, texts, options, prompt)
                 work.is_single = is_single
                 return work
-        if not isinstance(inputs, (str, Sequence, np.ndarray)) and hasattr(inputs, "__iter__"):
-            # What the caller gives or changes later is not meant.
-            inputs = inputs if isinstance(inputs, dict) else list(inputs)
+        # What the caller gives or changes later is not meant.
+        if isinstance(inputs, np.ndarray):
+            inputs = inputs.copy()
+        elif not isinstance(inputs, (str, dict, tuple)) and hasattr(inputs, "__iter__"):
+            inputs = list(inputs)
         several = inputs if isinstance(inputs, (list, tuple)) else [inputs]
         sizes = [1 + _size(text) // _CHARACTERS_PER_TOKEN for text in several]
         return Work(inputs, sizes, None, options, owner=self)

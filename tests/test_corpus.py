@@ -120,6 +120,24 @@ def test_all_columns_are_kept(cli: Callable[..., int], name: str) -> None:
     assert str(table.schema.field("id").type) == ("string" if "sv" in name else "int64")
 
 
+@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])
+def test_columns_go_by_their_names_whatever_their_order(cli: Callable[..., int], kind: str) -> None:
+    orders = [["id", "text"], ["text", "id"], ["embedding", "text", "id"]]
+    for number, order in enumerate(orders):
+        row = [f"{name} {number}" for name in order]
+        if kind == "parquet":
+            pq.write_table(pa.table(dict(zip(order, zip(row), strict=True))), f"{number}.{kind}")
+            continue
+        separator = "," if kind == "csv" else "\t"
+        lines = [order, row, row]
+        Path(f"{number}.{kind}").write_text("\n".join(separator.join(line) for line in lines))
+    assert cli(f"?.{kind}", "-o", "out", "--keep-columns", "--shard-bytes", "20") == 0
+    table = stored("out")
+    assert table.column_names == ["id", "text", "embedding"]
+    for name in ("id", "text"):
+        assert table[name].unique().to_pylist() == [f"{name} {number}" for number in range(3)]
+
+
 def test_fields_of_objects_have_one_type_in_all_files(cli: Callable[..., int]) -> None:
     rows = [
         {"n": 1, "x": 1, "big": 1 << 53, "mixed": 1, "deep": {"é": [1]}, "embedding": 0},

@@ -27,10 +27,12 @@ class Columns:
         schema: pyarrow schema of what is stored.
         field: name of the field or column that holds the text.
         values: for each column of the schema, what its value is in a row of a file that is read
-            line by line.
+            line by line, given the places of the columns in that file.
     """
 
-    def __init__(self, schema: Any, field: str, values: Sequence[Callable[[Row], Any]]) -> None:
+    def __init__(
+        self, schema: Any, field: str, values: Sequence[Callable[[Row, dict[str, int]], Any]]
+    ) -> None:
         self.schema = schema
         self._field, self._values = field, values
 
@@ -39,11 +41,19 @@ class Columns:
         """The columns to read of a Parquet file."""
         return [self._field] if self._values else list(self.schema.names)
 
-    def of_rows(self, rows: Sequence[Row | None]) -> Any:
-        """The table of rows, with nulls for the bad ones, which are None."""
+    def of_rows(self, rows: Sequence[Row | None], header: Sequence[str] = ()) -> Any:
+        """The table of rows, with nulls for the bad ones, which are None.
+
+        Args:
+            rows: of one file.
+            header: of that file, if it is a CSV or TSV file: the order of columns is its own.
+        """
         pyarrow = import_pyarrow()
+        places = {name: place for place, name in enumerate(header)}
         arrays = [
-            pyarrow.array([None if row is None else value(row) for row in rows], column.type)
+            pyarrow.array(
+                [None if row is None else value(row, places) for row in rows], column.type
+            )
             for column, value in zip(self.schema, self._values, strict=True)
         ]
         return pyarrow.table(arrays, schema=self.schema)
@@ -107,23 +117,21 @@ def load_columns(
     if everything and files[0].format == "parquet":
         return Columns(pyarrow.schema(list(_stored(files[0], field).values())), field, [])
     if everything and files[0].format != "txt":
-        header = header_of(files[0], field)
-        kept = [name for name in header if name != EMBEDDING]
+        kept = [name for name in header_of(files[0], field) if name != EMBEDDING]
         schema = pyarrow.schema([(name, pyarrow.string()) for name in kept])
-        places = [header.index(name) for name in kept]
-        return Columns(schema, field, [partial(_value_at, place) for place in places])
+        return Columns(schema, field, [partial(_of_column, name) for name in kept])
     return Columns(pyarrow.schema([("text", pyarrow.string())]), field, [_text_of])
 
 
-def _text_of(row: Row) -> str:
+def _text_of(row: Row, _: dict[str, int]) -> str:
     return row.text
 
 
-def _value_at(place: int, row: Row) -> str:
-    return cast("list[str]", row.values)[place]
+def _of_column(name: str, row: Row, places: dict[str, int]) -> str:
+    return cast("list[str]", row.values)[places[name]]
 
 
-def _of_record(name: str, kind: str, row: Row) -> Any:
+def _of_record(name: str, kind: str, row: Row, _: dict[str, int]) -> Any:
     value = cast("dict[str, Any]", row.record).get(name)
     if value is None or kind != JSON:
         return value

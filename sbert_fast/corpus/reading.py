@@ -115,7 +115,8 @@ class ShardReader:
                     chunk.bad[index] = row.reason
             if self._columns is not None:
                 good = [None if isinstance(row, RowError) else row for row in rows]
-                chunk.table = self._columns.of_rows(good)
+                header = getattr(reader, "header", None) or ()
+                chunk.table = self._columns.of_rows(good, header)
             chunk.weight = reader.bytes_read
             if self.file.compression:
                 chunk.weight = consumed(stream)

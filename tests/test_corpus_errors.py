@@ -185,6 +185,8 @@ REFUSED: dict[str, tuple[Callable[[], object], list[str]]] = {
     "./a.txt is among the inputs twice": (lambda: None, ["a.txt", "./a.txt"]),
     "must be empty or hold an earlier run, got 'mine'": (lambda: _folder_of("mine"), ["a.txt"]),
     "out must be apart from the inputs": (lambda: _folder_of("b.txt"), ["a.txt", "out/b.txt"]),
+    "apart from the inputs, got out": (lambda: _folder_of("b.txt"), ["a.txt", "out"]),
+    "apart from the inputs, got out/*.txt": (lambda: _folder_of("b.txt"), ["a.txt", "out/*.txt"]),
     "expected one column 'text', got 'id'": (
         lambda: Path("in.csv").write_text("id\n1\n"),
         ["in.csv"],

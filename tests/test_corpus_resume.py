@@ -319,6 +319,20 @@ def test_an_earlier_run_is_replaced_when_asked(cli: Callable[..., int]) -> None:
     assert stored("out")["text"].to_pylist() == TEXTS + TEXTS[:5]
 
 
+@pytest.mark.parametrize("inputs", [".", "**/*.[jp]*"])
+def test_what_lies_in_the_output_folder_is_no_input_of_what_is_around_it(
+    cli: Callable[..., int], inputs: str
+) -> None:
+    arguments = ["encode", inputs, "-o", "sub/out", "--on-error", "skip", "--no-progress"]
+    Path("sub").mkdir()
+    assert main(arguments) == 0
+    expected = contents("sub/out")
+    assert main([*arguments, "--resume"]) == 0
+    assert contents("sub/out") == expected
+    assert main([*arguments, "--overwrite"]) == 0
+    assert contents("sub/out") == expected
+
+
 def test_two_runs_on_one_folder_do_not_mix(
     cli: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:

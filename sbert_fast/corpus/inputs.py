@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
@@ -65,26 +65,31 @@ class Shard:
 
 
 def find_files(
-    arguments: Sequence[str], file_format: str | None
+    arguments: Sequence[str], file_format: str | None, output: str | os.PathLike[str]
 ) -> tuple[list[tuple[str, str, str | None]], int]:
     """The files that arguments stand for, in order: files as they are named, those of a folder and
     its subfolders, or of a pattern, sorted.
 
-    Names that begin with "." or "_" are left out of folders.
+    Names that begin with "." or "_" are left out of folders. What lies in the output folder is left
+    out of folders and patterns around it.
 
     Args:
         arguments: files, folders and patterns.
         file_format: a key of :data:`FORMATS` for all files; None goes by the extensions, and
             leaves files with other ones out of folders.
+        output: folder that the run writes to.
 
     Returns:
-        Absolute path, format and compression of each file; how many files were left out.
+        Absolute path, format and compression of each file; how many files with other extensions
+        were left out.
 
     Raises:
-        CorpusError: an argument stands for nothing, one is named twice or has no known extension.
+        CorpusError: an argument stands for nothing, lies in the output folder, is named twice or
+            has no known extension.
     """
     found: dict[str, tuple[str, str, str | None]] = {}
     ignored = 0
+    folder = os.path.realpath(output)
     for argument in arguments:
         paths = [argument]
         is_folder = os.path.isdir(argument)
@@ -92,15 +97,19 @@ def find_files(
             paths = list(_walk(argument))
         elif has_magic(argument) and not os.path.exists(argument):
             paths = sorted(path for path in glob(argument, recursive=True) if os.path.isfile(path))
+        if _lies_in(os.path.realpath(argument), folder):
+            raise CorpusError(f"-o {output} must be apart from the inputs, got {argument}")
         kept = 0
         for path in paths:
+            name = os.path.realpath(path)
+            if _lies_in(name, folder):
+                continue
             kind = file_format or _extension(path)[0]
             if kind is None and is_folder:
                 ignored += 1
                 continue
             if kind is None:
                 raise CorpusError(f"{path}: expected {_known()}, or --input-format")
-            name = os.path.realpath(path)
             if name in found:
                 raise CorpusError(f"{path} is among the inputs twice")
             found[name] = (os.path.abspath(path), kind, _extension(path)[1])
@@ -108,6 +117,10 @@ def find_files(
         if not kept:
             raise CorpusError(f"{argument}: expected files with {_known()}, got none")
     return list(found.values()), ignored
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(os.path.join(folder, ""))
 
 
 def _walk(folder: str) -> Iterator[str]:
@@ -176,9 +189,10 @@ def _cut_file(file: InputFile, field: str, step: int) -> Iterator[tuple[int, int
     if file.format == "parquet":
         yield from _row_groups(file, field)
         return
-    ends: Iterable[int] = [file.size]
-    if file.compression is None:
-        ends = _row_ends(file, field, step) if "sv" in file.format else _line_ends(file, step)
+    if file.compression is not None:
+        yield 0, file.size, file.size
+        return
+    ends = _row_ends(file, field, step) if "sv" in file.format else _line_ends(file, step)
     start = 0
     for end in ends:
         yield start, end, end - start

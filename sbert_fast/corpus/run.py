@@ -77,10 +77,9 @@ def run(request: Request, meter: Meter) -> list[Finished]:
         WorkerError: a worker process failed.
         OSError: a file cannot be read or written.
     """
-    found, ignored = find_files(request.inputs, request.input_format)
+    found, ignored = find_files(request.inputs, request.input_format, request.output)
     if ignored:
         note(f"{ignored} files with other extensions are left out")
-    _check_apart(found, request.output)
     with Folder(request.output) as folder:
         if folder.manifest is not None and request.overwrite:
             folder.clear()
@@ -93,13 +92,6 @@ def run(request: Request, meter: Meter) -> list[Finished]:
             )
         _check_same(folder, request, found)
         return _Run(request, folder, folder.manifest, folder.resume()).go(meter)
-
-
-def _check_apart(found: Sequence[tuple[str, str, str | None]], output: Path) -> None:
-    folder = os.path.realpath(output)
-    for path, _, _ in found:
-        if os.path.realpath(path).startswith(folder + os.sep):
-            raise CorpusError(f"-o {output} must be apart from the inputs, got {path} among them")
 
 
 def _plan(request: Request, found: Sequence[tuple[str, str, str | None]]) -> dict[str, Any]:

@@ -21,6 +21,15 @@ _PACKAGES = (
     "numpy",
     "pyarrow",
 )
+# Of a tokenizer: what changes its ids and the tokenizer.json of its backend does not hold.
+_TOKENIZER_SETTINGS = (
+    "chat_template",
+    "model_input_names",
+    "model_max_length",
+    "padding_side",
+    "split_special_tokens",
+    "truncation_side",
+)
 # Of a config: where it was loaded from, and by what.
 _UNRELATED = ("_name_or_path", "transformers_version")
 
@@ -74,9 +83,18 @@ def _json(settings: dict[str, Any]) -> bytes:
 
 def _tokenizer(tokenizer: Any) -> bytes:
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    described = backend.to_str() if hasattr(backend, "to_str") else repr(backend)
-    limits = {"model_max_length": getattr(tokenizer, "model_max_length", None)}
-    return described.encode() + _json(limits)
+    described = f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}"
+    settings = {name: getattr(tokenizer, name, None) for name in _TOKENIZER_SETTINGS}
+    if hasattr(backend, "to_str"):
+        described = backend.to_str()
+    else:
+        # The repr of one that is written in Python may hold its folder or its address.
+        values = vars(tokenizer).items() if hasattr(tokenizer, "__dict__") else ()
+        settings |= {name: value for name, value in values if isinstance(value, bool | int | float)}
+        settings["special_tokens_map"] = getattr(tokenizer, "special_tokens_map", None)
+        if hasattr(tokenizer, "get_vocab"):
+            settings["vocab"] = tokenizer.get_vocab()
+    return described.encode() + _json(settings)
 
 
 def _processor(device: torch.device) -> str:

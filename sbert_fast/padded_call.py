@@ -138,6 +138,7 @@ def read(engine: PackedEncoder, arguments: dict[str, Any], padding: str) -> Padd
 
     Raises:
         UseOriginalError: the packed path would not give what the base model gives.
+        ValueError: texts come without padding, to a head of transformers.
     """
     architecture, config = engine.admitted.architecture, getattr(engine.model, "config", None)
     if _asked(engine.model, arguments, "output_attentions"):
@@ -147,6 +148,10 @@ def read(engine: PackedEncoder, arguments: dict[str, Any], padding: str) -> Padd
     states = _asked(engine.model, arguments, "output_hidden_states")
     return_dict = _asked(engine.model, arguments, "return_dict") is not False
     if is_flat(arguments):
+        for caller in callers_of(engine.model):
+            if hasattr(caller.module, "base_model_prefix"):
+                name = type(caller.module).__name__
+                raise ValueError(f"{name} reads padded texts, got {CU_SEQLENS}")
         batch = _flat_batch(engine, arguments)
         asked = None, _states(engine.model, states), return_dict
         return PaddedCall(batch, None, (1, batch.num_tokens), *asked)

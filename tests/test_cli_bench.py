@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,10 +81,10 @@ def test_a_dtype_that_does_not_run_is_told(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     class WithoutInt8(systems.Packed):
-        def __init__(self, folder: Checkpoint, precision: str) -> None:
+        def __init__(self, folder: Checkpoint, precision: str, **how: Any) -> None:
             if precision == "int8":
                 raise systems.NotAvailable("no instructions for int8")
-            super().__init__(folder, precision)
+            super().__init__(folder, precision, **how)
 
     monkeypatch.setattr(runtimes, "Packed", WithoutInt8)
     assert run("--texts", "8", "--dtype", dtypes) == code

@@ -8,11 +8,12 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses
+from sentence_transformers.sentence_transformer.modules import CNN, Pooling
 from torch import Tensor, nn
 
 import families
 from checks import assert_same_vectors
-from sbert_fast import FastEncoder, PackedCollator
+from sbert_fast import FastEncoder, PackedCollator, accelerate
 from sbert_fast.packed_forward import PackedForward
 from test_trainers import LOSSES, PAIRS, TEXTS, make_encoder
 from trained import assert_trains_packed, dataset, train
@@ -129,6 +130,21 @@ def test_what_does_not_run_packed_is_padded(change: Any, grad: bool) -> None:
     assert_same_vectors(found.detach(), expected.detach())
     assert model.stats.forwards == 0
     assert model.stats.fallbacks
+
+
+@pytest.mark.filterwarnings("ignore:FastEncoder runs this model")
+def test_modules_that_look_across_texts_get_padding() -> None:
+    flat, padded = features_of(FastEncoder(make_encoder()))
+    mixing = FastEncoder(modules=[make_encoder()[0], CNN(64, 8), Pooling(24)]).eval()
+    found, expected = (mixing(each)["sentence_embedding"] for each in (flat, padded))
+    assert_same_vectors(found.detach(), expected.detach())
+
+
+def test_heads_of_transformers_refuse_such_batches() -> None:
+    model = families.make_model("roberta", head="AutoModelForSequenceClassification")
+    flat, _ = features_of(FastEncoder(families.make_sentence_transformer("roberta")))
+    with pytest.raises(ValueError, match="RobertaForSequenceClassification reads padded texts"):
+        accelerate(model)(**flat)
 
 
 def test_stock_models_refuse_such_batches() -> None:

@@ -24,7 +24,6 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 import families
 from checks import assert_same_vectors
 from sbert_fast import FastCrossEncoder, FastEncoder, counts
-from sbert_fast.errors import NonFiniteEmbeddingError
 from trained import (
     NO_DROPOUT,
     Make,
@@ -296,9 +295,10 @@ def test_what_an_option_leaves_behind_is_seen_through(loss: str, options: dict[s
 # The length of a run
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", [FastEncoder, FastCrossEncoder])
-def test_a_step_whose_embeddings_are_not_finite_names_the_texts(kind: type) -> None:
+def test_a_step_whose_embeddings_are_not_finite_names_the_texts(
+    kind: type, caplog: pytest.LogCaptureFixture
+) -> None:
     make = families.make_cross_encoder if kind is FastCrossEncoder else make_encoder
     model = kind(make()).train()
     texts = [("sea", "sun"), ("wind", "tree"), ("road", "sea")]
@@ -306,10 +306,11 @@ def test_a_step_whose_embeddings_are_not_finite_names_the_texts(kind: type) -> N
     token = model.tokenizer.convert_tokens_to_ids("wind")
     with torch.no_grad():
         model[0].auto_model.get_input_embeddings().weight[token] = float("inf")
-    with pytest.raises(NonFiniteEmbeddingError, match=r"inputs\[1\]"):
-        model(model.preprocess(inputs))
+    model(model.preprocess(inputs))
+    assert "hold NaN or infinity, for inputs[1]" in caplog.text
 
 
+@pytest.mark.slow
 def test_curves_of_losses_lie_on_one_another() -> None:
     texts, rng = families.make_texts(200, max_words=20), random.Random(0)
     columns = {"a": texts[:100], "b": texts[100:], "label": [rng.random() for _ in range(100)]}

@@ -73,6 +73,20 @@ def test_keys_that_are_out_of_sight(
 
 
 @pytest.mark.parametrize(
+    ("changes", "dtype"),
+    [({5: 3, 10: 1, 11: True}, HALF), ({5: 3, 10: 1, 11: True}, SINGLE), ({4: 7}, HALF)],
+    ids=str,
+)
+def test_rows_behind_a_sequence_reach_nothing(
+    triton_device: str, changes: dict[int, Any], dtype: torch.dtype
+) -> None:
+    """They may see no key; or see keys that a bias puts beyond what an exponential can be."""
+    args = case(ATTENTION, changes, dtype, lengths=(5, 20))
+    args[4] = None if args[4] is None else (args[4].detach() + 120).requires_grad_()
+    check(ATTENTION, "triton", args, dtype, triton_device)
+
+
+@pytest.mark.parametrize(
     ("reach", "causal"), [(5, False), (31, False), (32, True), (63, False), (200, True)]
 )
 def test_reaches_of_a_bias(triton_device: str, reach: int, causal: bool) -> None:

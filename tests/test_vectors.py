@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 
 from checks import assert_same_vectors, bits, cosine_distances
 from families import make_sentence_transformer, make_texts
-from instruction_sets import EMULATED_TILES, OF_FLOATS
+from instruction_sets import EMULATED_TILES, NATIVE
 from sbert_fast import FastEncoder, ops, packing
 from sbert_fast.data import multilingual_texts, sample_texts
 from sbert_fast.linears import choose
@@ -193,10 +193,24 @@ def test_needles_in_500_batches(tiny: SentenceTransformer, dtype: str) -> None:
 
 @every_dtype
 @pytest.mark.usefixtures("isa", "int8_anywhere")
-@pytest.mark.parametrize("isa", [*OF_FLOATS[1:], *EMULATED_TILES], indirect=True)
+@pytest.mark.parametrize("isa", [*NATIVE[1:], *EMULATED_TILES], indirect=True)
 def test_needles_on_other_instruction_sets(tiny: SentenceTransformer, dtype: str) -> None:
     encoder = exact_encoder(tiny, dtype)
     assert first_difference(encoder, NEEDLES, make_texts(100, seed=6), rounds=30, most=20) is None
+
+
+@every_dtype
+@pytest.mark.usefixtures("int8_anywhere")
+def test_threads_change_no_bit(tiny: SentenceTransformer, dtype: str) -> None:
+    encoder, texts, found = exact_encoder(tiny, dtype), make_texts(80, seed=9), []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 4):
+            torch.set_num_threads(count)
+            found.append(bits(encoder.encode(texts)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all((each == found[0]).all() for each in found[1:])
 
 
 @every_dtype

@@ -99,7 +99,8 @@ def _query_statistics(
             shrink = tl.exp2(old - finite)
         total = total * shrink + tl.sum(weights, 1)
         centre = centre * shrink + tl.sum(weights * slopes, 1)
-    inverse = 1.0 / total
+    # Rows behind the sequence may see no key.
+    inverse = tl.where(total > 0.0, 1.0 / total, 0.0)
     return finite, inverse, centre * inverse
 
 
@@ -237,7 +238,8 @@ def _key_gradients(
         # Keys in rows: so the weights are multiplied as they come.
         scores = product(k, k_side, q, q_side, SIDE, PRECISION)  # [BLOCK, BLOCK_Q] fp32
         distance = slot[:, None] - row[None, :] + (k_start - q_start)
-        allowed = restrict(known[:, None], distance, window, WINDOW, CAUSAL)
+        # The statistics of rows that are not there bound no weight.
+        allowed = restrict(known[:, None] & live[None, :], distance, window, WINDOW, CAUSAL)
         scores = logits(scores, allowed, distance, scale, bias_ptr, head, reach, BIAS, PLAIN)
         weights = exponentials(scores, top[None, :], scale, PLAIN) * inverse[None, :]
         slopes = tl.dot(v, tl.trans(grad), input_precision=PRECISION)

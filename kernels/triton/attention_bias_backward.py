@@ -63,7 +63,8 @@ def bias_kernel(
                 SIDE, ROTARY,
             )  # fmt: skip
             v = load_heads(kv_at + KV * D, token, row, known, None, None, ROW, D, WIDTH, False)
-            allowed = restrict(known[None, :], distance, window, WINDOW, CAUSAL)
+            there = known[None, :] & live[:, None]
+            allowed = restrict(there, distance, window, WINDOW, CAUSAL)
             scores = product(q, q_side, k, k_side, SIDE, PRECISION)
             scores = logits(scores, allowed, distance, scale, bias_ptr, head, reach, BIAS, PLAIN)
             weights = exponentials(scores, top[:, None], scale, PLAIN) * inverse[:, None]

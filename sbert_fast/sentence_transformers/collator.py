@@ -23,7 +23,9 @@ class PackedCollator(SentenceTransformerDataCollator):
     those of the trainer's own collator, whose batches are padded first and packed later.
 
     Only a :class:`FastEncoder` reads such batches: another model that a loss hands them to, as the
-    guide of `GISTEmbedLoss`, must be one, too, or raises an error.
+    guide of `GISTEmbedLoss`, must be one, too, with the same tokenizer, or raises an error. An
+    `IterableDataset` needs `accelerator_config={"dispatch_batches": False}`: accelerate would cut
+    all tensors of a batch to one length.
 
     Args:
         model: the one that is trained.

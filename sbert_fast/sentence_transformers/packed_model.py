@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -17,11 +18,12 @@ from sbert_fast.arguments import DEFAULT_BATCH_SIZE, check_device, check_positiv
 from sbert_fast.assembly import Unsupported
 from sbert_fast.call import Call
 from sbert_fast.engine import PackedEncoder
-from sbert_fast.errors import SbertFastError, UnsupportedModelError
+from sbert_fast.errors import NonFiniteEmbeddingError, SbertFastError, UnsupportedModelError
 from sbert_fast.finite import check_embeddings
 from sbert_fast.inference import Pipeline
 from sbert_fast.ops import validation
 from sbert_fast.patching import accelerated
+from sbert_fast.pooling import is_module
 from sbert_fast.routes import route_of, routes
 from sbert_fast.sentence_transformers.queued import QueuedModel
 from sbert_fast.sentence_transformers.stock import stock_class, stock_words, written_as_stock
@@ -29,9 +31,24 @@ from sbert_fast.session import Session
 from sbert_fast.stats import Counters, EncoderStats
 from sbert_fast.values import check_model
 
+logger = logging.getLogger(__name__)
+
 # What a warm-up computes. One input of each number of words: kernels for a GPU are compiled for a
 # range of lengths. Then many of the shortest: large batches run on other kernels.
 _WARM_WORDS, _WARM_INPUTS = (8, 120, 300), {"cpu": 16, "cuda": 2048}
+
+
+# The modules behind a Transformer that take a text for itself, whether it is padded or not.
+_OF_SENTENCES = ("Pooling", "Dense", "Normalize")
+
+
+def _log_non_finite(rows: Tensor | None) -> None:
+    """Tell which texts of a step the loss is not finite of, which it will not."""
+    try:
+        if rows is not None:
+            check_embeddings(rows.reshape(len(rows), -1), None)
+    except NonFiniteEmbeddingError as error:
+        logger.warning("in training, %s", error)
 
 
 def shared_arguments(source: Any) -> dict[str, Any]:  # noqa: ANN401
@@ -137,9 +154,7 @@ class PackedModel(QueuedModel):
         of masked tokens. What it does not serve runs in sentence-transformers. :attr:`stats` counts
         both. Features of a :class:`sbert_fast.PackedCollator` run packed in any mode.
 
-        Raises:
-            NonFiniteEmbeddingError: in training on a CPU, embeddings hold NaN or infinity; names
-                the rows. On a GPU that is left to the loss: to look would be to wait.
+        In training on a CPU, embeddings that hold NaN or infinity are logged, by their rows.
         """
         model: Any = self
         session = self._session
@@ -149,15 +164,24 @@ class PackedModel(QueuedModel):
             counting = session.forwards, session.impl, session.count_forward
             packed = accelerated(model, *counting, all_of_them=is_flat)
         with packed as is_packed:
-            if is_flat and not (is_packed and _hands_on(model[0], padded_call.CU_SEQLENS)):
+            if is_flat and not (is_packed and self._reads_flat()):
                 input = padded_call.padded(input, model.tokenizer.pad_token_id or 0)
             features: dict[str, Tensor] = super().forward(input, **kwargs)  # type: ignore[misc]
         trains = model.training and torch.is_grad_enabled() and not is_transformed
         if trains and model.device.type == "cpu":
             for rows in (features.get("sentence_embedding"), features.get("scores")):
-                if rows is not None:
-                    check_embeddings(rows.reshape(len(rows), -1), None)
+                _log_non_finite(rows)
         return features
+
+    def _reads_flat(self) -> bool:
+        """Whether no module looks from one text at another where none is padded."""
+        model: Any = self
+        first, *others = model
+        return (
+            self.method == "encode"
+            and _hands_on(first, padded_call.CU_SEQLENS)
+            and all(any(is_module(each, name) for name in _OF_SENTENCES) for each in others)
+        )
 
     def _own_method(self) -> str | None:
         """Why the class does not run as that of sentence-transformers does; None if it does."""

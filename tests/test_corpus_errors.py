@@ -23,7 +23,7 @@ from corpus_runs import contents, stored, vectors, write_input
 from families import make_sentence_transformer, make_texts
 from sbert_fast import FastEncoder
 from sbert_fast.cli import main
-from sbert_fast.errors import InputError
+from sbert_fast.errors import InputError, TokenIdError
 
 
 @pytest.fixture
@@ -129,24 +129,28 @@ def test_texts_that_the_model_refuses_are_bad_rows(
     assert "in.txt: line 2: " in capsys.readouterr().err
 
 
-def test_texts_without_tokens_are_bad_rows_where_the_model_needs_some(
-    cli: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("named", [True, False], ids=["named", "unnamed"])
+def test_texts_that_are_refused_one_by_one_are_bad_rows(
+    cli: Callable[..., int], monkeypatch: pytest.MonkeyPatch, named: bool
 ) -> None:
+    """Errors of two kinds, of which the first hides the second, and that may name no text."""
     model = FastEncoder(make_sentence_transformer())
 
-    def refuse_empty(texts: list[str], **options: Any) -> NDArray[Any]:
+    def refuse(texts: list[str], **options: Any) -> NDArray[Any]:
         if "" in texts:
             raise InputError(f"inputs[{texts.index('')}] must have tokens, got none")
+        if "sea" in texts:
+            raise TokenIdError("no row", [texts.index("sea")] if named else [])
         return encode(texts, **options)
 
     encode = model.encode
-    monkeypatch.setattr(model, "encode", refuse_empty)
+    monkeypatch.setattr(model, "encode", refuse)
     monkeypatch.setattr("sbert_fast.cli.corpus.load_encoder", lambda args: model)
-    write_input("in.txt", ["red", "", "boat", "", "", "", "cat"])
+    write_input("in.txt", ["red", "", "sea", "", "", "", "cat", "sea", "boat"])
     assert cli("in.txt", "-o", "out", "--on-error", "skip") == 0
-    assert stored("out")["text"].to_pylist() == ["red", "boat", "cat"]
+    assert stored("out")["text"].to_pylist() == ["red", "cat", "boat"]
     lines = Path("out/_errors.jsonl").read_text().splitlines()
-    assert [json.loads(line)["line"] for line in lines] == [2, 4, 5, 6]
+    assert [json.loads(line)["line"] for line in lines] == [2, 3, 4, 5, 6, 8]
 
 
 USAGE: dict[str, list[str]] = {

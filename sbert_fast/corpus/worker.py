@@ -132,10 +132,9 @@ class Worker:
                 return good, self._no_vectors
             try:
                 return good, self._quantizer(self._encode(texts))
-            except TextsError as error:
-                found = {index: str(error) for index in error.indices}
-            except InputError:
-                found = self._refused(texts)
+            except (InputError, TextsError) as error:
+                indices = error.indices if isinstance(error, TextsError) else []
+                found = {index: str(error) for index in indices} or self._refused(texts)
                 if not found:
                     raise
             chunk.bad |= {good[index]: reason for index, reason in found.items()}
@@ -149,7 +148,7 @@ class Worker:
         """The texts that have no embedding, and why."""
         try:
             self._encode(texts)
-        except InputError as error:
+        except (InputError, TextsError) as error:
             if len(texts) == 1:
                 return {0: str(error)}
             half = len(texts) // 2

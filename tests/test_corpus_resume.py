@@ -286,6 +286,7 @@ def test_another_model_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     interrupted(cli)
+    Path("out/part-00001.parquet").write_bytes(b"damaged")
     before = contents("out")
     other = FastEncoder(make_sentence_transformer(prompts={"query": "find: "}))
     monkeypatch.setattr("sbert_fast.cli.corpus.load_encoder", lambda args: other)
@@ -339,6 +340,23 @@ def test_an_earlier_run_is_replaced_when_asked(cli: Callable[..., int]) -> None:
     assert cli("--overwrite", "--shard-bytes", "100000") == 0
     assert len(list(Path("out").glob("part-*"))) == 2
     assert stored("out")["text"].to_pylist() == TEXTS + TEXTS[:5]
+
+
+@pytest.mark.parametrize("missing", ["input", "column", "model"])
+def test_an_earlier_run_stays_if_a_new_one_cannot_start(
+    cli: Callable[..., int], monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    def refuse(args: Any) -> None:
+        raise OSError("no model")
+
+    interrupted(cli)
+    before = contents("out")
+    Path("bad.csv").write_text("id\n1\n")
+    if missing == "model":
+        monkeypatch.setattr("sbert_fast.cli.corpus.load_encoder", refuse)
+    more = {"input": ["absent.txt"], "column": ["bad.csv"], "model": []}[missing]
+    assert main(["encode", *more, *RUN, "--overwrite", "--no-progress"]) == 1
+    assert contents("out") == before
 
 
 @pytest.mark.parametrize("inputs", [".", "**/*.[jp]*"])

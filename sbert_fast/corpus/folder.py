@@ -140,7 +140,7 @@ class Folder:
         digits = max(5, len(str(len(self.manifest["shards"]) - 1)))
         return self.path / f"part-{shard:0{digits}}.{self.manifest['options']['output_format']}"
 
-    def clear(self) -> None:
+    def _clear(self) -> None:
         """Remove an earlier run, its manifest last."""
         if self.manifest is None:
             return
@@ -152,27 +152,31 @@ class Folder:
         self.manifest = None
 
     def begin(self, manifest: dict[str, Any]) -> None:
-        """Start a run: only its manifest is there."""
+        """Start a run in the place of an earlier one: only its manifest is there."""
+        self._clear()
         self._write(MANIFEST, [manifest], indent=1)
         self.manifest = manifest
         self._open_journal([])
 
-    def resume(self) -> list[Finished]:
+    def finished(self) -> list[Finished]:
         """The shards that are finished and whose files are as they were then, in order."""
         assert self.manifest is not None
         records = self.manifest.get("finished")
-        complete = records is not None
         if records is None:
             records = _read_journal(self.path / JOURNAL)
         last = {record["shard"]: Finished(**record) for record in records}
-        found = [last[shard] for shard in sorted(last) if self._is_whole(last[shard])]
-        if complete and len(found) == len(last):
+        return [last[shard] for shard in sorted(last) if self._is_whole(last[shard])]
+
+    def resume(self, finished: list[Finished]) -> None:
+        """Go on with the run that is there, of which :meth:`finished` gave these shards."""
+        assert self.manifest is not None
+        complete = self.manifest.get("finished")
+        if complete is not None and len(complete) == len(finished):
             (self.path / JOURNAL).unlink(missing_ok=True)
-            return found
-        self._open_journal(found)
+            return
+        self._open_journal(finished)
         if self.manifest.pop("finished", None) is not None:
             self._write(MANIFEST, [self.manifest], indent=1)
-        return found
 
     def _is_whole(self, finished: Finished) -> bool:
         path = self.part(finished.shard)

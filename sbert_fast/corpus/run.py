@@ -81,9 +81,7 @@ def run(request: Request, meter: Meter) -> list[Finished]:
     if ignored:
         note(f"{ignored} files with other extensions are left out")
     with Folder(request.output) as folder:
-        if folder.manifest is not None and request.overwrite:
-            folder.clear()
-        if folder.manifest is None:
+        if folder.manifest is None or request.overwrite:
             return _Run(request, folder, _plan(request, found), []).go(meter)
         if not request.resume:
             raise CorpusError(
@@ -91,7 +89,7 @@ def run(request: Request, meter: Meter) -> list[Finished]:
                 "starts again"
             )
         _check_same(folder, request, found)
-        return _Run(request, folder, folder.manifest, folder.resume()).go(meter)
+        return _Run(request, folder, folder.manifest, folder.finished()).go(meter)
 
 
 def _plan(request: Request, found: Sequence[tuple[str, str, str | None]]) -> dict[str, Any]:
@@ -181,6 +179,7 @@ class _Run:
             nonlocal started
             self._check_identity(identity)
             if not started:
+                self._begin()
                 meter.begin(total, total - sum(shard.weight for shard in left))
             started = True
 
@@ -201,11 +200,8 @@ class _Run:
         return finished
 
     def _check_identity(self, identity: dict[str, str]) -> None:
-        """Begin the run with this model, or refuse to go on with another one."""
-        if self._folder.manifest is None:
-            self._manifest["identity"] = identity
-            self._folder.begin(self._manifest)
-        then = self._manifest["identity"]
+        """Refuse to go on with another model than that of the run, which a new one gets here."""
+        then = self._manifest.setdefault("identity", identity)
         if then != identity:
             told = "; ".join(
                 f"{name} was {then.get(name)}, is {identity[name]}"
@@ -213,6 +209,13 @@ class _Run:
                 if identity[name] != then.get(name)
             )
             raise CorpusError(f"{self._folder.path} holds a run of another model or system: {told}")
+
+    def _begin(self) -> None:
+        """Nothing in the folder has changed before the model is known to be the right one."""
+        if self._folder.manifest is self._manifest:
+            self._folder.resume(list(self._finished.values()))
+        else:
+            self._folder.begin(self._manifest)
 
     def _report(self, finished: Sequence[Finished]) -> list[dict[str, Any]] | None:
         """Every bad row, if they do not stop a run."""

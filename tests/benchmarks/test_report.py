@@ -51,7 +51,7 @@ def test_pictures_of_stored_results(tmp_path: Path) -> None:
     from benchmarks import plots
 
     assert plots.draw(tmp_path) == []
-    shutil.copy(report.RESULTS / "cpu-zen4" / "mixed.json", tmp_path)
+    shutil.copy(report.RESULTS / "cpu-zen4" / "mixed_lengths.json", tmp_path)
     pictures = [path.read_text(encoding="utf-8") for path in plots.draw(tmp_path)]
     assert len(pictures) == 2
     for text in pictures:

@@ -79,6 +79,9 @@ def test_the_manifests_fit_the_server(app: Any) -> None:
         assert ask(app, container[probe]["httpGet"]["path"]).status == 200
     assert ask(app, pod["metadata"]["annotations"]["prometheus.io/path"]).status == 200
     assert pod["spec"]["terminationGracePeriodSeconds"] > Settings().stop_seconds
+    # A pod under load must not be restarted, nor a single one keep its node from being drained.
+    assert container["livenessProbe"]["httpGet"]["path"] not in ("/health", "/ping", "/")
+    assert kinds["PodDisruptionBudget"]["spec"]["maxUnavailable"] == 1
     target = kinds["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
     assert target["name"] == kinds["Deployment"]["metadata"]["name"]
 
@@ -105,6 +108,21 @@ def test_compose_names_files_that_are_there() -> None:
             if volume.startswith("."):
                 assert (DEPLOY / volume.split(":")[0]).exists()
     assert (ROOT / services["sbert-fast"]["build"]["dockerfile"]).exists()
+
+
+def test_the_image_has_the_folder_of_models() -> None:
+    """Of its user, whom a volume there gives it to; no stage copies what git or a build left."""
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    (volume,) = compose["services"]["sbert-fast"]["volumes"]
+    folder = volume.split(":")[1]
+    stages = (DEPLOY / "Dockerfile").read_text().split("\nFROM ")
+    served = [stage for stage in stages if "\nUSER " in stage]
+    assert len(served) == 2
+    for stage in served:
+        made = next(line for line in stage.splitlines() if "install -d" in line)
+        assert "-o 10001" in made and folder in made.split()
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert {".git", ".venv*", "build", "benchmarks/results"} <= set(ignored)
 
 
 # Prometheus

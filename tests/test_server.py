@@ -8,16 +8,28 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sentence_transformers import SparseEncoder
 from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from sentence_transformers.sparse_encoder.modules import SpladePooling
 
-from families import make_texts, save_model
+from families import (
+    make_cross_encoder,
+    make_sentence_transformer,
+    make_texts,
+    make_tokenizer,
+    make_xlnet,
+    save_model,
+)
+from rerankers import make_reranker
+from sbert_fast import FastCrossEncoder, FastEncoder
+from sbert_fast.cli.serve import name_of
 from serving import ask
 
 pytest.importorskip("starlette", reason="the server is an extra")
 from sbert_fast.server.app import create_app  # noqa: E402
-from sbert_fast.server.models import load, name_of  # noqa: E402
+from sbert_fast.server.models import Served, load  # noqa: E402
 from sbert_fast.server.service import Service  # noqa: E402
 from sbert_fast.server.settings import Settings  # noqa: E402
 from tiny_service import make_service  # noqa: E402
@@ -50,7 +62,7 @@ def encode(service: Service, texts: Any, **options: Any) -> Any:
         ({"inputs": TEXTS[0]}, {}),
         ({"inputs": TEXTS, "normalize": False, "prompt_name": "query"}, {"prompt": "find: "}),
         ({"inputs": TEXTS, "dimensions": 5, "truncate": None}, {"truncate_dim": 5}),
-        ({"inputs": [LONG, ""], "truncate": True, "truncation_direction": "Right"}, {}),
+        ({"inputs": [LONG, "a"], "truncate": True, "truncation_direction": "Right"}, {}),
     ],
     ids=["list", "single", "prompt", "dimensions", "cut"],
 )
@@ -71,6 +83,91 @@ def test_texts_may_lose_their_beginning(app: Any, service: Service) -> None:
     left = ask(app, "/embed", body).rows
     np.testing.assert_array_equal(left, ask(app, "/embed", body | {"inputs": [end * 3 + end]}).rows)
     assert not np.array_equal(left, ask(app, "/embed", {"inputs": [LONG + end]}).rows)
+
+
+def in_service(model: Any) -> tuple[Any, Any]:
+    """The application of a model, and the model."""
+    return create_app(Service([Served("one", model)], Settings())), model
+
+
+@pytest.mark.parametrize("is_reranker", [False, True])
+def test_a_default_prompt(is_reranker: bool) -> None:
+    own: dict[str, Any] = {"prompts": {"query": "find: "}, "default_prompt_name": "query"}
+    if is_reranker:
+        raw = with_prompt(make_reranker(), own)
+        app, model = in_service(FastCrossEncoder(raw, activation_fn=torch.nn.Identity()))
+        body = {"query": TEXTS[0], "texts": TEXTS[1:2], "raw_scores": True}
+        found = np.float32(ask(app, "/rerank", body).json[0]["score"])
+        assert found == model.predict([(TEXTS[0], TEXTS[1])])
+    else:
+        app, model = in_service(FastEncoder(with_prompt(make_sentence_transformer(), own)))
+        found = ask(app, "/embed", {"inputs": TEXTS, "normalize": False}).rows
+        np.testing.assert_array_equal(found, model.encode(TEXTS))
+    assert ask(app, "/health").status == 200
+
+
+def with_prompt(model: Any, own: dict[str, Any]) -> Any:
+    for name, value in own.items():
+        setattr(model, name, value)
+    return model
+
+
+LEFT = {"truncation_direction": "left"}
+
+
+@pytest.mark.parametrize("cut", [LEFT, {"truncate": False}], ids=["left", "none"])
+@pytest.mark.parametrize("kind", ["unaccelerated", "sparse", "single", "template"])
+def test_what_is_not_cut_as_asked_is_refused(kind: str, cut: Any, tmp_path: Path) -> None:
+    path, body, short = "/embed", {"inputs": LONG}, {"inputs": "a"}
+    if kind == "unaccelerated":
+        app, model = in_service(FastEncoder(make_xlnet()))
+        model.max_seq_length = 20
+        app, _ = in_service(model)
+    elif kind == "sparse":
+        path, app = "/embed_sparse", create_app(Service([sparse(tmp_path)], Settings()))
+    elif kind == "single":
+        path, app = "/predict", in_service(FastCrossEncoder(make_cross_encoder()))[0]
+    else:
+        model = make_reranker()
+        model.max_seq_length = 40
+        app, _ = in_service(FastCrossEncoder(model))
+        path, body = "/rerank", {"query": "a", "texts": [LONG]}
+        short = {"query": "a", "texts": ["b"]}
+    assert ask(app, path, body | cut).status == (424 if cut is LEFT else 422)
+    assert ask(app, path, body | {"truncate": True}).status == 200
+    if cut is not LEFT:
+        assert ask(app, path, short | cut).status == 200
+
+
+def test_a_cut_fits_the_positions() -> None:
+    """Some rows of RoBERTa's table are nobody's position."""
+    st = make_sentence_transformer("roberta")
+    st.max_seq_length = rows = st[0].auto_model.config.max_position_embeddings
+    app, _ = in_service(FastEncoder(st))
+    most = ask(app, "/info").json["max_input_length"]
+    assert most < rows
+    long = "word " * rows
+    left = ask(app, "/embed", {"inputs": long, "truncation_direction": "left"})
+    assert (left.status, left.headers["x-compute-tokens"]) == (200, str(most))
+    answer = ask(app, "/embed", {"inputs": long, "truncate": False})
+    assert f"must have less than {most} tokens" in answer.json["error"]
+
+
+def test_the_copy_that_cuts_is_made_once(app: Any, service: Service) -> None:
+    served, body = service.models["tiny"], {"inputs": LONG, "truncation_direction": "left"}
+    ask(app, "/embed", body)
+    kept = served._cutting
+    assert kept is not None and ask(app, "/embed", body).status == 200
+    assert served._cutting is kept
+
+
+def test_a_model_without_a_limit() -> None:
+    static = StaticEmbedding(make_tokenizer("bert").backend_tokenizer, embedding_dim=8)
+    static.tokenizer.no_truncation()
+    app, model = in_service(FastEncoder(modules=[static], device="cpu"))
+    assert ask(app, "/info").json["max_input_length"] is None
+    found = ask(app, "/embed", {"inputs": TEXTS, "normalize": False, "truncate": False}).rows
+    np.testing.assert_array_equal(found, model.encode(TEXTS))
 
 
 def test_embed_all(app: Any, service: Service) -> None:
@@ -170,11 +267,15 @@ def test_cohere(app: Any, service: Service) -> None:
     assert base64.b64decode(found["base64"][1]) == expected[1].tobytes()
 
 
-def test_embed_sparse(tmp_path: Path) -> None:
+def sparse(tmp_path: Path) -> Served:
     save_model("bert", str(tmp_path / "base"), head="AutoModelForMaskedLM")
     base = Transformer(str(tmp_path / "base"), transformer_task="fill-mask")
     SparseEncoder(modules=[base, SpladePooling()]).save_pretrained(str(tmp_path / "splade"))
-    served = load("splade", str(tmp_path / "splade"), device="cpu")
+    return load("splade", str(tmp_path / "splade"), device="cpu")
+
+
+def test_embed_sparse(tmp_path: Path) -> None:
+    served = sparse(tmp_path)
     app = create_app(Service([served], Settings()))
     expected = served.model.encode(TEXTS[:3], convert_to_sparse_tensor=False).numpy()
     found = np.zeros_like(expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +135,10 @@ def everything(connection: socket.socket) -> bytes:
     [
         b"POST /embed HTT",
         b"POST /embed HTTP/1.1\r\nhost: a\r\n",
+        b"POST /embed HTTP/1.1\r\nhost: a\r\ncontent-length: 50\r\n\r\n",
         b"POST /embed HTTP/1.1\r\nhost: a\r\ncontent-length: 50\r\n\r\n{",
     ],
-    ids=["line", "headers", "body"],
+    ids=["line", "headers", "no-body", "body"],
 )
 def test_slow_clients(server: Process, beginning: bytes) -> None:
     with connected(server) as connection:
@@ -169,6 +172,25 @@ def test_large_bodies(server: Process) -> None:
     with connected(server) as connection:
         connection.sendall(chunks + b"%x\r\n%b\r\n" % (100_001, b"a" * 100_001))
         assert everything(connection).startswith(b"HTTP/1.1 413")
+
+
+@pytest.mark.parametrize("end", [b"", b"\r\n\r\n"], ids=["endless", "whole"])
+def test_large_headers(server: Process, end: bytes) -> None:
+    line = b"a: " + b"b" * 1000 + b"\r\n"
+    head = b"POST /embed HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\n" + line * 70 + end
+    # With h11, uvicorn has an answer of its own.
+    status = 431 if importlib.util.find_spec("httptools") else 400
+    with connected(server) as connection:
+        connection.sendall(head)
+        time.sleep(0.2)
+        with suppress(BrokenPipeError, ConnectionResetError):
+            connection.sendall(line * (0 if end else 70))
+        assert everything(connection).startswith(b"HTTP/1.1 %d" % status)
+    # Headers do not add up over the requests of a connection.
+    with connected(server) as connection:
+        for _ in range(3):
+            connection.sendall(b"GET /ping HTTP/1.1\r\nhost: a\r\n" + line * 30 + b"\r\n")
+            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
 
 
 def test_a_log_without_texts(server: Process) -> None:

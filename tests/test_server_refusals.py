@@ -13,10 +13,13 @@ import torch
 
 from families import make_sentence_transformer, make_texts
 from sbert_fast import FastEncoder
+from sbert_fast.errors import InvalidWeightsError
 from serving import SECRET, Answer, ask, asked
 
 pytest.importorskip("starlette", reason="the server is an extra")
+from sbert_fast.server import tei  # noqa: E402
 from sbert_fast.server.app import create_app  # noqa: E402
+from sbert_fast.server.errors import KINDS  # noqa: E402
 from sbert_fast.server.models import Served  # noqa: E402
 from sbert_fast.server.service import Service  # noqa: E402
 from sbert_fast.server.settings import Settings  # noqa: E402
@@ -63,6 +66,8 @@ _TEI, _OPENAI, _COHERE = "error", "error.message", "message"
         ("/embed", {"inputs": LONG, "truncate": False}, 422, "must have less than"),
         ("/embed", {"inputs": "a", "truncation_direction": "up"}, 422, "right, left"),
         ("/embed", {"inputs": ["a"] * 51}, 422, "batch size 51 > maximum allowed batch size 50"),
+        ("/embed", {"inputs": ["a", ""]}, 400, "`inputs` cannot be empty, got an empty text at 1"),
+        ("/embed_all", {"inputs": "lion " * 40}, 413, "the response would be too large"),
         ("/embed_sparse", {"inputs": "a"}, 424, "model is not a sparse embedding model"),
         ("/predict", {"inputs": [["a", "b", "c"]]}, 422, "inputs[0] must be an array of one or"),
         ("/predict", {"inputs": ["a", 2]}, 422, "inputs[1] must be a string"),
@@ -81,9 +86,15 @@ _TEI, _OPENAI, _COHERE = "error", "error.message", "message"
         ("/v2/embed", {"model": "tiny", "texts": ["a"], "embedding_types": ["int8"]}, 400, "int8"),
         ("/v2/embed", {"model": "tiny", "images": ["a"]}, 400, "images is not supported"),
         ("/v2/rerank", {"model": "ranks", "query": "a", "documents": [1]}, 400, "documents[0]"),
+        ("/v2/rerank", {"model": "ranks", "query": "a", "documents": ["b"],
+                        "max_tokens_per_doc": 9}, 400, "max_tokens_per_doc is not supported"),
     ],
 )  # fmt: skip
-def test_refusals(app: Any, path: str, body: Any, status: int, told: str) -> None:
+def test_refusals(
+    app: Any, path: str, body: Any, status: int, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of 30 tokens, or few more.
+    monkeypatch.setattr(tei, "_MOST_NUMBERS", 30 * 64)
     answer = ask(app, path, body)
     assert (answer.status, answer.headers["content-type"]) == (status, "application/json")
     assert told in message_of(path, answer)
@@ -126,6 +137,47 @@ def test_an_embedding_that_is_not_finite() -> None:
     assert ask(app, "/embed", {"inputs": ["tiger"]}).status == 200
 
 
+@pytest.mark.parametrize("error", [ValueError, InvalidWeightsError])
+def test_an_error_of_the_server_is_logged(
+    error: type[Exception], caplog: pytest.LogCaptureFixture
+) -> None:
+    service = make_service()
+
+    def fails(inputs: Any, options: dict[str, Any]) -> Any:
+        raise error(SECRET)
+
+    service.models["tiny"].queue._runner.run = fails
+    answer = ask(create_app(service), "/embed", {"inputs": "a"})
+    assert (answer.status, answer.json["error_type"]) == (500, "Backend")
+    assert error.__name__ in caplog.text and SECRET not in caplog.text + answer.json["error"]
+
+
+def test_a_body_that_never_begins() -> None:
+    app = create_app(make_service(read_seconds=0.05))
+    scope = {
+        "type": "http", "method": "POST", "path": "/embed", "query_string": b"", "root_path": "",
+        "headers": [(b"content-length", b"10")],
+    }  # fmt: skip
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    asyncio.run(asyncio.wait_for(app(scope, receive, send), 30))
+    assert sent[0]["status"] == 408
+
+
+def test_failures_are_counted_from_none_on() -> None:
+    app = create_app(make_service())
+    text = ask(app, "/metrics").body.decode()
+    for kind in (*KINDS, "dropped"):
+        assert f'te_request_failure{{err="{kind}"}} 0.0' in text
+
+
 def test_health_compares(service: Service) -> None:
     fresh = make_service()
     app = create_app(fresh)
@@ -134,6 +186,7 @@ def test_health_compares(service: Service) -> None:
         fresh.models["tiny"].model[0].auto_model.embeddings.LayerNorm.bias += 1
     answer = ask(app, "/health")
     assert (answer.status, answer.json) == (503, {"error": "unhealthy", "error_type": "Unhealthy"})
+    assert 'te_request_failure{err="unhealthy"} 1.0' in ask(app, "/metrics").body.decode()
 
 
 # Load

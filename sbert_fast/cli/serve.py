@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
         named = args.models if args.models or args.reranker else [None]
         for reranks, given in ((False, named), (True, args.reranker)):
             for each in given:
-                name, path = ("minilm", model_path(None)) if each is None else models.name_of(each)
+                name, path = ("minilm", model_path(None)) if each is None else name_of(each)
                 served.append(
                     models.load(
                         name,
@@ -139,6 +139,14 @@ def run(args: argparse.Namespace) -> int:
         running.serve(service, listener)
     note("stopped")
     return 0
+
+
+def name_of(model: str) -> tuple[str, str]:
+    """The name and the path that an argument `NAME=PATH` or `PATH` means."""
+    name, equals, path = model.partition("=")
+    if equals and name and not os.path.exists(model):
+        return name, path
+    return (os.path.basename(os.path.normpath(model)) if os.path.isdir(model) else model), model
 
 
 def _token(args: argparse.Namespace) -> str | None:

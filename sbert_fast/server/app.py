@@ -54,7 +54,9 @@ def create_app(service: Service) -> Starlette:
     async def health(_: Request) -> Response:
         if await service.is_healthy():
             return Response(b"", media_type="text/plain")
-        return _answer(Refusal("unhealthy", "unhealthy"), "tei")
+        refusal = Refusal("unhealthy", "unhealthy")
+        service.metrics.failed(refusal, "tei")
+        return _answer(refusal, "tei")
 
     async def metrics(_: Request) -> Response:
         return Response(service.metrics.text(), headers={"content-type": CONTENT_TYPE})

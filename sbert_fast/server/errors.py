@@ -41,6 +41,7 @@ KINDS = {
     "method": _Kind(405, "Validation", 405),
     "slow": _Kind(408, "Validation", 408),
     "too_large": _Kind(413, "Validation", 413),
+    "headers": _Kind(431, "Validation", 431),
     "validation": _Kind(422, "Validation", 400),
     "tokenizer": _Kind(422, "Tokenizer", 400),
     "backend": _Kind(424, "Backend", 400),
@@ -121,6 +122,4 @@ def refusal_of(error: BaseException) -> Refusal:
         return Refusal("tokenizer", str(error))
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return Refusal("overloaded", "the request does not fit the memory", retry_after=1.0)
-    if isinstance(error, ValueError):
-        return Refusal("validation", str(error))
     return Refusal("internal", "internal error: the log of the server names it")

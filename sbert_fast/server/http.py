@@ -25,6 +25,8 @@ Scope = dict[str, Any]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Handler = Callable[[Service, dict[str, Any], Exchange], Awaitable[Any]]
 JSON = b"application/json"
+# Bytes of the headers of a request.
+MOST_HEADERS = 1 << 16
 _OPTIONS = orjson.OPT_SERIALIZE_NUMPY
 
 
@@ -75,6 +77,8 @@ class Endpoint:
             Refusal: it may not, or the body is not one.
         """
         settings = self._service.settings
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADERS:
+            raise Refusal("headers", f"the headers exceed {MOST_HEADERS} bytes", closes=True)
         headers = dict(scope["headers"])
         if self._bearer is not None:
             given = headers.get(b"authorization", b"")
@@ -91,9 +95,7 @@ class Endpoint:
     async def _refuse(self, send: Send, error: Exception) -> None:
         refusal = refusal_of(error)
         status = refusal.status(self._api)
-        metrics = self._service.metrics
-        metrics.failures.labels(refusal.kind).inc()
-        metrics.refused.labels(str(status)).inc()
+        self._service.metrics.failed(refusal, self._api)
         if refusal.kind in ("internal", "nonfinite"):
             # Without its message, which may quote a text.
             where = traceback.extract_tb(error.__traceback__)[-1]
@@ -124,30 +126,22 @@ async def _body(headers: dict[bytes, bytes], receive: Any, most: int, seconds: f
     if length.isdigit() and int(length) > most:
         raise Refusal("too_large", f"the body has more than {most} bytes", closes=True)
     try:
-        message = await receive()
-        # Most bodies come in one piece: no timer is needed then.
-        body = message.get("body", b"")
-        if message.get("more_body"):
-            body = await asyncio.wait_for(_rest(body, receive, most), seconds)
-        elif message["type"] == "http.disconnect":
-            raise ClientLeftError
+        async with asyncio.timeout(seconds):
+            return await _whole(receive, most)
     except TimeoutError:
         raise Refusal("slow", f"the body took more than {seconds:g} s", closes=True) from None
-    if len(body) > most:
-        raise Refusal("too_large", f"the body has more than {most} bytes", closes=True)
-    return body
 
 
-async def _rest(first: bytes, receive: Any, most: int) -> bytes:
-    parts, size, more = [first], len(first), True
+async def _whole(receive: Any, most: int) -> bytes:
+    parts, size, more = list[bytes](), 0, True
     while more:
-        if size > most:
-            raise Refusal("too_large", f"the body has more than {most} bytes", closes=True)
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientLeftError
         parts.append(message.get("body", b""))
         size, more = size + len(parts[-1]), message.get("more_body", False)
+        if size > most:
+            raise Refusal("too_large", f"the body has more than {most} bytes", closes=True)
     return b"".join(parts)
 
 

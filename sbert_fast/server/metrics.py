@@ -18,6 +18,8 @@ from prometheus_client import (
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+from sbert_fast.server.errors import KINDS, Api, Refusal
+
 if TYPE_CHECKING:
     from sbert_fast.server.models import Served
 
@@ -51,6 +53,9 @@ class Metrics:
         self.successes = counter("te_request_success", "Requests that were answered", "method")
         self.failures = counter("te_request_failure", "Requests that were refused", "err")
         self.refused = counter("sbert_fast_refusals", "Refusals by status", "status")
+        # A rate needs a value before the first failure.
+        for kind in (*KINDS, "dropped"):
+            self.failures.labels(kind)
         self.input_length = histogram("te_request_input_length", "Tokens of a text", _TOKENS)
         self.batch_size = histogram("te_batch_next_size", "Texts of a batch", _SIZES)
         self.batch_tokens = histogram("te_batch_next_tokens", "Tokens of a batch", _TOKENS)
@@ -92,6 +97,11 @@ class Metrics:
                 self.batch_fill.observe(tokens / served.batch_tokens)
 
         return on_batch
+
+    def failed(self, refusal: Refusal, api: Api) -> None:
+        """Count a refusal."""
+        self.failures.labels(refusal.kind).inc()
+        self.refused.labels(str(refusal.status(api))).inc()
 
     def spent(self, name: str, total: float, *parts: float) -> None:
         """Observe the seconds of a request, and of its parts, in the order of `_PARTS`."""

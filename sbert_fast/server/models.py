@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from sentence_transformers import SparseEncoder
 
 from sbert_fast.arguments import check_device
 from sbert_fast.inference import Pipeline, Ready
+from sbert_fast.pairs import PairTokenizer
 from sbert_fast.patching import accelerate
 from sbert_fast.pending import Work
 from sbert_fast.queueing import BatchQueue
@@ -22,12 +23,15 @@ from sbert_fast.sentence_transformers.cross_encoder import FastCrossEncoder
 from sbert_fast.sentence_transformers.encoder import FastEncoder
 from sbert_fast.server.errors import Refusal
 from sbert_fast.stats import EncoderStats
-from sbert_fast.tokenization import TokenizedTexts
+from sbert_fast.tokenization import TextTokenizer
+from sbert_fast.transformer_module import formats
 from sbert_fast.values import check_model
 
 # Three tokens of nearly every tokenizer, of which one means nothing.
 _PROBE = "ok"
 _READ_SECONDS = 1.0
+# Lengths from here on are no limits: sys.maxsize, infinity, a placeholder of transformers.
+_NO_LENGTH = (1 << 31) - 1
 _SPARSE = ("SpladePooling", "SparseStaticEmbedding")
 
 
@@ -42,6 +46,8 @@ class Served:
         kind: "embedding", "sparse", "reranker" or "classifier".
         queue: where calls wait for it.
         batch_tokens: most tokens of a batch; 0 where sentence-transformers runs the model.
+        max_length: most tokens of a text, or of a pair; None if there is no limit.
+        width: numbers that a token is embedded in.
     """
 
     def __init__(self, name: str, model: Any) -> None:
@@ -53,18 +59,21 @@ class Served:
             self.kind = "sparse"
         self.is_packed = isinstance(model, (FastEncoder, FastCrossEncoder))
         self.queue = model.queue if self.is_packed else BatchQueue(_SparseRunner(model))
-        lengths = (getattr(model, name, None) for name in ("max_seq_length", "max_length"))
-        self.max_length = next((int(length) for length in lengths if length), 512)
         self.prompts: dict[str, str] = dict(getattr(model, "prompts", None) or {})
         self.dimension = None
         if self.kind in ("embedding", "sparse"):
             named = "get_embedding_dimension", "get_sentence_embedding_dimension"
             self.dimension = next(getattr(model, n)() for n in named if hasattr(model, n))
         self._backend = _tokenizer(model)
+        self._cutting: tuple[TextTokenizer, TextTokenizer] | None = None
         self._expected = self.run_probe()
         self._pipeline, self._read = None, -_READ_SECONDS
         pipeline = self._present()
         self.batch_tokens = 0 if pipeline is None else model._session.token_budget(pipeline)
+        self.max_length = _max_length(model, pipeline)
+        self.width = self.dimension or 0
+        if pipeline is not None:
+            self.width = pipeline.engine.architecture.hidden_size
 
     @property
     def stats(self) -> EncoderStats:
@@ -92,27 +101,65 @@ class Served:
             raise Refusal("backend", "the tokenizer of this model cannot be asked")
         return self._backend
 
-    def work_of(self, inputs: list[Any], options: dict[str, Any], side: str = "right") -> Work:
+    def work_of(
+        self,
+        inputs: list[Any],
+        options: dict[str, Any],
+        side: str = "right",
+        *,
+        truncate: bool = True,
+    ) -> Work:
         """A call for texts or pairs of texts.
 
         Args:
             inputs: texts, or pairs of them.
             options: of `encode` or `predict`.
             side: where texts that are too long lose tokens.
+            truncate: whether they may; otherwise they are refused.
+
+        Raises:
+            Refusal: a text is too long, or this model cannot cut it on that side.
         """
+        prompt = self.model._resolve_prompt(options.get("prompt"), options.get("prompt_name"))
+        if prompt is not None:
+            options = {**options, "prompt": prompt}
+        is_text, pipeline = isinstance(inputs[0], str), self._present()
+        if pipeline is not None and is_text == isinstance(self.model, FastEncoder):
+            work = self.model.packed_work(pipeline, inputs, options, prompt)
+            if work.truncated and not truncate:
+                raise self._too_long()
+            if work.truncated and side == "left":
+                self._cut_left(work, pipeline.tokenizer, prompt or "")
+            return work
+        if side == "left":
+            raise Refusal("backend", "this model cuts such texts on the right alone")
+        if not truncate:
+            self._check_lengths(inputs, prompt or "")
         if not self.is_packed:
             sizes = [1 + len(text) // 4 for text in inputs]
             return Work(inputs, sizes, None, options, owner=self.model)
-        prompt, is_text = options.get("prompt"), isinstance(inputs[0], str)
-        pipeline = self._present()
-        if pipeline is not None and is_text == isinstance(self.model, FastEncoder):
-            work = self.model.packed_work(pipeline, inputs, options, prompt)
-        else:
-            alone = is_text and not isinstance(self.model, FastEncoder)
-            work = self.model.work_of(inputs[0] if alone else inputs, options)
-        if side == "left" and work.truncated:
-            self._cut_left(work, prompt or "")
-        return work
+        alone = is_text and not isinstance(self.model, FastEncoder)
+        return self.model.work_of(inputs[0] if alone else inputs, options)
+
+    def _too_long(self) -> Refusal:
+        return Refusal("validation", f"`inputs` must have less than {self.max_length} tokens each")
+
+    def _check_lengths(self, inputs: list[Any], prompt: str) -> None:
+        """Refuse what sentence-transformers would cut.
+
+        Raises:
+            Refusal: a text is too long, or nobody can tell.
+        """
+        if self.max_length is None:
+            return
+        if formats(self.model[0]):
+            raise Refusal("backend", "texts of this model cannot be counted: let it truncate them")
+        texts = [
+            prompt + each if isinstance(each, str) else (prompt + each[0], each[1])
+            for each in inputs
+        ]
+        if any(len(found) > self.max_length for found in self.tokenizer.encode_batch_fast(texts)):
+            raise self._too_long()
 
     def _present(self) -> Pipeline | None:
         """What runs the model. Whether it is still that is looked at by every batch, not by every
@@ -122,24 +169,21 @@ class Served:
             self._pipeline, self._read = self.model.packed_pipeline, now
         return self._pipeline
 
-    def _cut_left(self, work: Work, prompt: str) -> None:
-        if not isinstance(work.inputs, Ready):
+    def _cut_left(self, work: Work, tokenizer: TextTokenizer, prompt: str) -> None:
+        """Put the ends of texts in place of their beginnings.
+
+        Raises:
+            Refusal: a template, or sentence-transformers, decides what is cut.
+        """
+        found = self.model._asked(list(work.inputs), dict(work.options))[2]
+        packed = isinstance(found, Pipeline)
+        if not packed or type(tokenizer) not in (TextTokenizer, PairTokenizer):
             raise Refusal("backend", "this model cuts texts on the right alone")
-        backend = tokenizers.Tokenizer.from_str(self.tokenizer.to_str())
-        backend.enable_truncation(self.max_length, strategy="longest_first", direction="left")
-        pairs = [text if isinstance(text, (list, tuple)) else prompt + text for text in work.inputs]
-        found = backend.encode_batch([tuple(p) if isinstance(p, list) else p for p in pairs])
-        chunks = [
-            (
-                np.array(encoding.ids, dtype=np.int32),
-                np.array([len(encoding.ids)], dtype=np.int32),
-                np.array(encoding.type_ids, dtype=np.int32) if any(encoding.type_ids) else None,
-                int(bool(encoding.overflowing)),
-            )
-            for encoding in found
-        ]
-        tokens = TokenizedTexts.of(chunks)
-        work.inputs, work.sizes = Ready(work.inputs, None, tokens), tokens.lengths.tolist()
+        if self._cutting is None or self._cutting[0] is not tokenizer:
+            self._cutting = tokenizer, _cutting_left(tokenizer)
+        cutting, texts = self._cutting[1], list(work.inputs)
+        tokens = cutting(cutting.prepend(prompt, texts) if prompt else texts)
+        work.inputs, work.sizes = Ready(texts, None, tokens), tokens.lengths.tolist()
         # Apart from calls whose tokens another tokenizer may make again.
         work.key = (work.key, "left")
 
@@ -192,6 +236,21 @@ def _tokenizer(model: Any) -> tokenizers.Tokenizer | None:
     return own
 
 
+def _cutting_left(tokenizer: TextTokenizer) -> TextTokenizer:
+    """A copy that keeps the ends of texts."""
+    own = copy.deepcopy(tokenizer._tokenizer)
+    own.truncation_side = "left"
+    return type(tokenizer)(own, tokenizer.max_length)
+
+
+def _max_length(model: Any, pipeline: Pipeline | None) -> int | None:
+    """Most tokens of a text; None if there is no limit."""
+    length: float | None = None if pipeline is None else pipeline.tokenizer.max_length
+    for name in ("max_seq_length", "max_length"):
+        length = length or getattr(model, name, None)
+    return None if length is None or length >= _NO_LENGTH else int(length)
+
+
 def load(
     name: str,
     path: str,
@@ -239,11 +298,3 @@ def _is_sparse(path: str) -> bool:
         return False
     modules = json.loads(file.read_text(encoding="utf-8"))
     return any(str(module.get("type", "")).endswith(_SPARSE) for module in modules)
-
-
-def name_of(model: str) -> tuple[str, str]:
-    """The name and the path that an argument `NAME=PATH` or `PATH` means."""
-    name, equals, path = model.partition("=")
-    if equals and name and not os.path.exists(model):
-        return name, path
-    return (os.path.basename(os.path.normpath(model)) if os.path.isdir(model) else model), model

@@ -78,7 +78,7 @@ _ERRORS = {
     "cohere": _object(["message"], message=_STRING),
 }
 _STATUSES = {
-    "400": "The body is not valid JSON, or empty",
+    "400": "The body is not valid JSON, or a text is empty",
     "401": "No token, or another",
     "404": "No such model",
     "408": "The request took too long to arrive",
@@ -86,6 +86,7 @@ _STATUSES = {
     "422": "A value is invalid; the message names it",
     "424": "The model is of another kind",
     "429": "Too much waits; Retry-After says for how long",
+    "431": "The headers are too large",
     "500": "The result is not finite; the message names the index",
     "503": "The deadline passed before the model got to the request",
 }

@@ -151,7 +151,8 @@ async def cohere_rerank(
     texts = texts_of(body, "documents", service.settings.max_texts)
     top = count_of(body, "top_n")
     if body.get("max_tokens_per_doc") is not None:
-        count_of(body, "max_tokens_per_doc")
+        told = "max_tokens_per_doc is not supported: the model's own length is used"
+        raise Refusal("validation", told)
     began(service, exchange, single=False)
     scores = await scored(service, served, query, texts, exchange)
     order = np.argsort(-scores, kind="stable").tolist()[:top]

@@ -9,41 +9,60 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from sbert_fast.server.app import create_app
-from sbert_fast.server.errors import KINDS
+from sbert_fast.server.errors import Refusal
+from sbert_fast.server.http import MOST_HEADERS, dumps
 from sbert_fast.server.service import Service
 
 logger = logging.getLogger("sbert_fast.server")
 
 # The thread of the event loop and those of queues take turns: Python's 5 ms would be felt.
 _SWITCH_SECONDS = 5e-4
-_SLOW = (
-    b"HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\nconnection: close\r\n"
+_HEAD = (
+    b"HTTP/1.1 %d %b\r\ncontent-type: application/json\r\nconnection: close\r\n"
     b"content-length: %d\r\n\r\n%b"
 )
 
+# With h11, which lacks it, uvicorn itself limits the size of headers.
+_CALLBACK = "on_headers_complete"
+
 
 def protocol_of(seconds: float) -> type[Any]:
-    """uvicorn's protocol, which closes connections whose headers take longer than `seconds`."""
+    """uvicorn's protocol, which refuses headers that take more than `seconds`, or are too large."""
     base: Any = AutoHTTPProtocol
 
     class Impatient(base):  # type: ignore[misc, unused-ignore]
         _timer: asyncio.TimerHandle | None = None
         _then: Callable[[], None] | None = None
+        _is_in_headers, _header_bytes = hasattr(base, _CALLBACK), 0
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self._expect(transport.close)
 
+        def on_headers_complete(self) -> None:
+            self._is_in_headers = False
+            super().on_headers_complete()
+
+        def on_message_complete(self) -> None:
+            self._is_in_headers, self._header_bytes = True, 0
+            super().on_message_complete()
+
         def data_received(self, data: bytes) -> None:
+            was_in_headers = self._is_in_headers
             super().data_received(data)
+            if was_in_headers and self._is_in_headers:
+                self._header_bytes += len(data)
+                if self._header_bytes > MOST_HEADERS:
+                    self._refuse("headers", "the headers are too large")
             if self.cycle is None or self.cycle.response_complete:
-                self._expect(self._refuse)
+                self._expect(self._late)
             else:
                 self._stop()
 
@@ -53,7 +72,7 @@ def protocol_of(seconds: float) -> type[Any]:
 
         def _expect(self, otherwise: Callable[[], None]) -> None:
             """Give headers their time; more of them gives them no more."""
-            if self._timer is not None and otherwise == self._refuse == self._then:
+            if self._timer is not None and otherwise == self._late == self._then:
                 return
             self._stop()
             self._then = otherwise
@@ -64,14 +83,21 @@ def protocol_of(seconds: float) -> type[Any]:
                 self._timer.cancel()
                 self._timer = None
 
-        def _refuse(self) -> None:
+        def _late(self) -> None:
+            self._refuse("slow", "the headers took too long")
+
+        def _refuse(self, kind: str, told: str) -> None:
             if not self.transport.is_closing():
-                body = b'{"error":"the headers took too long","error_type":"%b"}'
-                body %= KINDS["slow"].tei.encode()
-                self.transport.write(_SLOW % (len(body), body))
+                refusal = Refusal(kind, told)
+                status, body = refusal.status("tei"), dumps(refusal.content("tei"))
+                self.transport.write(_HEAD % (status, _phrase(status), len(body), body))
                 self.transport.close()
 
     return Impatient
+
+
+def _phrase(status: int) -> bytes:
+    return HTTPStatus(status).phrase.encode()
 
 
 class _Server(uvicorn.Server):

@@ -6,10 +6,11 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from sbert_fast.errors import QueueFullError
-from sbert_fast.pending import Pending, Priority, Work
+from sbert_fast.pending import Pending, Priority
 from sbert_fast.server.errors import ClientLeftError, Refusal
 from sbert_fast.server.metrics import Metrics
 from sbert_fast.server.models import Served
@@ -102,6 +103,7 @@ class Service:
         *,
         truncate: bool = True,
         side: str = "right",
+        most: int | None = None,
     ) -> Any:
         """The result of `encode` or `predict` for texts or pairs of them.
 
@@ -112,12 +114,16 @@ class Service:
             exchange: the request, to which tokens and times are added.
             truncate: whether texts that are too long are cut; otherwise they are refused.
             side: where they are cut.
+            most: tokens that the request may have.
 
         Raises:
-            Refusal: the texts are too long, or the deadline passed.
+            Refusal: a text is empty, the texts are too long, or the deadline passed.
             ClientLeftError: there is nobody any more to answer.
             QueueFullError, SbertFastError: as the queue and its results raise them.
         """
+        for index, each in enumerate(inputs):
+            if not (each if isinstance(each, str) else any(each)):
+                raise Refusal("empty", f"`inputs` cannot be empty, got an empty text at {index}")
         name = "predict" if served.kind in ("reranker", "classifier") else "embed"
         counts = self.metrics.kinds[name]
         counts[0].inc(len(inputs))
@@ -125,14 +131,17 @@ class Service:
         exchange.texts += len(inputs)
         exchange.characters += characters
         self._check_room(served, characters)
-        work = await self._tokenized(served, inputs, options, side, characters, exchange)
-        if work.truncated and not truncate:
-            raise Refusal(
-                "validation", f"`inputs` must have less than {served.max_length} tokens each"
-            )
+        before = time.perf_counter()
+        tokenize = partial(served.work_of, inputs, options, side, truncate=truncate)
+        many = characters > _MANY_CHARACTERS
+        work = await asyncio.to_thread(tokenize) if many else tokenize()
+        exchange.tokenized += time.perf_counter() - before
         for size in work.sizes:
             self.metrics.input_length.observe(size)
         total = sum(work.sizes)
+        if most is not None and total > most:
+            told = f"the response would be too large: {total} tokens, of which {most} may be asked"
+            raise Refusal("too_large", told)
         bulk = served.batch_tokens and total > served.batch_tokens
         priority: Priority = exchange.priority or ("bulk" if bulk else "query")
         left = max(0.0, exchange.deadline - time.perf_counter())
@@ -153,23 +162,6 @@ class Service:
             queue.waiting_texts
         ):
             raise QueueFullError("the queue is full", queue.seconds_to_wait)
-
-    async def _tokenized(
-        self,
-        served: Served,
-        inputs: list[Any],
-        options: dict[str, Any],
-        side: str,
-        characters: int,
-        exchange: Exchange,
-    ) -> Work:
-        before = time.perf_counter()
-        if characters > _MANY_CHARACTERS:
-            work = await asyncio.to_thread(served.work_of, inputs, options, side)
-        else:
-            work = served.work_of(inputs, options, side)
-        exchange.tokenized += time.perf_counter() - before
-        return work
 
     async def is_healthy(self) -> bool:
         """Whether every model gives the result that it gave at the start; those who ask at the same

@@ -24,7 +24,8 @@ from sbert_fast.server.reading import (
 )
 from sbert_fast.server.service import Exchange, Service
 
-_SCORING = ("reranker", "classifier")
+# Numbers in a response of /embed_all: some 200 MB of JSON.
+_MOST_NUMBERS = 1 << 24
 
 
 def began(service: Service, exchange: Exchange, *, single: bool) -> None:
@@ -100,7 +101,9 @@ async def embed_all(service: Service, body: dict[str, Any], exchange: Exchange) 
     began(service, exchange, single=single)
     options = {"output_value": "token_embeddings", **prompted(served, body)}
     texts = as_texts(served, inputs)
-    states = await service.run(served, texts, options, exchange, **cutting(service, body))
+    most = _MOST_NUMBERS // max(1, served.width)
+    cut = cutting(service, body)
+    states = await service.run(served, texts, options, exchange, most=most, **cut)
     return [np.ascontiguousarray(state.float().cpu().numpy()) for state in states]
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from corpus_runs import LINES, TEXTS, stored, vectors, write_input
+from corpus_runs import LINES, TEXTS, contents, stored, vectors, write_input
 from families import make_texts
 from sbert_fast import FastEncoder
 from sbert_fast.cli import main
@@ -65,6 +65,19 @@ def test_folders_and_patterns_stand_for_their_files(
     assert "1 files with other extensions are left out" in capsys.readouterr().err
     assert cli("data/**/*[bc].*", "-o", "more") == 0
     assert stored("more")["text"].to_pylist() == ["data/b.txt", "data/sub/c.csv"]
+
+
+@pytest.mark.parametrize("inputs", [".", "**/*.[jp]*"])
+def test_what_lies_in_the_output_folder_is_no_input_of_what_is_around_it(
+    cli: Callable[..., int], inputs: str
+) -> None:
+    Path("sub").mkdir()
+    write_input("sub/in.jsonl", TEXTS)
+    assert cli(inputs, "-o", "sub/out") == 0
+    expected = contents("sub/out")
+    for option in ("--resume", "--overwrite"):
+        assert cli(inputs, "-o", "sub/out", option) == 0
+        assert contents("sub/out") == expected
 
 
 CONTENTS = {

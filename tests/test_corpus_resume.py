@@ -11,11 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling, WordEmbeddings
-from sentence_transformers.sentence_transformer.modules.tokenizer import WhitespaceTokenizer
 
 from corpus_runs import contents, stored, write_input
 from families import make_sentence_transformer, make_texts
@@ -297,44 +293,6 @@ def test_another_model_is_refused(
     assert contents("out") == before
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda model: setattr(model, "prompts", {"query": "seek: "}),
-        lambda model: setattr(model, "max_seq_length", 7),
-        lambda model: model.tokenizer.add_tokens(["seaside"]),
-        lambda model: setattr(model.tokenizer, "truncation_side", "left"),
-        lambda model: setattr(model.tokenizer, "padding_side", "left"),
-        lambda model: setattr(model.tokenizer, "split_special_tokens", True),
-        lambda model: setattr(model.tokenizer, "model_input_names", ["input_ids"]),
-        lambda model: setattr(model.tokenizer, "chat_template", "{{ messages }}"),
-        lambda model: setattr(model[1], "pooling_mode", "cls"),
-        lambda model: setattr(model[0].auto_model.config, "layer_norm_eps", 0.5),
-    ],
-    ids=[
-        *("prompts", "length", "tokenizer", "truncation side", "padding side"),
-        *("special tokens", "input names", "template", "pooling", "config"),
-    ],
-)
-def test_whatever_changes_embeddings_changes_the_digest(
-    encoder: FastEncoder, change: Callable[[Any], None]
-) -> None:
-    model = FastEncoder(make_sentence_transformer(prompts={"query": "find: "}))
-    before = model_digest(model)
-    change(model)
-    assert model_digest(model) != before
-
-
-def test_vocabularies_of_tokenizers_without_a_backend_change_the_digest() -> None:
-    def digest(words: list[str], lower: bool = False) -> str:
-        tokenizer = WhitespaceTokenizer(words, do_lower_case=lower)
-        module = WordEmbeddings(tokenizer, np.zeros((2, 4)))
-        return model_digest(SentenceTransformer(modules=[module, Pooling(4)], device="cpu"))
-
-    assert digest(["red", "sea"]) == digest(["red", "sea"])
-    assert len({digest(["red", "sea"]), digest(["sea", "red"]), digest(["red", "sea"], True)}) == 3
-
-
 def test_an_earlier_run_is_replaced_when_asked(cli: Callable[..., int]) -> None:
     interrupted(cli)
     assert cli("--overwrite", "--shard-bytes", "100000") == 0
@@ -357,20 +315,6 @@ def test_an_earlier_run_stays_if_a_new_one_cannot_start(
     more = {"input": ["absent.txt"], "column": ["bad.csv"], "model": []}[missing]
     assert main(["encode", *more, *RUN, "--overwrite", "--no-progress"]) == 1
     assert contents("out") == before
-
-
-@pytest.mark.parametrize("inputs", [".", "**/*.[jp]*"])
-def test_what_lies_in_the_output_folder_is_no_input_of_what_is_around_it(
-    cli: Callable[..., int], inputs: str
-) -> None:
-    arguments = ["encode", inputs, "-o", "sub/out", "--on-error", "skip", "--no-progress"]
-    Path("sub").mkdir()
-    assert main(arguments) == 0
-    expected = contents("sub/out")
-    assert main([*arguments, "--resume"]) == 0
-    assert contents("sub/out") == expected
-    assert main([*arguments, "--overwrite"]) == 0
-    assert contents("sub/out") == expected
 
 
 def test_two_runs_on_one_folder_do_not_mix(

@@ -92,7 +92,8 @@ def test_a_worker_that_dies_is_named_and_workers_write_the_same_bytes(
     capsys.readouterr()
     assert main([*run, "-o", "out", "--workers", "2"]) == 1
     (error,) = capsys.readouterr().err.splitlines()
-    assert "was killed by SIGKILL in " in error and "--resume goes on with the rest" in error
+    # Where: in a shard, or still loading the model, while the other was done with its first.
+    assert "was killed by SIGKILL " in error and "--resume goes on with the rest" in error
     assert multiprocessing.active_children() == [] and Path("out/_journal.jsonl").is_file()
     assert list(Path("out").glob(".*.part")) == []
     assert main([*run, "-o", "out", "--workers", "2", "--resume"]) == 0

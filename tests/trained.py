@@ -36,6 +36,8 @@ Make = Callable[[Any], Any]
 Fit = Callable[[Any], "Trained"]
 # The gradient of the bias of keys is nothing but rounding: compared beside those of its siblings.
 _PARTS = re.compile(r"\.(query|key|value)\.")
+# A bias of one number, whose error may be none by luck, is compared beside its weights.
+_OF_HEADS = re.compile(r"(classifier|out_proj)\.(weight|bias)$")
 
 
 @dataclass
@@ -59,7 +61,8 @@ def flat_parameters(*modules: nn.Module) -> dict[str, Tensor]:
     """The parameters by name, each once."""
     parts: dict[str, list[Tensor]] = {}
     for name, parameter in nn.ModuleList(modules).named_parameters():
-        parts.setdefault(_PARTS.sub(".qkv.", name), []).append(parameter.detach().flatten())
+        name = _OF_HEADS.sub(r"\1", _PARTS.sub(".qkv.", name))
+        parts.setdefault(name, []).append(parameter.detach().flatten())
     return {name: torch.cat(some) for name, some in parts.items()}
 
 

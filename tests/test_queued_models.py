@@ -294,7 +294,7 @@ assert same and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_fork_and_the_end_of_a_process_while_work_waits(saved: str) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", _PROCESS, saved]
+    command = [sys.executable, "-P", "-W", "ignore", "-c", _PROCESS, saved]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
 

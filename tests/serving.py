@@ -125,7 +125,7 @@ class Process:
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "sbert_fast", "serve", *arguments]
+    return [sys.executable, "-P", "-m", "sbert_fast", "serve", *arguments]
 
 
 @contextmanager

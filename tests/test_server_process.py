@@ -242,6 +242,7 @@ def test_what_is_refused(server: Process, arguments: list[str], code: int, told:
 def test_the_extra_is_named() -> None:
     hidden = "import sys; sys.modules['orjson'] = None; from sbert_fast import cli;"
     code = hidden + "sys.exit(cli.main(['serve']))"
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "pip install 'sbert-fast[serve]'" in done.stderr

@@ -45,8 +45,6 @@ float Run(Step step) {
   Vector sums[kChains];
   for (Vector& sum : sums) sum = Fill(1.0F);
   for (long i = 0; i < kSteps; ++i) {
-    // Sums that are not in registers are at the speed of the cache.
-#pragma GCC unroll 12
     for (Vector& sum : sums) {
       sum = step(sum, a, b);
       Hide(sum);
@@ -74,8 +72,9 @@ float RunBfloat16() {
 #if defined(__AVX512VNNI__)
 float RunInt8() {
   return Run([](Vector sum, Vector a, Vector b) {
-    const __m512i bytes = _mm512_castps_si512(a), weights = _mm512_castps_si512(b);
-    return _mm512_castsi512_ps(_mm512_dpbusd_epi32(_mm512_castps_si512(sum), bytes, weights));
+    // By the intrinsic, sums of another type than their array's would lie in memory.
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
   });
 }
 #endif
